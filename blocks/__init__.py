@@ -1,0 +1,1 @@
+"""Infrastructure that tasks use: artifact store, model engines, tracking, local services."""

@@ -1,0 +1,1 @@
+"""The science: pure functions over arrays, tables and AnnData."""

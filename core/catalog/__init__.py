@@ -1,0 +1,17 @@
+"""The catalog: data sets, embeddings, models and groups, one YAML file each (docs/catalog.md)."""
+
+from core.catalog.registry import dataset, embedding, model, models, names
+from core.catalog.schema import DatasetSpec, EmbeddingSpec, GroupSpec, ModelSpec, ResolvedModel
+
+__all__ = [
+    "DatasetSpec",
+    "EmbeddingSpec",
+    "GroupSpec",
+    "ModelSpec",
+    "ResolvedModel",
+    "dataset",
+    "embedding",
+    "model",
+    "models",
+    "names",
+]

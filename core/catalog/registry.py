@@ -1,0 +1,223 @@
+"""Finds, reads and checks the catalog's YAML files.
+
+The built-in entries lie beside this module, those of the user in the folder named by CALIPERT_CATALOG: sub-folders
+datasets, embeddings, models, groups, one file `<name>.yaml` per entry.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
+
+import yaml
+from pydantic import ValidationError
+
+from core.catalog.schema import DatasetSpec, EmbeddingSpec, Entry, GroupSpec, ModelSpec, ResolvedModel
+from core.errors import UserError
+
+BUILT_IN = Path(__file__).parent
+VARIABLE = "CALIPERT_CATALOG"
+GUIDE = "docs/catalog.md"
+SUFFIXES = (".yaml", ".yml")
+
+Kind: TypeAlias = Literal["dataset", "embedding", "model", "group"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+Spec = TypeVar("Spec", DatasetSpec, EmbeddingSpec, ModelSpec, GroupSpec)
+
+
+def dataset(name_or_path: str | Path) -> DatasetSpec:
+    """The data set of that name, or the user's own entry in the YAML file at that path.
+
+    Raises UserError for an unknown name, a missing or unreadable file, an entry that does not fit the schema, and
+    a user's own entry that takes the name of one in the catalog.
+    """
+    path = Path(name_or_path)
+    if path.suffix.lower() not in SUFFIXES:
+        return _entry("dataset", str(name_or_path), DatasetSpec)
+    spec = _read(path, DatasetSpec)
+    taken = _files("dataset").get(spec.name)
+    if taken is not None and taken.resolve() != path.resolve():
+        raise UserError(
+            path, "name", f"{spec.name!r}, a data set of the catalog ({taken})", "give your entry a name of its own"
+        )
+    return spec
+
+
+def embedding(name: str) -> EmbeddingSpec:
+    """The embedding of that name. Raises UserError for an unknown name or an entry that does not fit the schema."""
+    return _entry("embedding", name, EmbeddingSpec)
+
+
+def model(name: str) -> ResolvedModel:
+    """The model of that (expanded) name: `linear`, `ridge_reactome`. Raises UserError as `embedding` does."""
+    known = _resolved()
+    if name not in known:
+        raise _unknown("model", name, list(known))
+    return known[name].model_copy(deep=True)
+
+
+def models(names: Iterable[str]) -> list[ResolvedModel]:
+    """The models of these names, in this order, each once; a group's name stands for its models.
+
+    Raises UserError for a name that is neither a model nor a group, also within a group.
+    """
+    known, groups = _resolved(), _files("group")
+    wanted: dict[str, None] = {}
+    for name in names:
+        if name in groups:
+            members = _entry("group", name, GroupSpec).models
+            for member in members:
+                if member not in known:
+                    raise _unknown("model", member, list(known), where=groups[name])
+            wanted.update(dict.fromkeys(members))
+        elif name in known:
+            wanted[name] = None
+        else:
+            raise _unknown("model or group", name, [*known, *groups])
+    return [known[name].model_copy(deep=True) for name in wanted]
+
+
+def names(kind: Kind) -> list[str]:
+    """The sorted names of one kind; models by their expanded names."""
+    return sorted(_resolved() if kind == "model" else _files(kind))
+
+
+def _resolved() -> dict[str, ResolvedModel]:
+    embeddings = {name: _entry("embedding", name, EmbeddingSpec) for name in names("embedding")}
+    groups = _files("group")
+    found: dict[str, ResolvedModel] = {}
+    for template, path in sorted(_files("model").items()):
+        spec = _entry("model", template, ModelSpec)
+        for choice in sorted(embeddings) if spec.embedding else [None]:
+            name = template if choice is None else f"{template}_{choice}"
+            if name in found or name in groups:
+                other = groups[name] if name in groups else f"model {found[name].template!r}"
+                raise UserError(path, "name", f"{name!r} is also {other}", "rename one of them")
+            found[name] = ResolvedModel(
+                name=name,
+                title=spec.title if choice is None else f"{spec.title}, {embeddings[choice].title}",
+                template=template,
+                embedding=None if choice is None else embeddings[choice],
+                hyperparameters=spec.hyperparameters,
+                container=spec.container,
+                citation=spec.citation,
+            )
+    return found
+
+
+def _entry(kind: Kind, name: str, schema: type[Spec]) -> Spec:
+    files = _files(kind)
+    if name not in files:
+        raise _unknown(kind, name, list(files))
+    path = files[name]
+    spec = _read_built_in(path, schema) if path.is_relative_to(BUILT_IN) else _read(path, schema)
+    if spec.name != name:
+        raise UserError(path, "name", repr(spec.name), f"write `name: {name}`, or rename the file to {spec.name}.yaml")
+    return spec.model_copy(deep=True)
+
+
+def _files(kind: Kind) -> dict[str, Path]:
+    """Entry name -> file, built-in and the user's."""
+    folder = f"{kind}s"
+    files = {path.stem: path for path in _yaml_files(BUILT_IN / folder)}
+    for path in _yaml_files(_users_folder() / folder) if os.environ.get(VARIABLE) else []:
+        if path.stem in files:
+            raise UserError(
+                path,
+                "name",
+                f"{path.stem!r}, which the catalog already has ({files[path.stem]})",
+                "give your entry a name of its own",
+            )
+        files[path.stem] = path
+    return files
+
+
+def _users_folder() -> Path:
+    folder = Path(os.environ[VARIABLE])
+    if not any((folder / f"{kind}s").is_dir() for kind in KINDS):
+        raise UserError(
+            VARIABLE,
+            "folder",
+            f"{folder}, without any of the sub-folders {', '.join(f'{kind}s' for kind in KINDS)}",
+            f"point {VARIABLE} to a folder of catalog entries ({GUIDE}), or unset it",
+        )
+    return folder
+
+
+def _yaml_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
+
+
+@cache
+def _read_built_in(path: Path, schema: type[Spec]) -> Spec:
+    return _read(path, schema)
+
+
+def _read(path: Path, schema: type[Spec]) -> Spec:
+    try:
+        entry = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(path, "file", error.strerror or str(error), "check the path and its permissions") from error
+    # ValueError: text that is not UTF-8, or a date that does not exist.
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(path, "format", f"not readable as YAML: {error}", f"mend the file; see {GUIDE}") from error
+    if not isinstance(entry, dict):
+        raise UserError(
+            path, "format", f"{type(entry).__name__}, not a mapping", f"write `field: value` lines; see {GUIDE}"
+        )
+    try:
+        return schema.model_validate(entry)
+    except ValidationError as error:
+        raise _invalid(path, entry, error) from error
+
+
+def _invalid(path: Path, entry: dict[Any, Any], error: ValidationError) -> UserError:
+    """The first fault that pydantic found, as an error that its author can mend."""
+    first, *others = error.errors(include_url=False)
+    field, value = _located(entry, first["loc"])
+    if first["type"] == "missing":
+        missing = str(first["loc"][-1])
+        found, remedy = "nothing", "add it"
+        field = f"{field}.{missing}" if field else missing
+    elif first["type"] == "extra_forbidden":
+        near = get_close_matches(str(first["loc"][-1]), _field_names(), n=1)
+        found, remedy = "an unknown field", f"did you mean {near[0]!r}?" if near else "take it out"
+    else:
+        found, remedy = _short(value), first["msg"].removeprefix("Value error, ")
+    more = f"; {len(others)} more to mend after it" if others else ""
+    return UserError(path, field or "entry", found, f"{remedy}{more} (fields: {GUIDE})")
+
+
+def _located(entry: Any, location: tuple[int | str, ...]) -> tuple[str, Any]:
+    """Path and value in the YAML of what pydantic points at; its tags of unions are not in the YAML and are left out."""
+    path, value = "", entry
+    for part in location:
+        if isinstance(value, Mapping) and part in value:
+            path, value = f"{path}.{part}" if path else str(part), value[part]
+        elif isinstance(value, list) and isinstance(part, int):
+            path, value = f"{path}[{part}]", value[part]
+    return path, value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _field_names() -> list[str]:
+    schemas = [schema for schema in _subclasses(Entry) if schema is not ResolvedModel]
+    return sorted({field for schema in schemas for field in schema.model_fields})
+
+
+def _subclasses(schema: type[Entry]) -> list[type[Entry]]:
+    return schema.__subclasses__()
+
+
+def _unknown(what: str, name: str, known: list[str], where: object = "catalog") -> UserError:
+    near = get_close_matches(name, known, n=3, cutoff=0.5)
+    remedy = f"did you mean {' or '.join(near)}? " if near else ""
+    return UserError(where, what, f"{name!r}, which is not known", f"{remedy}known: {', '.join(sorted(known))}")

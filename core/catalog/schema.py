@@ -1,0 +1,221 @@
+"""What an entry of the catalog may say. docs/catalog.md explains every field.
+
+Entries come from YAML that people write by hand: types are strict (`seed: true` and `seed: "42"` are refused), an
+unknown field is an error, and what was read cannot be changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    field_validator,
+    model_validator,
+)
+
+NAME_PATTERN = r"^[a-z0-9][a-z0-9_]*$"
+COMBINATION_FOLDS = 2
+# Rows of a leaderboard that are not models; a model of that name could not be told from them.
+CONTROLS = ("technical_duplicate", "interpolated_duplicate", "dataset_mean", "control_mean", "sparse_mean")
+
+# A name becomes a folder, a deployment and a column of results: one safe spelling everywhere.
+Name: TypeAlias = Annotated[str, Field(pattern=NAME_PATTERN, max_length=64)]
+Text: TypeAlias = Annotated[str, Field(min_length=1)]
+Count: TypeAlias = Annotated[int, Field(ge=1)]
+Floor: TypeAlias = Annotated[int, Field(ge=0)]
+# YAML has lists only; they become tuples, so that nobody changes a shared entry.
+Texts: TypeAlias = Annotated[tuple[Text, ...], Field(strict=False)]
+
+
+def _numbers_as_numbers(settings: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    for key, value in settings.items():
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, str) and _reads_as_number(item):
+                raise ValueError(f"`{key}: {item}` is text to YAML: write a number with a decimal point, as in 1.0e-3")
+    return settings
+
+
+def _reads_as_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+# Free settings have no type that would catch YAML's trap: `1e-3` without a point is text.
+Settings: TypeAlias = Annotated[dict[str, JsonValue], AfterValidator(_numbers_as_numbers)]
+
+
+class Entry(BaseModel):
+    """Base of everything in the catalog: strict, frozen, without unknown fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class HttpsSource(Entry):
+    """A public file. `sha256` is checked after the download where the publisher keeps the file unchanged."""
+
+    kind: Literal["https"]
+    url: Annotated[str, Field(pattern=r"^https://\S+$")]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+
+
+class LocalSource(Entry):
+    """A file that the user has. `hint` says which file is wanted and where it comes from."""
+
+    kind: Literal["local"]
+    hint: Text
+
+
+class SimulatedSource(Entry):
+    """A simulated screen; `settings` are the fields of core.simulate.SimulationSettings that differ from its own."""
+
+    kind: Literal["simulated"]
+    settings: Settings = {}
+
+
+class Labels(Entry):
+    """How a label of the published file becomes a condition: `control`, `A` or `A+B`.
+
+    A label in `control`, or one that contains `control_contains`, is control. Of any other label only what stands
+    before the first `cut_at` counts; it is split at `separator` (`+` is always understood).
+    """
+
+    column: Text
+    separator: Text | None = None
+    control: Texts = ("control",)
+    control_contains: Text | None = None
+    cut_at: Text | None = None
+
+
+class Filter(Entry):
+    """Keep the cells for which `column op value` holds; a missing value never does."""
+
+    column: Text
+    op: Literal["==", ">=", "<=", "in"]
+    value: str | int | float | bool | Annotated[tuple[str | int | float | bool, ...], Field(strict=False)]
+
+    @model_validator(mode="after")
+    def _value_fits_op(self) -> Filter:
+        if isinstance(self.value, tuple) != (self.op == "in"):
+            raise ValueError("`op: in` takes a list of values, every other op a single value")
+        if self.op in (">=", "<=") and (isinstance(self.value, str | bool)):
+            raise ValueError(f"`op: {self.op!r}` takes a number")
+        return self
+
+
+class Shape(Entry):
+    """The published file's size: cells, genes, and distinct perturbed conditions, before any filter."""
+
+    cells: Count
+    genes: Count
+    conditions: Count
+
+
+class DatasetSpec(Entry):
+    """A data set: where its file comes from, how its labels read, and how it is prepared (docs/science.md, section 1)."""
+
+    name: Name
+    title: Text
+    task: Literal["single", "combination"]
+    source: Annotated[HttpsSource | LocalSource | SimulatedSource, Field(discriminator="kind")]
+    labels: Labels
+    filters: Annotated[tuple[Filter, ...], Field(strict=False)] = ()
+    covariate_column: Text | None = None
+    covariate: Annotated[str, Field(pattern=r"^[^|]+$")] = "all"
+    symbol_column: Text | None = None
+    library_size: Text | None = None
+    min_genes_per_cell: Floor = 200
+    min_cells_per_gene: Floor = 3
+    min_cells_per_condition: Count = 12
+    max_control_cells: Count = 8192
+    target_sum: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10_000
+    n_variable_genes: Count = 8192
+    folds: Annotated[int, Field(ge=2)] | Literal["leave-one-out"] = 5
+    seed: Floor = 42
+    half_seeds: Count = 5
+    licence: Text = "not stated"
+    citation: Text = "not stated"
+    expected: Shape | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _folds_of_combinations(cls, entry: Any) -> Any:
+        if isinstance(entry, Mapping) and entry.get("task") == "combination":
+            return {"folds": COMBINATION_FOLDS, **entry}
+        return entry
+
+    @model_validator(mode="after")
+    def _folds_fit_task(self) -> DatasetSpec:
+        if self.task == "combination" and self.folds != COMBINATION_FOLDS:
+            raise ValueError(f"`folds` of a combination data set is always {COMBINATION_FOLDS}: leave it out")
+        return self
+
+
+class EmbeddingSpec(Entry):
+    """A gene embedding: genes x at most `dimensions` (fewer where the table behind it has a lower rank)."""
+
+    name: Name
+    title: Text
+    kind: Literal["gmt", "coexpression"]
+    source: Annotated[HttpsSource | LocalSource, Field(discriminator="kind")] | None = None
+    dimensions: Count
+    per_fold: bool = False
+    licence: Text = "not stated"
+    citation: Text = "not stated"
+
+    @model_validator(mode="after")
+    def _source_fits_kind(self) -> EmbeddingSpec:
+        if self.kind == "gmt" and (self.source is None or self.per_fold):
+            raise ValueError("`kind: gmt` needs a `source` and is the same for all folds (`per_fold: false`)")
+        if self.kind == "coexpression" and (self.source is not None or not self.per_fold):
+            raise ValueError("`kind: coexpression` is made from training cells: `per_fold: true`, no `source`")
+        return self
+
+
+class ModelSpec(Entry):
+    """A model; with `embedding: true` a template that gives one model per embedding, `<name>_<embedding>`.
+
+    container: the folder under model_containers, None for what core computes itself.
+    """
+
+    name: Name
+    title: Text
+    container: Name | None = None
+    embedding: bool = False
+    hyperparameters: Settings = {}
+    citation: Text = "not stated"
+
+    @field_validator("name")
+    @classmethod
+    def _not_a_control(cls, name: str) -> str:
+        if name in CONTROLS:
+            raise ValueError(f"`{name}` is the name of a control")
+        return name
+
+
+class GroupSpec(Entry):
+    """Models that are run together, by their expanded names."""
+
+    name: Name
+    title: Text
+    models: Annotated[tuple[Name, ...], Field(strict=False, min_length=1)]
+
+
+class ResolvedModel(Entry):
+    """One model to run: a template joined with its embedding, or a model without one (template == name)."""
+
+    name: Text
+    title: Text
+    template: Name
+    embedding: EmbeddingSpec | None
+    hyperparameters: dict[str, JsonValue]
+    container: Name | None
+    citation: Text

@@ -1,0 +1,30 @@
+"""The one kind of error that a user can mend: it names the place, the field, what was found, and the remedy."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Input that cannot be used as it is.
+
+    where:  the file, option or catalog entry at fault.
+    field:  the part of it (a column, a gene, a key).
+    found:  what stands there.
+    remedy: what the user can do about it.
+    """
+
+    def __init__(self, where: object, field: str, found: str, remedy: str) -> None:
+        self.where = str(where)
+        self.field = field
+        self.found = found
+        self.remedy = remedy
+        # All four go to Exception, so that the error survives pickling between processes.
+        super().__init__(self.where, field, found, remedy)
+
+    def __str__(self) -> str:
+        return f"{self.where}\n  field:  {self.field}\n  found:  {self.found}\n  remedy: {self.remedy}"
+
+
+def shown(names: list[str], most: int = 5) -> str:
+    """The first few names for a message, and how many more there are: `a, b, c and 4 more`."""
+    head = ", ".join(names[:most])
+    return head if len(names) <= most else f"{head} and {len(names) - most} more"

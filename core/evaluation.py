@@ -1,0 +1,181 @@
+"""Scores of predicted profiles against a reference: arrays in, long table out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+
+from core.arrays import Bools, Floats, Ints, one_blas_thread
+from core.controls import CONTROLS
+from core.differential import deg_mask, effect_weights
+from core.errors import UserError
+from core.harmonising import genes_of
+from core.metrics import FEWEST_DEGS, METRICS, Metric
+from core.moments import group_codes
+from core.reference import HALF_LAYERS, KEYS, control_means, dataset_means
+
+# Rows scored at once: arrays of a block stay in cache, and results do not depend on the number of threads.
+BLOCK = 32
+
+
+class Evaluation(NamedTuple):
+    """What the metrics need of the evaluated set (all test conditions), rows sorted by (covariate, condition).
+
+    keys: covariate, condition, test_fold, n_degs. truth, control_mean, dataset_mean: conditions x genes, log1p.
+    t, padj: differential expression of the first half (conditions x genes; NaN: not tested). genes: their names.
+    """
+
+    keys: pd.DataFrame
+    genes: pd.Index
+    truth: Floats
+    control_mean: Floats
+    dataset_mean: Floats
+    t: Floats
+    padj: Floats
+
+    def with_genes(self, kept: Bools) -> Evaluation:
+        """The same set on some of the genes."""
+        arrays = (a[:, kept] for a in (self.truth, self.control_mean, self.dataset_mean, self.t, self.padj))
+        return Evaluation(self.keys, self.genes[kept], *arrays)
+
+
+def evaluated_set(reference: ad.AnnData, negatives: ad.AnnData) -> Evaluation:
+    """The evaluated set of a reference (or of another half split with the same rows)."""
+    rows = np.flatnonzero(reference.obs["test_fold"].to_numpy() >= 0)
+    keys = reference.obs.iloc[rows][[*KEYS, "test_fold", "n_degs"]].reset_index(drop=True)
+    keys = keys.astype({"covariate": str, "condition": str})
+
+    def layer(name: str) -> Floats:
+        return np.asarray(reference.layers[name][rows], dtype=np.float64)
+
+    return Evaluation(
+        keys,
+        reference.var_names,
+        layer("truth"),
+        control_means(negatives, keys),
+        dataset_means(negatives, keys),
+        layer("t_first"),
+        layer("padj_first"),
+    )
+
+
+def control_scores(reference: ad.AnnData, negatives: ad.AnnData, half_split: ad.AnnData | None = None) -> pd.DataFrame:
+    """Scores of all controls and baselines; long table with `model` first, then as `score`.
+
+    reference: reference.h5ad. half_split: another split of the cells into halves, to score against instead of the
+    reference's own; its duplicates take the place of the reference's.
+    """
+    halves = reference if half_split is None else half_split
+    evaluation = evaluated_set(halves, negatives)
+    profiles = {"dataset_mean": evaluation.dataset_mean, "control_mean": evaluation.control_mean}
+    rows = np.flatnonzero(reference.obs["test_fold"].to_numpy() >= 0)
+    for control in CONTROLS:
+        source = halves if control.name in HALF_LAYERS else reference
+        if control.name in source.layers:
+            profiles[control.name] = np.asarray(source.layers[control.name][rows], dtype=np.float64)
+    tables = [
+        score(profiles[control.name], evaluation.keys, evaluation).assign(model=control.name)
+        for control in CONTROLS
+        if control.name in profiles
+    ]
+    long = pd.concat(tables, ignore_index=True)
+    return long[["model", *KEYS, "fold", "metric", "value"]]
+
+
+def score(
+    profiles: Floats, keys: pd.DataFrame, evaluation: Evaluation, metrics: Sequence[Metric] = METRICS
+) -> pd.DataFrame:
+    """Scores of predicted profiles (rows as in `keys`, columns as in evaluation.genes; log1p).
+
+    keys: covariate, condition. Rows that are NaN throughout are absent predictions and get no score; a row that is NaN in
+    part is refused. Returns a long table: covariate, condition, fold, metric, value, sorted; NaN: not defined.
+    """
+    rows = group_codes(keys[KEYS], evaluation.keys[KEYS])
+    unknown = keys.loc[rows < 0, "condition"]
+    if len(unknown):
+        raise UserError("predictions", "condition", f"{unknown.iloc[0]!r} is no test condition", "leave it out")
+    missing = np.isnan(profiles)
+    absent = missing.all(axis=1)
+    if missing[~absent].any():
+        raise UserError("predictions", "X", "rows that are NaN in part", "predict all genes of a condition, or none")
+    order = np.argsort(rows[~absent], kind="stable")
+    predicted, rows = profiles[~absent][order], rows[~absent][order]
+    values = _profile_values(predicted, rows, evaluation, [m for m in metrics if not m.ranking])
+    values |= _ranking_values(predicted, rows, evaluation, [m for m in metrics if m.ranking])
+    own = evaluation.keys.iloc[rows].reset_index(drop=True)
+    wide = own[KEYS].assign(fold=own["test_fold"].astype(np.int64))
+    long = pd.concat([wide.assign(metric=m.name, value=values[m.name]) for m in metrics], ignore_index=True)
+    return long
+
+
+def _profile_values(
+    predicted: Floats, rows: Ints, evaluation: Evaluation, metrics: Sequence[Metric]
+) -> dict[str, Floats]:
+    values = {metric.name: np.empty(len(rows)) for metric in metrics}
+
+    def block(start: int) -> None:
+        at = slice(start, start + BLOCK)
+        mine = rows[at]
+        x, t = predicted[at], evaluation.truth[mine]
+        centres = {"control_mean": evaluation.control_mean[mine], "dataset_mean": evaluation.dataset_mean[mine]}
+        centred = {"none": (x, t)} | {name: (x - centre, t - centre) for name, centre in centres.items()}
+        degs = deg_mask(evaluation.padj[mine]).astype(np.float64)
+        weights = {"all": None, "degs": degs, "effect": effect_weights(evaluation.t[mine])}
+        undefined = {
+            "all": np.zeros(len(mine), dtype=bool),
+            "degs": degs.sum(axis=1) < FEWEST_DEGS,
+            "effect": ~(weights["effect"] > 0).any(axis=1),  # type: ignore[operator]
+        }
+        for metric in metrics:
+            value = metric.function(*centred[metric.centre], weights[metric.weighting])
+            values[metric.name][at] = np.where(undefined[metric.weighting], np.nan, value)
+
+    _in_threads(block, range(0, len(rows), BLOCK))
+    return values
+
+
+def _ranking_values(
+    predicted: Floats, rows: Ints, evaluation: Evaluation, metrics: Sequence[Metric]
+) -> dict[str, Floats]:
+    """Candidates are the truths of the evaluated set within the covariate, over all folds."""
+    values = {metric.name: np.full(len(rows), np.nan) for metric in metrics}
+    covariates = evaluation.keys["covariate"].to_numpy()
+    for covariate in sorted(set(covariates[rows])):
+        candidates = np.flatnonzero(covariates == covariate)
+        targets = {gene for c in evaluation.keys["condition"].iloc[candidates] for gene in genes_of(c)}
+        truths = evaluation.truth[candidates]
+        # The control mean is the same in all rows of a covariate; dataset means differ between folds and cannot
+        # centre a ranking over all folds.
+        centres = {"none": np.zeros(truths.shape[1]), "control_mean": evaluation.control_mean[candidates[0]]}
+        mine = np.flatnonzero(covariates[rows] == covariate)
+        own = np.searchsorted(candidates, rows[mine])
+        for metric in metrics:
+            centre = centres[metric.centre]
+            kept = ~(evaluation.genes.isin(targets) & metric.without_targets)
+            centred = (truths - centre)[:, kept]
+
+            def block(
+                start: int,
+                metric: Metric = metric,
+                centred: Floats = centred,
+                centre: Floats = centre,
+                kept: Bools = kept,
+                mine: Ints = mine,
+                own: Ints = own,
+            ) -> None:
+                at = mine[start : start + 8 * BLOCK]
+                x = (predicted[at] - centre)[:, kept]
+                values[metric.name][at] = metric.function(x, centred, own[start : start + 8 * BLOCK])
+
+            _in_threads(block, range(0, len(mine), 8 * BLOCK))
+    return values
+
+
+def _in_threads(work: Callable[[int], None], starts: range) -> None:
+    with one_blas_thread(), ThreadPoolExecutor() as pool:
+        list(pool.map(work, starts))

@@ -1,0 +1,1 @@
+"""Figures of the report: each module makes one figure from tables."""

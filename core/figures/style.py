@@ -1,0 +1,134 @@
+"""One look for all figures, and their rendering to bytes that depend on nothing but the figure."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from io import BytesIO
+from math import floor, log10
+from threading import RLock
+from typing import ParamSpec
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+INK = "#1f2328"
+MUTED = "#6b7280"
+FAINT = "#d9dce1"
+BLUE = "#0072b2"
+GREY = "#8a9099"
+
+# Okabe and Ito's colours, told apart by all common forms of colour blindness; shapes say the same once more.
+VERDICT_COLOURS = {"calibrated": BLUE, "inconclusive": "#e69f00", "miscalibrated": "#d55e00", "none": GREY}
+VERDICT_MARKERS = {"calibrated": "o", "inconclusive": "s", "miscalibrated": "D", "none": "X"}
+
+# Strata of effect size (docs/science.md section 6): from light to dark with the number of DEGs.
+STRATUM_COLOURS = {"0": "#b9bec6", "1-9": "#e69f00", "10-99": "#009e73", ">=100": BLUE}
+STRATUM_LABELS = {"0": "0", "1-9": "1–9", "10-99": "10–99", ">=100": "≥ 100"}
+
+_RC = {
+    "svg.hashsalt": "calipert",
+    "svg.fonttype": "none",
+    "font.family": "DejaVu Sans",
+    "font.size": 8.5,
+    "text.color": INK,
+    # Names come from users' files: a dollar sign in one is no formula.
+    "text.parse_math": False,
+    "axes.unicode_minus": True,
+    "axes.edgecolor": "#9aa0a8",
+    "axes.linewidth": 0.7,
+    "axes.labelcolor": INK,
+    "axes.labelsize": 8.5,
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
+    "xtick.major.size": 3,
+    "ytick.major.size": 3,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "figure.constrained_layout.use": True,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+}
+_DPI = 200
+# The layout is measured with the font that matplotlib brings; a reader sees the narrower font of their own system.
+_READERS_FONTS = "'Helvetica Neue', Helvetica, Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
+_RC_LOCK = RLock()
+
+P = ParamSpec("P")
+
+
+@contextmanager
+def look() -> Iterator[None]:
+    """The settings of all figures, whatever the user's matplotlibrc says; one thread at a time."""
+    with _RC_LOCK, mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(_RC)
+        yield
+
+
+def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """A figure function that draws within `look`."""
+
+    @wraps(draw)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        with look():
+            return draw(*args, **kwargs)
+
+    return wrapper
+
+
+def svg(figure: Figure) -> bytes:
+    """The figure as SVG with editable text: the same bytes for the same figure, no date, no version."""
+    buffer = BytesIO()
+    # Ticks are made while drawing, so the settings must hold here as well.
+    with look():
+        figure.savefig(buffer, format="svg", dpi=_DPI, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue().decode()
+    return text.replace("'DejaVu Sans', sans-serif", _READERS_FONTS).replace("'DejaVu Sans'", _READERS_FONTS).encode()
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as PNG at 200 dots per inch, without metadata."""
+    buffer = BytesIO()
+    with look():
+        figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def data_uri(image: bytes) -> str:
+    """An SVG as a `data:` address, so that a page can carry it."""
+    return "data:image/svg+xml;base64," + b64encode(image).decode()
+
+
+def plain(value: float) -> str:
+    """A tick label in plain digits: 0.001, 0.5, 20, 1,000; no exponent, no needless zero."""
+    if value == 0:
+        return "0"
+    digits = max(0, 2 - floor(log10(abs(value))))
+    text = f"{value:,.{digits}f}"
+    return (text.rstrip("0").rstrip(".") if "." in text else text).replace("-", "−")
+
+
+def grid(axes: Axes, which: str) -> None:
+    """A faint grid along one axis ("x" or "y")."""
+    axes.grid(True, axis=which, color=FAINT, linewidth=0.6)
+
+
+def bare(axes: Axes) -> None:
+    """Take the left spine and the tick marks of a named axis away: the names suffice."""
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)

@@ -1,0 +1,210 @@
+"""From a published file to counts with the field's labels: conditions, covariates, gene symbols.
+
+Everything that can be wrong with a raw file is refused here, before any work starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from core.catalog.schema import DatasetSpec, Filter, Labels
+from core.errors import UserError, shown
+
+CONTROL = "control"
+SEPARATOR = "+"
+
+COMPARISONS: dict[str, Callable[[pd.Series, Any], pd.Series]] = {
+    "==": lambda column, value: column == value,
+    ">=": lambda column, value: column >= value,
+    "<=": lambda column, value: column <= value,
+    "in": lambda column, value: column.isin(value),
+}
+
+
+def open_h5ad(path: Path) -> ad.AnnData:
+    """The AnnData in `path`, in memory. Raises UserError where there is no such file or it is not an h5ad."""
+    if not path.is_file():
+        raise UserError(path, "file", "no such file", "check the path, or name the file as the data set's source")
+    try:
+        return ad.read_h5ad(path)
+    except (OSError, KeyError, ValueError, TypeError, ad.AnnDataReadError) as error:
+        raise UserError(
+            path, "format", f"not a readable h5ad ({type(error).__name__}: {error})", "give an AnnData .h5ad file"
+        ) from error
+
+
+def harmonise(raw: ad.AnnData, spec: DatasetSpec, where: str) -> tuple[ad.AnnData, dict[str, Any]]:
+    """Counts with harmonised labels, and what was dropped on the way.
+
+    raw: cells x genes as published, X whole-number counts.
+    Returns an AnnData with X CSR float32 counts, genes sorted by symbol, cells in file order, obs
+    `condition` (`control`, `A`, `A+B` with sorted genes), `covariate` and, where the entry names a column for it,
+    `library_size`; and a report: cells dropped by the entry's filters, genes dropped because their symbol
+    occurs more than once.
+    Raises UserError for a missing column, duplicated cell names, counts that are not whole numbers >= 0,
+    labels that cannot be read, and data without control cells.
+    """
+    if raw.n_obs == 0 or raw.n_vars == 0:
+        raise UserError(where, "shape", f"{raw.n_obs} cells x {raw.n_vars} genes", "give a file with cells and genes")
+    repeated = raw.obs_names[raw.obs_names.duplicated()]
+    if len(repeated):
+        raise UserError(
+            where,
+            "obs_names",
+            f"{len(repeated)} duplicated cell names ({shown(list(repeated))})",
+            "make the names unique, e.g. by adding the batch: adata.obs_names_make_unique()",
+        )
+    keep = _filtered(raw.obs, spec.filters, where)
+    obs = raw.obs.loc[keep]
+    conditions = condition_labels(_column(obs, spec.labels.column, where), spec.labels, where)
+    labelled = conditions.notna().to_numpy()
+    covariates = (
+        pd.Series(spec.covariate, index=obs.index)
+        if spec.covariate_column is None
+        else _column(obs, spec.covariate_column, where).astype(str)
+    )
+    symbols = pd.Index(raw.var_names if spec.symbol_column is None else _symbols(raw.var, spec.symbol_column, where))
+    ambiguous = symbols.duplicated(keep=False)
+    order = np.argsort(symbols[~ambiguous].to_numpy().astype(str), kind="stable")
+    genes = np.flatnonzero(~ambiguous)[order]
+
+    rows = np.flatnonzero(keep)[labelled]
+    counts = sparse.csr_matrix(raw.X[rows][:, genes], dtype=np.float32)
+    counts.sort_indices()
+    check_counts(counts, where)
+    table = pd.DataFrame({"condition": conditions[labelled].astype(str), "covariate": covariates[labelled]})
+    if spec.library_size is not None:
+        sizes = pd.to_numeric(_column(obs, spec.library_size, where), errors="coerce")[labelled]
+        if not (np.isfinite(sizes) & (sizes > 0)).all():
+            raise UserError(
+                where,
+                f"obs[{spec.library_size!r}]",
+                "library sizes that are missing, zero or negative",
+                "fill the column, or take `library_size` out of the catalog entry",
+            )
+        table["library_size"] = sizes.astype(np.float64)
+    cells = ad.AnnData(X=counts, obs=table, var=pd.DataFrame(index=symbols[genes].astype(str)))
+    require_controls(cells.obs, spec.labels, where)
+    report = {
+        "cells in the file": int(raw.n_obs),
+        "cells dropped by the entry's filters": int((~keep).sum()),
+        "cells without a label": int((~labelled).sum()),
+        "genes in the file": int(raw.n_vars),
+        "genes dropped because their symbol occurs more than once": sorted(set(symbols[ambiguous].astype(str))),
+    }
+    return cells, report
+
+
+def condition_labels(labels: pd.Series, rules: Labels, where: str) -> pd.Series:
+    """Published labels as conditions; a missing label stays missing.
+
+    Works on the distinct labels. The genes of a combination are sorted, so that `B+A` is `A+B`. A label that holds both the entry's
+    separator and `+` is refused: it could be read in two ways.
+    """
+    distinct = pd.Index(labels.dropna().astype(str).unique())
+    mapping = {label: _condition(label, rules, where) for label in distinct}
+    return labels.astype(object).map(lambda label: mapping.get(str(label)), na_action="ignore")
+
+
+def _condition(label: str, rules: Labels, where: str) -> str:
+    name = label.strip()
+    if name in rules.control or (rules.control_contains is not None and rules.control_contains in name):
+        return CONTROL
+    if rules.cut_at is not None:
+        name = name.split(rules.cut_at, 1)[0]
+    separator = rules.separator
+    if separator is not None and separator != SEPARATOR and separator in name and SEPARATOR in name:
+        raise UserError(
+            where,
+            f"obs[{rules.column!r}]",
+            f"the label {label!r} holds both separators, {separator!r} and {SEPARATOR!r}",
+            "rename it, or set `labels.separator` in the catalog entry to the one that is meant",
+        )
+    genes = name.split(separator) if separator is not None and separator in name else name.split(SEPARATOR)
+    # A combination with control is the perturbation alone (`A+control` in some files).
+    genes = sorted({gene.strip() for gene in genes} - set(rules.control))
+    if not genes or any(not gene for gene in genes):
+        raise UserError(
+            where,
+            f"obs[{rules.column!r}]",
+            f"the label {label!r} names no gene, or an empty one",
+            "mend the label, or add it to `labels.control` in the catalog entry",
+        )
+    return SEPARATOR.join(genes)
+
+
+def genes_of(condition: str) -> list[str]:
+    """The perturbed genes of a condition; none for control."""
+    return [] if condition == CONTROL else condition.split(SEPARATOR)
+
+
+def check_counts(counts: sparse.csr_matrix, where: str) -> None:
+    """Raise UserError unless all stored values are finite whole numbers >= 0."""
+    values = counts.data
+    checks = [
+        ("NaN or infinite counts", ~np.isfinite(values), "remove or mend these cells"),
+        ("negative counts", values < 0, "give raw counts, not scaled or corrected expression"),
+        (
+            "counts that are not whole numbers",
+            np.isfinite(values) & (values != np.floor(values)),
+            "give raw counts in X; normalised or log-transformed values cannot be used here",
+        ),
+    ]
+    for found, wrong, remedy in checks:
+        if wrong.any():
+            example = values[wrong][0]
+            raise UserError(where, "X", f"{int(wrong.sum()):,} {found} (first: {example!r})", remedy)
+
+
+def require_controls(obs: pd.DataFrame, rules: Labels, where: str) -> None:
+    """Raise UserError where a covariate has no control cells."""
+    has_control = (obs["condition"] == CONTROL).groupby(obs["covariate"], observed=True).any()
+    without = sorted(has_control.index[~has_control].astype(str))
+    if len(has_control) == 0 or without:
+        labels = sorted(obs["condition"].astype(str).unique())
+        raise UserError(
+            where,
+            f"obs[{rules.column!r}]",
+            f"no control cells in {shown(without) or 'any covariate'}; labels there: {shown(labels, 8)}",
+            f"set `labels.control` in the catalog entry (now {rules.control})",
+        )
+
+
+def _filtered(obs: pd.DataFrame, filters: tuple[Filter, ...], where: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    keep = np.ones(len(obs), dtype=bool)
+    for row in filters:
+        column = _column(obs, row.column, where)
+        keep &= COMPARISONS[row.op](column, row.value).fillna(False).to_numpy(dtype=bool)
+    if not keep.any():
+        raise UserError(where, "filters", "no cell passes the entry's filters", "check `filters` in the catalog entry")
+    return keep
+
+
+def _column(obs: pd.DataFrame, name: str, where: str) -> pd.Series:
+    if name not in obs:
+        raise UserError(
+            where,
+            f"obs[{name!r}]",
+            f"no such column; there are: {shown(sorted(map(str, obs.columns)), 12)}",
+            "name the right column in the catalog entry (`labels.column`, `filters`, `covariate_column`, "
+            "`library_size`), or with --column",
+        )
+    return obs[name]
+
+
+def _symbols(var: pd.DataFrame, column: str, where: str) -> pd.Series:
+    if column not in var:
+        raise UserError(
+            where,
+            f"var[{column!r}]",
+            f"no such column; there are: {shown(sorted(map(str, var.columns)), 12)}",
+            "name the right column in the catalog entry (`symbol_column`)",
+        )
+    return var[column].astype(str)

@@ -1,0 +1,56 @@
+"""Highly variable genes from the mean and variance of each gene, as scanpy's flavor "seurat" defines them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from core.arrays import Bools, Floats
+
+BINS = 20
+
+
+def expression_moments(log_expression: sparse.csr_matrix) -> tuple[Floats, Floats]:
+    """Mean and variance (n-1) over cells of each gene's normalised expression.
+
+    log_expression: cells x genes, log1p of the normalised counts; moments are of expm1 of it.
+    """
+    n = log_expression.shape[0]
+    # In the input's own precision, as scanpy takes it; the sums are float64.
+    values = np.expm1(log_expression.data).astype(np.float64)
+    genes = log_expression.indices
+    width = log_expression.shape[1]
+    total = np.bincount(genes, weights=values, minlength=width)
+    squares = np.bincount(genes, weights=values * values, minlength=width)
+    mean = total / n
+    variance = (squares / n - mean * mean) * (n / (n - 1))
+    return mean, variance
+
+
+def highly_variable(mean: Floats, variance: Floats, genes: pd.Index, n_top: int) -> Bools:
+    """Mask of the `n_top` genes of highest normalised dispersion (Satija et al. 2015; scanpy's "seurat").
+
+    mean, variance: per gene, of the normalised expression (not log). genes: their names.
+    Equal to `scanpy.pp.highly_variable_genes(flavor="seurat", n_top_genes=n_top)` but for ties at the cut, which
+    the gene's name decides (scanpy takes all of them). All genes, if there are no more than `n_top`.
+    """
+    if len(genes) <= n_top:
+        return np.ones(len(genes), dtype=bool)
+    mean = np.where(mean == 0, 1e-12, mean)
+    dispersion = variance / mean
+    with np.errstate(divide="ignore", invalid="ignore"):
+        dispersion = np.log(np.where(dispersion == 0, np.nan, dispersion))
+    table = pd.DataFrame({"dispersion": dispersion, "bin": pd.cut(pd.Series(np.log1p(mean)), bins=BINS)})
+    bins = table.groupby("bin", observed=True)["dispersion"].agg(["mean", "std"])
+    # A gene alone in its bin has no spread: its normalised dispersion is 1.
+    alone = bins["std"].isna()
+    bins.loc[alone, "std"] = bins.loc[alone, "mean"]
+    bins.loc[alone, "mean"] = 0.0
+    of_gene = bins.loc[table["bin"]]
+    normalised = (table["dispersion"].to_numpy() - of_gene["mean"].to_numpy()) / of_gene["std"].to_numpy()
+    ranked = pd.DataFrame({"dispersion": normalised, "gene": genes.astype(str)})
+    top = ranked.dropna(subset=["dispersion"]).sort_values(["dispersion", "gene"], ascending=[False, True])
+    mask = np.zeros(len(genes), dtype=bool)
+    mask[top.index[:n_top]] = True
+    return mask

@@ -1,0 +1,1 @@
+"""Deployments built from the catalog, and the local stack."""

@@ -1,0 +1,1 @@
+"""Models behind the contract: one folder per model."""

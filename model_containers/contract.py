@@ -1,0 +1,478 @@
+"""The contract between the benchmark and a model: three commands, each given one JSON file.
+
+`python model.py describe|train|predict SPEC.json`. This module is copied into every model's image and lies on the
+path of every model that runs as a process. It imports nothing of the project, and numpy, pandas, scipy and anndata
+only inside the functions that need them: `describe` answers at once, and `main` can set the number of threads
+before a BLAS is loaded. The contract in full, file by file, is docs/models.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+if TYPE_CHECKING:
+    import anndata as ad
+    import numpy as np
+    import pandas as pd
+    from scipy.sparse import csr_matrix
+
+CONTROL = "control"
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+BLOCK_OF_CELLS = 65_536  # how many cells `read_means` holds at a time; fixed, so that its sums keep their bits
+
+Settings = TypeVar("Settings")
+
+
+class ContractError(Exception):
+    """What the model was given, or what it would write, breaks the contract; the message says where and how."""
+
+
+class Key(NamedTuple):
+    """What a profile belongs to: a condition (`A`, `A+B`) in a covariate (cell line, donor)."""
+
+    covariate: str
+    condition: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a model can do and needs.
+
+    name:         the model's name, equal to its folder's.
+    combinations: it predicts conditions of more than one gene.
+    embedding:    it needs an embedding of genes.
+    counts:       it needs raw counts (layers["counts"]) beside log1p expression.
+    gpu:          it uses a GPU where there is one.
+    input:        "cells" if it learns from single cells, "means" if from the means of conditions alone.
+    """
+
+    name: str
+    combinations: bool
+    embedding: bool
+    counts: bool
+    gpu: bool
+    input: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ContractError(f"describe.json: name: {self.name!r} is not a name")
+        for field in ("combinations", "embedding", "counts", "gpu"):
+            if not isinstance(getattr(self, field), bool):
+                raise ContractError(f"describe.json: {field}: {getattr(self, field)!r} is neither true nor false")
+        if self.input not in ("cells", "means"):
+            raise ContractError(f'describe.json: input: {self.input!r} is neither "cells" nor "means"')
+
+
+@dataclass(frozen=True)
+class TrainTask:
+    """One training run.
+
+    cells:           h5ad of the fold's train and val cells, control included: X log1p(CP10k), obs `condition`,
+                     `covariate`, `split` ("train" or "val"); test cells are not in the file.
+    embedding:       parquet of genes x dimensions, or None.
+    hyperparameters: what differs from the model's own defaults.
+    seed:            seed of every draw.
+    threads:         CPU threads to use.
+    output:          the only folder to write into.
+    """
+
+    cells: Path
+    embedding: Path | None
+    hyperparameters: dict[str, Any]
+    seed: int
+    threads: int
+    output: Path
+
+
+@dataclass(frozen=True)
+class PredictTask:
+    """One prediction run.
+
+    model:      the folder that training wrote.
+    control:    h5ad of the control cells of the train split, as `cells` of TrainTask.
+    conditions: what to predict.
+    embedding:  the parquet that training had, or None.
+    seed, threads, output: as in TrainTask.
+    """
+
+    model: Path
+    control: Path
+    conditions: tuple[Key, ...]
+    embedding: Path | None
+    seed: int
+    threads: int
+    output: Path
+
+
+def main(
+    description: Description,
+    train: Callable[[TrainTask], None],
+    predict: Callable[[PredictTask], None],
+    arguments: Sequence[str] | None = None,
+) -> None:
+    """Answer the command line `describe|train|predict SPEC.json` (default: this process's own) with a model.
+
+    Writes the description as describe.json, or calls `train` or `predict` with the task read from SPEC.json; these
+    write into `task.output`. A breach of the contract is one line on stderr and exit status 2; any other error of
+    the model is its traceback and exit status 1.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        if len(arguments) != 2 or arguments[0] not in _FIELDS:
+            raise ContractError(f"wanted: {'|'.join(_FIELDS)} SPEC.json; given: {' '.join(arguments) or 'nothing'}")
+        stage, spec = arguments[0], _read_spec(arguments[0], Path(arguments[1]))
+        if stage == "describe":
+            write_json(spec["output"] / "describe.json", asdict(description))
+            return
+        _use_threads(spec["threads"])
+        if stage == "train":
+            train(TrainTask(**spec))
+        else:
+            predict(PredictTask(**spec))
+    except ContractError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def hyperparameters(task: TrainTask, settings: type[Settings]) -> Settings:
+    """The task's hyperparameters as an instance of `settings`, a dataclass whose fields all have defaults.
+
+    Unknown names and values of another type than the default's are refused (a whole number may stand for a
+    decimal one); a ValueError of the dataclass's own `__post_init__` becomes a ContractError.
+    """
+    defaults = settings()
+    known = {field.name: getattr(defaults, field.name) for field in fields(defaults)}  # type: ignore[arg-type]
+    for name, value in task.hyperparameters.items():
+        if name not in known:
+            raise ContractError(f"hyperparameters: {name!r} is unknown; this model has {', '.join(sorted(known))}")
+        if not _same_type(value, known[name]):
+            raise ContractError(
+                f"hyperparameters: {name}: {value!r} is not of the type of its default, {known[name]!r}"
+            )
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in task.hyperparameters.items()}
+    try:
+        return settings(**given)
+    except ValueError as error:
+        raise ContractError(f"hyperparameters: {error}") from None
+
+
+# ---- events: one JSON object a line on stdout ----------------------------------------------------------------
+
+
+def progress(done: int, total: int, unit: str) -> None:
+    """Say that `done` of `total` units ("epoch", "condition") are finished."""
+    _say({"event": "progress", "done": int(done), "total": int(total), "unit": unit})
+
+
+def metric(name: str, step: int, value: float) -> None:
+    """Report a number of the training at a step (epochs count from 1); NaN and infinity are allowed."""
+    _say({"event": "metric", "name": name, "step": int(step), "value": float(value)})
+
+
+def log(message: str) -> None:
+    """Tell the user something."""
+    _say({"event": "log", "message": message})
+
+
+# ---- reading -------------------------------------------------------------------------------------------------
+
+
+def read_cells(path: Path, *, counts: bool = False) -> ad.AnnData:
+    """The cells of an h5ad: X CSR float32 log1p(CP10k), obs `covariate`, `condition`, `split` as str.
+
+    Layers stay on disk, save layers["counts"] (CSR, whole numbers) when `counts` is true. Raises ContractError if a
+    column or the counts are missing.
+    """
+    import anndata as ad
+    import h5py
+    from anndata.io import read_elem
+
+    with h5py.File(path, "r") as file:
+        obs, var = read_elem(file["obs"]), read_elem(file["var"])
+        layers = {}
+        if counts:
+            if "counts" not in file.get("layers", {}):
+                raise ContractError(f"{path}: there is no layers/counts, and this model needs counts")
+            layers["counts"] = _csr(read_elem(file["layers/counts"]))
+        return ad.AnnData(_csr(read_elem(file["X"])), obs=_labels(obs, path), var=var[[]], layers=layers)
+
+
+def read_means(path: Path) -> ad.AnnData:
+    """The mean profile of every (covariate, condition, split) of an h5ad of cells, control included.
+
+    X: float64, mean log1p over all cells of the row; obs `covariate`, `condition`, `split` (str), `n_cells`; rows
+    sorted by these names. The cells are summed by one sparse product per block of cells, so that a file far larger
+    than memory can be read.
+    """
+    import anndata as ad
+    import numpy as np
+    import pandas as pd
+    from scipy.sparse import csr_matrix
+
+    cells = ad.read_h5ad(path, backed="r")
+    try:
+        labels = _labels(cells.obs, path)
+        groups = labels.groupby(["covariate", "condition", "split"], sort=True, observed=True)
+        row_of = groups.ngroup().to_numpy()
+        obs = groups.size().rename("n_cells").reset_index()
+        sums = np.zeros((len(obs), cells.n_vars))
+        for start in range(0, cells.n_obs, BLOCK_OF_CELLS):
+            block = _csr(cells.X[start : start + BLOCK_OF_CELLS])
+            rows = row_of[start : start + BLOCK_OF_CELLS]
+            member = csr_matrix((np.ones(len(rows)), (rows, np.arange(len(rows)))), (len(sums), len(rows)))
+            sums += (member @ block).toarray()
+        var = pd.DataFrame(index=cells.var_names)
+    finally:
+        cells.file.close()
+    obs.index = obs["covariate"] + "|" + obs["condition"] + "|" + obs["split"]
+    return ad.AnnData(sums / obs["n_cells"].to_numpy()[:, None], obs=obs, var=var)
+
+
+def read_embedding(path: Path | None) -> pd.DataFrame:
+    """The embedding as a table genes x dimensions, float64.
+
+    A row of zeros says nothing about its gene, so the gene counts as one without an embedding: it is left out.
+    Raises ContractError if there is no embedding, a gene stands twice, or a value is not finite.
+    """
+    import numpy as np
+    import pandas as pd
+
+    if path is None:
+        raise ContractError("embedding: this model needs one, and the spec names none")
+    table = pd.read_parquet(path)
+    if table.index.has_duplicates:
+        twice = table.index[table.index.duplicated()][0]
+        raise ContractError(f"{path}: gene {twice!r} stands there more than once")
+    table = table.astype(np.float64).rename(index=str)
+    if not np.isfinite(table.to_numpy()).all():
+        gene = table.index[~np.isfinite(table.to_numpy()).all(axis=1)][0]
+        raise ContractError(f"{path}: the embedding of {gene!r} has a value that is not finite")
+    return table[(table.to_numpy() != 0).any(axis=1)]
+
+
+def unit_norm(embedding: pd.DataFrame) -> pd.DataFrame:
+    """Each gene's embedding divided by its Euclidean length."""
+    import numpy as np
+
+    return embedding.div(np.linalg.norm(embedding.to_numpy(), axis=1), axis=0)
+
+
+# ---- conditions ----------------------------------------------------------------------------------------------
+
+
+def genes_of(condition: str) -> tuple[str, ...]:
+    """The perturbed genes of a condition: `A+B` -> ("A", "B"), `control` -> ()."""
+    return () if condition == CONTROL else tuple(condition.split("+"))
+
+
+def embedded(means: ad.AnnData, embedding: pd.DataFrame) -> ad.AnnData:
+    """The rows whose condition is a perturbation and has an embedding for every gene."""
+    return means[[is_embedded(condition, embedding) for condition in means.obs["condition"]]]
+
+
+def dataset_means(means: ad.AnnData) -> pd.DataFrame:
+    """Each covariate's dataset_mean: covariate x genes (log1p), from what `read_means` returns.
+
+    The mean over the perturbations of the train split of their mean profiles; each weighs the same, and control is
+    none of them (docs/science.md section 3). A covariate without a train perturbation has no row.
+    """
+    train = means[(means.obs["split"] == "train") & (means.obs["condition"] != CONTROL)]
+    return train.to_df().groupby(train.obs["covariate"].to_numpy(), sort=True).mean()
+
+
+def no_answer(keys: Iterable[Key], embedding: pd.DataFrame, covariates: Iterable[str]) -> dict[Key, str]:
+    """Why some of the asked keys cannot be predicted by a model of embeddings: key -> reason.
+
+    embedding:  what `read_embedding` returned; every gene of a condition must be there.
+    covariates: those that the model learned.
+    """
+    known = set(covariates)
+    reasons = {}
+    for key in keys:
+        missing = [gene for gene in genes_of(key.condition) if gene not in embedding.index]
+        if missing:
+            reasons[key] = f"no embedding for {', '.join(missing)}"
+        elif key.covariate not in known:
+            reasons[key] = f"covariate {key.covariate} has no training perturbation with an embedding"
+    return reasons
+
+
+# ---- writing -------------------------------------------------------------------------------------------------
+
+
+def write_predictions(
+    task: PredictTask,
+    keys: Sequence[Key],
+    profiles: np.ndarray,
+    genes: Iterable[str],
+    unpredicted: Mapping[Key, str],
+) -> None:
+    """Write predictions.h5ad and unpredicted.json into the task's output.
+
+    keys:        the predicted (covariate, condition)s, in the order of `profiles`; written sorted.
+    profiles:    len(keys) x genes, predicted mean log1p(CP10k).
+    unpredicted: the reason of every asked key that is not predicted.
+    Raises ContractError unless every asked key is answered exactly once, and every number is finite.
+    """
+    import anndata as ad
+    import numpy as np
+    import pandas as pd
+
+    genes = [str(gene) for gene in genes]
+    values = np.asarray(profiles, dtype=np.float64).reshape(len(keys), -1) if len(keys) else np.empty((0, len(genes)))
+    if values.shape != (len(keys), len(genes)):
+        raise ContractError(f"predictions: {values.shape} values for {len(keys)} conditions x {len(genes)} genes")
+    answered = [*keys, *unpredicted]
+    if len(set(answered)) != len(answered) or set(answered) != set(task.conditions):
+        raise ContractError("predictions: every asked condition must be predicted or given a reason, exactly once")
+    if not np.isfinite(values).all():
+        row, column = np.argwhere(~np.isfinite(values))[0]
+        raise ContractError(f"predictions: {keys[row].condition}, gene {genes[column]}: {values[row, column]}")
+    order = sorted(range(len(keys)), key=lambda row: keys[row])
+    obs = pd.DataFrame([keys[row] for row in order], columns=list(Key._fields), dtype=object)
+    obs.index = pd.Index([f"{keys[row].covariate}|{keys[row].condition}" for row in order], dtype=object)
+    ad.AnnData(values[order], obs=obs, var=pd.DataFrame(index=genes)).write_h5ad(task.output / "predictions.h5ad")
+    reasons = [{**key._asdict(), "reason": unpredicted[key]} for key in sorted(unpredicted)]
+    write_json(task.output / "unpredicted.json", reasons)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file: indented, keys in the order given, a newline at its end."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# ---- the spec ------------------------------------------------------------------------------------------------
+
+
+def _existing(value: object) -> Path:
+    if isinstance(value, str) and value and Path(value).exists():
+        return Path(value)
+    raise ValueError("the path of something that exists")
+
+
+def _existing_or_none(value: object) -> Path | None:
+    return None if value is None else _existing(value)
+
+
+def _folder(value: object) -> Path:
+    if isinstance(value, str) and value:
+        Path(value).mkdir(parents=True, exist_ok=True)
+        return Path(value)
+    raise ValueError("the path of a folder")
+
+
+def _object(value: object) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return value
+    raise ValueError("an object")
+
+
+def _whole(value: object) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    raise ValueError("a whole number, not negative")
+
+
+def _threads(value: object) -> int:
+    if _whole(value) == 0:
+        raise ValueError("at least one thread")
+    return _whole(value)
+
+
+def _keys(value: object) -> tuple[Key, ...]:
+    rows = value if isinstance(value, list) else [None]
+    keys = [Key(*(str(row[name]) for name in Key._fields)) for row in rows if _is_key(row)]
+    if len(keys) != len(rows) or len(set(keys)) != len(keys):
+        raise ValueError("a list of distinct {covariate, condition}, none of them control")
+    return tuple(keys)
+
+
+def _is_key(row: object) -> bool:
+    return isinstance(row, dict) and set(row) == set(Key._fields) and row["condition"] != CONTROL
+
+
+# What each stage's spec holds: the check of each field, which names what was wanted if it fails.
+_FIELDS: dict[str, dict[str, Callable[[object], object]]] = {
+    "describe": {"output": _folder},
+    "train": {
+        "cells": _existing,
+        "embedding": _existing_or_none,
+        "hyperparameters": _object,
+        "seed": _whole,
+        "threads": _threads,
+        "output": _folder,
+    },
+    "predict": {
+        "model": _existing,
+        "control": _existing,
+        "conditions": _keys,
+        "embedding": _existing_or_none,
+        "seed": _whole,
+        "threads": _threads,
+        "output": _folder,
+    },
+}
+_DEFAULTS: dict[str, object] = {"embedding": None, "hyperparameters": {}, "threads": 1}
+
+
+def _read_spec(stage: str, path: Path) -> dict[str, Any]:
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ContractError(f"{path}: not a JSON file: {error}") from None
+    if not isinstance(given, dict):
+        raise ContractError(f"{path}: wanted an object, found {given!r}")
+    checks = _FIELDS[stage]
+    for field in given:
+        if field not in checks:
+            raise ContractError(f"{path}: {field}: unknown; {stage} has {', '.join(checks)}")
+    values = {}
+    for field, check in checks.items():
+        value = given.get(field, _DEFAULTS.get(field))
+        try:
+            values[field] = check(value)
+        except ValueError as wanted:
+            raise ContractError(f"{path}: {field}: wanted {wanted}, found {value!r}") from None
+    return values
+
+
+def _use_threads(threads: int) -> None:
+    """Hand the number of threads to every BLAS that is not loaded yet."""
+    wanted = dict.fromkeys(THREAD_VARIABLES, str(threads))
+    if "numpy" in sys.modules and any(os.environ.get(name) != value for name, value in wanted.items()):
+        log(f"numpy was loaded before the contract could ask for {threads} threads: the environment's number holds")
+    os.environ.update(wanted)
+
+
+def _same_type(value: object, default: object) -> bool:
+    if isinstance(default, float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(default, tuple):
+        return isinstance(value, list) and all(_same_type(each, default[0]) for each in value)
+    return type(value) is type(default)
+
+
+def _say(event: dict[str, object]) -> None:
+    print(json.dumps(event), flush=True)
+
+
+def _csr(matrix: Any) -> csr_matrix:
+    import numpy as np
+    from scipy.sparse import csr_matrix
+
+    return csr_matrix(matrix, dtype=np.float32)
+
+
+def _labels(obs: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """obs `covariate`, `condition`, `split` as str; the three columns must be there."""
+    columns = ["covariate", "condition", "split"]
+    missing = [column for column in columns if column not in obs]
+    if missing:
+        raise ContractError(f"{path}: obs has no column {', '.join(missing)}")
+    return obs[columns].astype(str)
