@@ -129,7 +129,7 @@ class ArtifactStore(Block):
             raise UserError(
                 self.root,
                 "free disk space",
-                f"the disk was full before this {kind} was complete; now that its unfinished files are removed,"
+                f"the disk was full before this {kind} was complete; with its unfinished files removed,"
                 f" {shutil.disk_usage(self.root).free / 1e6:,.1f} MB are free",
                 "free some space, or move the data folder to a larger disk (environment CALIPERT_DATA)",
             ) from error
@@ -165,7 +165,8 @@ class ArtifactStore(Block):
                 }
             )
         table = pd.DataFrame(rows, columns=["kind", "key", "bytes", "created", "valid"])
-        return table.astype({"bytes": "int64", "created": "datetime64[ns, UTC]", "valid": bool})
+        table["created"] = pd.to_datetime(table["created"], utc=True)
+        return table.astype({"bytes": "int64", "valid": bool})
 
     def remove_stale_temporaries(self) -> int:
         """Removes what killed builders left and returns how many folders that were.
@@ -237,7 +238,7 @@ class ArtifactStore(Block):
                     content = temporary / "content"
                     content.mkdir()
                     build(content)
-                    _seal(content, manifest)
+                    _seal(content, manifest, final)
                     _publish(content, final)
                 finally:
                     shutil.rmtree(temporary)
@@ -245,8 +246,8 @@ class ArtifactStore(Block):
 
 
 def _plain(value: object, where: str) -> object:
-    """The value in dicts, lists and scalars. Nothing but JSON gets in: json.dumps would write the key 1 as "1"
-    and let two recipes share one key."""
+    """The value in dicts, lists and scalars. Nothing but JSON gets in: json.dumps would write the name 1 as
+    "1" and let two recipes share one key."""
     if isinstance(value, Mapping):
         for name in value:
             if not isinstance(name, str):
@@ -288,9 +289,12 @@ def _damage(folder: Path, kind: str, key: str) -> str | None:
     return None
 
 
-def _checksum(path: Path, status: os.stat_result) -> str:
-    """SHA-256 of a file, read once per process as long as its path, size, time and inode stay the same."""
-    identity = (str(path), status.st_size, status.st_mtime_ns, status.st_ino)
+def _checksum(path: Path, status: os.stat_result, place: Path | None = None) -> str:
+    """SHA-256 of a file, read once per process as long as its place, size, time and inode stay the same.
+
+    place: where the file will lie, if it is about to be renamed.
+    """
+    identity = (str(place or path), status.st_size, status.st_mtime_ns, status.st_ino)
     with _known_lock:
         if identity not in _known:
             with path.open("rb") as file:
@@ -298,7 +302,7 @@ def _checksum(path: Path, status: os.stat_result) -> str:
         return _known[identity]
 
 
-def _seal(content: Path, manifest: Manifest) -> None:
+def _seal(content: Path, manifest: Manifest, final: Path) -> None:
     """Makes the built files read-only and durable, then writes the manifest, last."""
     files = {}
     for path in sorted(content.rglob("*")):
@@ -311,9 +315,8 @@ def _seal(content: Path, manifest: Manifest) -> None:
             raise ValueError(f"{name}: the store writes this file itself")
         path.chmod(0o444)
         _sync(path)
-        with path.open("rb") as file:
-            digest = file_digest(file, "sha256").hexdigest()
-        files[name] = ManifestFile(size=path.stat().st_size, sha256=digest)
+        status = path.stat()
+        files[name] = ManifestFile(size=status.st_size, sha256=_checksum(path, status, final / name))
     sealed = manifest.model_copy(update={"files": files})
     path = content / MANIFEST
     path.write_text(sealed.model_dump_json(indent=1), encoding="utf-8")

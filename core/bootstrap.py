@@ -34,9 +34,7 @@ def bootstrap_means(values: Floats, resamples: int, seed: int, step: str) -> Flo
     NaN where a resample holds no such row.
     """
     usable = ~np.isnan(values)
-    sums = bootstrap_sums(
-        np.hstack([np.where(usable, values, 0.0), usable.astype(np.float64)]), resamples, seed, step
-    )
+    sums = bootstrap_sums(np.hstack([np.where(usable, values, 0.0), usable.astype(np.float64)]), resamples, seed, step)
     total, count = np.hsplit(sums, 2)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray(total / count)

@@ -1,4 +1,4 @@
-"""Calibration of the metrics: can they tell a replicate from an uninformative average (`docs/science.md`, section 5)."""
+"""Calibration: can a metric tell a replicate from an uninformative average (`docs/science.md`, section 5)."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def calibrate(scores: pd.DataFrame, seed: int) -> pd.DataFrame:
     rows = []
     for name in [m for m in BY_NAME if m in set(wide.index.get_level_values("metric"))]:
         metric = BY_NAME[name]
-        of_metric = wide.xs(name, level="metric")
+        of_metric = wide.loc[wide.index.get_level_values("metric") == name].droplevel("metric")
         for variant in VARIANTS:
             negative = variant.negative or metric.negative_control
             pairs = of_metric[[variant.positive]].assign(negative=of_metric[negative])
@@ -105,11 +105,11 @@ def _summary(pairs: pd.DataFrame, metric: Metric, main: int, seed: int, *, quote
         },
         index=pairs.index,
     )
-    of_main = values.xs(main, level="half_seed")
+    of_main = values.loc[values.index.get_level_values("half_seed") == main]
     quote = of_main[["drf", "bds"]].to_numpy()
     low, high = interval(bootstrap_means(quote, RESAMPLES, seed, "bootstrap"))
     n = int(of_main["drf"].notna().sum())
-    spread = values.groupby(level="half_seed")[["drf", "bds"]].mean().std(ddof=1)
+    spread = values[["drf", "bds"]].groupby(level="half_seed").mean().std(ddof=1)
     mean = of_main.mean()
     return {
         "n_conditions": n,

@@ -58,7 +58,7 @@ def prepare_cells(raw: ad.AnnData, spec: DatasetSpec, where: str) -> ad.AnnData:
     obs = cells.obs.copy()
     obs["half"] = draw_halves(obs, spec.seed)
     obs = obs.join(draw_folds(obs, spec.task, spec.folds, spec.seed))
-    order = np.lexsort([obs.index.astype(str), obs["condition"].astype(str), obs["covariate"].astype(str)])
+    order = np.lexsort([obs.index.to_numpy(str), obs["condition"].to_numpy(str), obs["covariate"].to_numpy(str)])
     obs = obs.iloc[order]
     for column in obs.columns.drop("library_size", errors="ignore"):
         obs[column] = pd.Categorical(obs[column], categories=sorted(obs[column].unique()))
@@ -71,9 +71,7 @@ def prepare_cells(raw: ad.AnnData, spec: DatasetSpec, where: str) -> ad.AnnData:
     )
 
 
-def filter_cells_and_genes(
-    cells: ad.AnnData, min_genes: int, min_cells: int, report: dict[str, Any]
-) -> ad.AnnData:
+def filter_cells_and_genes(cells: ad.AnnData, min_genes: int, min_cells: int, report: dict[str, Any]) -> ad.AnnData:
     """Cells with at least `min_genes` genes, then genes in at least `min_cells` of these cells. X: counts."""
     cells.X.eliminate_zeros()
     rich = np.diff(cells.X.indptr) >= min_genes
@@ -123,7 +121,7 @@ def normalise(cells: ad.AnnData, target_sum: float) -> sparse.csr_matrix:
     scale = target_sum / np.where(sizes > 0, sizes, 1.0)
     counts.data *= np.repeat(scale, np.diff(counts.indptr))
     np.log1p(counts.data, out=counts.data)
-    return counts.astype(np.float32)
+    return sparse.csr_matrix(counts, dtype=np.float32)
 
 
 def _canonical(matrix: sparse.csr_matrix) -> sparse.csr_matrix:
@@ -132,7 +130,10 @@ def _canonical(matrix: sparse.csr_matrix) -> sparse.csr_matrix:
     return matrix
 
 
-_LOWER = "lower `min_genes_per_cell`, `min_cells_per_gene` or `min_cells_per_condition` in the catalog entry, or give more data"
+_LOWER = (
+    "lower `min_genes_per_cell`, `min_cells_per_gene` or `min_cells_per_condition` in the catalog entry, "
+    "or give more data"
+)
 
 
 def _require(condition: bool, where: str, field: str, found: str, remedy: str) -> None:

@@ -28,11 +28,12 @@ STRATA = (("all", 0, np.inf), ("0", 0, 0), ("1-9", 1, 9), ("10-99", 10, 99), (">
 def compare(scores: pd.DataFrame, n_degs: pd.Series, seed: int) -> pd.DataFrame:
     """Every model against every control it shares conditions with; columns in `docs/outputs.md`.
 
-    scores: long table of one half split (model, covariate, condition, metric, value). n_degs: DEGs by (covariate, condition).
+    scores: long table of one half split (model, covariate, condition, metric, value). n_degs: number of DEGs by
+    (covariate, condition).
     mean_difference is positive where the model is better; tests are one-sided for that. Holm and Bonferroni run
     over models x metrics, for each control and stratum. NaN: fewer than two pairs, or no variation.
-    detectable_difference: the mean difference that the paired t-test finds with 80 % power at alpha 0.05 divided by the number of
-    tests (Holm's first step).
+    detectable_difference: the mean difference that the paired t-test finds with 80 % power at alpha 0.05 divided
+    by the number of tests (Holm's first step).
     """
     names = {control.name for control in CONTROLS}
     controls = [c.name for c in CONTROLS if c.name in set(scores["model"])]
@@ -96,7 +97,8 @@ def _tests(differences: Floats, seed: int) -> pd.DataFrame:
         table[f"{test}_bonferroni"] = adjusted(p, "bonferroni")
     tests = max(1, sum(testable))
     table["detectable_difference"] = [
-        detectable_effect(len(d), tests) * d.std(ddof=1) if ok else np.nan for d, ok in zip(columns, testable, strict=True)
+        detectable_effect(len(d), tests) * d.std(ddof=1) if ok else np.nan
+        for d, ok in zip(columns, testable, strict=True)
     ]
     return table
 

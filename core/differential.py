@@ -27,7 +27,7 @@ def against_rest(groups: Moments) -> tuple[Floats, Floats]:
     t, padj = np.full(shape, np.nan), np.full(shape, np.nan)
     if tested.sum() < 2:
         return t, padj
-    own = groups[tested]
+    own = groups.of(tested)
     rest = Moments(own.n.sum() - own.n, own.total.sum(axis=0) - own.total, own.squares.sum(axis=0) - own.squares)
     n = own.n[:, None].astype(np.float64)
     error_own, error_rest = _variance(own) / n, _variance(rest) / n

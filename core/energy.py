@@ -36,9 +36,9 @@ def edistances(coordinates: Floats, codes: Ints, names: list[str]) -> pd.DataFra
     n = np.bincount(codes, minlength=len(names)).astype(np.float64)
     members = sparse.csr_matrix((np.ones(len(codes)), (codes, np.arange(len(codes)))), shape=(len(names), len(codes)))
     with one_blas_thread(), np.errstate(invalid="ignore", divide="ignore"):
-        means = (members @ coordinates) / n[:, None]
+        means = np.asarray(members @ coordinates) / n[:, None]
         scatter = members @ np.einsum("ij,ij->i", coordinates - means[codes], coordinates - means[codes])
-        # Mean squared distance to the group's own mean: within-pair means are twice that, with n-1 for the group itself.
+        # Mean squared distance to the own mean; between two cells of a group it is twice that, with n-1.
         spread = scatter / n
         within = 2.0 * scatter / (n - 1.0)
         squares = np.einsum("ij,ij->i", means, means)

@@ -92,8 +92,8 @@ def score(
 ) -> pd.DataFrame:
     """Scores of predicted profiles (rows as in `keys`, columns as in evaluation.genes; log1p).
 
-    keys: covariate, condition. Rows that are NaN throughout are absent predictions and get no score; a row that is NaN in
-    part is refused. Returns a long table: covariate, condition, fold, metric, value, sorted; NaN: not defined.
+    keys: covariate, condition. Rows that are NaN throughout are absent predictions and get no score; one that is NaN
+    in part is refused. Returns a long table: covariate, condition, fold, metric, value, sorted; NaN: not defined.
     """
     rows = group_codes(keys[KEYS], evaluation.keys[KEYS])
     unknown = keys.loc[rows < 0, "condition"]
@@ -122,14 +122,18 @@ def _profile_values(
         at = slice(start, start + BLOCK)
         mine = rows[at]
         x, t = predicted[at], evaluation.truth[mine]
-        centres = {"control_mean": evaluation.control_mean[mine], "dataset_mean": evaluation.dataset_mean[mine]}
+        centres = {
+            "control_mean": evaluation.control_mean[mine],
+            "dataset_mean": evaluation.dataset_mean[mine],
+        }
         centred = {"none": (x, t)} | {name: (x - centre, t - centre) for name, centre in centres.items()}
         degs = deg_mask(evaluation.padj[mine]).astype(np.float64)
-        weights = {"all": None, "degs": degs, "effect": effect_weights(evaluation.t[mine])}
+        effect = effect_weights(evaluation.t[mine])
+        weights = {"all": None, "degs": degs, "effect": effect}
         undefined = {
             "all": np.zeros(len(mine), dtype=bool),
             "degs": degs.sum(axis=1) < FEWEST_DEGS,
-            "effect": ~(weights["effect"] > 0).any(axis=1),  # type: ignore[operator]
+            "effect": ~(effect > 0).any(axis=1),
         }
         for metric in metrics:
             value = metric.function(*centred[metric.centre], weights[metric.weighting])

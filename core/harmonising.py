@@ -36,7 +36,10 @@ def open_h5ad(path: Path) -> ad.AnnData:
         return ad.read_h5ad(path)
     except (OSError, KeyError, ValueError, TypeError, ad.AnnDataReadError) as error:
         raise UserError(
-            path, "format", f"not a readable h5ad ({type(error).__name__}: {error})", "give an AnnData .h5ad file"
+            path,
+            "format",
+            f"not a readable h5ad ({type(error).__name__}: {error})",
+            "give an AnnData .h5ad file",
         ) from error
 
 
@@ -105,7 +108,7 @@ def harmonise(raw: ad.AnnData, spec: DatasetSpec, where: str) -> tuple[ad.AnnDat
 def condition_labels(labels: pd.Series, rules: Labels, where: str) -> pd.Series:
     """Published labels as conditions; a missing label stays missing.
 
-    Works on the distinct labels. The genes of a combination are sorted, so that `B+A` is `A+B`. A label that holds both the entry's
+    The genes of a combination are sorted, so that `B+A` is `A+B`. A label that holds both the entry's
     separator and `+` is refused: it could be read in two ways.
     """
     distinct = pd.Index(labels.dropna().astype(str).unique())

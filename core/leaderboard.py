@@ -22,8 +22,8 @@ def leaderboard(scores: pd.DataFrame, calibration: pd.DataFrame, seed: int) -> p
     scores: long table of models and controls (model, covariate, condition, half_seed, metric, value). The
     controls have a value for every condition of the evaluated set. Models that cover at least 80 % of it are in the
     panel and compared on the conditions that all of them have; others are summarised on their own conditions and
-    not ranked. Headroom is (model - negative) / (positive - negative) on panel means, unclipped: 0 is the metric's negative
-    control, 1 the interpolated duplicate.
+    not ranked. Headroom is (model - negative) / (positive - negative) on panel means, unclipped: 0 is the metric's
+    negative control, 1 the interpolated duplicate.
     """
     main_seed = scores["half_seed"].min()
     main = scores[scores["half_seed"] == main_seed]

@@ -50,7 +50,7 @@ def mirror_cells(data: ad.AnnData) -> ad.AnnData:
     )
     for fold in _folds(data):
         obs[f"fold_{fold}"] = cells.obs[f"{FOLD_PREFIX}{fold}"].astype(str)
-    rows = np.lexsort([obs.index.astype(str), obs["condition"], obs["covariate"]])
+    rows = np.lexsort([obs.index.to_numpy(str), obs["condition"].to_numpy(str), obs["covariate"].to_numpy(str)])
     genes = np.argsort(cells.var_names.to_numpy().astype(str), kind="stable")
     matrix = sparse.csr_matrix(cells.X, dtype=np.float32)[rows][:, genes]
     matrix.sort_indices()
@@ -73,7 +73,9 @@ def stored_reference(data: ad.AnnData, cells: ad.AnnData, where: str) -> tuple[a
     }
     for half, suffix in DIFFERENTIAL.items():
         for layer, slot in (("t", "scores_df_dict"), ("padj", "pvals_adj_df_dict")):
-            layers[f"{layer}_{half}"] = _differential(data.uns, slot + suffix, "names_df_dict" + suffix, stored, genes, where)
+            layers[f"{layer}_{half}"] = _differential(
+                data.uns, slot + suffix, "names_df_dict" + suffix, stored, genes, where
+            )
     size = cells.obs.groupby([*KEYS, "half"], observed=True).size().unstack("half", fill_value=0)
     size = size.reindex(pd.MultiIndex.from_frame(keys[KEYS]))
     obs = keys.assign(
@@ -86,7 +88,9 @@ def stored_reference(data: ad.AnnData, cells: ad.AnnData, where: str) -> tuple[a
 
 def _stored_negatives(data: ad.AnnData, genes: pd.Index, where: str) -> ad.AnnData:
     tables = [("control_mean", -1, _table(data, CONTROL_MEAN, genes, where))]
-    tables += [("dataset_mean", fold, _table(data, DATASET_MEAN.format(fold=fold), genes, where)) for fold in _folds(data)]
+    tables += [
+        ("dataset_mean", fold, _table(data, DATASET_MEAN.format(fold=fold), genes, where)) for fold in _folds(data)
+    ]
     rows = [(str(covariate), kind, fold) for kind, fold, table in tables for covariate in table.index]
     obs = pd.DataFrame(rows, columns=["covariate", "kind", "fold"])
     obs.index = pd.Index(obs["covariate"] + "|" + obs["kind"] + "|" + obs["fold"].astype(str))
@@ -107,7 +111,10 @@ def _table(data: ad.AnnData, slot: str, genes: pd.Index, where: str) -> pd.DataF
     missing = genes.difference(table.columns)
     if len(missing):
         raise UserError(
-            where, f"uns[{slot!r}]", f"{len(missing)} genes of X are missing (first: {missing[0]})", "use --recompute"
+            where,
+            f"uns[{slot!r}]",
+            f"{len(missing)} genes of X are missing (first: {missing[0]})",
+            "use --recompute",
         )
     return table[genes]
 
@@ -121,6 +128,8 @@ def _differential(
     values = np.full((len(stored), len(genes)), np.nan)
     for row, key in enumerate(stored):
         if key in uns[slot]:
-            of_gene = pd.Series(np.asarray(uns[slot][key], dtype=np.float64), index=np.asarray(uns[names][key]).astype(str))
+            of_gene = pd.Series(
+                np.asarray(uns[slot][key], dtype=np.float64), index=np.asarray(uns[names][key]).astype(str)
+            )
             values[row] = of_gene.reindex(genes).to_numpy()
     return values

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from core.arrays import Floats, Ints
+from core.arrays import Bools, Floats, Ints
 
 
 class Moments(NamedTuple):
@@ -26,13 +26,9 @@ class Moments(NamedTuple):
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.asarray(self.total / self.n[:, None])
 
-    def __getitem__(self, rows: object) -> Moments:  # type: ignore[override]
-        """The moments of some groups, by any numpy row index."""
-        return Moments(self.n[rows], self.total[rows], self.squares[rows])  # type: ignore[index]
-
-    def plus(self, other: Moments) -> Moments:
-        """The moments of the two sets of cells together, group by group."""
-        return Moments(self.n + other.n, self.total + other.total, self.squares + other.squares)
+    def of(self, groups: Bools | Ints) -> Moments:
+        """The moments of some groups (a mask, or their positions)."""
+        return Moments(self.n[groups], self.total[groups], self.squares[groups])
 
 
 def group_codes(frame: pd.DataFrame, keys: pd.DataFrame) -> Ints:

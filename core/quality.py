@@ -27,9 +27,10 @@ def energy_by_covariate(cells: ad.AnnData) -> dict[str, pd.DataFrame]:
 
 def quality(reference: ad.AnnData, energy: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """One row per (covariate, condition): n_cells, n_degs (first half), edistance_to_control."""
-    table = reference.obs[["covariate", "condition", "n_cells", "n_degs"]].reset_index(drop=True)
+    table: pd.DataFrame = reference.obs[["covariate", "condition", "n_cells", "n_degs"]].reset_index(drop=True)
     table = table.astype({"covariate": str, "condition": str})
     table["edistance_to_control"] = np.array(
-        [energy[a].loc[CONTROL, b] for a, b in zip(table["covariate"], table["condition"], strict=True)], dtype=np.float64
+        [energy[a].loc[CONTROL, b] for a, b in zip(table["covariate"], table["condition"], strict=True)],
+        dtype=np.float64,
     )
     return table

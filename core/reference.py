@@ -15,7 +15,15 @@ from core.moments import Moments, group_codes, group_means, group_moments
 from core.splits import fold_columns
 
 KEYS = ["covariate", "condition"]
-HALF_LAYERS = ("truth", "technical_duplicate", "interpolated_duplicate", "t_first", "padj_first", "t_second", "padj_second")
+HALF_LAYERS = (
+    "truth",
+    "technical_duplicate",
+    "interpolated_duplicate",
+    "t_first",
+    "padj_first",
+    "t_second",
+    "padj_second",
+)
 
 
 def reference_keys(cells: ad.AnnData) -> pd.DataFrame:
@@ -28,7 +36,8 @@ def reference_keys(cells: ad.AnnData) -> pd.DataFrame:
     for fold, column in enumerate(fold_columns(obs)):
         is_test = groups[column].first() == "test"
         table.loc[is_test[is_test].index, "test_fold"] = fold
-    return table.reset_index()
+    keys: pd.DataFrame = table.reset_index()
+    return keys
 
 
 def build_negatives(cells: ad.AnnData) -> ad.AnnData:
@@ -57,7 +66,9 @@ def build_negatives(cells: ad.AnnData) -> ad.AnnData:
 def condition_split(obs: pd.DataFrame, keys: pd.DataFrame, column: str) -> pd.Series:
     """The split of each row of `keys` in the fold `column`, aligned with `keys`."""
     by_condition = obs.groupby([obs[k].astype(str) for k in KEYS], observed=True)[column].first()
-    return pd.Series(by_condition.reindex(pd.MultiIndex.from_frame(keys[KEYS])).astype(str).to_numpy(), index=keys.index)
+    return pd.Series(
+        by_condition.reindex(pd.MultiIndex.from_frame(keys[KEYS])).astype(str).to_numpy(), index=keys.index
+    )
 
 
 def build_half_split(cells: ad.AnnData, half: pd.Series, negatives: ad.AnnData) -> ad.AnnData:
@@ -67,7 +78,7 @@ def build_half_split(cells: ad.AnnData, half: pd.Series, negatives: ad.AnnData) 
     HALF_LAYERS, float64; interpolated_duplicate is NaN for conditions that are never test.
     """
     keys = reference_keys(cells)
-    is_first = (half.to_numpy() == "first_half")
+    is_first = half.to_numpy() == "first_half"
     codes = group_codes(cells.obs, keys[KEYS])
     first = group_moments(cells.X, np.where(is_first, codes, -1), len(keys))
     second = group_moments(cells.X, np.where(is_first, -1, codes), len(keys))
@@ -123,11 +134,11 @@ def _fold_baselines(
     singles = [row for row in training if len(genes_of(conditions[row])) == 1]
     tests = {conditions[row]: int(keys["n_cells"].iloc[row]) for row in rows}
     return {
-        "sparse_mean": sparse_means(
-            cells.X, obs, covariate, tests, np.flatnonzero(in_training & ~is_control), seed
-        ),
+        "sparse_mean": sparse_means(cells.X, obs, covariate, tests, np.flatnonzero(in_training & ~is_control), seed),
         "additive": additive(
-            list(tests), {conditions[row]: means[row] for row in singles}, _mean(cells, in_training & is_control)
+            list(tests),
+            {conditions[row]: means[row] for row in singles},
+            _mean(cells, in_training & is_control),
         ),
         "linear": linear([conditions[row] for row in singles], means[singles], cells.var_names, list(tests)),
     }
@@ -156,7 +167,7 @@ def _differential(moments: Moments, keys: pd.DataFrame) -> tuple[Floats, Floats]
     t, padj = np.empty(moments.total.shape), np.empty(moments.total.shape)
     for covariate in keys["covariate"].unique():
         rows = np.flatnonzero(keys["covariate"] == covariate)
-        t[rows], padj[rows] = against_rest(moments[rows])
+        t[rows], padj[rows] = against_rest(moments.of(rows))
     return t, padj
 
 

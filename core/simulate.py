@@ -30,6 +30,8 @@ CellLine = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+$")]
 _MOST_EXTREME = 3.0
 # Members of a program differ by this much (sd of the log) in how strongly they follow it.
 _LOADING_SPREAD = 0.4
+# Dense numbers are held for so many cells at a time.
+_CELLS_AT_ONCE = 500
 
 
 class SimulationSettings(BaseModel):
@@ -40,11 +42,11 @@ class SimulationSettings(BaseModel):
     seed: int = Field(42, ge=0, description="Seed of every draw.")
     genes: int = Field(1500, ge=50, description="Measured genes (number).")
     singles: int = Field(40, ge=1, description="Genes perturbed one at a time (number of conditions).")
-    combinations: int = Field(
-        0, ge=0, description="Pairs of those genes perturbed together (number of conditions)."
-    )
+    combinations: int = Field(0, ge=0, description="Pairs of those genes perturbed together (number of conditions).")
     cell_lines: tuple[CellLine, ...] = Field(
-        ("line_1",), min_length=1, description="Names of the cell lines (the covariate); all conditions in each."
+        ("line_1",),
+        min_length=1,
+        description="Names of the cell lines (the covariate); all conditions in each.",
     )
     cells_per_condition: float = Field(100, ge=1, description="Median cells of a perturbed condition in a line.")
     cells_per_condition_sd: float = Field(
@@ -57,40 +59,52 @@ class SimulationSettings(BaseModel):
     library_size_sd: float = Field(0.37, ge=0, description="Sd of the log of the counts expected in a cell.")
     expression_sd: float = Field(1.8, ge=0, description="Sd over genes of the log mean expression.")
     dispersion: float = Field(
-        0.2, gt=0, description="Negative-binomial dispersion phi (variance = mean + phi mean^2) of abundant genes."
+        0.2,
+        gt=0,
+        description="Negative-binomial dispersion phi (variance = mean + phi mean^2) of abundant genes.",
     )
     dispersion_of_rare_genes: float = Field(
         0.03, ge=0, description="Added to phi, divided by the gene's mean count in the median cell."
     )
     dispersion_sd: float = Field(0.7, ge=0, description="Scatter of genes about that trend: sd of log phi.")
     programs: int = Field(12, ge=1, description="Gene programs that perturbations move (number).")
-    program_share: float = Field(
-        0.1, gt=0, le=1, description="Share of the genes that belong to a program (0 to 1)."
-    )
+    program_share: float = Field(0.1, gt=0, le=1, description="Share of the genes that belong to a program (0 to 1).")
     loading: float = Field(
         0.25, ge=0, description="Typical change of a member's log expression when its program's activity moves by 1, "
         "the sd of that activity from cell to cell.",
     )  # fmt: skip
     null_share: float = Field(0.25, ge=0, le=1, description="Share of single perturbations without any effect.")
     strength: float = Field(
-        1.5, ge=0, description="Median strength of the others: the move of program activity, in its sd among cells."
+        2.0,
+        ge=0,
+        description="Median strength of the others: the move of program activity, in its sd among cells.",
     )
-    strength_sd: float = Field(0.8, ge=0, description="Sd of the log of that strength.")
+    strength_sd: float = Field(0.7, ge=0, description="Sd of the log of that strength.")
     general_response: float = Field(
-        0.5, ge=0, description="Move of the general program, the same way in all perturbations, per unit of strength."
+        0.7,
+        ge=0,
+        description="Move of the general program, the same way in all perturbations, per unit of strength.",
     )
     private_share: float = Field(
-        0.01, ge=0, le=1, description="Share of the genes a perturbation moves for itself, outside all programs."
+        0.01,
+        ge=0,
+        le=1,
+        description="Share of the genes a perturbation moves for itself, outside all programs.",
     )
     target_fold_change: float = Field(
         0.2, gt=0, description="Typical expression of a perturbed gene relative to control: below 1 it is knocked "
         "down (CRISPRi) and its programs fall, above 1 it is activated (CRISPRa) and they rise.",
     )  # fmt: skip
     target_fold_change_sd: float = Field(
-        0.3, ge=0, description="Scatter between perturbed genes: sd of the log of the size of that log fold change."
+        0.3,
+        ge=0,
+        description="Scatter between perturbed genes: sd of the log of the size of that log fold change.",
     )
     interaction_share: float = Field(
-        0.2, ge=0, le=1, description="Share of the combinations that are not additive in log expression (0 to 1)."
+        0.2,
+        ge=0,
+        le=1,
+        description="Share of the combinations that are not additive in log expression (0 to 1).",
     )
     interaction_size: float = Field(
         0.5, ge=0, le=1, description="In those, the sum of the two lfc is multiplied by 1 + this (synergy) or 1 - this "
@@ -205,7 +219,7 @@ def _conditions(settings: SimulationSettings, genes: list[str]) -> list[str]:
     adds to the list and takes nothing from it (more singles, though, bring other pairs).
     """
     expressed = _expression(settings, "") > 0
-    regulators = (_loadings(settings, "")[:, 1:] != 0).any(axis=1)
+    regulators = _members(settings, "")[:, 1:].any(axis=1)
     candidates = np.flatnonzero(expressed & regulators)
     if len(candidates) < settings.singles:
         raise UserError(
@@ -227,14 +241,20 @@ def _expression(settings: SimulationSettings, line: str) -> Array:
     return np.clip(scores, -_MOST_EXTREME, _MOST_EXTREME)
 
 
-def _loadings(settings: SimulationSettings, line: str) -> Array:
-    """genes x (1 + programs): signed loadings, 0 for no member; the part lines share (line ""), or a line's own."""
+def _members(settings: SimulationSettings, line: str) -> NDArray[np.bool_]:
+    """genes x (1 + programs): who belongs to what; the part that lines share (line ""), or a line's own."""
     shape = (settings.genes, 1 + settings.programs)
-    member = generator(settings.seed, "simulate members", line).random(shape) < settings.program_share
+    return generator(settings.seed, "simulate members", line).random(shape) < settings.program_share
+
+
+def _loadings(settings: SimulationSettings, line: str) -> Array:
+    """genes x (1 + programs): signed loadings, 0 for no member; the part that lines share (line ""), or its own."""
+    member = _members(settings, line)
+    shape = member.shape
     rng = generator(settings.seed, "simulate loadings", line)
     sign = np.where(rng.random(shape) < 0.5, -1.0, 1.0)
     size = np.exp(_LOADING_SPREAD * rng.standard_normal(shape) - _LOADING_SPREAD**2)  # root mean square 1
-    return member * sign * settings.loading * size
+    return np.where(member, sign * settings.loading * size, 0.0)
 
 
 def _strengths(settings: SimulationSettings, line: str) -> Array:
@@ -242,7 +262,7 @@ def _strengths(settings: SimulationSettings, line: str) -> Array:
     rng = generator(settings.seed, "simulate strengths", line)
     effective = rng.random(settings.genes) >= settings.null_share
     scatter = settings.strength_sd * rng.standard_normal(settings.genes)
-    return effective * settings.strength * np.exp(scatter)
+    return np.where(effective, settings.strength * np.exp(scatter), 0.0)
 
 
 def _line(settings: SimulationSettings, name: str) -> _Line:
@@ -358,9 +378,7 @@ def _cells(settings: SimulationSettings, truth: AnnData) -> AnnData:
     obs = truth.obs
     blocks = [
         _counts(settings, line, condition, int(n), truth.layers["expected"][row], truth)
-        for row, (line, condition, n) in enumerate(
-            zip(obs["covariate"], obs["condition"], obs["n_cells"], strict=True)
-        )
+        for row, (line, condition, n) in enumerate(zip(obs["covariate"], obs["condition"], obs["n_cells"], strict=True))
     ]
     of_cell = np.repeat(np.arange(len(obs)), obs["n_cells"])
     number = np.concatenate([np.arange(1, n + 1) for n in obs["n_cells"]])
@@ -368,9 +386,7 @@ def _cells(settings: SimulationSettings, truth: AnnData) -> AnnData:
     names = [f"{x}:{y}:{z:05d}" for x, y, z in zip(line, condition, number, strict=True)]
     return AnnData(
         sparse.vstack(blocks, format="csr"),
-        obs=pd.DataFrame(
-            {"perturbation": pd.Categorical(condition), "cell_line": pd.Categorical(line)}, index=names
-        ),
+        obs=pd.DataFrame({"perturbation": pd.Categorical(condition), "cell_line": pd.Categorical(line)}, index=names),
         var=pd.DataFrame(index=truth.var_names),
     )
 
@@ -381,26 +397,40 @@ def _counts(
     """n_cells x genes counts: Poisson with a gamma-distributed rate, which is the negative binomial."""
     loadings = truth.varm[line].to_numpy()
     phi = truth.var["dispersion"].to_numpy()
-    library = generator(settings.seed, "simulate library sizes", line, condition).standard_normal(n_cells)
-    size = _library_size(settings) * np.exp(settings.library_size_sd * library)
-    activity = generator(settings.seed, "simulate activity", line, condition).standard_normal(
-        (n_cells, loadings.shape[1])
+    size, activity, noise, counts = (
+        generator(settings.seed, f"simulate {what}", line, condition)
+        for what in ("library sizes", "activity", "noise", "counts")
     )
     # The activity of programs averages out to the expected proportions: the mean of exp(normal) is taken off.
-    rate = size[:, None] * proportion * np.exp(activity @ loadings.T - _activity_spread(loadings) ** 2 / 2)
-    rng = generator(settings.seed, "simulate counts", line, condition)
-    rate *= rng.standard_gamma(1 / phi, size=rate.shape) * phi
-    return sparse.csr_matrix(rng.poisson(rate).astype(np.float32))
+    correction = _activity_spread(loadings) ** 2 / 2
+    blocks = []
+    # A stream of draws for each quantity, used cell by cell: neither the size of the blocks nor the number of cells
+    # changes what the first cells are.
+    for n in _blocks(n_cells):
+        library = _library_size(settings) * np.exp(settings.library_size_sd * size.standard_normal((n, 1)))
+        log_change = activity.standard_normal((n, loadings.shape[1])) @ loadings.T - correction
+        rate = library * proportion * np.exp(log_change)
+        rate *= noise.standard_gamma(1 / phi, size=rate.shape) * phi
+        blocks.append(sparse.csr_matrix(counts.poisson(rate).astype(np.float32)))
+    return sparse.csr_matrix(sparse.vstack(blocks))
+
+
+def _blocks(n_cells: int) -> list[int]:
+    """Numbers of cells to hold in memory at a time; they sum to n_cells."""
+    whole, rest = divmod(n_cells, _CELLS_AT_ONCE)
+    return [_CELLS_AT_ONCE] * whole + [rest] * (rest > 0)
 
 
 def _activity_spread(loadings: Array) -> Array:
-    """genes: sd from cell to cell of the log expression that program activity (sd 1 each, independent) brings about."""
-    return np.linalg.norm(loadings, axis=1)
+    """genes: sd from cell to cell of log expression due to program activity (sd 1 each, independent of each other)."""
+    variance: Array = np.sum(loadings**2, axis=1)
+    return np.sqrt(variance)
 
 
 def _closed(abundance: Array) -> Array:
     """The same abundances as proportions."""
-    return abundance / abundance.sum()
+    total: np.float64 = abundance.sum()
+    return abundance / total
 
 
 def _expected_log1p(

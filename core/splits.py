@@ -46,10 +46,8 @@ def draw_folds(obs: pd.DataFrame, task: Task, folds: int | Literal["leave-one-ou
     Raises UserError where the data cannot be split as asked.
     """
     conditions = sorted(set(obs["condition"].astype(str)) - {CONTROL})
-    if task == "single":
-        plans = _single_plans(conditions, folds, seed)
-    else:
-        plans = _combination_plans(conditions, folds, seed)
+    plan_folds = _single_plans if task == "single" else _combination_plans
+    plans = plan_folds(conditions, folds, seed)
     columns: dict[str, pd.Series] = {}
     of_cell = obs["condition"].astype(str)
     controls = [(covariate, names) for covariate, condition, names in sorted_groups(obs) if condition == CONTROL]
@@ -67,9 +65,7 @@ def fold_columns(obs: pd.DataFrame) -> list[str]:
     return sorted((c for c in obs.columns if c.startswith("fold_")), key=lambda c: int(c.removeprefix("fold_")))
 
 
-def _single_plans(
-    conditions: list[str], folds: int | Literal["leave-one-out"], seed: int
-) -> list[dict[str, str]]:
+def _single_plans(conditions: list[str], folds: int | Literal["leave-one-out"], seed: int) -> list[dict[str, str]]:
     combined = [c for c in conditions if SEPARATOR in c]
     if combined:
         raise UserError(
@@ -81,7 +77,10 @@ def _single_plans(
     n_folds = len(conditions) if folds == "leave-one-out" else folds
     if not 2 <= n_folds <= len(conditions):
         raise UserError(
-            "catalog entry", "folds", f"{n_folds} folds for {len(conditions)} conditions", "choose between 2 and the number of conditions"
+            "catalog entry",
+            "folds",
+            f"{n_folds} folds for {len(conditions)} conditions",
+            "choose between 2 and the number of conditions",
         )
     order = [conditions[i] for i in generator(seed, "folds").permutation(len(conditions))]
     plans = []
@@ -94,11 +93,11 @@ def _single_plans(
     return plans
 
 
-def _combination_plans(
-    conditions: list[str], folds: int | Literal["leave-one-out"], seed: int
-) -> list[dict[str, str]]:
+def _combination_plans(conditions: list[str], folds: int | Literal["leave-one-out"], seed: int) -> list[dict[str, str]]:
     if folds != 2:
-        raise UserError("catalog entry", "folds", f"{folds} folds for combination data", "combination data have 2 folds")
+        raise UserError(
+            "catalog entry", "folds", f"{folds} folds for combination data", "combination data have 2 folds"
+        )
     singles = [c for c in conditions if SEPARATOR not in c]
     combinations = [c for c in conditions if SEPARATOR in c]
     if len(combinations) < 2:

@@ -118,7 +118,9 @@ def entries(leaderboard: pd.DataFrame) -> pd.DataFrame:
     predictor = table["kind"].isin(PREDICTORS)
     below = predictor & ~table["in_panel"].astype(bool)
     group = np.select([below, predictor, table["kind"] == CONTROLS[0]], [3, 0, 1], 2)
-    table = table.assign(group=group).sort_values(["group", "mean_rank", "model"], na_position="last", kind="stable")
+    table = table.assign(group=group).sort_values(
+        ["group", "mean_rank", "model"], na_position="last", kind="stable"
+    )
     return table.drop(columns="group").reset_index(drop=True)
 
 
@@ -131,7 +133,9 @@ def panel_models(leaderboard: pd.DataFrame) -> list[str]:
 def wide(leaderboard: pd.DataFrame, value: str) -> pd.DataFrame:
     """One column of the leaderboard (`mean`, `rank`, `headroom`, ...): entries x metrics, in the order of display."""
     table = leaderboard.pivot(index="model", columns="metric", values=value)
-    return table.reindex(index=entries(leaderboard)["model"], columns=ordered_metrics(leaderboard)).astype(float)
+    return table.reindex(index=entries(leaderboard)["model"], columns=ordered_metrics(leaderboard)).astype(
+        float
+    )
 
 
 # Comparison
@@ -181,13 +185,17 @@ def headline(
     metrics = list(table.loc[table["verdict"] == "calibrated", "metric"])
     if not metrics:
         if models:
-            sentences.append("Without a calibrated metric no model is ranked, and none can be said to beat the controls.")
+            sentences.append(
+                "Without a calibrated metric no model is ranked, and none can be said to beat the controls."
+            )
         return sentences
     result = outcomes(comparison, calibration)
     for kind in PREDICTORS:
         names = list(kinds.index[kinds == kind])
         if names:
-            sentences += _winners_sentences(kind, len(names), result[result["model"].isin(names)], len(metrics))
+            sentences += _winners_sentences(
+                kind, len(names), result[result["model"].isin(names)], len(metrics)
+            )
     sentences += _first_sentence(leaderboard)
     return sentences
 
@@ -200,20 +208,28 @@ def _metrics_sentence(title: str, calibration: pd.DataFrame) -> str:
     if len(good) == len(table):
         return f"On {title} all {total} are calibrated: {listed(good)}."
     verb = "is" if len(good) == 1 else "are"
-    start = f"{len(good)} of {total} {verb} calibrated on {title}: {listed(good)}" if good else f"No metric is calibrated on {title}"
+    start = (
+        f"{len(good)} of {total} {verb} calibrated on {title}: {listed(good)}"
+        if good
+        else f"No metric is calibrated on {title}"
+    )
     others = [
         f"{len(groups[name])} {'is ' if i == 0 and len(groups[name]) == 1 else 'are ' if i == 0 else ''}{name} ({', '.join(groups[name])})"
         for i, name in enumerate(name for name in VERDICTS[1:3] if groups[name])
     ]
     if groups["none"]:
         few = "has" if len(groups["none"]) == 1 else "have"
-        others.append(f"{len(groups['none'])} {few} no verdict, for want of 10 usable conditions ({', '.join(groups['none'])})")
+        others.append(
+            f"{len(groups['none'])} {few} no verdict, for want of 10 usable conditions ({', '.join(groups['none'])})"
+        )
     return f"{start}. Of the others, {listed(others)}." if good else f"{start}: {listed(others)}."
 
 
 def _winners_sentences(kind: str, total: int, result: pd.DataFrame, n_metrics: int) -> list[str]:
     """Sentences on the models, or on the baselines, that beat a negative control and that lose to one."""
-    winners = result[result["better"].map(len) > 0].sort_values("better", key=lambda lists: -lists.map(len), kind="stable")
+    winners = result[result["better"].map(len) > 0].sort_values(
+        "better", key=lambda lists: -lists.map(len), kind="stable"
+    )
     losers = result[result["worse"].map(len) > 0]
     scale = "on calibrated metrics (95 % interval of the mean difference clear of zero)"
     if winners.empty:
@@ -221,14 +237,20 @@ def _winners_sentences(kind: str, total: int, result: pd.DataFrame, n_metrics: i
         sentences = [f"{subject} the negative control {scale}."]
     else:
         names = [
-            f"{row.model} on {'all ' if len(row.better) == n_metrics else ''}{len(row.better)} of {n_metrics}".replace("all ", "all ")
+            f"{row.model} on {'all ' if len(row.better) == n_metrics else ''}{len(row.better)} of {n_metrics}".replace(
+                "all ", "all "
+            )
             for row in winners.itertuples()
         ]
         verb = "beats" if len(winners) == 1 else "beat"
-        sentences = [f"{len(winners)} of {counted(total, kind)} {verb} the negative control {scale}: {listed(names)}."]
+        sentences = [
+            f"{len(winners)} of {counted(total, kind)} {verb} the negative control {scale}: {listed(names)}."
+        ]
     if not losers.empty:
         names = [f"{row.model} on {len(row.worse)} of {n_metrics}" for row in losers.itertuples()]
-        sentences.append(f"Worse than the negative control, with the interval clear of zero: {listed(names)}.")
+        sentences.append(
+            f"Worse than the negative control, with the interval clear of zero: {listed(names)}."
+        )
     return sentences
 
 
@@ -238,7 +260,9 @@ def _first_sentence(leaderboard: pd.DataFrame) -> list[str]:
         return []
     counts = first.groupby("model")["metric"].agg(list)
     counts = counts.sort_values(key=lambda lists: -lists.map(len), kind="stable")
-    return [f"Ranked first: {listed([f'{model} by {listed(metrics)}' for model, metrics in counts.items()])}."]
+    return [
+        f"Ranked first: {listed([f'{model} by {listed(metrics)}' for model, metrics in counts.items()])}."
+    ]
 
 
 def strata_columns(comparison: pd.DataFrame) -> pd.DataFrame:
@@ -305,14 +329,18 @@ def wmse_ratios(scores: pd.DataFrame, leaderboard: pd.DataFrame, quality: pd.Dat
     key = ["covariate", "condition"]
     table = scores[scores["metric"] == "wmse"]
     table = table.groupby(["model", *key, "half_seed"], sort=True)["value"].mean().reset_index()
-    mean = table[table["model"] == "dataset_mean"].drop(columns="model").rename(columns={"value": "reference"})
+    mean = (
+        table[table["model"] == "dataset_mean"].drop(columns="model").rename(columns={"value": "reference"})
+    )
     table = table.merge(mean, on=[*key, "half_seed"])
     table = table.groupby(["model", *key])[["value", "reference"]].mean().reset_index()
     table = table[(table["value"] > 0) & (table["reference"] > 0)]
     table = table.merge(quality[[*key, "n_degs"]], on=key, how="left")
     table = table.assign(ratio=table["value"] / table["reference"], stratum=table["n_degs"].map(stratum))
     place = {name: i for i, name in enumerate(panel_models(leaderboard))}
-    table = table[table["model"].isin(place)].sort_values("model", key=lambda names: names.map(place), kind="stable")
+    table = table[table["model"].isin(place)].sort_values(
+        "model", key=lambda names: names.map(place), kind="stable"
+    )
     return table[["model", *key, "n_degs", "stratum", "ratio"]].reset_index(drop=True)
 
 
@@ -324,7 +352,13 @@ def extremes(ratios: pd.DataFrame, most: int = 5) -> pd.DataFrame:
     rows = []
     for model, part in ratios.groupby("model", sort=False):
         part = part.sort_values(["ratio", "covariate", "condition"])
-        rows.append({"model": model, "won": part[part["ratio"] < 1].head(most), "lost": part[part["ratio"] > 1].tail(most)[::-1]})
+        rows.append(
+            {
+                "model": model,
+                "won": part[part["ratio"] < 1].head(most),
+                "lost": part[part["ratio"] > 1].tail(most)[::-1],
+            }
+        )
     return pd.DataFrame(rows, columns=["model", "won", "lost"])
 
 

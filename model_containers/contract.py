@@ -1,9 +1,9 @@
 """The contract between the benchmark and a model: three commands, each given one JSON file.
 
-`python model.py describe|train|predict SPEC.json`. This module is copied into every model's image and lies on the
-path of every model that runs as a process. It imports nothing of the project, and numpy, pandas, scipy and anndata
-only inside the functions that need them: `describe` answers at once, and `main` can set the number of threads
-before a BLAS is loaded. The contract in full, file by file, is docs/models.md.
+`python model.py describe|train|predict SPEC.json`. This module is copied into every model's image and lies on
+the path of every model that runs as a process. It imports nothing of the project, and numpy, pandas, scipy and
+anndata only inside the functions that need them: `describe` answers at once, and `main` can set the number of
+threads before a BLAS is loaded. The contract in full, file by file, is docs/models.md.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
 CONTROL = "control"
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
-BLOCK_OF_CELLS = 65_536  # how many cells `read_means` holds at a time; fixed, so that its sums keep their bits
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+# How many cells `read_means` holds at a time. Fixed, so that its sums keep their bits on every machine.
+BLOCK_OF_CELLS = 65_536
 
 Settings = TypeVar("Settings")
 
@@ -61,20 +62,20 @@ class Description:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
-            raise ContractError(f"describe.json: name: {self.name!r} is not a name")
+            raise ContractError(f"describe: name: {self.name!r} is not a name")
         for field in ("combinations", "embedding", "counts", "gpu"):
             if not isinstance(getattr(self, field), bool):
-                raise ContractError(f"describe.json: {field}: {getattr(self, field)!r} is neither true nor false")
+                raise ContractError(f"describe: {field}: {getattr(self, field)!r} is neither true nor false")
         if self.input not in ("cells", "means"):
-            raise ContractError(f'describe.json: input: {self.input!r} is neither "cells" nor "means"')
+            raise ContractError(f'describe: input: {self.input!r} is neither "cells" nor "means"')
 
 
 @dataclass(frozen=True)
 class TrainTask:
     """One training run.
 
-    cells:           h5ad of the fold's train and val cells, control included: X log1p(CP10k), obs `condition`,
-                     `covariate`, `split` ("train" or "val"); test cells are not in the file.
+    cells:           h5ad of the fold's train and val cells, control included: X log1p(CP10k), obs `covariate`,
+                     `condition`, `split` ("train" or "val"); test cells are not in the file.
     embedding:       parquet of genes x dimensions, or None.
     hyperparameters: what differs from the model's own defaults.
     seed:            seed of every draw.
@@ -95,7 +96,7 @@ class PredictTask:
     """One prediction run.
 
     model:      the folder that training wrote.
-    control:    h5ad of the control cells of the train split, as `cells` of TrainTask.
+    control:    h5ad of the control cells of the train split, laid out as TrainTask.cells.
     conditions: what to predict.
     embedding:  the parquet that training had, or None.
     seed, threads, output: as in TrainTask.
@@ -118,14 +119,15 @@ def main(
 ) -> None:
     """Answer the command line `describe|train|predict SPEC.json` (default: this process's own) with a model.
 
-    Writes the description as describe.json, or calls `train` or `predict` with the task read from SPEC.json; these
-    write into `task.output`. A breach of the contract is one line on stderr and exit status 2; any other error of
-    the model is its traceback and exit status 1.
+    Writes the description as describe.json, or calls `train` or `predict` with the task that SPEC.json holds;
+    these write into `task.output`. A breach of the contract is one line on stderr and exit status 2; any other
+    error of the model is its traceback and exit status 1.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         if len(arguments) != 2 or arguments[0] not in _FIELDS:
-            raise ContractError(f"wanted: {'|'.join(_FIELDS)} SPEC.json; given: {' '.join(arguments) or 'nothing'}")
+            given = " ".join(arguments) or "nothing"
+            raise ContractError(f"wanted: {'|'.join(_FIELDS)} SPEC.json; given: {given}")
         stage, spec = arguments[0], _read_spec(arguments[0], Path(arguments[1]))
         if stage == "describe":
             write_json(spec["output"] / "describe.json", asdict(description))
@@ -144,25 +146,24 @@ def hyperparameters(task: TrainTask, settings: type[Settings]) -> Settings:
     """The task's hyperparameters as an instance of `settings`, a dataclass whose fields all have defaults.
 
     Unknown names and values of another type than the default's are refused (a whole number may stand for a
-    decimal one); a ValueError of the dataclass's own `__post_init__` becomes a ContractError.
+    decimal one, a list for a tuple); a ValueError of the dataclass's `__post_init__` becomes a ContractError.
     """
     defaults = settings()
     known = {field.name: getattr(defaults, field.name) for field in fields(defaults)}  # type: ignore[arg-type]
+    given = {}
     for name, value in task.hyperparameters.items():
         if name not in known:
-            raise ContractError(f"hyperparameters: {name!r} is unknown; this model has {', '.join(sorted(known))}")
+            raise ContractError(f"hyperparameters: {name}: unknown; there are {', '.join(sorted(known))}")
         if not _same_type(value, known[name]):
-            raise ContractError(
-                f"hyperparameters: {name}: {value!r} is not of the type of its default, {known[name]!r}"
-            )
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in task.hyperparameters.items()}
+            raise ContractError(f"hyperparameters: {name}: {value!r} is of another type than {known[name]!r}")
+        given[name] = tuple(value) if isinstance(value, list) else value
     try:
         return settings(**given)
     except ValueError as error:
         raise ContractError(f"hyperparameters: {error}") from None
 
 
-# ---- events: one JSON object a line on stdout ----------------------------------------------------------------
+# ---- events: one JSON object a line on stdout
 
 
 def progress(done: int, total: int, unit: str) -> None:
@@ -180,35 +181,35 @@ def log(message: str) -> None:
     _say({"event": "log", "message": message})
 
 
-# ---- reading -------------------------------------------------------------------------------------------------
+# ---- reading
 
 
 def read_cells(path: Path, *, counts: bool = False) -> ad.AnnData:
     """The cells of an h5ad: X CSR float32 log1p(CP10k), obs `covariate`, `condition`, `split` as str.
 
-    Layers stay on disk, save layers["counts"] (CSR, whole numbers) when `counts` is true. Raises ContractError if a
-    column or the counts are missing.
+    Layers stay on disk, except layers["counts"] (CSR float32, whole numbers) when `counts` is true. Raises
+    ContractError if a column or the counts are missing.
     """
     import anndata as ad
     import h5py
     from anndata.io import read_elem
 
     with h5py.File(path, "r") as file:
-        obs, var = read_elem(file["obs"]), read_elem(file["var"])
         layers = {}
         if counts:
             if "counts" not in file.get("layers", {}):
                 raise ContractError(f"{path}: there is no layers/counts, and this model needs counts")
             layers["counts"] = _csr(read_elem(file["layers/counts"]))
-        return ad.AnnData(_csr(read_elem(file["X"])), obs=_labels(obs, path), var=var[[]], layers=layers)
+        obs = _labels(read_elem(file["obs"]), path)
+        return ad.AnnData(_csr(read_elem(file["X"])), obs=obs, var=read_elem(file["var"])[[]], layers=layers)
 
 
 def read_means(path: Path) -> ad.AnnData:
     """The mean profile of every (covariate, condition, split) of an h5ad of cells, control included.
 
-    X: float64, mean log1p over all cells of the row; obs `covariate`, `condition`, `split` (str), `n_cells`; rows
-    sorted by these names. The cells are summed by one sparse product per block of cells, so that a file far larger
-    than memory can be read.
+    X: float64, mean log1p(CP10k) over all cells of the row; obs `covariate`, `condition`, `split` (str) and
+    `n_cells`; rows sorted by these names. Cells are summed by one sparse product per block of cells, so that the
+    file may be far larger than memory. Raises ContractError if a column is missing.
     """
     import anndata as ad
     import numpy as np
@@ -217,10 +218,10 @@ def read_means(path: Path) -> ad.AnnData:
 
     cells = ad.read_h5ad(path, backed="r")
     try:
-        labels = _labels(cells.obs, path)
-        groups = labels.groupby(["covariate", "condition", "split"], sort=True, observed=True)
-        row_of = groups.ngroup().to_numpy()
+        names = ["covariate", "condition", "split"]
+        groups = _labels(cells.obs, path).groupby(names, sort=True)
         obs = groups.size().rename("n_cells").reset_index()
+        row_of = groups.ngroup().to_numpy()
         sums = np.zeros((len(obs), cells.n_vars))
         for start in range(0, cells.n_obs, BLOCK_OF_CELLS):
             block = _csr(cells.X[start : start + BLOCK_OF_CELLS])
@@ -230,30 +231,33 @@ def read_means(path: Path) -> ad.AnnData:
         var = pd.DataFrame(index=cells.var_names)
     finally:
         cells.file.close()
-    obs.index = obs["covariate"] + "|" + obs["condition"] + "|" + obs["split"]
+    obs.index = pd.Index(obs[names].agg("|".join, axis=1))
     return ad.AnnData(sums / obs["n_cells"].to_numpy()[:, None], obs=obs, var=var)
 
 
-def read_embedding(path: Path | None) -> pd.DataFrame:
+def read_embedding(path: Path | None, dimensions: int | None = None) -> pd.DataFrame:
     """The embedding as a table genes x dimensions, float64.
 
-    A row of zeros says nothing about its gene, so the gene counts as one without an embedding: it is left out.
-    Raises ContractError if there is no embedding, a gene stands twice, or a value is not finite.
+    dimensions: how many there must be (those that the model was trained with), or None for any.
+    A row of zeros says nothing about its gene: the gene counts as one without an embedding and is left out.
+    Raises ContractError if there is no embedding, its dimensions are others, a gene stands twice, or a value is
+    not finite.
     """
     import numpy as np
     import pandas as pd
 
     if path is None:
         raise ContractError("embedding: this model needs one, and the spec names none")
-    table = pd.read_parquet(path)
+    table: pd.DataFrame = pd.read_parquet(path).astype(np.float64).rename(index=str)
+    if dimensions not in (None, table.shape[1]):
+        raise ContractError(f"{path}: {table.shape[1]} dimensions; the model was trained with {dimensions}")
     if table.index.has_duplicates:
         twice = table.index[table.index.duplicated()][0]
-        raise ContractError(f"{path}: gene {twice!r} stands there more than once")
-    table = table.astype(np.float64).rename(index=str)
-    if not np.isfinite(table.to_numpy()).all():
-        gene = table.index[~np.isfinite(table.to_numpy()).all(axis=1)][0]
-        raise ContractError(f"{path}: the embedding of {gene!r} has a value that is not finite")
-    return table[(table.to_numpy() != 0).any(axis=1)]
+        raise ContractError(f"{path}: gene {twice} stands there more than once")
+    finite = np.isfinite(table.to_numpy()).all(axis=1)
+    if not finite.all():
+        raise ContractError(f"{path}: gene {table.index[~finite][0]} has a value that is not finite")
+    return table.loc[(table.to_numpy() != 0).any(axis=1)]
 
 
 def unit_norm(embedding: pd.DataFrame) -> pd.DataFrame:
@@ -263,7 +267,7 @@ def unit_norm(embedding: pd.DataFrame) -> pd.DataFrame:
     return embedding.div(np.linalg.norm(embedding.to_numpy(), axis=1), axis=0)
 
 
-# ---- conditions ----------------------------------------------------------------------------------------------
+# ---- conditions
 
 
 def genes_of(condition: str) -> tuple[str, ...]:
@@ -271,39 +275,41 @@ def genes_of(condition: str) -> tuple[str, ...]:
     return () if condition == CONTROL else tuple(condition.split("+"))
 
 
-def embedded(means: ad.AnnData, embedding: pd.DataFrame) -> ad.AnnData:
-    """The rows whose condition is a perturbation and has an embedding for every gene."""
-    return means[[is_embedded(condition, embedding) for condition in means.obs["condition"]]]
+def is_embedded(condition: str, embedding: pd.DataFrame) -> bool:
+    """Whether a condition is a perturbation each of whose genes has an embedding (control is none)."""
+    genes = genes_of(condition)
+    return bool(genes) and all(gene in embedding.index for gene in genes)
 
 
 def dataset_means(means: ad.AnnData) -> pd.DataFrame:
     """Each covariate's dataset_mean: covariate x genes (log1p), from what `read_means` returns.
 
-    The mean over the perturbations of the train split of their mean profiles; each weighs the same, and control is
-    none of them (docs/science.md section 3). A covariate without a train perturbation has no row.
+    The mean over the perturbations of the train split of their mean profiles; each weighs the same, and control
+    is none of them (docs/science.md section 3). A covariate without a train perturbation has no row.
     """
     train = means[(means.obs["split"] == "train") & (means.obs["condition"] != CONTROL)]
-    return train.to_df().groupby(train.obs["covariate"].to_numpy(), sort=True).mean()
+    profiles: pd.DataFrame = train.to_df()
+    return profiles.groupby(train.obs["covariate"].to_numpy(), sort=True).mean()
 
 
-def no_answer(keys: Iterable[Key], embedding: pd.DataFrame, covariates: Iterable[str]) -> dict[Key, str]:
-    """Why some of the asked keys cannot be predicted by a model of embeddings: key -> reason.
+def unpredictable(keys: Iterable[Key], embedding: pd.DataFrame, covariates: Iterable[str]) -> dict[Key, str]:
+    """The keys that a model of embeddings cannot predict, each with its reason.
 
-    embedding:  what `read_embedding` returned; every gene of a condition must be there.
+    embedding:  what `read_embedding` returned; every gene of a condition must be in it.
     covariates: those that the model learned.
     """
-    known = set(covariates)
+    learned = set(covariates)
     reasons = {}
     for key in keys:
         missing = [gene for gene in genes_of(key.condition) if gene not in embedding.index]
         if missing:
             reasons[key] = f"no embedding for {', '.join(missing)}"
-        elif key.covariate not in known:
+        elif key.covariate not in learned:
             reasons[key] = f"covariate {key.covariate} has no training perturbation with an embedding"
     return reasons
 
 
-# ---- writing -------------------------------------------------------------------------------------------------
+# ---- writing
 
 
 def write_predictions(
@@ -315,29 +321,29 @@ def write_predictions(
 ) -> None:
     """Write predictions.h5ad and unpredicted.json into the task's output.
 
-    keys:        the predicted (covariate, condition)s, in the order of `profiles`; written sorted.
-    profiles:    len(keys) x genes, predicted mean log1p(CP10k).
+    keys:        the predicted (covariate, condition)s, in the order of `profiles`; they are written sorted.
+    profiles:    len(keys) x genes, predicted mean log1p(CP10k); written as float64.
     unpredicted: the reason of every asked key that is not predicted.
-    Raises ContractError unless every asked key is answered exactly once, and every number is finite.
+    Raises ContractError unless every asked key is answered exactly once and every number is finite.
     """
     import anndata as ad
     import numpy as np
     import pandas as pd
 
-    genes = [str(gene) for gene in genes]
-    values = np.asarray(profiles, dtype=np.float64).reshape(len(keys), -1) if len(keys) else np.empty((0, len(genes)))
-    if values.shape != (len(keys), len(genes)):
-        raise ContractError(f"predictions: {values.shape} values for {len(keys)} conditions x {len(genes)} genes")
+    var = pd.DataFrame(index=pd.Index([str(gene) for gene in genes], dtype=object))
+    values = np.asarray(profiles, dtype=np.float64)
+    if values.shape != (len(keys), len(var)):
+        raise ContractError(f"predictions: {values.shape} values for {len(keys)} keys x {len(var)} genes")
     answered = [*keys, *unpredicted]
     if len(set(answered)) != len(answered) or set(answered) != set(task.conditions):
-        raise ContractError("predictions: every asked condition must be predicted or given a reason, exactly once")
+        raise ContractError("predictions: predict each asked condition or give its reason, exactly once")
     if not np.isfinite(values).all():
         row, column = np.argwhere(~np.isfinite(values))[0]
-        raise ContractError(f"predictions: {keys[row].condition}, gene {genes[column]}: {values[row, column]}")
+        raise ContractError(f"predictions: {keys[row].condition}, gene {var.index[column]}: {values[row, column]}")
     order = sorted(range(len(keys)), key=lambda row: keys[row])
     obs = pd.DataFrame([keys[row] for row in order], columns=list(Key._fields), dtype=object)
-    obs.index = pd.Index([f"{keys[row].covariate}|{keys[row].condition}" for row in order], dtype=object)
-    ad.AnnData(values[order], obs=obs, var=pd.DataFrame(index=genes)).write_h5ad(task.output / "predictions.h5ad")
+    obs.index = pd.Index(["|".join(keys[row]) for row in order], dtype=object)
+    ad.AnnData(values[order], obs=obs, var=var).write_h5ad(task.output / "predictions.h5ad")
     reasons = [{**key._asdict(), "reason": unpredicted[key]} for key in sorted(unpredicted)]
     write_json(task.output / "unpredicted.json", reasons)
 
@@ -347,7 +353,7 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-# ---- the spec ------------------------------------------------------------------------------------------------
+# ---- the spec: the check of each field of each stage says what was wanted if it fails
 
 
 def _existing(value: object) -> Path:
@@ -380,24 +386,28 @@ def _whole(value: object) -> int:
 
 
 def _threads(value: object) -> int:
-    if _whole(value) == 0:
+    if value == 0:
         raise ValueError("at least one thread")
     return _whole(value)
 
 
+def _key(value: object) -> Key:
+    if isinstance(value, dict) and set(value) == set(Key._fields):
+        key = Key(**value)
+        if all(isinstance(name, str) and name for name in key) and key.condition != CONTROL:
+            return key
+    raise ValueError("objects {covariate, condition}, none of them control")
+
+
 def _keys(value: object) -> tuple[Key, ...]:
-    rows = value if isinstance(value, list) else [None]
-    keys = [Key(*(str(row[name]) for name in Key._fields)) for row in rows if _is_key(row)]
-    if len(keys) != len(rows) or len(set(keys)) != len(keys):
-        raise ValueError("a list of distinct {covariate, condition}, none of them control")
-    return tuple(keys)
+    if not isinstance(value, list):
+        raise ValueError("a list")
+    keys = tuple(_key(row) for row in value)
+    if len(set(keys)) != len(keys):
+        raise ValueError("each (covariate, condition) once")
+    return keys
 
 
-def _is_key(row: object) -> bool:
-    return isinstance(row, dict) and set(row) == set(Key._fields) and row["condition"] != CONTROL
-
-
-# What each stage's spec holds: the check of each field, which names what was wanted if it fails.
 _FIELDS: dict[str, dict[str, Callable[[object], object]]] = {
     "describe": {"output": _folder},
     "train": {
@@ -438,7 +448,7 @@ def _read_spec(stage: str, path: Path) -> dict[str, Any]:
         try:
             values[field] = check(value)
         except ValueError as wanted:
-            raise ContractError(f"{path}: {field}: wanted {wanted}, found {value!r}") from None
+            raise ContractError(f"{path}: {field}: wanted {wanted}; found {value!r:.200}") from None
     return values
 
 
@@ -446,7 +456,7 @@ def _use_threads(threads: int) -> None:
     """Hand the number of threads to every BLAS that is not loaded yet."""
     wanted = dict.fromkeys(THREAD_VARIABLES, str(threads))
     if "numpy" in sys.modules and any(os.environ.get(name) != value for name, value in wanted.items()):
-        log(f"numpy was loaded before the contract could ask for {threads} threads: the environment's number holds")
+        log(f"numpy was loaded before it could be told to use {threads} threads: the environment's number holds")
     os.environ.update(wanted)
 
 
@@ -471,8 +481,8 @@ def _csr(matrix: Any) -> csr_matrix:
 
 def _labels(obs: pd.DataFrame, path: Path) -> pd.DataFrame:
     """obs `covariate`, `condition`, `split` as str; the three columns must be there."""
-    columns = ["covariate", "condition", "split"]
-    missing = [column for column in columns if column not in obs]
+    names = ["covariate", "condition", "split"]
+    missing = [name for name in names if name not in obs]
     if missing:
         raise ContractError(f"{path}: obs has no column {', '.join(missing)}")
-    return obs[columns].astype(str)
+    return obs[names].astype(str)

@@ -193,7 +193,7 @@ def _invalid(path: Path, entry: dict[Any, Any], error: ValidationError) -> UserE
 
 
 def _located(entry: Any, location: tuple[int | str, ...]) -> tuple[str, Any]:
-    """Path and value in the YAML of what pydantic points at; its tags of unions are not in the YAML and are left out."""
+    """Path and value in the YAML of what pydantic points at, without its tags of unions, which the YAML has not."""
     path, value = "", entry
     for part in location:
         if isinstance(value, Mapping) and part in value:
@@ -209,12 +209,7 @@ def _short(value: Any) -> str:
 
 
 def _field_names() -> list[str]:
-    schemas = [schema for schema in _subclasses(Entry) if schema is not ResolvedModel]
-    return sorted({field for schema in schemas for field in schema.model_fields})
-
-
-def _subclasses(schema: type[Entry]) -> list[type[Entry]]:
-    return schema.__subclasses__()
+    return sorted({field for schema in Entry.__subclasses__() for field in schema.model_fields})
 
 
 def _unknown(what: str, name: str, known: list[str], where: object = "catalog") -> UserError:

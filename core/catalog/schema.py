@@ -120,7 +120,7 @@ class Shape(Entry):
 
 
 class DatasetSpec(Entry):
-    """A data set: where its file comes from, how its labels read, and how it is prepared (docs/science.md, section 1)."""
+    """A data set: its file, how its labels read, and how it is prepared (docs/science.md, section 1)."""
 
     name: Name
     title: Text

@@ -8,8 +8,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from core.figures.style import BLUE, GREY, INK, MUTED, STRATUM_COLOURS, STRATUM_LABELS, grid, plain, styled
+from core.arrays import Floats
+from core.figures.style import GREY, INK, MUTED, STRATUM_COLOURS, bare, grid, plain, styled
 from core.views import perturbed, stratum
+
+_MOST_NAMES = 30
+_ZERO = -0.325  # where 0 DEGs stand on the logarithmic axis
 
 
 @styled
@@ -17,84 +21,103 @@ def conditions(quality: pd.DataFrame) -> Figure:
     """Cells per condition, DEGs per condition, and distance from control against DEGs; one row per covariate.
 
     quality: one row per (covariate, condition): n_cells, n_degs, edistance_to_control (NaN where unknown: left out).
-    Control cells are not shown.
+    Up to 30 conditions are named; more are counted in histograms. Control is not shown.
     """
     table = perturbed(quality)
-    covariates = list(table["covariate"].unique())
-    figure = Figure(figsize=(9.6, 0.3 + 2.6 * len(covariates)))
-    panels = figure.subplots(len(covariates), 3, squeeze=False, width_ratios=[1, 1, 1.1])
-    for row, covariate in enumerate(covariates):
-        part = table[table["covariate"] == covariate]
-        title = f"{covariate}: " if len(covariates) > 1 else ""
-        cells, degs, distance = panels[row]
-        cells.set_title(f"{title}n = {len(part):,} conditions", fontsize=8.5)
-        _cells(cells, part["n_cells"].to_numpy(float))
-        _degs(degs, part["n_degs"].to_numpy(float))
+    parts = [(covariate, part) for covariate, part in table.groupby("covariate", sort=False)]
+    several = len(parts) > 1
+    heights = [max(2.5, 0.9 + 0.16 * len(part)) if len(part) <= _MOST_NAMES else 2.5 for _, part in parts]
+    figure = Figure(figsize=(9.6, sum(heights) + 0.2))
+    panels = figure.subplots(len(parts), 3, squeeze=False, width_ratios=[1, 1, 1.1], height_ratios=heights)
+    for (covariate, part), (cells, degs, distance) in zip(parts, panels, strict=True):
+        if len(part) <= _MOST_NAMES:
+            part = part.sort_values(["n_degs", "condition"])
+            _bars(cells, part, "n_cells", named=True)
+            _bars(degs, part, "n_degs", named=False)
+        else:
+            _cells_histogram(cells, part["n_cells"].dropna().to_numpy(float))
+            _degs_histogram(degs, part["n_degs"].dropna().to_numpy(float))
         _distance(distance, part)
+        cells.set_xlabel("cells per condition")
+        degs.set_xlabel("DEGs per condition (log scale, 0 apart)")
+        distance.set_xlabel("DEGs per condition (log scale, 0 apart)")
+        cells.set_title(f"{covariate}, n = {len(part):,}" if several else f"n = {len(part):,} conditions", fontsize=8.5)
     return figure
 
 
-def _cells(axes: Axes, values: np.ndarray) -> None:
-    values = values[~np.isnan(values)]
-    axes.set_xlabel("cells per condition")
+def _bars(axes: Axes, table: pd.DataFrame, column: str, named: bool) -> None:
+    """One bar per condition, cells on a linear and DEGs on a logarithmic axis."""
+    rows = np.arange(len(table))
+    values = table[column].to_numpy(float)
+    if column == "n_degs":
+        colours = [STRATUM_COLOURS[stratum(n)] for n in values]
+        axes.hlines(rows, -0.68, _position(values), color="#d9dce1", linewidth=1)
+        axes.scatter(_position(values), rows, s=20, c=colours, linewidths=0)
+        _log_axis(axes, values)
+    else:
+        axes.barh(rows, values, height=0.7, color=GREY)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_formatter(lambda value, _: plain(value))
+    axes.set_yticks(rows, list(table["condition"]) if named else [""] * len(rows), fontsize=7.5)
+    axes.set_ylim(-0.7, len(rows) - 0.3)
+    bare(axes)
+    grid(axes, "x")
+
+
+def _cells_histogram(axes: Axes, values: Floats) -> None:
+    axes.hist(values, bins=min(30, round(2 * len(values) ** 0.5)), color=GREY, edgecolor="white", linewidth=0.5)
     axes.set_ylabel("conditions")
     grid(axes, "y")
-    if not len(values):
-        return
-    axes.hist(values, bins=min(30, max(5, round(2 * len(values) ** 0.5))), color=GREY, edgecolor="white", linewidth=0.5)
-    _median(axes, values)
     axes.xaxis.set_major_locator(MaxNLocator(4))
-    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.xaxis.set_major_formatter(lambda value, _: plain(value))
+    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    _median(axes, values, float(np.median(values)))
 
 
-def _degs(axes: Axes, values: np.ndarray) -> None:
-    """Half-decade bins on a logarithmic axis; zero stands apart at its left."""
-    values = values[~np.isnan(values)]
-    axes.set_xlabel("DEGs per condition (log scale, 0 apart)")
+def _degs_histogram(axes: Axes, values: Floats) -> None:
+    """Quarter-decade bins; zero stands apart at the left."""
     axes.set_ylabel("conditions")
     grid(axes, "y")
-    top = max(2.0, np.log10(max(10.0, values.max(initial=0.0))))
-    edges = 10 ** np.linspace(0, np.ceil(top * 4) / 4, int(np.ceil(top * 4)) + 1)
-    counts, _ = np.histogram(values[values > 0], edges)
-    left, right = np.log10(edges[:-1]), np.log10(edges[1:])
-    centre = np.rint(10 ** ((left + right) / 2)).astype(int)
-    axes.bar(left, counts, right - left, align="edge", color=[STRATUM_COLOURS[stratum(n)] for n in centre], edgecolor="white", linewidth=0.5)  # fmt: skip
-    axes.bar(-0.45, np.sum(values == 0), 0.25, color=STRATUM_COLOURS["0"], edgecolor="white", linewidth=0.5)
-    _log_axis(axes, edges[-1])
-    axes.set_xlim(-0.68, right[-1] + 0.05)
+    bins = int(np.ceil(4 * np.log10(max(100.0, values.max(initial=0.0) + 1))))
+    edges = np.arange(bins + 1) / 4
+    counts, _ = np.histogram(np.log10(values[values > 0]), edges)
+    colours = [STRATUM_COLOURS[stratum(10**edge + 1e-9)] for edge in edges[:-1]]
+    axes.bar(edges[:-1], counts, 0.25, align="edge", color=colours, edgecolor="white", linewidth=0.5)
+    axes.bar(_ZERO, np.sum(values == 0), 0.25, color=STRATUM_COLOURS["0"], edgecolor="white", linewidth=0.5)
+    _log_axis(axes, values)
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    if len(values):
-        _median(axes, _position(values), f"median {np.median(values):,.0f}")
+    _median(axes, values, float(_position(np.median(values, keepdims=True))[0]))
 
 
 def _distance(axes: Axes, table: pd.DataFrame) -> None:
     table = table[table["edistance_to_control"].notna() & table["n_degs"].notna()]
     degs = table["n_degs"].to_numpy(float)
     colours = [STRATUM_COLOURS[stratum(n)] for n in degs]
-    axes.scatter(_position(degs), table["edistance_to_control"], s=12, c=colours, linewidths=0, rasterized=len(table) > 3000)
-    _log_axis(axes, max(10.0, degs.max(initial=10.0)))
-    axes.set_xlim(-0.68, max(1.1, np.log10(degs.max(initial=10.0)) + 0.15))
-    axes.set_xlabel("DEGs per condition (log scale, 0 apart)")
-    axes.set_ylabel("E-distance to control")
+    # An unbiased estimate of a distance near 0 can be negative.
+    axes.set_yscale("function", functions=(lambda y: np.sign(y) * np.sqrt(np.abs(y)), lambda y: np.sign(y) * y**2))
+    axes.scatter(_position(degs), table["edistance_to_control"], s=12, c=colours, linewidths=0, rasterized=len(degs) > 3000)
+    _log_axis(axes, degs)
+    axes.set_ylabel("E-distance to control\n(square-root scale)")
+    axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_formatter(lambda value, _: plain(value))
     grid(axes, "y")
 
 
-def _position(degs: np.ndarray) -> np.ndarray:
-    """Numbers of DEGs on the axis: log10, zero at -0.325."""
-    return np.where(degs > 0, np.log10(np.maximum(degs, 1)), -0.325)
+def _position(degs: Floats) -> Floats:
+    """Where numbers of DEGs stand: at their log10, and 0 apart."""
+    return np.where(degs > 0, np.log10(np.maximum(degs, 1)), _ZERO)
 
 
-def _log_axis(axes: Axes, largest: float) -> None:
-    decades = range(int(np.ceil(np.log10(max(largest, 10)))) + 1)
-    axes.set_xticks([-0.325, *decades], ["0", *(plain(10.0**d) for d in decades)])
+def _log_axis(axes: Axes, degs: Floats) -> None:
+    top = np.log10(max(10.0, np.nanmax(degs, initial=0.0)))
+    axes.set_xticks([_ZERO, *range(int(top) + 1)], ["0", *(plain(10.0**power) for power in range(int(top) + 1))])
+    axes.set_xlim(-0.68, np.ceil(4 * top) / 4 + 0.1)
 
 
-def _median(axes: Axes, positions: np.ndarray, label: str | None = None) -> None:
-    middle = float(np.median(positions))
-    axes.axvline(middle, color=INK, linewidth=0.9, linestyle=(0, (3, 2)))
+def _median(axes: Axes, values: Floats, position: float) -> None:
+    axes.axvline(position, color=INK, linewidth=0.9, linestyle=(0, (3, 2)))
+    axes.margins(y=0.16)
     axes.annotate(
-        label or f"median {middle:,.0f}", (middle, 1), (3, -1), xycoords=("data", "axes fraction"),
+        f"median {np.median(values):,.0f}", (position, 1), (3, -1), xycoords=("data", "axes fraction"),
         textcoords="offset points", fontsize=7, color=MUTED, va="top",
     )  # fmt: skip

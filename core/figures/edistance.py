@@ -26,12 +26,14 @@ def edistance(matrix: pd.DataFrame) -> Figure:
     n = len(ordered)
     named = n <= _MOST_LABELS
     side = 2.6 + 0.115 * n if named else 7.4
-    side = min(9.6, max(4.0, side))
+    side = min(9.6, max(4.6, side))
     figure = Figure(figsize=(side, side * 0.92))
     axes = figure.subplots()
     values = np.clip(ordered.to_numpy(float), 0, None)
     # A few strong perturbations dwarf the rest: the square root keeps both visible.
-    norm = PowerNorm(0.5, vmin=0, vmax=float(np.nanmax(values, initial=1e-12)))
+    # Beyond the 99th percentile all are equally yellow, or one outlier would darken the rest.
+    top = float(np.nanquantile(values, 0.99)) if n > 10 else float(np.nanmax(values))
+    norm = PowerNorm(0.5, vmin=0, vmax=top or 1.0)
     image = axes.imshow(values, cmap=colormaps["cividis"].with_extremes(bad="#d9dce1"), norm=norm, interpolation="nearest")
     for spine in axes.spines.values():
         spine.set_visible(False)
@@ -46,9 +48,10 @@ def edistance(matrix: pd.DataFrame) -> Figure:
             tick.set_fontweight("bold")
     if not named:
         axes.set_xlabel(f"{n:,} conditions, clustered")
-    bar = figure.colorbar(image, ax=axes, shrink=0.7, pad=0.02, aspect=28)
+    extend = "max" if np.nanmax(values) > norm.vmax else "neither"
+    bar = figure.colorbar(image, ax=axes, shrink=0.7, pad=0.02, aspect=28, extend=extend)
     bar.outline.set_visible(False)
-    bar.set_label("E-distance (squared distance in 50 principal components; square-root colours)", fontsize=8)
+    bar.set_label("E-distance (square-root colour scale)", fontsize=8)
     bar.ax.yaxis.set_major_formatter(lambda value, _: plain(value))
     return figure
 

@@ -46,15 +46,15 @@ def headroom(leaderboard: pd.DataFrame) -> Figure:
             continue
         _panel(axes, rows.loc[metrics[index]].reindex(names), limits)
         n = rows.loc[metrics[index]].reindex(names)["n_conditions"].max()
-        axes.set_title(f"{metrics[index]}", fontsize=8.5)
+        axes.set_title(metrics[index], fontsize=8.5)
         axes.annotate(
             f"n = {n:,.0f}", (1, 0), (0, 2), xycoords="axes fraction", textcoords="offset points", ha="right", va="bottom",
-            fontsize=7, color=MUTED,
+            fontsize=7, color=MUTED, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
         )  # fmt: skip
         # The last panel of each column carries the axis, also where the bottom line is not full.
         axes.tick_params(axis="x", labelbottom=index + columns >= len(metrics))
     panels[0, 0].set_yticks(range(len(names)), names)
-    panels[0, 0].set_ylim(len(names) + 0.1, -0.6)
+    panels[0, 0].set_ylim(len(names) + 0.3, -0.6)
     panels[0, 0].set_xlim(*limits)
     figure.supxlabel("headroom (0 = negative control, 1 = positive control)", fontsize=8.5)
     figure.legend(handles=_legend(set(table["kind"])), loc="outside upper left", ncols=4, columnspacing=1.6)

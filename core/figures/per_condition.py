@@ -27,9 +27,9 @@ def per_condition(ratios: pd.DataFrame) -> Figure:
     strata = [name for name in STRATUM_LABELS if name in set(ratios["stratum"])]
     columns = min(len(models), 2 if len(models) <= 4 else 3)
     lines = ceil(len(models) / columns)
-    figure = Figure(figsize=(9.6 if columns > 1 else 6.4, 0.5 + 2.15 * lines))
+    figure = Figure(figsize=(9.6 if columns > 1 else 6.4, max(3.1, 0.5 + 2.15 * lines)))
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
-    bound = max(1.5, float(np.exp(np.nanquantile(np.abs(np.log(ratios["ratio"])), 0.99))))
+    bound = max(2.2, float(np.exp(np.nanquantile(np.abs(np.log(ratios["ratio"])), 0.99))))
     for index, axes in enumerate(panels.flat):
         if index >= len(models):
             axes.set_visible(False)
@@ -39,15 +39,16 @@ def per_condition(ratios: pd.DataFrame) -> Figure:
         axes.tick_params(axis="x", labelbottom=index + columns >= len(models))
     first = panels[0, 0]
     first.set_yscale("log", base=2)
-    first.set_ylim(1.12 / bound / 1.25, bound * 1.75 * max(1.0, bound / 8) ** 0.25)
+    reach = np.log(1.15 * bound)
+    first.set_ylim(np.exp(-reach), np.exp(1.6 * reach))  # the counts stand above the points
     step = max(1, round(np.log2(bound) / 3))
-    shown = [tick for tick in _TICKS if 1 / bound * 0.9 <= tick <= bound * 1.1 and round(np.log2(tick)) % step == 0]
+    shown = [tick for tick in _TICKS if 1 / bound <= tick <= bound and round(np.log2(tick)) % step == 0]
     first.yaxis.set_major_locator(FixedLocator(shown))
     first.yaxis.set_minor_locator(FixedLocator([]))
     first.yaxis.set_major_formatter(lambda value, _: plain(value))
     first.set_xticks([index + 0.5 for index in range(len(strata))], [STRATUM_LABELS[name] for name in strata])
     first.set_xlim(0, len(strata))
-    figure.supylabel("wMSE(model) / wMSE(dataset mean), log scale\nbelow 1: the model is better", fontsize=8.5)
+    figure.supylabel("wMSE ratio to the dataset mean\n(log scale; below 1: model better)", fontsize=8.5)
     figure.supxlabel("DEGs of the condition; within a group, conditions sorted by ratio", fontsize=8.5)
     return figure
 

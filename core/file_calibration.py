@@ -1,0 +1,128 @@
+"""Calibrate the metrics on one file: our cells.h5ad, the preprocessed mirror's layout, or any log1p h5ad."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from core.calibration import calibrate
+from core.catalog.schema import Labels
+from core.cells import FEWEST_CONDITIONS, SMALLEST_CONDITION, drop_small_conditions
+from core.errors import UserError
+from core.evaluation import control_scores
+from core.harmonising import CONTROL, SEPARATOR, condition_labels, open_h5ad, require_controls
+from core.mirror import is_mirror, mirror_cells, stored_reference
+from core.reference import build_half_split, build_negatives, build_reference
+from core.splits import draw_folds, draw_halves
+
+
+class FileOptions(NamedTuple):
+    """How to read a file that is neither our cells.h5ad nor a mirror file."""
+
+    column: str = "condition"
+    control: str = CONTROL
+    covariate: str | None = None
+    seed: int = 42
+    half_seeds: int = 5
+
+
+def calibrate_file(path: Path, options: FileOptions, *, recompute: bool = False) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Scores of the controls of the file's own (or first drawn) halves, and the calibration of the metrics.
+
+    Of a mirror file the stored profiles and DE results are taken as they are, unless `recompute`; the spread over
+    half splits always comes from the file's cells. Returns (scores: model, covariate, condition, fold, metric, value;
+    calibration table). Raises UserError for a file that cannot be used.
+    """
+    data = open_h5ad(path)
+    where = str(path)
+    if is_mirror(data):
+        cells = mirror_cells(data)
+    elif {"condition", "covariate", "half", "fold_0"} <= set(data.obs.columns):
+        cells = data
+    else:
+        cells = any_cells(data, options, where)
+    check_log_expression(cells, where)
+    if is_mirror(data) and not recompute:
+        reference, negatives = stored_reference(data, cells, where)
+    else:
+        negatives = build_negatives(cells)
+        reference = build_reference(cells, negatives, options.seed)
+    own = control_scores(reference, negatives)
+    tables = [own.assign(half_seed=options.seed)]
+    for seed in range(options.seed + 1, options.seed + options.half_seeds):
+        halves = build_half_split(cells, draw_halves(cells.obs, seed), negatives)
+        tables.append(control_scores(reference, negatives, halves).assign(half_seed=seed))
+    return own, calibrate(pd.concat(tables, ignore_index=True), options.seed)
+
+
+def any_cells(data: ad.AnnData, options: FileOptions, where: str) -> ad.AnnData:
+    """Cells in our layout from any h5ad with log1p X and a condition column; halves and folds are drawn.
+
+    Combination data are those with at least two conditions that hold `+`. Conditions below 4 cells are left out.
+    Raises UserError for missing columns, duplicated cells or genes, no control, fewer than 10 conditions.
+    """
+    for kind, names in (("obs_names", data.obs_names), ("var_names", data.var_names)):
+        if names.has_duplicates:
+            first = names[names.duplicated()][0]
+            raise UserError(where, kind, f"duplicated names (first: {first!r})", "make the names unique")
+    wanted = [options.column] + ([options.covariate] if options.covariate else [])
+    for column in wanted:
+        if column not in data.obs:
+            there = ", ".join(map(str, data.obs.columns)) or "none"
+            raise UserError(
+                where,
+                f"obs[{column!r}]",
+                f"no such column; there are: {there}",
+                "name it with --column or --covariate",
+            )
+    rules = Labels(column=options.column, control=(options.control,))
+    labels = condition_labels(data.obs[options.column], rules, where)
+    obs = pd.DataFrame(
+        {
+            "condition": labels,
+            "covariate": data.obs[options.covariate].astype(str) if options.covariate else "all",
+        },
+        index=data.obs_names,
+    )
+    genes = np.argsort(data.var_names.to_numpy().astype(str), kind="stable")
+    known = np.flatnonzero(labels.notna())
+    matrix = sparse.csr_matrix(data.X[known], dtype=np.float32)[:, genes]
+    cells = ad.AnnData(X=matrix, obs=obs.iloc[known], var=pd.DataFrame(index=data.var_names[genes]))
+    require_controls(cells.obs, rules, where)
+    cells = drop_small_conditions(cells, SMALLEST_CONDITION, {})
+    conditions = sorted(set(cells.obs["condition"]) - {CONTROL})
+    if len(conditions) < FEWEST_CONDITIONS:
+        raise UserError(
+            where,
+            f"obs[{options.column!r}]",
+            f"{len(conditions)} perturbed conditions of at least {SMALLEST_CONDITION} cells",
+            f"{FEWEST_CONDITIONS} are needed",
+        )
+    combined = sum(SEPARATOR in condition for condition in conditions) >= 2
+    obs = cells.obs.assign(half=draw_halves(cells.obs, options.seed))
+    obs = obs.join(draw_folds(obs, "combination" if combined else "single", 2 if combined else 5, options.seed))
+    order = np.lexsort([obs.index.to_numpy(str), obs["condition"].to_numpy(str), obs["covariate"].to_numpy(str)])
+    cells = ad.AnnData(X=cells.X[order], obs=obs.iloc[order], var=cells.var)
+    cells.X.sort_indices()
+    return cells
+
+
+def check_log_expression(cells: ad.AnnData, where: str) -> None:
+    """Raise UserError unless X is finite, not negative, and not counts."""
+    values = sparse.csr_matrix(cells.X).data
+    if not np.isfinite(values).all():
+        raise UserError(where, "X", "NaN or infinite values", "remove or mend these cells")
+    if (values < 0).any():
+        raise UserError(where, "X", "negative values", "give log1p of normalised counts, not scaled or centred values")
+    if len(values) and values.max() > 1 and (values == np.floor(values)).all():
+        raise UserError(
+            where,
+            "X",
+            "whole numbers only: these are counts",
+            "normalise and log1p them, or add a catalog entry and run `prepare`",
+        )

@@ -1,0 +1,118 @@
+"""Ridge regression from gene embeddings to expression differences (docs/science.md section 3, row `knn, ridge`).
+
+Per covariate. Target of a condition: its mean profile minus the fold's dataset_mean. A gene enters as its
+unit-norm embedding, a combination as the sum of its genes', so that its predicted difference is the sum of theirs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import contract
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+
+DESCRIPTION = contract.Description(
+    name="ridge", combinations=True, embedding=True, counts=False, gpu=False, input="means"
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """alphas: the penalties to choose from by the val conditions."""
+
+    alphas: tuple[float, ...] = (0.1, 1.0, 10.0)
+
+    def __post_init__(self) -> None:
+        if not self.alphas or min(self.alphas) <= 0:
+            raise ValueError("alphas: wanted one or more numbers above 0")
+
+
+def train(task: contract.TrainTask) -> None:
+    """Fit every covariate that has a train perturbation and a perturbation with an embedding: model.npz."""
+    import numpy as np
+
+    settings = contract.hyperparameters(task, Settings)
+    embedding = contract.unit_norm(contract.read_embedding(task.embedding))
+    means = contract.read_means(task.cells)
+    dataset_means = contract.dataset_means(means)
+    coefficients = {}
+    for done, covariate in enumerate(dataset_means.index, start=1):
+        rows = means.obs["covariate"] == covariate
+        rows &= [contract.is_embedded(condition, embedding) for condition in means.obs["condition"]]
+        known = means[rows]
+        if known.n_obs:
+            x = inputs(known.obs["condition"], embedding)
+            y = known.X - dataset_means.loc[covariate].to_numpy()
+            is_val = (known.obs["split"] == "val").to_numpy()
+            alpha, errors = choose_alpha(x, y, is_val, settings.alphas)
+            coefficients[covariate] = solve(x, y, alpha)
+            contract.log(f"{covariate}: {known.n_obs} conditions, alpha {alpha:g}, mse of val {errors}")
+        contract.progress(done, len(dataset_means), "covariate")
+    if not coefficients:
+        raise contract.ContractError(f"{task.cells}: no training perturbation has an embedding")
+    np.savez(
+        task.output / "model.npz",
+        covariates=np.array(list(coefficients)),
+        genes=means.var_names.to_numpy(str),
+        dataset_means=dataset_means.loc[list(coefficients)].to_numpy(),
+        coefficients=np.stack(list(coefficients.values())),
+    )
+
+
+def predict(task: contract.PredictTask) -> None:
+    """dataset_mean of the covariate plus the predicted difference of each condition."""
+    import numpy as np
+
+    with np.load(task.model / "model.npz", allow_pickle=False) as model:
+        row_of = {str(covariate): row for row, covariate in enumerate(model["covariates"])}
+        genes, dataset_means, coefficients = model["genes"], model["dataset_means"], model["coefficients"]
+    embedding = contract.unit_norm(contract.read_embedding(task.embedding, coefficients.shape[1]))
+    reasons = contract.unpredictable(task.conditions, embedding, row_of)
+    keys = [key for key in task.conditions if key not in reasons]
+    profiles = np.empty((len(keys), len(genes)))
+    for covariate, row in row_of.items():
+        asked = [index for index, key in enumerate(keys) if key.covariate == covariate]
+        if asked:
+            x = inputs([keys[index].condition for index in asked], embedding)
+            profiles[asked] = dataset_means[row] + x @ coefficients[row]
+    contract.write_predictions(task, keys, profiles, genes, reasons)
+
+
+def inputs(conditions: list[str] | pd.Series, embedding: pd.DataFrame) -> np.ndarray:
+    """conditions x dimensions: the sum of the unit-norm embeddings of each condition's genes."""
+    import numpy as np
+
+    return np.stack([embedding.loc[list(contract.genes_of(name))].to_numpy().sum(axis=0) for name in conditions])
+
+
+def solve(x: np.ndarray, y: np.ndarray, alpha: float) -> np.ndarray:
+    """dimensions x genes: the ridge coefficients X'(XX' + alpha I)^-1 Y, without intercept, in the dual form."""
+    import numpy as np
+
+    return x.T @ np.linalg.solve(x @ x.T + alpha * np.eye(len(x)), y)
+
+
+def choose_alpha(
+    x: np.ndarray, y: np.ndarray, is_val: np.ndarray, alphas: tuple[float, ...]
+) -> tuple[float, dict[float, float]]:
+    """The alpha of the least mean squared error on the val rows (the first such), and every alpha's error.
+
+    Fitted on the other rows. Without val rows, or without others, there is nothing to choose by: 1.
+    """
+    import numpy as np
+
+    if not is_val.any() or is_val.all():
+        return 1.0, {}
+    errors = {}
+    for alpha in alphas:
+        predicted = x[is_val] @ solve(x[~is_val], y[~is_val], alpha)
+        errors[alpha] = float(np.mean((predicted - y[is_val]) ** 2))
+    return min(errors, key=lambda alpha: errors[alpha]), errors
+
+
+if __name__ == "__main__":
+    contract.main(DESCRIPTION, train, predict)

@@ -1,0 +1,403 @@
+"""The catalog: its entries are sound, and a user's mistake is named with its remedy."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pytest
+import yaml
+from core import catalog
+from core.catalog import schema
+from core.errors import UserError
+from core.harmonising import condition_labels
+from core.simulate import SimulationSettings
+
+PROJECT = Path(__file__).parents[2]
+KINDS = ("dataset", "embedding", "model", "group")
+LOCAL_FILES = {"papalexi21_panel": "papalexi21.h5ad", "norman19_small": "norman19_small.h5ad"}
+MINIMAL = {
+    "name": "mine",
+    "title": "my screen",
+    "task": "single",
+    "source": {"kind": "local", "hint": "mine.h5ad"},
+    "labels": {"column": "guide", "control": ["NT"]},
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_entries_of_the_user(monkeypatch):
+    monkeypatch.delenv("CALIPERT_CATALOG", raising=False)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text, path="mine.yaml"):
+        file = tmp_path / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text if isinstance(text, str) else yaml.safe_dump(text))
+        return file
+
+    return write
+
+
+@pytest.fixture
+def users(tmp_path, monkeypatch, write):
+    """Writes entries into a folder that CALIPERT_CATALOG names."""
+    monkeypatch.setenv("CALIPERT_CATALOG", str(tmp_path))
+    return write
+
+
+# The built-in entries
+
+
+@pytest.mark.parametrize("name", catalog.names("dataset"))
+def test_every_data_set_says_whose_it_is(name):
+    spec = catalog.dataset(name)
+    assert spec.name == name
+    assert "not stated" not in (spec.licence, spec.citation)
+
+
+@pytest.mark.parametrize("name", catalog.names("embedding"))
+def test_every_embedding_says_whose_it_is(name):
+    spec = catalog.embedding(name)
+    assert spec.name == name
+    assert "not stated" not in (spec.licence, spec.citation)
+
+
+@pytest.mark.parametrize("name", [n for n in catalog.names("dataset") if catalog.dataset(n).source.kind == "simulated"])
+def test_simulated_settings_are_the_simulators(name):
+    settings = catalog.dataset(name).source.settings
+    assert SimulationSettings(**settings).model_dump(include=set(settings), mode="json") == settings
+
+
+def test_demo_is_what_the_simulator_makes_by_default():
+    assert catalog.dataset("demo").source.settings == {}
+
+
+@pytest.mark.parametrize("name", catalog.names("group"))
+def test_every_group_holds_known_models(name):
+    assert catalog.models([name])
+
+
+def test_a_template_gives_one_model_per_embedding():
+    ridges = [name for name in catalog.names("model") if catalog.model(name).template == "ridge"]
+    assert ridges == [f"ridge_{embedding}" for embedding in catalog.names("embedding")]
+    ridge = catalog.model("ridge_reactome")
+    assert ridge.embedding == catalog.embedding("reactome")
+    assert ridge.hyperparameters == {"alphas": [0.1, 1, 10]}
+    assert ridge.container == "ridge"
+
+
+def test_a_model_without_embedding_stands_for_itself():
+    linear = catalog.model("linear")
+    assert (linear.template, linear.embedding, linear.container) == ("linear", None, None)
+
+
+def test_groups_are_expanded_in_order_and_models_named_once():
+    names = [model.name for model in catalog.models(["linear", "demo", "ridge_coexpression", "simple"])]
+    assert names[:3] == ["linear", "fmlp_coexpression", "ridge_coexpression"]
+    assert len(names) == len(set(names))
+    assert {"additive", "knn_reactome", "ridge_reactome"} <= set(names)
+
+
+def test_what_is_done_to_an_entry_does_not_reach_the_next_reader():
+    catalog.model("ridge_reactome").hyperparameters["alphas"].append(100)
+    catalog.models(["demo"])[0].hyperparameters["epochs"] = 1
+    catalog.dataset("demo_covariates").source.settings.clear()
+    assert catalog.model("ridge_reactome").hyperparameters == {"alphas": [0.1, 1, 10]}
+    assert catalog.models(["demo"])[0].hyperparameters["epochs"] == 100
+    assert catalog.dataset("demo_covariates").source.settings
+
+
+def test_an_entry_cannot_be_changed():
+    with pytest.raises(ValueError, match="frozen"):
+        catalog.dataset("demo").seed = 1
+
+
+def test_combinations_have_two_folds_and_singles_five():
+    assert catalog.dataset("norman19").folds == 2
+    assert catalog.dataset("papalexi21").folds == 5
+
+
+def test_reading_the_catalog_needs_no_heavy_import():
+    code = "import sys, core.catalog as c; c.models(['demo']); print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert "core.catalog.registry" in loaded
+    assert not {"scanpy", "anndata", "pandas", "scipy", "numpy"} & set(loaded)
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("name", LOCAL_FILES)
+def test_local_entries_fit_their_files(shared, name):
+    spec = catalog.dataset(name)
+    file = ad.read_h5ad(shared / "data" / LOCAL_FILES[name])
+    conditions = set(condition_labels(file.obs[spec.labels.column], spec.labels, name)) - {"control"}
+    assert (file.n_obs, file.n_vars, len(conditions)) == (
+        spec.expected.cells,
+        spec.expected.genes,
+        spec.expected.conditions,
+    )
+    # What the comments of the entries say: the default floor would drop every cell.
+    genes = np.diff(file.X.indptr)
+    assert np.median(genes) == {"papalexi21_panel": 66, "norman19_small": 15}[name]
+    assert genes.max() < type(spec).model_fields["min_genes_per_cell"].default
+    if spec.library_size is not None:
+        assert (file.obs[spec.library_size] > np.asarray(file.X.sum(axis=1)).ravel()).all()
+
+
+@pytest.mark.shared
+def test_guide_labels_of_papalexi21_become_their_targets(shared):
+    cells = ad.read_h5ad(shared / "data" / "papalexi21.h5ad").obs
+    perturbed = cells[cells["perturbation"] != "control"]
+    conditions = condition_labels(perturbed["guide"], catalog.dataset("papalexi21").labels, "papalexi21")
+    assert (conditions == perturbed["perturbation"].astype(str)).all()
+
+
+# Names that are not there
+
+
+@pytest.mark.parametrize(
+    ("lookup", "name", "near"),
+    [
+        (catalog.dataset, "papalexi", "papalexi21"),
+        (catalog.dataset, "../datasets/demo", "demo"),
+        (catalog.embedding, "reactom", "reactome"),
+        (catalog.model, "ridge", "ridge_reactome"),
+        (lambda name: catalog.models(["demo", name]), "fmlp_reactom", "fmlp_reactome"),
+    ],
+)
+def test_an_unknown_name_lists_the_known_ones(lookup, name, near):
+    with pytest.raises(UserError) as error:
+        lookup(name)
+    assert name in error.value.found
+    assert error.value.remedy.startswith("did you mean")
+    assert near in error.value.remedy.split("known:")[0]
+
+
+def test_an_unknown_name_like_no_other_lists_all():
+    with pytest.raises(UserError) as error:
+        catalog.dataset("zzz")
+    assert error.value.remedy == f"known: {', '.join(catalog.names('dataset'))}"
+
+
+# A data set of the user's own
+
+
+def test_a_users_entry_gets_the_defaults(write):
+    spec = catalog.dataset(write(MINIMAL))
+    assert spec.name == "mine"
+    assert (spec.folds, spec.min_genes_per_cell, spec.max_control_cells, spec.seed) == (5, 200, 8192, 42)
+    assert catalog.dataset(str(write(MINIMAL, "again.yml"))) == spec
+
+
+def test_the_example_of_the_guide_is_a_valid_entry():
+    spec = catalog.dataset(PROJECT / "docs" / "your-data.yaml")
+    assert spec.labels.control == ("non-targeting", "safe-harbour")
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "found", "remedy"),
+    [
+        ({"name": "../mine"}, "name", "'../mine'", "^[a-z0-9][a-z0-9_]*$"),
+        ({"name": "a" * 65}, "name", "aaa", "at most 64"),
+        ({"title": ""}, "title", "''", "at least 1"),
+        ({"task": "pairs"}, "task", "'pairs'", "'single' or 'combination'"),
+        ({"source": {"kind": "ftp"}}, "source", "ftp", "'https', 'local', 'simulated'"),
+        ({"source": {"hint": "x"}}, "source", "hint", "kind"),
+        ({"source": {"kind": "https", "url": "http://a.b/c"}}, "source.url", "http://a.b/c", "^https://"),
+        (
+            {"source": {"kind": "https", "url": "https://a.b/c", "sha256": "12"}},
+            "source.sha256",
+            "'12'",
+            "pattern",
+        ),
+        ({"source": {"kind": "local"}}, "source.hint", "nothing", "add it"),
+        ({"source": {"kind": "simulated", "settings": {"loading": "1e-3"}}}, "source.settings", "1e-3", "1.0e-3"),
+        ({"labels": {"colum": "guide"}}, "labels.column", "nothing", "add it; 1 more"),
+        ({"labels": {"column": "guide", "seperator": "_"}}, "labels.seperator", "unknown field", "'separator'"),
+        ({"labels": {"column": "guide", "control": "NT"}}, "labels.control", "'NT'", "tuple"),
+        ({"labels": {"column": "guide", "control": [False]}}, "labels.control[0]", "False", "string"),
+        ({"labels": {"column": "guide", "control_contains": ""}}, "labels.control_contains", "''", "at least 1"),
+        ({"filters": [{"column": "n", "op": ">", "value": 1}]}, "filters[0].op", "'>'", "'>='"),
+        ({"filters": [{"column": "n", "op": "in", "value": 1}]}, "filters[0]", "'in'", "list of values"),
+        ({"filters": [{"column": "n", "op": "==", "value": [1]}]}, "filters[0]", "'=='", "single value"),
+        ({"filters": [{"column": "n", "op": ">=", "value": "5"}]}, "filters[0]", "'5'", "takes a number"),
+        ({"covariate": "a|b"}, "covariate", "a|b", "pattern"),
+        ({"seed": True}, "seed", "True", "valid integer"),
+        ({"seed": -1}, "seed", "-1", "greater than or equal to 0"),
+        ({"target_sum": "1e4"}, "target_sum", "1e4", "valid number"),
+        ({"folds": 1}, "folds", "1", "greater than or equal to 2"),
+        ({"folds": "all"}, "folds", "'all'", "valid integer"),
+        ({"task": "combination", "folds": 5}, "entry", "mine", "always 2"),
+        ({"half_seeds": 0}, "half_seeds", "0", "greater than or equal to 1"),
+        ({"expected": {"cells": 10}}, "expected.genes", "nothing", "add it"),
+        ({"nonsense": 1}, "nonsense", "unknown field", "take it out"),
+    ],
+)
+def test_a_wrong_entry_is_refused_with_its_remedy(write, change, field, found, remedy):
+    path = write({**MINIMAL, **change})
+    with pytest.raises(UserError) as error:
+        catalog.dataset(path)
+    assert error.value.where == str(path)
+    assert error.value.field == field
+    assert found in error.value.found
+    assert remedy in error.value.remedy
+    assert "docs/catalog.md" in error.value.remedy
+
+
+@pytest.mark.parametrize("field", ["name", "title", "task", "source", "labels"])
+def test_a_missing_field_is_named(write, field):
+    with pytest.raises(UserError) as error:
+        catalog.dataset(write({key: value for key, value in MINIMAL.items() if key != field}))
+    assert (error.value.field, error.value.found) == (field, "nothing")
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"", "NoneType, not a mapping"),
+        (b"- a\n- b\n", "list, not a mapping"),
+        (b"name: [", "not readable as YAML"),
+        (b"name: 2026-13-45\n", "not readable as YAML"),
+        (b"name: \xff\xfe\n", "not readable as YAML"),
+        (b"name: !!python/object/apply:os.getcwd []\n", "not readable as YAML"),
+    ],
+)
+def test_a_file_that_is_no_yaml_mapping_is_refused(tmp_path, content, found):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        catalog.dataset(path)
+    assert (error.value.where, error.value.field) == (str(path), "format")
+    assert error.value.found.startswith(found)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="No such file") as error:
+        catalog.dataset(tmp_path / "mine.yaml")
+    assert error.value.where.endswith("mine.yaml")
+
+
+def test_a_users_data_set_cannot_take_a_name_of_the_catalog(write):
+    with pytest.raises(UserError, match="a data set of the catalog"):
+        catalog.dataset(write({**MINIMAL, "name": "norman19"}))
+    assert catalog.dataset(PROJECT / "core" / "catalog" / "datasets" / "demo.yaml") == catalog.dataset("demo")
+
+
+# The user's folder of entries
+
+
+def test_a_users_folder_adds_entries(users):
+    users(MINIMAL, "datasets/mine.yaml")
+    users({"name": "atlas", "title": "atlas", "kind": "gmt", "dimensions": 8,
+           "source": {"kind": "local", "hint": "atlas.gmt"}}, "embeddings/atlas.yml")  # fmt: skip
+    users({"name": "mean", "title": "mean", "container": "mean"}, "models/mean.yaml")
+    users({"name": "ours", "title": "ours", "models": ["mean", "ridge_atlas"]}, "groups/ours.yaml")
+    assert catalog.dataset("mine").title == "my screen"
+    assert {"mean", "fmlp_atlas", "knn_atlas", "ridge_atlas"} <= set(catalog.names("model"))
+    assert [model.name for model in catalog.models(["ours"])] == ["mean", "ridge_atlas"]
+    assert {"mine", "norman19"} <= set(catalog.names("dataset"))
+
+
+def test_without_the_variable_the_users_entries_are_gone(users, monkeypatch):
+    users(MINIMAL, "datasets/mine.yaml")
+    assert "mine" in catalog.names("dataset")
+    monkeypatch.delenv("CALIPERT_CATALOG")
+    assert "mine" not in catalog.names("dataset")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_users_entry_cannot_shadow_one_of_the_catalog(users, kind):
+    name = {"model": "linear"}.get(kind, catalog.names(kind)[0] if kind != "model" else "")
+    users({"name": name, "title": "mine"}, f"{kind}s/{name}.yaml")
+    with pytest.raises(UserError, match="the catalog already has"):
+        catalog.names(kind)
+
+
+@pytest.mark.parametrize("name", ["demo", "ridge_reactome"])
+def test_a_model_cannot_have_the_name_of_a_group_or_of_another_model(users, name):
+    users({"name": name, "title": "mine"}, f"models/{name}.yaml")
+    with pytest.raises(UserError, match="is also"):
+        catalog.names("model")
+
+
+def test_a_model_cannot_have_the_name_of_a_control(users):
+    users({"name": "dataset_mean", "title": "mine"}, "models/dataset_mean.yaml")
+    with pytest.raises(UserError, match="name of a control"):
+        catalog.models(["linear"])
+
+
+def test_file_and_entry_have_one_name(users):
+    users(MINIMAL, "datasets/other.yaml")
+    with pytest.raises(UserError, match=r"write `name: other`, or rename the file to mine\.yaml"):
+        catalog.dataset("other")
+
+
+def test_a_group_with_an_unknown_model_is_named(users):
+    path = users({"name": "ours", "title": "ours", "models": ["linear", "ridge_reactom"]}, "groups/ours.yaml")
+    with pytest.raises(UserError, match="ridge_reactome") as error:
+        catalog.models(["ours"])
+    assert error.value.where == str(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "remedy"),
+    [
+        ({"kind": "gmt"}, "needs a `source`"),
+        ({"kind": "gmt", "per_fold": True, "source": {"kind": "local", "hint": "x"}}, "the same for all folds"),
+        ({"kind": "coexpression"}, "`per_fold: true`"),
+        ({"kind": "coexpression", "per_fold": True, "source": {"kind": "local", "hint": "x"}}, "no `source`"),
+    ],
+)
+def test_an_embedding_fits_its_kind(users, change, remedy):
+    users({"name": "mine", "title": "mine", "dimensions": 4, **change}, "embeddings/mine.yaml")
+    with pytest.raises(UserError) as error:
+        catalog.embedding("mine")
+    assert remedy in error.value.remedy
+
+
+def test_the_variable_must_name_a_folder_of_entries(tmp_path, monkeypatch):
+    monkeypatch.setenv("CALIPERT_CATALOG", str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="sub-folders datasets, embeddings, models, groups"):
+        catalog.names("dataset")
+
+
+# The guide
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        schema.DatasetSpec,
+        schema.HttpsSource,
+        schema.LocalSource,
+        schema.SimulatedSource,
+        schema.Labels,
+        schema.Filter,
+        schema.Shape,
+        schema.EmbeddingSpec,
+        schema.ModelSpec,
+        schema.GroupSpec,
+    ],
+)
+def test_the_guide_explains_every_field_and_no_other(entry):
+    guide = (PROJECT / "docs" / "catalog.md").read_text()
+    cells = [cell.strip() for line in guide.splitlines() if line.startswith("|") for cell in line.split("|")]
+    explained = {match.group(1) for cell in cells if (match := re.fullmatch(r"`(\w+)`", cell))}
+    every_field = {field for each in schema.Entry.__subclasses__() for field in each.model_fields} - {"template"}
+    kinds = {"https", "local", "simulated"}
+    assert set(entry.model_fields) <= explained
+    assert explained <= every_field | kinds
+
+
+def test_the_guide_gives_the_defaults():
+    guide = (PROJECT / "docs" / "catalog.md").read_text()
+    for name, field in schema.DatasetSpec.model_fields.items():
+        if isinstance(field.default, int) and not isinstance(field.default, bool):
+            row = next(line for line in guide.splitlines() if line.startswith(f"| `{name}` |"))
+            assert row.rstrip(" |").endswith(f"| {field.default}")
