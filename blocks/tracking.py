@@ -446,19 +446,21 @@ def _no_answer(uri: str, problem: str) -> UserError:
 
 
 def _explained(error: Exception, uri: str) -> UserError | None:
-    """The UserError for a lost connection or a refusal; None for any other error of MLflow."""
+    """The UserError for a lost connection or a refusal; None for any other error of MLflow, which tells them apart by
+    its messages only."""
     text = str(error)
-    if text.startswith("API request to") and "failed with" in text:
-        return _no_answer(uri, text)
-    refused = re.search(r"error code (401|403)|Invalid Host header|PERMISSION_DENIED|UNAUTHENTICATED", text)
-    if refused:
+    if re.search(r"failed with error code (401|403)|PERMISSION_DENIED|UNAUTHENTICATED", text):
         return UserError(
             uri,
-            "access",
+            "access to the MLflow server",
             text,
             "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD if the server asks for them; where it is "
             "reached by another name than localhost, start it with --allowed-hosts naming it.",
         )
+    if re.match(r"API request to .* failed with (timeout )?exception", text):
+        return _no_answer(uri, text)
+    if re.match(r"API request to .* failed with error code", text):
+        return UserError(uri, "MLflow server", text, "Check that this is the URL of an MLflow server, and its log.")
     return None
 
 

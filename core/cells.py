@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import anndata as ad
@@ -14,12 +15,25 @@ from core.arrays import Bools
 from core.catalog.schema import DatasetSpec
 from core.draws import generator
 from core.errors import UserError
-from core.harmonising import CONTROL, genes_of, harmonise
+from core.harmonising import CONTROL, genes_of, harmonise, open_h5ad
 from core.splits import draw_folds, draw_halves, sorted_groups
 from core.variable_genes import expression_moments, highly_variable
 
+FILE = "cells.h5ad"
 SMALLEST_CONDITION = 4  # below it a half has fewer than two cells
 FEWEST_CONDITIONS = 10
+
+
+def write_cells(raw: Path, spec: DatasetSpec, provenance: dict[str, Any], folder: Path) -> None:
+    """Write cells.h5ad, prepared from the published file `raw`, into `folder`; `provenance` goes into its uns."""
+    cells = prepare_cells(open_h5ad(raw), spec, str(raw))
+    cells.uns["provenance"] = json.dumps(provenance, sort_keys=True)
+    cells.write_h5ad(folder / FILE, compression="lzf")
+
+
+def read_cells(folder: Path) -> ad.AnnData:
+    """The cells that `write_cells` wrote into `folder`."""
+    return ad.read_h5ad(folder / FILE)
 
 
 def prepare_cells(raw: ad.AnnData, spec: DatasetSpec, where: str) -> ad.AnnData:

@@ -14,6 +14,7 @@ from itertools import combinations_with_replacement
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from scipy import linalg, sparse
 
@@ -127,11 +128,9 @@ def coexpression_embedding(X: sparse.csr_matrix, genes: Sequence[str], dimension
             f"{X.shape[0]} cells in which no gene varies",
             "choose an embedding that is made without cells, e.g. reactome",
         )
-    X = X[:, order]
     n = X.shape[0]
-    mean = np.asarray(X.sum(axis=0, dtype=np.float64)).ravel() / n
-    covariance = _gram(X)
-    covariance -= n * np.outer(mean, mean)
+    total, covariance = _sums(X, order)
+    covariance -= np.outer(total, total / n)
     covariance /= n - 1
     norms = np.sqrt(covariance.diagonal())
     with one_blas_thread():
@@ -139,28 +138,27 @@ def coexpression_embedding(X: sparse.csr_matrix, genes: Sequence[str], dimension
     return _table(vectors * np.sqrt(values), names[order], norms)
 
 
-def _gram(X: sparse.csr_matrix) -> Floats:
-    """X'X in float64.
+def _sums(X: sparse.csr_matrix, columns: npt.NDArray[np.intp]) -> tuple[Floats, Floats]:
+    """Sums of the given columns and of all their products (X'X), in float64.
 
     Dense blocks: at the density of log1p expression faster than a sparse product. Every tile of the result is summed
     by one thread in the order of the cells, so that the number of threads changes time only.
     """
-    edges = range(0, X.shape[1], GENES_AT_ONCE)
-    tiles = [
-        (slice(a, a + GENES_AT_ONCE), slice(b, b + GENES_AT_ONCE)) for a, b in combinations_with_replacement(edges, 2)
-    ]
-    gram = np.zeros((X.shape[1], X.shape[1]))
+    total, products = np.zeros(len(columns)), np.zeros((len(columns), len(columns)))
+    spans = [slice(start, start + GENES_AT_ONCE) for start in range(0, len(columns), GENES_AT_ONCE)]
+    tiles = list(combinations_with_replacement(spans, 2))
     with one_blas_thread(), ThreadPoolExecutor() as pool:
         for start in range(0, X.shape[0], CELLS_AT_ONCE):
-            block = X[start : start + CELLS_AT_ONCE].toarray().astype(np.float64)
+            block = X[start : start + CELLS_AT_ONCE][:, columns].toarray().astype(np.float64)
+            total += block.sum(axis=0)
 
             def add(tile: tuple[slice, slice], block: Floats = block) -> None:
-                gram[tile] += block[:, tile[0]].T @ block[:, tile[1]]
+                products[tile] += block[:, tile[0]].T @ block[:, tile[1]]
 
             list(pool.map(add, tiles))
-    for rows, columns in tiles:
-        gram[columns, rows] = gram[rows, columns].T
-    return gram
+    for rows, others in tiles:
+        products[others, rows] = products[rows, others].T
+    return total, products
 
 
 def _leading(gram: Floats, dimensions: int) -> tuple[Floats, Floats]:
@@ -175,7 +173,7 @@ def _leading(gram: Floats, dimensions: int) -> tuple[Floats, Floats]:
     return values[real], vectors[:, real]
 
 
-def _table(scores: Floats, genes: np.ndarray, norms: Floats) -> pd.DataFrame:
+def _table(scores: Floats, genes: npt.NDArray[np.str_], norms: Floats) -> pd.DataFrame:
     """The embedding with fixed signs, without the genes whose row vanishes against `norms`, their full length."""
     scores = fixed_signs(scores.T).T
     kept = np.linalg.norm(scores, axis=1) > VANISHING * norms

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import anndata as ad
@@ -17,10 +18,11 @@ from core.errors import UserError
 from core.harmonising import genes_of
 from core.metrics import FEWEST_DEGS, METRICS, Metric
 from core.moments import group_codes
-from core.reference import HALF_LAYERS, KEYS, control_means, dataset_means
+from core.reference import HALF_LAYERS, KEYS, control_means, dataset_means, half_split_files, read_reference
 
 # Rows scored at once: arrays of a block stay in cache, and results do not depend on the number of threads.
 BLOCK = 32
+SCORE_COLUMNS = ["model", *KEYS, "fold", "seed", "half_seed", "metric", "value"]
 
 
 class Evaluation(NamedTuple):
@@ -42,6 +44,44 @@ class Evaluation(NamedTuple):
         """The same set on some of the genes."""
         arrays = (a[:, kept] for a in (self.truth, self.control_mean, self.dataset_mean, self.t, self.padj))
         return Evaluation(self.keys, self.genes[kept], *arrays)
+
+
+def write_control_scores(reference: Path, folder: Path, seed: int) -> None:
+    """Write scores.parquet of all controls, for every half split in the folder `reference`, into `folder`.
+
+    seed: the half seed of the reference itself. Columns as in `docs/outputs.md`; controls have the training seed -1.
+    """
+    own, negatives = read_reference(reference)
+    tables = [control_scores(own, negatives).assign(half_seed=seed)]
+    for further, file in half_split_files(reference).items():
+        tables.append(control_scores(own, negatives, ad.read_h5ad(file)).assign(half_seed=further))
+    _write_scores(pd.concat(tables, ignore_index=True).assign(seed=-1), folder)
+
+
+def write_model_scores(
+    predictions: ad.AnnData, model: str, seed: int, reference: Path, half_seed: int, folder: Path
+) -> None:
+    """Write scores.parquet of one model's predictions (conditions x genes, log1p), for every half split, into `folder`.
+
+    seed: the training seed. half_seed: that of the reference itself. Genes that the predictions lack are left out of
+    the comparison.
+    """
+    own, negatives = read_reference(reference)
+    tables = []
+    for split_seed, split in {half_seed: own} | {
+        s: ad.read_h5ad(f) for s, f in half_split_files(reference).items()
+    }.items():
+        evaluation = evaluated_set(split, negatives)
+        shared = evaluation.genes.isin(predictions.var_names)
+        evaluation = evaluation.with_genes(shared)
+        profiles = np.asarray(predictions[:, evaluation.genes].X, dtype=np.float64)
+        tables.append(score(profiles, predictions.obs, evaluation).assign(half_seed=split_seed))
+    _write_scores(pd.concat(tables, ignore_index=True).assign(model=model, seed=seed), folder)
+
+
+def _write_scores(scores: pd.DataFrame, folder: Path) -> None:
+    ordered = scores[SCORE_COLUMNS].astype({"fold": "int64", "seed": "int64", "half_seed": "int64"})
+    ordered.to_parquet(folder / "scores.parquet", index=False)
 
 
 def evaluated_set(reference: ad.AnnData, negatives: ad.AnnData) -> Evaluation:

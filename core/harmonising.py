@@ -56,6 +56,7 @@ def harmonise(raw: ad.AnnData, spec: DatasetSpec, where: str) -> tuple[ad.AnnDat
     """
     if raw.n_obs == 0 or raw.n_vars == 0:
         raise UserError(where, "shape", f"{raw.n_obs} cells x {raw.n_vars} genes", "give a file with cells and genes")
+    _require_expected(raw, spec, where)
     repeated = raw.obs_names[raw.obs_names.duplicated()]
     if len(repeated):
         raise UserError(
@@ -103,6 +104,17 @@ def harmonise(raw: ad.AnnData, spec: DatasetSpec, where: str) -> tuple[ad.AnnDat
         "genes dropped because their symbol occurs more than once": sorted(set(symbols[ambiguous].astype(str))),
     }
     return cells, report
+
+
+def _require_expected(raw: ad.AnnData, spec: DatasetSpec, where: str) -> None:
+    expected = spec.expected
+    if expected is not None and (raw.n_obs, raw.n_vars) != (expected.cells, expected.genes):
+        raise UserError(
+            where,
+            "shape",
+            f"{raw.n_obs:,} cells x {raw.n_vars:,} genes; {spec.name} has {expected.cells:,} x {expected.genes:,}",
+            "give the file that the catalog entry describes, or write an entry of your own for this one",
+        )
 
 
 def condition_labels(labels: pd.Series, rules: Labels, where: str) -> pd.Series:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -9,6 +11,27 @@ import pandas as pd
 from core.energy import edistances, principal_coordinates
 from core.harmonising import CONTROL
 from core.moments import group_codes
+
+
+def write_quality(cells: ad.AnnData, reference: ad.AnnData, folder: Path) -> None:
+    """Write quality.parquet and edistance.parquet (covariate, condition, other, edistance) into `folder`."""
+    energy = energy_by_covariate(cells)
+    quality(reference, energy).to_parquet(folder / "quality.parquet", index=False)
+    tables = [
+        table.rename_axis(index="condition").reset_index().melt("condition", var_name="other", value_name="edistance")
+        for table in energy.values()
+    ]
+    long = pd.concat(tables, keys=list(energy), names=["covariate"]).reset_index("covariate")
+    long.to_parquet(folder / "edistance.parquet", index=False)
+
+
+def read_edistances(folder: Path) -> dict[str, pd.DataFrame]:
+    """For each covariate the square table of E-distances, from what `write_quality` wrote."""
+    long = pd.read_parquet(folder / "edistance.parquet")
+    return {
+        str(covariate): rows.pivot_table(index="condition", columns="other", values="edistance", sort=False)
+        for covariate, rows in long.groupby("covariate", sort=True)
+    }
 
 
 def energy_by_covariate(cells: ad.AnnData) -> dict[str, pd.DataFrame]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -12,7 +14,7 @@ from core.differential import against_rest, deg_mask
 from core.harmonising import CONTROL, genes_of
 from core.linear import linear
 from core.moments import Moments, group_codes, group_means, group_moments
-from core.splits import fold_columns
+from core.splits import draw_halves, fold_columns
 
 KEYS = ["covariate", "condition"]
 HALF_LAYERS = (
@@ -24,6 +26,41 @@ HALF_LAYERS = (
     "t_second",
     "padj_second",
 )
+
+
+def write_reference(cells: ad.AnnData, seed: int, half_seeds: int, folder: Path) -> None:
+    """Write reference.h5ad, negatives.h5ad and half_splits/seed_<s>.h5ad of the further half splits into `folder`.
+
+    seed: the seed of the cells' own halves and of sparse_mean; the further splits have seed + 1, seed + 2, ...
+    """
+    negatives = build_negatives(cells)
+    negatives.write_h5ad(folder / "negatives.h5ad")
+    build_reference(cells, negatives, seed).write_h5ad(folder / "reference.h5ad")
+    (folder / "half_splits").mkdir()
+    for further in range(seed + 1, seed + half_seeds):
+        split = build_half_split(cells, draw_halves(cells.obs, further), negatives)
+        split.write_h5ad(folder / "half_splits" / f"seed_{further}.h5ad")
+
+
+def read_reference(folder: Path) -> tuple[ad.AnnData, ad.AnnData]:
+    """(reference, negatives) that `write_reference` wrote into `folder`."""
+    return ad.read_h5ad(folder / "reference.h5ad"), ad.read_h5ad(folder / "negatives.h5ad")
+
+
+def read_keys(folder: Path) -> pd.DataFrame:
+    """Only the rows' description (covariate, condition, n_cells, test_fold, n_degs, ...) of the reference in `folder`."""
+    backed = ad.read_h5ad(folder / "reference.h5ad", backed="r")
+    try:
+        keys: pd.DataFrame = backed.obs.astype(dict.fromkeys(KEYS, str)).reset_index(drop=True)
+    finally:
+        backed.file.close()
+    return keys
+
+
+def half_split_files(folder: Path) -> dict[int, Path]:
+    """Seed -> file of the further half splits in `folder`, in the order of the seeds."""
+    files = (folder / "half_splits").glob("seed_*.h5ad")
+    return dict(sorted((int(file.stem.removeprefix("seed_")), file) for file in files))
 
 
 def reference_keys(cells: ad.AnnData) -> pd.DataFrame:

@@ -28,6 +28,9 @@ CellLine = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+$")]
 # No gene lies farther from the median than this many standard deviations: among a few thousand genes an untruncated
 # log-normal now and then gives one gene a fifth of all counts, which no published screen shows.
 _MOST_EXTREME = 3.0
+# Nor is a perturbation stronger or weaker than the median by more than this many sd of its log: cells that change
+# more than the strongest published ones do not live to be sequenced.
+_STRONGEST = 2.0
 # Members of a program differ by this much (sd of the log) in how strongly they follow it.
 _LOADING_SPREAD = 0.4
 # Dense numbers are held for so many cells at a time.
@@ -39,84 +42,100 @@ class SimulationSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    seed: int = Field(42, ge=0, description="Seed of every draw.")
-    genes: int = Field(1500, ge=50, description="Measured genes (number).")
-    singles: int = Field(40, ge=1, description="Genes perturbed one at a time (number of conditions).")
-    combinations: int = Field(0, ge=0, description="Pairs of those genes perturbed together (number of conditions).")
+    seed: int = Field(default=42, ge=0, description="Seed of every draw.")
+    genes: int = Field(default=1500, ge=50, description="Measured genes (number).")
+    singles: int = Field(default=40, ge=1, description="Genes perturbed one at a time (number of conditions).")
+    combinations: int = Field(
+        default=0, ge=0, description="Pairs of those genes perturbed together (number of conditions)."
+    )
     cell_lines: tuple[CellLine, ...] = Field(
-        ("line_1",),
+        default=("line_1",),
         min_length=1,
         description="Names of the cell lines (the covariate); all conditions in each.",
     )
-    cells_per_condition: float = Field(100, ge=1, description="Median cells of a perturbed condition in a line.")
+    cells_per_condition: float = Field(
+        default=100, ge=1, description="Median cells of a perturbed condition in a line."
+    )
     cells_per_condition_sd: float = Field(
-        0.15, ge=0, description="Spread of that number: sd of its log (0.15: nine in ten within 78 to 128 %)."
+        default=0.15, ge=0, description="Spread of that number: sd of its log (0.15: nine in ten within 78 to 128 %)."
     )
-    control_cells: int = Field(800, ge=1, description="Unperturbed cells in a line (number).")
+    control_cells: int = Field(default=800, ge=1, description="Unperturbed cells in a line (number).")
     counts_per_gene: float = Field(
-        1.6, gt=0, description="Counts (UMIs) of the median cell divided by the number of measured genes."
+        default=1.6, gt=0, description="Counts (UMIs) of the median cell divided by the number of measured genes."
     )
-    library_size_sd: float = Field(0.37, ge=0, description="Sd of the log of the counts expected in a cell.")
-    expression_sd: float = Field(1.8, ge=0, description="Sd over genes of the log mean expression.")
+    library_size_sd: float = Field(default=0.37, ge=0, description="Sd of the log of the counts expected in a cell.")
+    expression_sd: float = Field(default=1.8, ge=0, description="Sd over genes of the log mean expression.")
     dispersion: float = Field(
-        0.2,
+        default=0.2,
         gt=0,
         description="Negative-binomial dispersion phi (variance = mean + phi mean^2) of abundant genes.",
     )
     dispersion_of_rare_genes: float = Field(
-        0.03, ge=0, description="Added to phi, divided by the gene's mean count in the median cell."
+        default=0.03, ge=0, description="Added to phi, divided by the gene's mean count in the median cell."
     )
-    dispersion_sd: float = Field(0.7, ge=0, description="Scatter of genes about that trend: sd of log phi.")
-    programs: int = Field(12, ge=1, description="Gene programs that perturbations move (number).")
-    program_share: float = Field(0.1, gt=0, le=1, description="Share of the genes that belong to a program (0 to 1).")
+    dispersion_sd: float = Field(default=0.7, ge=0, description="Scatter of genes about that trend: sd of log phi.")
+    programs: int = Field(default=12, ge=1, description="Gene programs that perturbations move (number).")
+    program_share: float = Field(
+        default=0.1, gt=0, le=1, description="Share of the genes that belong to a program (0 to 1)."
+    )
     loading: float = Field(
-        0.25, ge=0, description="Typical change of a member's log expression when its program's activity moves by 1, "
+        default=0.25,
+        ge=0,
+        description="Typical change of a member's log expression when its program's activity moves by 1, "
         "the sd of that activity from cell to cell.",
-    )  # fmt: skip
-    null_share: float = Field(0.25, ge=0, le=1, description="Share of single perturbations without any effect.")
+    )
+    null_share: float = Field(default=0.25, ge=0, le=1, description="Share of single perturbations without any effect.")
     strength: float = Field(
-        2.0,
+        default=2.0,
         ge=0,
         description="Median strength of the others: the move of program activity, in its sd among cells.",
     )
-    strength_sd: float = Field(0.7, ge=0, description="Sd of the log of that strength.")
+    strength_sd: float = Field(default=0.7, ge=0, description="Sd of the log of that strength; cut at 2 sd.")
     general_response: float = Field(
-        0.7,
+        default=0.7,
         ge=0,
         description="Move of the general program, the same way in all perturbations, per unit of strength.",
     )
     private_share: float = Field(
-        0.01,
+        default=0.01,
         ge=0,
         le=1,
         description="Share of the genes a perturbation moves for itself, outside all programs.",
     )
     target_fold_change: float = Field(
-        0.2, gt=0, description="Typical expression of a perturbed gene relative to control: below 1 it is knocked "
+        default=0.2,
+        gt=0,
+        description="Typical expression of a perturbed gene relative to control: below 1 it is knocked "
         "down (CRISPRi) and its programs fall, above 1 it is activated (CRISPRa) and they rise.",
-    )  # fmt: skip
+    )
     target_fold_change_sd: float = Field(
-        0.3,
+        default=0.3,
         ge=0,
         description="Scatter between perturbed genes: sd of the log of the size of that log fold change.",
     )
     interaction_share: float = Field(
-        0.2,
+        default=0.2,
         ge=0,
         le=1,
         description="Share of the combinations that are not additive in log expression (0 to 1).",
     )
     interaction_size: float = Field(
-        0.5, ge=0, le=1, description="In those, the sum of the two lfc is multiplied by 1 + this (synergy) or 1 - this "
+        default=0.5,
+        ge=0,
+        le=1,
+        description="In those, the sum of the two lfc is multiplied by 1 + this (synergy) or 1 - this "
         "(suppression), with equal chance; the two perturbed genes themselves stay additive.",
-    )  # fmt: skip
+    )
     baseline_sharing: float = Field(
-        0.9, ge=0, le=1, description="Correlation of the log baseline expression between two cell lines."
+        default=0.9, ge=0, le=1, description="Correlation of the log baseline expression between two cell lines."
     )
     effect_sharing: float = Field(
-        0.7, ge=0, le=1, description="Share of the genes that play the same part (programs, loadings, strength, "
+        default=0.7,
+        ge=0,
+        le=1,
+        description="Share of the genes that play the same part (programs, loadings, strength, "
         "private targets) in any two cell lines; the others draw a part of their own in each line.",
-    )  # fmt: skip
+    )
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -197,12 +216,11 @@ def planted_profiles(simulation: Simulation, effect: float = 1.0, target_sum: fl
     truth, settings = simulation.truth, simulation.settings
     phi = truth.var["dispersion"].to_numpy()
     profiles = np.empty(truth.shape)
-    for line in settings.cell_lines:
-        rows = np.flatnonzero(truth.obs["covariate"] == line)
-        baseline = truth.layers["expected"][truth.obs_names.get_loc(f"{line}|control")]
-        spread = _activity_spread(truth.varm[line].to_numpy())
-        for row in rows:
-            proportion = _closed(baseline * np.exp(effect * truth.layers["lfc"][row]))
+    with threadpool_limits(1):
+        for row, (line, lfc) in enumerate(zip(truth.obs["covariate"], truth.layers["lfc"], strict=True)):
+            baseline = truth.layers["expected"][truth.obs_names.get_loc(f"{line}|control")]
+            proportion = _closed(baseline * np.exp(effect * lfc))
+            spread = _activity_spread(truth.varm[line].to_numpy())
             profiles[row] = _expected_log1p(settings, proportion, spread, phi, target_sum)
     return AnnData(profiles, obs=truth.obs[["covariate", "condition"]].copy(), var=pd.DataFrame(index=truth.var_names))
 
@@ -261,8 +279,8 @@ def _strengths(settings: SimulationSettings, line: str) -> Array:
     """genes: strength of each one's perturbation, 0 for none; the part lines share (line ""), or a line's own."""
     rng = generator(settings.seed, "simulate strengths", line)
     effective = rng.random(settings.genes) >= settings.null_share
-    scatter = settings.strength_sd * rng.standard_normal(settings.genes)
-    return np.where(effective, settings.strength * np.exp(scatter), 0.0)
+    scores = np.clip(rng.standard_normal(settings.genes), -_STRONGEST, _STRONGEST)
+    return np.where(effective, settings.strength * np.exp(settings.strength_sd * scores), 0.0)
 
 
 def _line(settings: SimulationSettings, name: str) -> _Line:

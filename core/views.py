@@ -8,14 +8,12 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-THRESHOLD = 0.1  # of the verdict: docs/science.md section 5
-COVERAGE = 0.8  # of the leaderboard: docs/science.md section 4
-QUOTED = "drf_interpolated"
-VARIANTS = ["drf_interpolated", "drf_mean", "drf_ctrl"]
-VERDICTS = ["calibrated", "inconclusive", "miscalibrated", "none"]
-STRATA = ["0", "1-9", "10-99", ">=100"]
-PREDICTORS = ["model", "baseline"]
-CONTROLS = ["positive control", "negative control"]
+from core.calibration import FEWEST_CONDITIONS, VARIANTS
+from core.comparison import ALPHA, STRATA
+from core.leaderboard import RANKED
+
+VARIANT_NAMES = [variant.name for variant in VARIANTS]
+STRATUM_NAMES = [name for name, _, _ in STRATA if name != "all"]
 DASH = "–"
 
 
@@ -65,8 +63,8 @@ def worded(control: str) -> str:
 
 
 def stratum(n_degs: float) -> str:
-    """The stratum of effect size for a number of DEGs (docs/science.md section 6); NaN counts as 0 DEGs."""
-    return ">=100" if n_degs >= 100 else "10-99" if n_degs >= 10 else "1-9" if n_degs >= 1 else "0"
+    """The stratum of effect size for a number of DEGs (docs/science.md section 6); NaN, not tested, counts as 0."""
+    return next((name for name, low, high in STRATA if name != "all" and low <= n_degs <= high), STRATUM_NAMES[0])
 
 
 # Calibration
@@ -74,14 +72,14 @@ def stratum(n_degs: float) -> str:
 
 def verdicts(calibration: pd.DataFrame) -> pd.DataFrame:
     """The quoted variant (`drf_interpolated`), one row per metric, in the calibration table's order of metrics."""
-    table = calibration[calibration["variant"] == QUOTED].drop(columns="variant")
+    table = calibration[calibration["variant"] == VARIANT_NAMES[0]].drop(columns="variant")
     return table.assign(verdict=table["verdict"].fillna("none")).reset_index(drop=True)
 
 
 def variants(calibration: pd.DataFrame) -> pd.DataFrame:
     """Mean DRF of the three variants: one row per metric, columns `<variant>`, `<variant>_low`, `<variant>_high`."""
     wide = calibration.pivot(index="metric", columns="variant", values=["drf", "drf_low", "drf_high"])
-    wide = wide.reindex(columns=pd.MultiIndex.from_product([["drf", "drf_low", "drf_high"], VARIANTS]))
+    wide = wide.reindex(columns=pd.MultiIndex.from_product([["drf", "drf_low", "drf_high"], VARIANT_NAMES]))
     wide.columns = [variant + value.removeprefix("drf") for value, variant in wide.columns]
     return wide.reindex(calibration["metric"].unique()).astype(float)
 
@@ -89,14 +87,14 @@ def variants(calibration: pd.DataFrame) -> pd.DataFrame:
 # Leaderboard
 
 
-def calibrated_metrics(leaderboard: pd.DataFrame) -> list[str]:
+def ranked_metrics(leaderboard: pd.DataFrame) -> list[str]:
     """Metrics by which models are ranked, in the table's order."""
     return list(leaderboard.loc[leaderboard["calibrated"].astype(bool), "metric"].unique())
 
 
 def ordered_metrics(leaderboard: pd.DataFrame) -> list[str]:
     """All metrics, calibrated ones first, otherwise in the table's order."""
-    first = calibrated_metrics(leaderboard)
+    first = ranked_metrics(leaderboard)
     return first + [metric for metric in leaderboard["metric"].unique() if metric not in first]
 
 
@@ -115,168 +113,135 @@ def entries(leaderboard: pd.DataFrame) -> pd.DataFrame:
             "mean_rank": groups["rank"].mean(),
         }
     ).reset_index()
-    predictor = table["kind"].isin(PREDICTORS)
+    predictor = table["kind"].isin(RANKED)
     below = predictor & ~table["in_panel"].astype(bool)
-    group = np.select([below, predictor, table["kind"] == CONTROLS[0]], [3, 0, 1], 2)
-    table = table.assign(group=group).sort_values(
-        ["group", "mean_rank", "model"], na_position="last", kind="stable"
-    )
+    group = np.select([below, predictor, table["kind"] == "positive control"], [3, 0, 1], 2)
+    table = table.assign(group=group).sort_values(["group", "mean_rank", "model"], na_position="last", kind="stable")
     return table.drop(columns="group").reset_index(drop=True)
 
 
 def panel_models(leaderboard: pd.DataFrame) -> list[str]:
     """Models and baselines of sufficient coverage, best mean rank first."""
     table = entries(leaderboard)
-    return list(table.loc[table["kind"].isin(PREDICTORS) & table["in_panel"].astype(bool), "model"])
+    return list(table.loc[table["kind"].isin(RANKED) & table["in_panel"].astype(bool), "model"])
 
 
 def wide(leaderboard: pd.DataFrame, value: str) -> pd.DataFrame:
     """One column of the leaderboard (`mean`, `rank`, `headroom`, ...): entries x metrics, in the order of display."""
     table = leaderboard.pivot(index="model", columns="metric", values=value)
-    return table.reindex(index=entries(leaderboard)["model"], columns=ordered_metrics(leaderboard)).astype(
-        float
-    )
+    return table.reindex(index=entries(leaderboard)["model"], columns=ordered_metrics(leaderboard)).astype(float)
 
 
 # Comparison
 
 
-def against_negative(comparison: pd.DataFrame, calibration: pd.DataFrame) -> pd.DataFrame:
-    """Rows of the comparison (all strata) of each calibrated metric with that metric's own negative control."""
+def outcomes(comparison: pd.DataFrame, calibration: pd.DataFrame, control: str | None = None) -> pd.DataFrame:
+    """Who beats a control: models x calibrated metrics, in the order of the tables.
+
+    control: a name; None for each metric's own negative control. Values: "better" and "worse" where the 95 % interval
+    of the mean difference over all conditions is clear of zero, "better, Holm" where moreover the one-sided paired
+    t-test has p < 0.05 after Holm's correction, else "undecided"; "" where the two were not compared.
+    """
     table = verdicts(calibration)
     negative = table.loc[table["verdict"] == "calibrated"].set_index("metric")["negative"]
-    return comparison[comparison["control"] == comparison["metric"].map(negative)]
+    rows = comparison[(comparison["stratum"] == "all") & comparison["metric"].isin(negative.index)]
+    rows = rows[rows["control"] == (rows["metric"].map(negative) if control is None else control)]
+    better = rows["low"] > 0
+    choices = [better & (rows["t_holm"] < ALPHA), better, rows["high"] < 0]
+    outcome = np.select(choices, ["better, Holm", "better", "worse"], "undecided")
+    wide = rows.assign(outcome=outcome).pivot(index="model", columns="metric", values="outcome")
+    return wide.reindex(index=rows["model"].unique(), columns=negative.index).fillna("")
 
 
-def outcomes(comparison: pd.DataFrame, calibration: pd.DataFrame) -> pd.DataFrame:
-    """Who beats the negative controls: one row per model, in the comparison's order.
+def headline(name: str, calibration: pd.DataFrame, leaderboard: pd.DataFrame, comparison: pd.DataFrame) -> list[str]:
+    """The result for a data set in a few sentences: which metrics are calibrated, and which models beat the controls.
 
-    better, worse, undecided: lists of calibrated metrics whose 95 % interval of the mean difference lies above 0,
-    below 0, or neither (or is NaN); better_holm: those of `better` whose one-sided paired t-test, adjusted after Holm,
-    has p < 0.05.
+    A model beats a control on a metric where the 95 % interval of the mean difference lies above zero (`outcomes`).
     """
-    table = against_negative(comparison, calibration)
-    table = table[table["stratum"] == "all"]
-    rows = []
-    for model, part in table.groupby("model", sort=False):
-        better, worse = part["low"] > 0, part["high"] < 0
-        rows.append(
-            {
-                "model": model,
-                "better": list(part.loc[better, "metric"]),
-                "worse": list(part.loc[worse, "metric"]),
-                "undecided": list(part.loc[~better & ~worse, "metric"]),
-                "better_holm": list(part.loc[better & (part["t_holm"] < 0.05), "metric"]),
-            }
-        )
-    return pd.DataFrame(rows, columns=["model", "better", "worse", "undecided", "better_holm"])
-
-
-def headline(
-    title: str, calibration: pd.DataFrame, leaderboard: pd.DataFrame, comparison: pd.DataFrame
-) -> list[str]:
-    """The result in a few sentences: which metrics are calibrated, and who beats the negative controls on them."""
-    sentences = [_metrics_sentence(title, calibration)]
+    sentences = [_metrics_sentence(name, calibration)]
     kinds = leaderboard.drop_duplicates("model").set_index("model")["kind"]
-    models = list(kinds.index[kinds == "model"])
-    if not models:
-        sentences.append("No model was scored: this is a calibration of the metrics alone.")
-    table = verdicts(calibration)
-    metrics = list(table.loc[table["verdict"] == "calibrated", "metric"])
-    if not metrics:
-        if models:
-            sentences.append(
-                "Without a calibrated metric no model is ranked, and none can be said to beat the controls."
-            )
-        return sentences
-    result = outcomes(comparison, calibration)
-    for kind in PREDICTORS:
-        names = list(kinds.index[kinds == kind])
-        if names:
-            sentences += _winners_sentences(
-                kind, len(names), result[result["model"].isin(names)], len(metrics)
-            )
-    sentences += _first_sentence(leaderboard)
-    return sentences
-
-
-def _metrics_sentence(title: str, calibration: pd.DataFrame) -> str:
-    table = verdicts(calibration)
-    groups = {name: list(table.loc[table["verdict"] == name, "metric"]) for name in VERDICTS}
-    total = counted(len(table), "metric")
-    good = groups["calibrated"]
-    if len(good) == len(table):
-        return f"On {title} all {total} are calibrated: {listed(good)}."
-    verb = "is" if len(good) == 1 else "are"
-    start = (
-        f"{len(good)} of {total} {verb} calibrated on {title}: {listed(good)}"
-        if good
-        else f"No metric is calibrated on {title}"
-    )
-    others = [
-        f"{len(groups[name])} {'is ' if i == 0 and len(groups[name]) == 1 else 'are ' if i == 0 else ''}{name} ({', '.join(groups[name])})"
-        for i, name in enumerate(name for name in VERDICTS[1:3] if groups[name])
-    ]
-    if groups["none"]:
-        few = "has" if len(groups["none"]) == 1 else "have"
-        others.append(
-            f"{len(groups['none'])} {few} no verdict, for want of 10 usable conditions ({', '.join(groups['none'])})"
-        )
-    return f"{start}. Of the others, {listed(others)}." if good else f"{start}: {listed(others)}."
-
-
-def _winners_sentences(kind: str, total: int, result: pd.DataFrame, n_metrics: int) -> list[str]:
-    """Sentences on the models, or on the baselines, that beat a negative control and that lose to one."""
-    winners = result[result["better"].map(len) > 0].sort_values(
-        "better", key=lambda lists: -lists.map(len), kind="stable"
-    )
-    losers = result[result["worse"].map(len) > 0]
-    scale = "on calibrated metrics (95 % interval of the mean difference clear of zero)"
-    if winners.empty:
-        subject = f"The {kind} does not beat" if total == 1 else f"None of the {counted(total, kind)} beats"
-        sentences = [f"{subject} the negative control {scale}."]
-    else:
-        names = [
-            f"{row.model} on {'all ' if len(row.better) == n_metrics else ''}{len(row.better)} of {n_metrics}".replace(
-                "all ", "all "
-            )
-            for row in winners.itertuples()
+    if not (kinds == "model").any():
+        return [*sentences, "No model was scored: this is a calibration of the metrics alone."]
+    if not ranked_metrics(leaderboard):
+        return [
+            *sentences,
+            "Without a calibrated metric no model is ranked, and none can be said to beat the controls.",
         ]
-        verb = "beats" if len(winners) == 1 else "beat"
-        sentences = [
-            f"{len(winners)} of {counted(total, kind)} {verb} the negative control {scale}: {listed(names)}."
-        ]
-    if not losers.empty:
-        names = [f"{row.model} on {len(row.worse)} of {n_metrics}" for row in losers.itertuples()]
-        sentences.append(
-            f"Worse than the negative control, with the interval clear of zero: {listed(names)}."
-        )
-    return sentences
+    own = outcomes(comparison, calibration)
+    negatives = verdicts(calibration).set_index("metric")["negative"].loc[own.columns].unique()
+    names = " or ".join(f"the {worded(control)}" for control in negatives)
+    opponent = names if len(negatives) == 1 else f"the negative control of a metric ({names})"
+    sentences += _winners_sentences(own, f"{opponent}, with the 95 % interval of the difference clear of zero,")
+    losers = own.eq("worse").sum(axis=1)
+    if losers.any():
+        sentences.append(f"Worse than it, with the interval clear of zero: {_counts(losers, own.shape[1])}.")
+    for baseline in kinds.index[kinds == "baseline"]:
+        sentences += _winners_sentences(outcomes(comparison, calibration, baseline), f"the {worded(baseline)} baseline")
+    return sentences + _first_sentence(leaderboard)
+
+
+def _metrics_sentence(name: str, calibration: pd.DataFrame) -> str:
+    table = verdicts(calibration)
+    groups = {str(verdict): list(part["metric"]) for verdict, part in table.groupby("verdict")}
+    total, good = counted(len(table), "metric"), groups.pop("calibrated", [])
+    if not groups:
+        return f"All {total} are calibrated on {name}: {listed(good)}."
+    words = {
+        "inconclusive": "inconclusive",
+        "miscalibrated": "miscalibrated",
+        "none": f"without a verdict for want of {FEWEST_CONDITIONS} usable conditions",
+    }
+    others = listed(
+        [f"{len(groups[key])} {word} ({', '.join(groups[key])})" for key, word in words.items() if key in groups]
+    )
+    if not good:
+        return f"None of the {total} is calibrated on {name}: {others}."
+    return f"{len(good)} of {total} {'is' if len(good) == 1 else 'are'} calibrated on {name}: {listed(good)}. The others: {others}."
+
+
+def _winners_sentences(table: pd.DataFrame, opponent: str) -> list[str]:
+    """One sentence on the models (rows of `outcomes`) that beat an opponent; none where nothing was compared."""
+    if table.empty:
+        return []
+    wins = table.isin(["better", "better, Holm"]).sum(axis=1)
+    if not wins.any():
+        return [f"No model beats {opponent} on any calibrated metric."]
+    n = int((wins > 0).sum())
+    which = f"All {n}" if n == len(table) else f"{n} of {len(table)}"
+    subject = "The model beats" if len(table) == 1 else f"{which} models {'beats' if n == 1 else 'beat'}"
+    return [f"{subject} {opponent} on at least one calibrated metric: {_counts(wins, table.shape[1])}."]
+
+
+def _counts(counts: pd.Series[int], of: int) -> str:
+    """`a on all 3 metrics, b on 2 and c on 1`, most first; models with 0 are left out."""
+    ordered = counts[counts > 0].sort_values(ascending=False, kind="stable")
+    texts = [f"{model} on {f'all {of}' if n == of and of > 1 else n}" for model, n in ordered.items()]
+    return listed([f"{texts[0]}{f' of {of}' if ordered.iloc[0] < of else ''}", *texts[1:]])
 
 
 def _first_sentence(leaderboard: pd.DataFrame) -> list[str]:
-    first = leaderboard[(leaderboard["rank"] == 1) & leaderboard["model"].isin(panel_models(leaderboard))]
+    first = leaderboard[leaderboard["rank"] == 1]
     if first.empty:
         return []
-    counts = first.groupby("model")["metric"].agg(list)
-    counts = counts.sort_values(key=lambda lists: -lists.map(len), kind="stable")
-    return [
-        f"Ranked first: {listed([f'{model} by {listed(metrics)}' for model, metrics in counts.items()])}."
-    ]
+    metrics = (
+        first.groupby("model", sort=False)["metric"]
+        .agg(list)
+        .sort_values(key=lambda lists: -lists.map(len), kind="stable")
+    )
+    return [f"Ranked first: {'; '.join(f'{model} by {listed(names)}' for model, names in metrics.items())}."]
 
 
 def strata_columns(comparison: pd.DataFrame) -> pd.DataFrame:
     """One row per (model, control, metric), the strata beside the whole.
 
     Columns of the stratum "all" under their own names; for each stratum `difference_<stratum>`, `n_<stratum>` and
-    `clear_<stratum>` (its interval excludes 0). Rows keep the comparison's order.
+    `low_<stratum>`, NaN where it has no condition. Rows keep the comparison's order.
     """
     key = ["model", "control", "metric"]
     whole = comparison[comparison["stratum"] == "all"].drop(columns="stratum")
-    for name in STRATA:
+    for name in STRATUM_NAMES:
         part = comparison[comparison["stratum"] == name]
-        part = part.assign(clear=(part["low"] > 0) | (part["high"] < 0))
-        columns = {"mean_difference": f"difference_{name}", "n": f"n_{name}", "clear": f"clear_{name}"}
+        columns = {"mean_difference": f"difference_{name}", "n": f"n_{name}", "low": f"low_{name}"}
         whole = whole.merge(part[[*key, *columns]].rename(columns=columns), on=key, how="left")
     return whole
 
@@ -290,20 +255,18 @@ def perturbed(quality: pd.DataFrame) -> pd.DataFrame:
 
 
 def quality_summary(quality: pd.DataFrame) -> pd.DataFrame:
-    """One row per covariate: conditions, cells, mean and CV of cells and of DEGs, shares, median E-distance.
+    """One row per covariate, control left out: conditions, cells, mean and CV of cells and of DEGs, median E-distance.
 
     CV is the sample standard deviation (n-1) over the mean; NaN for fewer than two conditions or a mean of 0.
-    cells counts perturbed cells and control_cells the rest (NaN where the table has no control row).
+    without_degs: share of conditions with 0 DEGs.
     """
     rows = []
-    for covariate, part in quality.groupby("covariate", sort=False):
-        rest, control = perturbed(part), part[part["condition"] == "control"]
+    for covariate, rest in perturbed(quality).groupby("covariate", sort=False):
         rows.append(
             {
                 "covariate": covariate,
                 "conditions": len(rest),
                 "cells": rest["n_cells"].sum(),
-                "control_cells": control["n_cells"].sum() if len(control) else np.nan,
                 "mean_cells": rest["n_cells"].mean(),
                 "cv_cells": _cv(rest["n_cells"]),
                 "mean_degs": rest["n_degs"].mean(),
@@ -323,24 +286,19 @@ def _cv(values: pd.Series[float]) -> float:
 def wmse_ratios(scores: pd.DataFrame, leaderboard: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
     """wMSE of a model over the dataset mean's, per condition: model, covariate, condition, n_degs, stratum, ratio.
 
-    Scores are paired by half split, averaged over training seeds and half splits, then divided. Models and
-    baselines in the leaderboard's order; conditions where either wMSE is NaN (no DEG weights) or 0 are left out.
+    Scores are those of the quoted half split (the lowest half_seed), as in the leaderboard. Models and baselines of
+    its panel in its order; conditions where either wMSE is NaN (no DEG weights) or 0 are left out.
     """
     key = ["covariate", "condition"]
-    table = scores[scores["metric"] == "wmse"]
-    table = table.groupby(["model", *key, "half_seed"], sort=True)["value"].mean().reset_index()
-    mean = (
-        table[table["model"] == "dataset_mean"].drop(columns="model").rename(columns={"value": "reference"})
-    )
-    table = table.merge(mean, on=[*key, "half_seed"])
-    table = table.groupby(["model", *key])[["value", "reference"]].mean().reset_index()
-    table = table[(table["value"] > 0) & (table["reference"] > 0)]
+    table = scores[(scores["metric"] == "wmse") & (scores["half_seed"] == scores["half_seed"].min())]
+    mean = table[table["model"] == "dataset_mean"]
+    table = table.merge(mean[[*key, "value"]], on=key, suffixes=("", "_mean"))
+    table = table[(table["value"] > 0) & (table["value_mean"] > 0)]
     table = table.merge(quality[[*key, "n_degs"]], on=key, how="left")
-    table = table.assign(ratio=table["value"] / table["reference"], stratum=table["n_degs"].map(stratum))
+    table = table.assign(ratio=table["value"] / table["value_mean"], stratum=table["n_degs"].map(stratum))
     place = {name: i for i, name in enumerate(panel_models(leaderboard))}
-    table = table[table["model"].isin(place)].sort_values(
-        "model", key=lambda names: names.map(place), kind="stable"
-    )
+    table = table[table["model"].isin(place)].assign(place=lambda rows: rows["model"].map(place))
+    table = table.sort_values(["place", *key], kind="stable")
     return table[["model", *key, "n_degs", "stratum", "ratio"]].reset_index(drop=True)
 
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from core.arrays import Floats
-from core.figures.style import GREY, INK, MUTED, STRATUM_COLOURS, bare, grid, plain, styled
+from core.figures.style import FAINT, GREY, INK, MUTED, STRATUM_COLOURS, bare, grid, plain, styled
 from core.views import perturbed, stratum
 
 _MOST_NAMES = 30
@@ -51,7 +51,7 @@ def _bars(axes: Axes, table: pd.DataFrame, column: str, named: bool) -> None:
     values = table[column].to_numpy(float)
     if column == "n_degs":
         colours = [STRATUM_COLOURS[stratum(n)] for n in values]
-        axes.hlines(rows, -0.68, _position(values), color="#d9dce1", linewidth=1)
+        axes.hlines(rows, -0.68, _position(values), color=FAINT, linewidth=1, zorder=1)
         axes.scatter(_position(values), rows, s=20, c=colours, linewidths=0)
         _log_axis(axes, values)
     else:
@@ -95,7 +95,9 @@ def _distance(axes: Axes, table: pd.DataFrame) -> None:
     colours = [STRATUM_COLOURS[stratum(n)] for n in degs]
     # An unbiased estimate of a distance near 0 can be negative.
     axes.set_yscale("function", functions=(lambda y: np.sign(y) * np.sqrt(np.abs(y)), lambda y: np.sign(y) * y**2))
-    axes.scatter(_position(degs), table["edistance_to_control"], s=12, c=colours, linewidths=0, rasterized=len(degs) > 3000)
+    axes.scatter(
+        _position(degs), table["edistance_to_control"], s=12, c=colours, linewidths=0, rasterized=len(degs) > 3000
+    )
     _log_axis(axes, degs)
     axes.set_ylabel("E-distance to control\n(square-root scale)")
     axes.yaxis.set_major_locator(MaxNLocator(5))
@@ -104,8 +106,8 @@ def _distance(axes: Axes, table: pd.DataFrame) -> None:
 
 
 def _position(degs: Floats) -> Floats:
-    """Where numbers of DEGs stand: at their log10, and 0 apart."""
-    return np.where(degs > 0, np.log10(np.maximum(degs, 1)), _ZERO)
+    """Where numbers of DEGs stand: at their log10, and 0 apart; NaN stands nowhere."""
+    return np.where(degs == 0, _ZERO, np.log10(np.maximum(degs, 1)))
 
 
 def _log_axis(axes: Axes, degs: Floats) -> None:

@@ -8,10 +8,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from core.calibration import FEWEST_CONDITIONS, THRESHOLD
 from core.figures.style import FAINT, INK, MUTED, VERDICT_COLOURS, VERDICT_MARKERS, bare, grid, plain, styled
-from core.views import THRESHOLD, share, verdicts
+from core.views import share, verdicts
 
-_WORDS = {"none": "no verdict (fewer than 10 conditions)"}
+_WORDS = {"none": f"no verdict (fewer than {FEWEST_CONDITIONS} conditions)"}
 
 
 @styled
@@ -73,7 +74,15 @@ def _panel(axes: Axes, table: pd.DataFrame, value: str) -> None:
 def _legend(present: list[str]) -> list[Line2D]:
     """What colours, lines and bars mean; verdicts in their fixed order, only those present."""
     handles = [
-        Line2D([], [], marker=VERDICT_MARKERS[name], color=colour, linestyle="", markersize=5.5, label=_WORDS.get(name, name))
+        Line2D(
+            [],
+            [],
+            marker=VERDICT_MARKERS[name],
+            color=colour,
+            linestyle="",
+            markersize=5.5,
+            label=_WORDS.get(name, name),
+        )
         for name, colour in VERDICT_COLOURS.items()
         if name in present
     ]

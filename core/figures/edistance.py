@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
-from core.figures.style import plain, styled
+from core.figures.style import FAINT, plain, styled
 
 _MOST_LABELS = 100
 
@@ -34,7 +34,7 @@ def edistance(matrix: pd.DataFrame) -> Figure:
     # Beyond the 99th percentile all are equally yellow, or one outlier would darken the rest.
     top = float(np.nanquantile(values, 0.99)) if n > 10 else float(np.nanmax(values))
     norm = PowerNorm(0.5, vmin=0, vmax=top or 1.0)
-    image = axes.imshow(values, cmap=colormaps["cividis"].with_extremes(bad="#d9dce1"), norm=norm, interpolation="nearest")
+    image = axes.imshow(values, cmap=colormaps["cividis"].with_extremes(bad=FAINT), norm=norm, interpolation="nearest")
     for spine in axes.spines.values():
         spine.set_visible(False)
     labels = list(ordered.index)

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from core.figures.style import BLUE, GREY, INK, MUTED, bare, grid, plain, styled
-from core.views import calibrated_metrics, panel_models
+from core.figures.style import BLUE, FAINT, GREY, INK, MUTED, bare, grid, plain, styled
+from core.views import panel_models, ranked_metrics
 
 # Headroom is unbounded below; what lies farther out is drawn at the edge with its value.
 _WIDEST = (-1.0, 1.4)
@@ -27,7 +27,7 @@ def headroom(leaderboard: pd.DataFrame) -> Figure:
     leaderboard: long table (model, kind, metric, headroom, headroom_low, headroom_high, headroom_half_sd, ...).
     Needs at least one calibrated metric and one model or baseline of sufficient coverage. NaN is drawn as a dash.
     """
-    metrics = calibrated_metrics(leaderboard)
+    metrics = ranked_metrics(leaderboard)
     names = panel_models(leaderboard)
     rows = leaderboard.set_index(["metric", "model"])
     columns = min(len(metrics), 4 if len(metrics) <= 12 else 5)
@@ -95,5 +95,5 @@ def _legend(kinds: set[str]) -> list[Line2D]:
         if kind in kinds
     ]
     handles.append(Line2D([], [], color=MUTED, linewidth=1.4, label="95 % interval over conditions"))
-    handles.append(Line2D([], [], color="#d3d6db", linewidth=6, label="± 1 SD over half splits"))
+    handles.append(Line2D([], [], color=FAINT, linewidth=6, label="± 1 SD over half splits"))
     return handles

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 METRICS = {
     # name: (value of the negative control, of the positive control, mean DRF, spread of a condition)
@@ -38,6 +39,10 @@ CONTROLS = {
     "sparse_mean": "negative control",
 }
 LEVELS = {"interpolated_duplicate": 1.0, "technical_duplicate": 0.7, "dataset_mean": 0.0, "control_mean": -0.15, "sparse_mean": -0.25}
+COMPARISON = [
+    "model", "control", "metric", "stratum", "n", "mean_difference", "low", "high", "t_p", "t_holm", "t_bonferroni",
+    "wilcoxon_p", "wilcoxon_holm", "wilcoxon_bonferroni", "detectable_difference",
+]  # fmt: skip
 STRATA = ["0", "1-9", "10-99", ">=100"]
 
 
@@ -211,15 +216,17 @@ def _comparison(rng, entries, names, leaderboard, quality):
     rows = []
     for name, kind in entries.items():
         for control in entries:
-            if kind not in ("model", "baseline") or control == name or entries[control] == "model":
+            if kind != "model" or entries[control] == "model":
                 continue
             for metric in names:
                 unit = abs(METRICS[metric][1] - METRICS[metric][0])
                 gap = (means[name, metric] - LEVELS.get(control, 0.12)) * unit
                 for stratum, n in sizes.items():
-                    wide = 1.1 * unit / np.sqrt(n) if n else np.nan
-                    centre = gap * (1.5 if stratum == ">=100" else 1.0) if n else np.nan
-                    p = float(np.clip(10 ** (-6 * centre / unit), 1e-30, 1)) if n else np.nan
+                    if not n:
+                        continue
+                    wide = 1.1 * unit / np.sqrt(n)
+                    centre = gap * (1.5 if stratum == ">=100" else 1.0)
+                    p = float(stats.norm.sf(1.96 * centre / wide))
                     rows.append(
                         {
                             "model": name,
@@ -239,7 +246,7 @@ def _comparison(rng, entries, names, leaderboard, quality):
                             "detectable_difference": 1.4 * wide,
                         }
                     )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=COMPARISON)
 
 
 def _scores(rng, entries, quality):

@@ -1,0 +1,540 @@
+"""The private local services: a Prefect server, an MLflow server and a worker, of this project alone.
+
+They listen on 127.0.0.1, keep everything under the data folder and use none of the user's own Prefect or MLflow
+settings. What runs is recorded in services.json. Imports neither prefect nor mlflow, which take seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shlex
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import filelock
+import psutil
+
+from blocks.paths import (
+    DEFAULT_DATA,
+    PROJECT_ROOT,
+    data_folder,
+    logs_folder,
+    mlflow_folder,
+    prefect_folder,
+    services_file,
+)
+from core.errors import UserError
+
+HOST = "127.0.0.1"
+# About 8 s on an idle laptop; much longer on a first start from a slow disk.
+START_TIMEOUT = 180.0
+# A worker first ends its flow runs, and a server the requests it serves; then they are killed.
+STOP_TIMEOUT = 20.0
+# Inherited by every process that a service starts: tells them apart from any other, even when their parent is gone.
+MARK = "CALIPERT_SERVICE"
+PREFECT_TOML = PROJECT_ROOT / "prefect.toml"
+TOML_HEADER = "# Written by calipert whenever its servers start: `prefect` in this folder talks to them.\n"
+
+_children: dict[int, subprocess.Popen[bytes]] = {}
+
+
+@dataclass(frozen=True)
+class Services:
+    """Where the two servers answer: the addresses of their web pages, `http://127.0.0.1:<port>`."""
+
+    prefect: str
+    mlflow: str
+
+    @property
+    def prefect_api(self) -> str:
+        return f"{self.prefect}/api"
+
+
+@dataclass(frozen=True)
+class ServiceStatus:
+    """state: "running", "not answering" (a process, but no answer) or "stopped"; url is None for the worker."""
+
+    name: str
+    state: str
+    url: str | None
+    pid: int | None
+    log: Path
+
+
+@dataclass(frozen=True)
+class _Record:
+    """One started service. A recycled pid is told by its start time (seconds since 1970), the whole tree of
+    processes by the mark. port: where a server listens, and for the worker, where its server does."""
+
+    name: str
+    pid: int
+    created: float
+    port: int
+    command: list[str]
+    mark: str
+
+
+@dataclass(frozen=True)
+class _Server:
+    """name; the port to take if it is free; the path that answers 200 when all is well; the command."""
+
+    name: str
+    port: int
+    health: str
+    command: Callable[[int], list[str]]
+
+
+def _prefect_command(port: int) -> list[str]:
+    return ["-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
+
+
+def _mlflow_command(port: int) -> list[str]:
+    folder = mlflow_folder()
+    return [
+        *("-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"),
+        *("--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"),
+        *("--serve-artifacts", "--artifacts-destination", (folder / "artifacts").as_uri()),
+        "--uvicorn-opts=--no-access-log",
+    ]
+
+
+SERVERS = (
+    _Server("prefect", 4200, "/api/health", _prefect_command),
+    _Server("mlflow", 5000, "/health", _mlflow_command),
+)
+WORKER = "worker"
+
+
+def ensure_servers(timeout: float = START_TIMEOUT) -> Services:
+    """Starts what does not run yet, both at once, and returns when both answer.
+
+    Servers outlive the process that started them. Simultaneous callers start nothing twice.
+    timeout: seconds to wait for an answer. Raises UserError, with the last lines of the log, if a server ends or
+    does not answer in time; it is stopped then, so that the next call starts afresh.
+    """
+    records = _read()
+    if not all(_healthy(records.get(server.name), server) for server in SERVERS):
+        with _lock():
+            records = _read()
+            _require_own_toml()
+            _start(records, timeout)
+    services = _services(records)
+    _write_toml(services)
+    return services
+
+
+def ensure_worker(services: Services, pool: str, timeout: float = START_TIMEOUT) -> None:
+    """Starts a worker for a process work pool unless one runs, and returns when the server has heard from it.
+
+    The pool must exist. Raises UserError, with the last lines of the log, if the worker ends or is not heard of
+    within `timeout` seconds.
+    """
+    port = int(services.prefect.rpartition(":")[2])
+    with _lock():
+        records = _read()
+        record = records.get(WORKER)
+        if record is None or not _alive(record) or record.port != port:
+            _forget(records, WORKER)
+            name = f"local-{secrets.token_hex(4)}"
+            command = ["-m", "prefect", "worker", "start", "--pool", pool, "--type", "process", "--name", name]
+            environment = child_environment(services)
+            record = _launch(WORKER, [*command, "--install-policy", "never"], port, environment, PROJECT_ROOT)
+            _remember(records, record)
+        name = record.command[record.command.index("--name") + 1]
+        deadline = time.monotonic() + timeout
+        while not _heard_of(services, pool, name):
+            if not _alive(record) or time.monotonic() > deadline:
+                error = _failure(record, timeout)
+                _forget(records, WORKER)
+                raise error
+            time.sleep(0.2)
+
+
+def stop() -> list[str]:
+    """Ends the recorded services, the worker before the servers, and returns their names. Nothing else is ended.
+
+    Each gets some time to finish in order; what is left of its processes is killed.
+    """
+    with _lock():
+        records = _read()
+        running = [name for name, record in records.items() if _processes(record)]
+        _forget(records, WORKER)
+        _forget(records, *(server.name for server in SERVERS))
+    return running
+
+
+def status() -> list[ServiceStatus]:
+    """The state of both servers and of the worker."""
+    records = _read()
+    found = []
+    for server in SERVERS:
+        record = records.get(server.name)
+        state = "running" if _healthy(record, server) else "not answering" if _alive(record) else "stopped"
+        url = _url(record) if record and state == "running" else None
+        found.append(ServiceStatus(server.name, state, url, _pid(record), _log(server.name)))
+    record = records.get(WORKER)
+    state = "running" if _alive(record) else "stopped"
+    return [*found, ServiceStatus(WORKER, state, None, _pid(record), _log(WORKER))]
+
+
+def environment(services: Services) -> dict[str, str]:
+    """Variables that make Prefect and MLflow use these servers, keep to the data folder and report to nobody."""
+    home = prefect_folder()
+    lease_storage = "prefect.server.concurrency.lease_storage.filesystem"
+    return {
+        "CALIPERT_DATA": str(data_folder()),
+        "DO_NOT_TRACK": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        # Job execution is for language models: eight idle processes of 250 MB each.
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_TRACKING_URI": services.mlflow,
+        # A proxy meant for the internet cannot reach this machine's own loopback.
+        "NO_PROXY": _without_proxy("NO_PROXY"),
+        "PREFECT_API_URL": services.prefect_api,
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+        "PREFECT_HOME": str(home),
+        "PREFECT_PROFILES_PATH": str(home / "profiles.toml"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        # Leases in memory would be lost for good with a restart of the server.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": lease_storage,
+        # Without a server Prefect would start one for each process and lose most of its records.
+        "PREFECT_SERVER_EPHEMERAL_ENABLED": "false",
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        "no_proxy": _without_proxy("no_proxy"),
+    }
+
+
+def child_environment(services: Services) -> dict[str, str]:
+    """The whole environment for a child process: this one's, without the user's own PREFECT_ and MLFLOW_
+    settings, and with `environment(services)`."""
+    kept = {name: value for name, value in os.environ.items() if not _is_users_own(name)}
+    return kept | environment(services)
+
+
+def adopt(services: Services) -> None:
+    """Makes this process use the servers. Call it before prefect is imported, which reads its settings then.
+
+    Raises RuntimeError if prefect has been imported with other settings.
+    """
+    ours = environment(services)
+    foreign = [name for name in os.environ if _is_users_own(name) and name not in ours]
+    differing = [*foreign, *(name for name, value in ours.items() if os.environ.get(name) != value)]
+    if "prefect" in sys.modules and any(name.startswith("PREFECT_") for name in differing):
+        raise RuntimeError(f"prefect was imported before these were set: {', '.join(sorted(differing))}")
+    for name in foreign:
+        del os.environ[name]
+    os.environ.update(ours)
+
+
+def exports(services: Services) -> str:
+    """Shell lines that make a shell use the servers: `eval` them to type `prefect` and `mlflow` anywhere."""
+    ours = environment(services)
+    foreign = sorted(name for name in os.environ if _is_users_own(name) and name not in ours)
+    lines = [f"unset {name}" for name in foreign]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in sorted(ours.items())]
+    return "\n".join(lines) + "\n"
+
+
+# Starting
+
+
+def _start(records: dict[str, _Record], timeout: float) -> None:
+    for folder in (logs_folder(), prefect_folder(), mlflow_folder()):
+        folder.mkdir(parents=True, exist_ok=True)
+    waiting = [server for server in SERVERS if not _healthy(records.get(server.name), server)]
+    deadline = time.monotonic() + timeout
+    for server in waiting:
+        # One that another process was starting when it was killed may be on its way.
+        if not _alive(records.get(server.name)):
+            before = records.get(server.name)
+            _forget(records, server.name)
+            _launch_server(records, server, _free_port(before.port if before else server.port))
+    while waiting:
+        for server in list(waiting):
+            record = records[server.name]
+            if _healthy(record, server):
+                waiting.remove(server)
+            elif not _alive(record) and not _bindable(record.port):
+                # Another program took the port in the meantime.
+                _forget(records, server.name)
+                _launch_server(records, server, _free_port(0))
+            elif not _alive(record) or time.monotonic() > deadline:
+                error = _failure(record, timeout)
+                _forget(records, *(one.name for one in waiting))
+                raise error
+        time.sleep(0.1)
+
+
+def _launch_server(records: dict[str, _Record], server: _Server, port: int) -> None:
+    ports = {one.name: records[one.name].port if one.name in records else 0 for one in SERVERS}
+    addresses = {name: f"http://{HOST}:{number}" for name, number in (ports | {server.name: port}).items()}
+    environment = child_environment(Services(**addresses))
+    # Each server is told of itself only: the other's port may not be known yet, and MLflow's must not call itself.
+    del environment["MLFLOW_TRACKING_URI"]
+    if server.name != "prefect":
+        del environment["PREFECT_API_URL"]
+    # In a folder where no prefect.toml, .env or module of the user's is picked up.
+    _remember(records, _launch(server.name, server.command(port), port, environment, logs_folder()))
+
+
+def _launch(name: str, arguments: list[str], port: int, environment: dict[str, str], folder: Path) -> _Record:
+    """Starts a detached session that survives this process and its terminal, and writes into its own log."""
+    command = [sys.executable, *arguments]
+    mark = secrets.token_hex(16)
+    log = _log(name)
+    if log.exists():
+        log.replace(log.with_suffix(".previous.log"))
+    with log.open("wb") as output:
+        child = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=environment | {MARK: mark},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    _children[child.pid] = child
+    return _Record(name, child.pid, psutil.Process(child.pid).create_time(), port, command, mark)
+
+
+def _free_port(wanted: int) -> int:
+    """`wanted` if it is free, else any free port."""
+    if wanted and _bindable(wanted):
+        return wanted
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def _bindable(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+    return True
+
+
+def _failure(record: _Record, timeout: float) -> UserError:
+    log = _log(record.name)
+    found = f"no answer within {timeout:.0f} s" if _alive(record) else "the process has ended"
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:]
+    text = "\n    ".join([f"{found}; the last lines of its log:", *lines])
+    return UserError(log, f"{record.name} service", text, "mend what the log complains of and start again")
+
+
+# Checking
+
+
+def _healthy(record: _Record | None, server: _Server) -> bool:
+    """Whether the recorded process itself, not some other program on its port, answers."""
+    return record is not None and _listens(record) and _answers(f"{_url(record)}{server.health}") is not None
+
+
+def _alive(record: _Record | None) -> bool:
+    return record is not None and _root(record) is not None
+
+
+def _root(record: _Record) -> psutil.Process | None:
+    if record.pid in _children:
+        _children[record.pid].poll()
+    with suppress(psutil.Error):
+        process = psutil.Process(record.pid)
+        # The start time is reckoned from the time of boot, which can move by a second when the clock is set.
+        if process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - record.created) < 2:
+            return process
+    return None
+
+
+def _listens(record: _Record) -> bool:
+    root = _root(record)
+    if root is None:
+        return False
+    with suppress(psutil.Error):
+        for process in (root, *root.children(recursive=True)):
+            with suppress(psutil.Error):
+                for connection in process.net_connections(kind="tcp"):
+                    if connection.status == psutil.CONN_LISTEN and connection.laddr.port == record.port:
+                        return True
+    return False
+
+
+def _answers(url: str, body: bytes | None = None) -> bytes | None:
+    """The answer's text, None if there is no good one. Never through a proxy."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})  # noqa: S310
+    try:
+        with opener.open(request, timeout=5) as answer:
+            return bytes(answer.read())
+    except OSError:
+        return None
+
+
+def _heard_of(services: Services, pool: str, name: str) -> bool:
+    answer = _answers(f"{services.prefect_api}/work_pools/{pool}/workers/filter", b"{}")
+    return answer is not None and any(worker["name"] == name for worker in json.loads(answer))
+
+
+# Stopping
+
+
+def _processes(record: _Record) -> list[psutil.Process]:
+    """All processes of a service, those too whose parent is gone."""
+    found = {process.pid: process for process in _marked(record.mark)}
+    root = _root(record)
+    if root is not None:
+        found[root.pid] = root
+        with suppress(psutil.Error):
+            found |= {child.pid: child for child in root.children(recursive=True)}
+    return list(found.values())
+
+
+def _marked(mark: str) -> Iterator[psutil.Process]:
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                yield process
+
+
+def _end(records: list[_Record]) -> None:
+    """Asks each service to end, then what is left of its processes; kills what does neither."""
+    running = [(record, root) for record in records if (root := _root(record)) is not None]
+    # Flow runs before their worker, which else kills them before they have reported how they ended.
+    runs = [run for record, root in running if record.name == WORKER for run in root.children()]
+    _signal(runs, psutil.Process.terminate, STOP_TIMEOUT)
+    _signal([root for _, root in running], psutil.Process.terminate, STOP_TIMEOUT)
+    for signal, seconds in ((psutil.Process.terminate, 5.0), (psutil.Process.kill, 5.0)):
+        _signal([process for record in records for process in _processes(record)], signal, seconds)
+    for record in records:
+        if record.pid in _children:
+            _children.pop(record.pid).poll()
+
+
+def _signal(processes: list[psutil.Process], signal: Callable[[psutil.Process], None], seconds: float) -> None:
+    for process in processes:
+        with suppress(psutil.Error):
+            signal(process)
+    psutil.wait_procs(processes, timeout=seconds)
+
+
+# The record
+
+
+@contextmanager
+def _lock() -> Iterator[None]:
+    path = services_file().with_suffix(".lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(path):
+        yield
+
+
+def _read() -> dict[str, _Record]:
+    path = services_file()
+    if not path.exists():
+        return {}
+    try:
+        return {row["name"]: _Record(**row) for row in json.loads(path.read_text(encoding="utf-8"))}
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            path, "record of the running services", f"unreadable: {error}", "end them by hand, then delete it"
+        ) from error
+
+
+def _write(records: dict[str, _Record]) -> None:
+    rows = [asdict(record) for record in records.values()]
+    _replace(services_file(), json.dumps(rows, indent=1) + "\n")
+
+
+def _remember(records: dict[str, _Record], record: _Record) -> None:
+    records[record.name] = record
+    _write(records)
+
+
+def _forget(records: dict[str, _Record], *names: str) -> None:
+    """Ends services and strikes them off. Written last: what is still being ended stays on record."""
+    ended = [records[name] for name in names if name in records]
+    _end(ended)
+    for record in ended:
+        del records[record.name]
+    if ended:
+        _write(records)
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _services(records: dict[str, _Record]) -> Services:
+    return Services(**{server.name: _url(records[server.name]) for server in SERVERS})
+
+
+def _url(record: _Record) -> str:
+    return f"http://{HOST}:{record.port}"
+
+
+def _pid(record: _Record | None) -> int | None:
+    return record.pid if record is not None and _alive(record) else None
+
+
+def _log(name: str) -> Path:
+    return logs_folder() / f"{name}.log"
+
+
+def _is_users_own(name: str) -> bool:
+    # Two underscores: what Prefect itself tells the process of a flow run, not a setting.
+    return name.startswith(("PREFECT_", "MLFLOW_")) and not name.startswith("PREFECT__")
+
+
+def _without_proxy(name: str) -> str:
+    return ",".join(dict.fromkeys([*filter(None, os.environ.get(name, "").split(",")), HOST, "localhost"]))
+
+
+# prefect.toml, which Prefect reads in the working directory
+
+
+def _require_own_toml() -> None:
+    if data_folder() != DEFAULT_DATA or not PREFECT_TOML.exists():
+        return
+    if not PREFECT_TOML.read_text(encoding="utf-8").startswith(TOML_HEADER):
+        raise UserError(
+            PREFECT_TOML,
+            "first line",
+            "a file that calipert did not write",
+            "move it elsewhere: calipert keeps the address of its own server under this name",
+        )
+
+
+def _write_toml(services: Services) -> None:
+    """So that `prefect deployment run ...` works as typed in the project's folder. Another data folder than the
+    project's own leaves it alone: which of several servers is meant cannot be known."""
+    if data_folder() != DEFAULT_DATA:
+        return
+    home = prefect_folder()
+    text = f"""{TOML_HEADER}home = {json.dumps(str(home))}
+profiles_path = {json.dumps(str(home / "profiles.toml"))}
+
+[api]
+url = {json.dumps(services.prefect_api)}
+
+[server]
+analytics_enabled = false
+
+[server.ephemeral]
+enabled = false
+"""
+    if not PREFECT_TOML.exists() or PREFECT_TOML.read_text(encoding="utf-8") != text:
+        _require_own_toml()
+        _replace(PREFECT_TOML, text)

@@ -1,0 +1,74 @@
+"""The results of a benchmark as a folder that a person can open: tables, report and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+
+from core.catalog.schema import DatasetSpec
+from core.comparison import compare
+from core.leaderboard import leaderboard
+from core.quality import read_edistances
+from core.report import write_report
+
+# What every model shares by the study's design, and what it does not.
+DECLARED = (
+    "The genes and the cap on cells per condition were chosen with all cells, test cells included.",
+    "Everything else that a model received came from the train and val cells of its fold; test cells were not in "
+    "the files that it was given.",
+    "Truth is the mean of the first half of a condition's cells; models trained on cells of other conditions only.",
+)
+
+
+def write_results(
+    spec: DatasetSpec,
+    scores: list[Path],
+    calibration: Path,
+    quality: Path,
+    provenance: Mapping[str, str],
+    folder: Path,
+) -> None:
+    """Write the tables and the report of a benchmark into `folder`.
+
+    scores: folders with scores.parquet (the controls' first) and, for models, unpredicted.parquet. calibration,
+    quality: folders of these tables. Files: scores.parquet, calibration.parquet, leaderboard.parquet,
+    comparison.parquet, quality.parquet, unpredicted.parquet, report.html, figures/ (`docs/outputs.md`).
+    """
+    everything = pd.concat([pd.read_parquet(path / "scores.parquet") for path in scores], ignore_index=True)
+    reasons = [path / "unpredicted.parquet" for path in scores if (path / "unpredicted.parquet").exists()]
+    unpredicted = (
+        pd.concat([pd.read_parquet(path) for path in reasons], ignore_index=True)
+        if reasons
+        else pd.DataFrame(columns=["model", "covariate", "condition", "reason"])
+    )
+    calibrated = pd.read_parquet(calibration / "calibration.parquet")
+    conditions = pd.read_parquet(quality / "quality.parquet")
+    board = leaderboard(everything, calibrated, spec.seed)
+    main = everything[everything["half_seed"] == spec.seed]
+    n_degs = conditions.set_index(["covariate", "condition"])["n_degs"]
+    comparison = compare(main, n_degs, spec.seed)
+    tables = {
+        "scores": everything,
+        "calibration": calibrated,
+        "leaderboard": board,
+        "comparison": comparison,
+        "quality": conditions,
+        "unpredicted": unpredicted,
+    }
+    for name, table in tables.items():
+        table.to_parquet(folder / f"{name}.parquet", index=False)
+    write_report(
+        folder / "report.html",
+        dataset=spec,
+        provenance=dict(provenance),
+        quality=conditions,
+        edistance=read_edistances(quality),
+        calibration=calibrated,
+        leaderboard=board,
+        comparison=comparison,
+        scores=everything,
+        declared=list(DECLARED),
+        unpredicted=unpredicted,
+    )

@@ -1,0 +1,213 @@
+"""The command line. Heavy packages are imported inside the commands, so that `calipert --help` is instant."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from core.errors import UserError
+
+if TYPE_CHECKING:
+    from blocks.services import Services
+
+CONSOLE = Console(highlight=False)
+ERRORS = Console(stderr=True, highlight=False)
+
+app = typer.Typer(
+    name="calipert",
+    help="Calibrate the metric, then judge the models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Sources = Annotated[
+    list[str] | None,
+    typer.Option("--source", help="NAME=FILE: the file to use for a data set or embedding; may be repeated."),
+]
+
+
+@app.command()
+def run(
+    dataset: Annotated[str, typer.Argument(help="A data set of the catalog, or the path of your own YAML entry.")],
+    models: Annotated[str, typer.Option(help="Models or groups of the catalog, separated by commas.")] = "demo",
+    folds: Annotated[str | None, typer.Option(help="Number of folds, or leave-one-out.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the models' training.")] = 42,
+    source: Sources = None,
+) -> None:
+    """Benchmark models on a data set: prepare, train every fold, score, calibrate, report."""
+    from flows.console import print_results
+
+    names = [name.strip() for name in models.split(",") if name.strip()]
+    sources = _named(source)
+    _check_benchmark(dataset, names, sources)
+    services = _servers()
+    from flows.benchmark import benchmark
+
+    results = _flow(benchmark, dataset=dataset, models=names, folds=_folds(folds), seed=seed, sources=sources)
+    print_results(CONSOLE, results)
+    _where(results / "report.html", services)
+
+
+@app.command()
+def calibrate(
+    file: Annotated[Path, typer.Argument(help="cells.h5ad, a preprocessed mirror file, or any h5ad with log1p X.")],
+    out: Annotated[Path, typer.Option(help="Folder for scores.csv and calibration.csv.")],
+    column: Annotated[str, typer.Option(help="Column of obs with the conditions.")] = "condition",
+    control: Annotated[str, typer.Option(help="Label of the control cells.")] = "control",
+    covariate: Annotated[str | None, typer.Option(help="Column of obs with the covariate (cell line, donor).")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of halves and folds that are drawn.")] = 42,
+    half_seeds: Annotated[int, typer.Option(min=1, help="Number of half splits.")] = 5,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Of a mirror file, recompute the stored profiles and DE results.")
+    ] = False,
+) -> None:
+    """Calibrate the metrics on one file; needs no server, MLflow or model."""
+    from core.file_calibration import FileOptions, calibrate_file
+    from flows.console import print_verdicts
+
+    options = FileOptions(column, control, covariate, seed, half_seeds)
+    with CONSOLE.status(f"calibrating {file.name}"):
+        scores, calibration = calibrate_file(file, options, recompute=recompute)
+    out.mkdir(parents=True, exist_ok=True)
+    # One covariate needs no column of its own.
+    columns = ["covariate"] * (scores["covariate"].nunique() > 1)
+    _write_csv(scores[["model", *columns, "condition", "metric", "value"]], out / "scores.csv")
+    _write_csv(calibration, out / "calibration.csv")
+    print_verdicts(CONSOLE, calibration)
+    CONSOLE.print(f"scores: {out / 'scores.csv'}\ncalibration: {out / 'calibration.csv'}")
+
+
+@app.command()
+def score(
+    predictions: Annotated[Path, typer.Argument(help="h5ad of conditions x genes, X predicted mean log1p(CP10k).")],
+    dataset: Annotated[str, typer.Option(help="The data set that was predicted.")],
+    name: Annotated[str, typer.Option(help="What to call the model.")] = "predictions",
+    folds: Annotated[str | None, typer.Option(help="Number of folds, or leave-one-out.")] = None,
+    source: Sources = None,
+) -> None:
+    """Score predictions made elsewhere against a data set and its calibrated metrics."""
+    from flows.console import print_results
+
+    sources = _named(source)
+    _check_benchmark(dataset, [], sources)
+    if not predictions.is_file():
+        raise UserError(predictions, "file", "no such file", "check the path")
+    services = _servers()
+    from flows.score import score as score_flow
+
+    results = _flow(
+        score_flow, dataset=dataset, predictions=predictions.resolve(), name=name, folds=_folds(folds), sources=sources
+    )
+    print_results(CONSOLE, results)
+    _where(results / "report.html", services)
+
+
+@app.command(name="list")
+def list_(
+    kind: Annotated[str, typer.Argument(help="datasets, models, embeddings or groups.")] = "datasets",
+) -> None:
+    """List what the catalog holds."""
+    from core import catalog
+    from core.catalog.registry import KINDS
+
+    kinds = {f"{k}s": k for k in KINDS}
+    if kind not in kinds:
+        raise UserError("calipert list", "kind", repr(kind), f"one of: {', '.join(kinds)}")
+    titles = {
+        "dataset": lambda n: catalog.dataset(n).title,
+        "embedding": lambda n: catalog.embedding(n).title,
+        "model": lambda n: catalog.model(n).title,
+        "group": lambda n: ", ".join(m.name for m in catalog.models([n])),
+    }
+    for name in catalog.names(kinds[kind]):
+        CONSOLE.print(f"[bold]{name}[/bold]  {titles[kinds[kind]](name)}")
+
+
+@app.command()
+def env() -> None:
+    """Print the shell lines that make `prefect` and `mlflow` use the local servers: eval "$(calipert env)"."""
+    from blocks.services import ensure_servers, exports
+
+    typer.echo(exports(ensure_servers()), nl=False)
+
+
+def main() -> None:
+    """Entry point: an error that the user can mend is shown on one screen, with exit status 2."""
+    try:
+        app()
+    except UserError as error:
+        from flows.console import print_error
+
+        print_error(ERRORS, error)
+        sys.exit(2)
+
+
+def _named(source: list[str] | None) -> dict[str, str]:
+    pairs = [text.partition("=") for text in source or []]
+    for name, equals, file in pairs:
+        if not (name and equals and file):
+            raise UserError("--source", "value", f"{name + equals + file!r}", "write NAME=FILE")
+    return {name: file for name, _, file in pairs}
+
+
+def _folds(text: str | None) -> int | str | None:
+    if text is None or text == "leave-one-out":
+        return text
+    if text.isdigit():
+        return int(text)
+    raise UserError("--folds", "value", repr(text), "a number of at least 2, or leave-one-out")
+
+
+def _check_benchmark(dataset: str, models: list[str], sources: dict[str, str]) -> None:
+    """What can be refused before anything is started."""
+    from core import catalog
+    from tasks.inputs import check_sources
+
+    spec = catalog.dataset(dataset)
+    embeddings = [model.embedding for model in catalog.models(models) if model.embedding]
+    check_sources([spec, *embeddings], sources)
+
+
+def _servers() -> Services:
+    from blocks.services import adopt, ensure_servers
+
+    with CONSOLE.status("starting the local Prefect and MLflow servers (about ten seconds, once)"):
+        services = ensure_servers()
+    os.environ["PREFECT_LOGGING_EXTRA_LOGGERS"] = "calipert"
+    adopt(services)
+    return services
+
+
+def _flow(flow: Any, **parameters: object) -> Path:
+    """Run a flow in this process: our own progress on the console, Prefect's log in its UI."""
+    ours = logging.getLogger("calipert")
+    ours.setLevel(logging.INFO)
+    ours.addHandler(RichHandler(console=CONSOLE, show_path=False, show_level=False, log_time_format="%H:%M:%S"))
+    for name in ("prefect", "prefect.flow_runs", "prefect.task_runs"):
+        for handler in logging.getLogger(name).handlers:
+            if "Console" in type(handler).__name__:
+                # Failures are printed once, by this command; the whole log is in the UI.
+                handler.setLevel(logging.CRITICAL)
+    result: Path = flow(**parameters)
+    return result
+
+
+def _write_csv(table: Any, path: Path) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    table.to_csv(partial, index=False)
+    partial.replace(path)
+
+
+def _where(report: Path, services: Services) -> None:
+    CONSOLE.print(
+        f"\nReport:  {report}\nPrefect: {services.prefect}\nMLflow:  {services.mlflow} (choose “Model training”)\n"
+        "Both servers keep running on this machine only; `make down` stops them."
+    )

@@ -1,0 +1,27 @@
+"""The preparation of one data set: cells, reference, quality."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefect import flow
+
+from core import catalog
+from tasks.prepare import build_reference, measure_quality, prepare_cells
+from tasks.sources import fetch_source
+
+
+@flow(name="prepare", flow_run_name="prepare-{dataset}")
+def prepare(dataset: str = "demo", sources: dict[str, str] = {}) -> dict[str, Path]:  # noqa: B006
+    """Prepare a data set up to the reference that scoring needs.
+
+    dataset: a name of the catalog, or the path of your own YAML entry.
+    sources: files to use, by data set.
+    Returns the folders of cells.h5ad, reference.h5ad and quality.parquet in the store.
+    """
+    spec = catalog.dataset(dataset)
+    raw = fetch_source(spec, sources)
+    cells = prepare_cells(spec, raw)
+    reference = build_reference(spec, cells)
+    quality = measure_quality(cells, reference)
+    return {"cells": cells, "reference": reference, "quality": quality}

@@ -1,0 +1,57 @@
+"""Predictions made elsewhere, scored as a model of the benchmark is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from prefect import flow
+
+from flows.benchmark import chosen_dataset
+from tasks.artifacts import key_of
+from tasks.prepare import build_reference, measure_quality, prepare_cells
+from tasks.record import (
+    Recipe,
+    failing_with_the_flow,
+    open_runs,
+    record_calibration,
+    record_results,
+    show_results,
+)
+from tasks.results import make_results, publish_results
+from tasks.score import accept_predictions, calibrate_metrics, score_controls, score_model
+from tasks.sources import fetch_source
+
+
+@flow(name="score", flow_run_name="score-{dataset}-{name}")
+def score(
+    dataset: str,
+    predictions: Path,
+    name: str = "predictions",
+    folds: int | Literal["leave-one-out"] | None = None,
+    sources: dict[str, str] = {},  # noqa: B006
+) -> Path:
+    """Score a file of predicted profiles against a data set and its calibrated metrics.
+
+    predictions: h5ad of conditions x genes, X predicted mean log1p(CP10k), obs `condition` (and `covariate`).
+    name: what to call the model. folds: instead of the data set's own number of folds.
+    Returns the folder of the results.
+    """
+    spec = chosen_dataset(dataset, folds)
+    raw = fetch_source(spec, sources)
+    cells = prepare_cells(spec, raw)
+    reference = build_reference(spec, cells)
+    accepted = accept_predictions(predictions, reference, name)
+    quality = measure_quality(cells, reference)
+    control_scores = score_controls(spec, reference)
+    calibration = calibrate_metrics(spec, control_scores)
+    recipes = {name: Recipe({"file": predictions.name}, key_of(accepted), -1)}
+    runs = open_runs(spec, reference, recipes, [], str(raw))
+    with failing_with_the_flow(runs):
+        scores = score_model(spec, reference, name, -1, [accepted])
+        results = make_results(spec, [control_scores, scores], calibration, quality, runs.benchmark_id)
+        record_results(runs, results)
+    record_calibration(spec, calibration, str(raw), results)
+    page = publish_results(f"{spec.name}_{name}", results)
+    show_results(spec, runs, results, page)
+    return page.parent

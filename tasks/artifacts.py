@@ -1,0 +1,46 @@
+"""One way to make anything: ask the store for the artifact of a recipe, and build it only if it is not there."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from hashlib import file_digest
+from pathlib import Path
+
+from blocks.store import JSON, ArtifactStore, artifact_key
+
+LOG = logging.getLogger("calipert")
+
+
+def made(
+    kind: str,
+    build: Callable[[Path], None],
+    *,
+    inputs: Mapping[str, Path | str],
+    parameters: Mapping[str, JSON],
+    code: str,
+) -> Path:
+    """The folder of the artifact that this recipe gives; `build` fills an empty folder where there is none yet.
+
+    inputs: artifacts (their folders) or checksums. parameters: JSON values. code: identity of the code that the
+    result depends on: `code_hash` of the module in core that writes it, or an engine's.
+    """
+    keys = {name: key_of(value) if isinstance(value, Path) else value for name, value in inputs.items()}
+    key = artifact_key(kind, keys, parameters, code)
+
+    def build_and_say(folder: Path) -> None:
+        LOG.info("making %s", kind)
+        build(folder)
+
+    return ArtifactStore().obtain(kind, key, build_and_say, inputs=keys, parameters=parameters, code=code)
+
+
+def key_of(artifact: Path) -> str:
+    """The key of an artifact: the name of its folder."""
+    return artifact.name
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 (hex) of a file."""
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,79 @@
+"""Tasks that make gene embeddings: one for all data sets, or one per fold from its training cells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import anndata as ad
+import pandas as pd
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from blocks.code import code_hash
+from core.catalog.schema import EmbeddingSpec, ResolvedModel
+from tasks.artifacts import checksum, made
+from tasks.sources import fetch_source
+
+FILE = "embedding.parquet"
+
+
+@task(name="embed", task_run_name="embed {spec.name}", cache_policy=NO_CACHE)
+def embed(spec: EmbeddingSpec, source: Path, perturbed: list[str]) -> Path:
+    """embedding.parquet of genes x dimensions; the artifact's folder.
+
+    source: the raw file of a shared embedding, or the fold (artifact) of a per-fold one. perturbed: the genes that
+    models will need. Raises UserError where it covers none of them.
+    """
+    from core.embedding import read_embedding, require_coverage, write_embedding
+
+    compute = COMPUTE[spec.kind]
+    folder = made(
+        "embedding",
+        lambda folder: write_embedding(compute(source, spec.dimensions), folder / FILE),
+        inputs={"source": source if source.is_dir() else checksum(source)},
+        parameters={"kind": spec.kind, "dimensions": spec.dimensions},
+        code=code_hash("core.embedding"),
+    )
+    require_coverage(spec.name, read_embedding(folder / FILE), perturbed)
+    return folder
+
+
+def make_embeddings(
+    models: list[ResolvedModel], data: dict[int, Path], sources: dict[str, str], perturbed: list[str]
+) -> dict[tuple[str, int], Path | None]:
+    """(model, fold) -> folder of its embedding.parquet, None for a model without one.
+
+    data: the folds' artifacts. sources: files that the user named.
+    """
+    embeddings: dict[tuple[str, int], Path | None] = {}
+    shared: dict[str, Path] = {}
+    for model in models:
+        spec = model.embedding
+        for fold, part in data.items():
+            if spec is None:
+                embeddings[model.name, fold] = None
+            elif spec.per_fold:
+                embeddings[model.name, fold] = embed(spec, part, perturbed)
+            else:
+                if spec.name not in shared:
+                    shared[spec.name] = embed(spec, fetch_source(spec, sources), perturbed)
+                embeddings[model.name, fold] = shared[spec.name]
+    return embeddings
+
+
+def _pathways(gmt: Path, dimensions: int) -> pd.DataFrame:
+    from core.embedding import pathway_embedding
+
+    return pathway_embedding(gmt, dimensions)
+
+
+def _coexpression(fold: Path, dimensions: int) -> pd.DataFrame:
+    from core.embedding import coexpression_embedding
+
+    cells = ad.read_h5ad(fold / "train.h5ad")
+    training = cells[(cells.obs["split"] == "train").to_numpy()]
+    return coexpression_embedding(training.X, list(training.var_names), dimensions)
+
+
+COMPUTE: dict[str, Callable[[Path, int], pd.DataFrame]] = {"gmt": _pathways, "coexpression": _coexpression}

@@ -1,0 +1,63 @@
+"""Tasks from a raw file to all that scoring needs: cells, reference, quality. Each gives its artifact's folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from blocks.code import code_hash
+from core.catalog.schema import DatasetSpec
+from tasks.artifacts import checksum, made
+
+# What describes a data set without deciding how its cells are made.
+DESCRIPTIVE = {"title", "licence", "citation", "source", "expected", "half_seeds"}
+
+
+@task(name="prepare-cells", cache_policy=NO_CACHE)
+def prepare_cells(spec: DatasetSpec, raw: Path) -> Path:
+    """cells.h5ad of a data set, from the published file `raw`. Raises UserError where it cannot be used."""
+    from core.cells import write_cells
+
+    entry = spec.model_dump(mode="json", exclude=DESCRIPTIVE)
+    source, code = checksum(raw), code_hash("core.cells")
+    provenance = {"entry": entry, "source sha256": source, "code": code}
+    return made(
+        "cells",
+        lambda folder: write_cells(raw, spec, provenance, folder),
+        inputs={"raw": source},
+        parameters={"entry": entry},
+        code=code,
+    )
+
+
+@task(name="build-reference", cache_policy=NO_CACHE)
+def build_reference(spec: DatasetSpec, cells: Path) -> Path:
+    """reference.h5ad, negatives.h5ad and half_splits/: truth and controls of every test condition."""
+    from core.cells import read_cells
+    from core.reference import write_reference
+
+    return made(
+        "reference",
+        lambda folder: write_reference(read_cells(cells), spec.seed, spec.half_seeds, folder),
+        inputs={"cells": cells},
+        parameters={"seed": spec.seed, "half_seeds": spec.half_seeds},
+        code=code_hash("core.reference"),
+    )
+
+
+@task(name="measure-quality", cache_policy=NO_CACHE)
+def measure_quality(cells: Path, reference: Path) -> Path:
+    """quality.parquet and edistance.parquet: cells, DEGs and E-distances of every condition."""
+    from core.cells import read_cells
+    from core.quality import write_quality
+    from core.reference import read_reference
+
+    return made(
+        "quality",
+        lambda folder: write_quality(read_cells(cells), read_reference(reference)[0], folder),
+        inputs={"cells": cells, "reference": reference},
+        parameters={},
+        code=code_hash("core.quality"),
+    )

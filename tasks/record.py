@@ -1,0 +1,155 @@
+"""Tasks that keep a benchmark in MLflow and show its result in Prefect."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+from prefect import runtime, task
+from prefect.artifacts import create_link_artifact, create_table_artifact
+from prefect.cache_policies import NO_CACHE
+
+from blocks.tracking import MLflowTracking
+from core.catalog.schema import DatasetSpec, ResolvedModel
+from core.controls import CONTROLS
+from core.errors import UserError
+from tasks.artifacts import key_of
+from tasks.engine import engine_identity
+
+
+class Recipe(NamedTuple):
+    """What a model's scores follow from, apart from the data: its parameters, what trains it, its training seed."""
+
+    params: dict[str, Any]
+    engine: str
+    seed: int
+
+
+class Runs(NamedTuple):
+    """The MLflow runs of one benchmark: by model or control, and by model and fold."""
+
+    benchmark_id: str
+    models: dict[str, str]
+    folds: dict[str, dict[int, str]]
+
+
+def recipe(model: ResolvedModel, seed: int) -> Recipe:
+    """The recipe of a model of the catalog under the engine in use."""
+    embedding = model.embedding
+    about = {"embedding": embedding.name, "dimensions": embedding.dimensions} if embedding else {}
+    return Recipe({**model.hyperparameters, **about}, engine_identity(model), seed)
+
+
+def tracking_server() -> MLflowTracking:
+    """The MLflow server of this environment. Raises UserError where none is named."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if uri is None:
+        raise UserError(
+            "environment",
+            "MLFLOW_TRACKING_URI",
+            "not set",
+            "use `calipert run` or `make up`, which start a server and set it",
+        )
+    return MLflowTracking(tracking_uri=uri)
+
+
+def benchmark_id(reference: Path, recipes: Mapping[str, Recipe]) -> str:
+    """Twelve hex digits that tie the runs of one benchmark together: they follow from the data and the recipes."""
+    text = json.dumps([key_of(reference), {name: recipes[name] for name in sorted(recipes)}], sort_keys=True)
+    return sha256(text.encode()).hexdigest()[:12]
+
+
+@task(name="open-runs", cache_policy=NO_CACHE)
+def open_runs(spec: DatasetSpec, reference: Path, recipes: dict[str, Recipe], folds: list[int], source: str) -> Runs:
+    """The MLflow runs of a benchmark, found again or created: one per model and control, and one per model and fold.
+
+    source: where the raw file comes from.
+    """
+    identity = benchmark_id(reference, recipes)
+    server = tracking_server()
+    kinds = dict.fromkeys(recipes, "model") | {control.name: control.role for control in CONTROLS}
+    controls = {control.name: Recipe({}, "", -1) for control in CONTROLS}
+    runs = Runs(identity, {}, {})
+    for name, own in (recipes | controls).items():
+        runs.models[name] = server.open_model_run(
+            spec.name,
+            name,
+            own.seed,
+            key=f"{identity}/{name}",
+            kind=kinds[name],
+            benchmark_id=identity,
+            digest=key_of(reference)[:32],
+            source=source,
+            params={"folds": spec.folds, "half_seeds": spec.half_seeds, "data_seed": spec.seed, **own.params},
+            engine=own.engine or None,
+            flow_run_id=_flow_run(),
+        )
+        if name in recipes and folds:
+            runs.folds[name] = server.open_fold_runs(runs.models[name], folds)
+    return runs
+
+
+@contextmanager
+def failing_with_the_flow(runs: Runs) -> Iterator[None]:
+    """Inside it, an error ends the benchmark's MLflow runs as FAILED before it goes on."""
+    try:
+        yield
+    except BaseException as error:
+        server = tracking_server()
+        for run_id in runs.models.values():
+            server.fail(run_id, f"{type(error).__name__}: {error}")
+        raise
+
+
+@task(name="record-calibration", cache_policy=NO_CACHE)
+def record_calibration(spec: DatasetSpec, calibration: Path, source: str, results: Path | None = None) -> None:
+    """One MLflow run for the calibration of a data set, with the report where there is one."""
+    files = [results / "report.html", results / "figures"] if results else []
+    tracking_server().log_calibration(
+        spec.name,
+        pd.read_parquet(calibration / "calibration.parquet"),
+        key=key_of(calibration),
+        digest=key_of(calibration)[:32],
+        source=source,
+        params={"half_seeds": spec.half_seeds, "data_seed": spec.seed},
+        files=[calibration / "calibration.parquet", *files],
+        flow_run_id=_flow_run(),
+    )
+
+
+@task(name="record-results", cache_policy=NO_CACHE)
+def record_results(runs: Runs, results: Path) -> None:
+    """Write the leaderboard and the scores to the benchmark's MLflow runs, and end them."""
+    server = tracking_server()
+    board = pd.read_parquet(results / "leaderboard.parquet")
+    present = set(board["model"])
+    server.log_leaderboard(board, {name: run_id for name, run_id in runs.models.items() if name in present})
+    for run_id in runs.models.values():
+        server.log_files(run_id, [results / "leaderboard.parquet", results / "scores.parquet"])
+        server.finish(run_id)
+
+
+@task(name="show-results", cache_policy=NO_CACHE)
+def show_results(spec: DatasetSpec, runs: Runs, results: Path, page: Path) -> None:
+    """Prefect artifacts of the run: the leaderboard, and links to the report and to MLflow."""
+    board = pd.read_parquet(results / "leaderboard.parquet")
+    table = board[board["calibrated"]].pivot(index=["model", "kind"], columns="metric", values="mean").reset_index()
+    name = spec.name.replace("_", "-")
+    create_table_artifact(
+        key=f"leaderboard-{name}",
+        table=table.round(4).astype(object).where(table.notna(), None).to_dict(orient="records"),
+        description=f"Means over conditions on the calibrated metrics of {spec.title}",
+    )
+    create_link_artifact(key=f"report-{name}", link=page.as_uri(), link_text=f"Report of {spec.name}")
+    url = tracking_server().benchmark_url(spec.name, runs.benchmark_id)
+    create_link_artifact(key=f"mlflow-{name}", link=url, link_text="Compare the models in MLflow")
+
+
+def _flow_run() -> str | None:
+    return str(runtime.flow_run.id) if runtime.flow_run.id else None

@@ -1,0 +1,75 @@
+"""Tasks at the end of a benchmark: the folder of results, and its copy where people look."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from blocks.code import code_hash
+from blocks.paths import reports_folder
+from core.catalog.schema import DatasetSpec
+from tasks.artifacts import key_of, made
+
+
+def test_conditions(reference: Path) -> dict[int, list[dict[str, str]]]:
+    """Fold -> covariate and condition of each of its test conditions, sorted."""
+    from core.reference import read_keys
+
+    keys = read_keys(reference)
+    tested = keys[keys["test_fold"] >= 0]
+    return {
+        int(fold): rows[["covariate", "condition"]].to_dict(orient="records")
+        for fold, rows in tested.groupby("test_fold", sort=True)
+    }
+
+
+def perturbed_genes(reference: Path) -> list[str]:
+    """The genes of all perturbed conditions, sorted."""
+    from core.harmonising import genes_of
+    from core.reference import read_keys
+
+    return sorted({gene for condition in read_keys(reference)["condition"] for gene in genes_of(condition)})
+
+
+@task(name="make-results", cache_policy=NO_CACHE)
+def make_results(spec: DatasetSpec, scores: list[Path], calibration: Path, quality: Path, benchmark_id: str) -> Path:
+    """Tables, report.html and figures of a benchmark (`docs/outputs.md`)."""
+    from core.results import write_results
+
+    provenance = {
+        "data set": spec.name,
+        "benchmark": benchmark_id,
+        "data seed": str(spec.seed),
+        "folds": str(spec.folds),
+        "half splits": str(spec.half_seeds),
+        "calibration": key_of(calibration),
+        "quality": key_of(quality),
+        "scores": ", ".join(key_of(path) for path in scores),
+    }
+    inputs = {"calibration": calibration, "quality": quality}
+    inputs |= {f"scores_{position}": path for position, path in enumerate(scores)}
+    return made(
+        "results",
+        lambda folder: write_results(spec, scores, calibration, quality, provenance, folder),
+        inputs=inputs,
+        parameters={"provenance": provenance, "entry": spec.model_dump(mode="json")},
+        code=code_hash("core.results"),
+    )
+
+
+@task(name="publish-results", cache_policy=NO_CACHE)
+def publish_results(name: str, results: Path) -> Path:
+    """Copy the results to the data folder's reports/<name>, in place of the former ones; report.html there."""
+    target = reports_folder(name)
+    fresh = target.with_name(f".{target.name}.new")
+    for leftover in (fresh, fresh.with_suffix(".old")):
+        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.copytree(results, fresh, copy_function=shutil.copyfile)
+    if target.exists():
+        target.rename(fresh.with_suffix(".old"))
+    fresh.rename(target)
+    shutil.rmtree(fresh.with_suffix(".old"), ignore_errors=True)
+    return target / "report.html"

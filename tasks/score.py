@@ -1,0 +1,71 @@
+"""Tasks that score: controls, models, and the calibration of the metrics."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import anndata as ad
+import pandas as pd
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from blocks.code import code_hash
+from core.catalog.schema import DatasetSpec
+from tasks.artifacts import made
+
+UNPREDICTED = ["model", "covariate", "condition", "reason"]
+
+
+@task(name="score-controls", cache_policy=NO_CACHE)
+def score_controls(spec: DatasetSpec, reference: Path) -> Path:
+    """scores.parquet of all controls and baselines, for every half split."""
+    from core.evaluation import write_control_scores
+
+    return made(
+        "control_scores",
+        lambda folder: write_control_scores(reference, folder, spec.seed),
+        inputs={"reference": reference},
+        parameters={"seed": spec.seed},
+        code=code_hash("core.evaluation"),
+    )
+
+
+@task(name="score-model", task_run_name="score {model}", cache_policy=NO_CACHE)
+def score_model(spec: DatasetSpec, reference: Path, model: str, seed: int, predictions: list[Path]) -> Path:
+    """scores.parquet and unpredicted.parquet of a model, from the predictions of its folds, for every half split."""
+    from core.evaluation import write_model_scores
+
+    def build(folder: Path) -> None:
+        profiles = ad.concat([ad.read_h5ad(fold / "predictions.h5ad") for fold in predictions], join="inner")
+        write_model_scores(profiles, model, seed, reference, spec.seed, folder)
+        reasons = [row for fold in predictions for row in json.loads((fold / "unpredicted.json").read_text())]
+        pd.DataFrame(reasons, columns=UNPREDICTED[1:]).assign(model=model)[UNPREDICTED].to_parquet(
+            folder / "unpredicted.parquet", index=False
+        )
+
+    return made(
+        "model_scores",
+        build,
+        inputs={"reference": reference} | {f"fold_{fold}": path for fold, path in enumerate(predictions)},
+        parameters={"model": model, "seed": seed, "half_seed": spec.seed},
+        code=code_hash("core.evaluation"),
+    )
+
+
+@task(name="calibrate-metrics", cache_policy=NO_CACHE)
+def calibrate_metrics(spec: DatasetSpec, control_scores: Path) -> Path:
+    """calibration.parquet: the dynamic range and the verdict of every metric."""
+    from core.calibration import calibrate
+
+    def build(folder: Path) -> None:
+        scores = pd.read_parquet(control_scores / "scores.parquet")
+        calibrate(scores, spec.seed).to_parquet(folder / "calibration.parquet", index=False)
+
+    return made(
+        "calibration",
+        build,
+        inputs={"scores": control_scores},
+        parameters={"seed": spec.seed},
+        code=code_hash("core.calibration"),
+    )

@@ -1,0 +1,152 @@
+"""Tasks around a model: the files of its fold, its training, its predictions."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from blocks.code import code_hash
+from core.catalog.schema import ResolvedModel
+from tasks.artifacts import LOG, made
+from tasks.engine import container, engine, engine_identity
+from tasks.record import tracking_server
+
+THREADS = 1  # a model's bits may change with the number of threads; folds run beside each other instead
+
+Event = Mapping[str, Any]
+
+
+@task(name="split-fold", task_run_name="split fold {fold}", cache_policy=NO_CACHE)
+def split_fold(cells: Path, fold: int) -> Path:
+    """train.h5ad and control.h5ad of a fold: all of the cells that a model may see."""
+    from core.cells import read_cells
+    from core.training_data import write_fold
+
+    return made(
+        "fold",
+        lambda folder: write_fold(read_cells(cells), fold, folder),
+        inputs={"cells": cells},
+        parameters={"fold": fold},
+        code=code_hash("core.training_data"),
+    )
+
+
+def trained(
+    model: ResolvedModel, fold: Path, embedding: Path | None, seed: int, on_event: Callable[[Event], None]
+) -> Path:
+    """The model directory of one fold: weights and training.jsonl (the events that the model sent)."""
+    folder_of_model = container(model)
+
+    def build(folder: Path) -> None:
+        spec = {
+            "cells": str(fold / "train.h5ad"),
+            "embedding": _file(embedding),
+            "hyperparameters": model.hyperparameters,
+            "seed": seed,
+            "threads": THREADS,
+            "output": str(folder),
+        }
+        with (folder / "training.jsonl").open("w", encoding="utf-8") as curve:
+
+            def keep(event: Event) -> None:
+                curve.write(json.dumps(dict(event), sort_keys=True) + "\n")
+                on_event(event)
+
+            engine().run("train", folder_of_model, spec, on_event=keep)
+
+    return made(
+        "model",
+        build,
+        inputs={"fold": fold} | ({"embedding": embedding} if embedding else {}),
+        parameters={"hyperparameters": model.hyperparameters, "seed": seed},
+        code=engine_identity(model),
+    )
+
+
+def predicted(
+    model: ResolvedModel,
+    directory: Path,
+    fold: Path,
+    embedding: Path | None,
+    seed: int,
+    asked: list[dict[str, str]],
+) -> Path:
+    """predictions.h5ad (checked, rows sorted) and unpredicted.json of one fold's test conditions.
+
+    asked: covariate and condition of each. Raises UserError where the predictions break the contract.
+    """
+    from core.predictions import check_model_output
+
+    folder_of_model = container(model)
+
+    def build(folder: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            spec = {
+                "model": str(directory),
+                "control": str(fold / "control.h5ad"),
+                "conditions": asked,
+                "embedding": _file(embedding),
+                "seed": seed,
+                "threads": THREADS,
+                "output": scratch,
+            }
+            engine().run("predict", folder_of_model, spec, on_event=_say)
+            profiles, unpredicted = check_model_output(Path(scratch), asked, fold / "control.h5ad", model.name)
+        profiles.write_h5ad(folder / "predictions.h5ad")
+        (folder / "unpredicted.json").write_text(json.dumps(unpredicted, sort_keys=True), encoding="utf-8")
+
+    return made(
+        "predictions",
+        build,
+        inputs={"model": directory, "fold": fold} | ({"embedding": embedding} if embedding else {}),
+        parameters={"conditions": asked, "seed": seed},
+        code=engine_identity(model) + code_hash("core.predictions"),
+    )
+
+
+@task(name="train-fold", task_run_name="{model.name} fold {fold}", cache_policy=NO_CACHE)
+def train_fold(
+    model: ResolvedModel,
+    fold: int,
+    data: Path,
+    embedding: Path | None,
+    seed: int,
+    asked: list[dict[str, str]],
+    run_id: str,
+) -> Path:
+    """Train a model on one fold and predict its test conditions; the artifact's folder of the predictions.
+
+    data: the fold's artifact (`split_fold`). run_id: the fold's MLflow run, which shows the curve while it grows.
+    """
+    tracking = tracking_server()
+    live = tracking.live_curve(run_id)
+
+    def on_event(event: Event) -> None:
+        live(event)
+        _say(event)
+
+    try:
+        directory = trained(model, data, embedding, seed, on_event)
+        predictions = predicted(model, directory, data, embedding, seed, asked)
+    except BaseException as error:
+        tracking.fail(run_id, f"{type(error).__name__}: {error}")
+        raise
+    tracking.log_curve(run_id, directory / "training.jsonl")
+    tracking.finish(run_id)
+    LOG.info("%s fold %d: trained and predicted %d conditions", model.name, fold, len(asked))
+    return predictions
+
+
+def _file(embedding: Path | None) -> str | None:
+    return str(embedding / "embedding.parquet") if embedding else None
+
+
+def _say(event: Event) -> None:
+    if event.get("event") == "log":
+        LOG.info("%s", event["message"])

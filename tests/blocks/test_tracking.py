@@ -1,0 +1,687 @@
+"""MLflow tracking against a real server: every record can be repeated, cut off and found again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+
+from blocks import tracking as module
+from blocks.tracking import QUOTED_VARIANT, SUMMARY_COLUMNS, MLflowTracking, git_commit
+from core.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+METRICS = ("mse", "nir", "pearson_deltactrl")
+VARIANTS = (QUOTED_VARIANT, "drf_mean", "drf_ctrl")
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of an MLflow server of this test session's own."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    uri = f"http://127.0.0.1:{free_port()}"
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", uri.rpartition(":")[2]]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--workers", "1"]
+    command += ["--artifacts-destination", str(folder / "artifacts")]
+    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with (folder / "server.log").open("w") as log:
+        process = subprocess.Popen(
+            command, env={**os.environ, **quiet}, cwd=folder, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        for _ in range(480):
+            assert process.poll() is None, (folder / "server.log").read_text()
+            try:
+                httpx.get(f"{uri}/health", timeout=5)
+                break
+            except httpx.TransportError:
+                time.sleep(0.25)
+        else:
+            pytest.fail((folder / "server.log").read_text())
+        yield uri
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.fixture
+def tracking(server: str) -> MLflowTracking:
+    return MLflowTracking(tracking_uri=server)
+
+
+@pytest.fixture
+def client(server: str) -> MlflowClient:
+    return MlflowClient(server)
+
+
+@pytest.fixture
+def dataset(request: pytest.FixtureRequest) -> str:
+    """A data set's name that no other test uses, so that tests share the server but no experiment."""
+    return request.node.name.removeprefix("test_")
+
+
+def open_model(tracking: MLflowTracking, dataset: str, model: str = "ridge", **changes: object) -> str:
+    given: dict[str, object] = {
+        "key": f"key-of-{model}",
+        "kind": "model",
+        "benchmark_id": "b1",
+        "digest": "d" * 64,
+        "source": "https://example.org/raw.h5ad",
+        "params": {"alpha": 0.1, "layers": [512, 512]},
+        "engine": "docker sha256:1234",
+        "flow_run_id": "flow-1",
+    }
+    return tracking.open_model_run(dataset, model, 42, **{**given, **changes})  # type: ignore[arg-type]
+
+
+def runs(client: MlflowClient, dataset: str, chosen: str = "", order: tuple[str, ...] = ()) -> list[Run]:
+    experiment = client.get_experiment_by_name(f"calipert/{dataset}")
+    assert experiment is not None
+    return list(client.search_runs([experiment.experiment_id], chosen, order_by=list(order)))
+
+
+def shown(client: MlflowClient, dataset: str) -> list[object]:
+    """All that a search finds, with every metric's history and every artifact."""
+    return [
+        (
+            run.to_dictionary(),
+            {name: history(client, run.info.run_id, name) for name in run.data.metrics},
+            sorted((a.path, a.file_size) for a in client.list_artifacts(run.info.run_id)),
+        )
+        for run in runs(client, dataset)
+    ]
+
+
+def history(client: MlflowClient, run_id: str, name: str) -> list[tuple[int, float]]:
+    return sorted((point.step, point.value) for point in client.get_metric_history(run_id, name))
+
+
+def leaderboard(models: tuple[str, ...], seed: int = 0) -> pd.DataFrame:
+    rng = np.random.default_rng(seed)
+    frame = pd.DataFrame([(model, metric) for model in models for metric in METRICS], columns=["model", "metric"])
+    for column in SUMMARY_COLUMNS:
+        frame[column] = rng.random(len(frame))
+    frame["kind"] = "model"
+    frame["calibrated"] = frame["metric"] != "mse"
+    frame["in_panel"] = True
+    frame.loc[~frame["calibrated"], "rank"] = np.nan
+    return frame
+
+
+def calibration_table() -> pd.DataFrame:
+    rng = np.random.default_rng(1)
+    frame = pd.DataFrame([(m, v) for m in METRICS for v in VARIANTS], columns=["metric", "variant"])
+    numbers = [*module.DRF_ENDINGS, *module.QUOTED_COLUMNS, "positive_value", "negative_value"]
+    for column in numbers:
+        frame[column] = rng.random(len(frame))
+    verdicts = {"mse": "miscalibrated", "nir": "calibrated", "pearson_deltactrl": "calibrated"}
+    frame["verdict"] = [
+        verdicts[m] if v == QUOTED_VARIANT else None for m, v in zip(frame.metric, frame.variant, strict=True)
+    ]
+    frame.loc[(frame.metric == "pearson_deltactrl") & (frame.variant == "drf_ctrl"), list(module.DRF_ENDINGS)] = np.nan
+    return frame
+
+
+def training_file(path: Path, values: dict[tuple[str, int], float]) -> Path:
+    events: list[dict[str, object]] = [{"event": "log", "message": "begun"}]
+    events += [{"event": "metric", "name": name, "step": step, "value": v} for (name, step), v in values.items()]
+    events.append({"event": "progress", "done": 1, "total": 1, "unit": "epoch"})
+    path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    return path
+
+
+@pytest.mark.parametrize("uri", ["sqlite:///mlflow.db", "mlruns", "http://"])
+def test_only_servers_are_accepted(uri: str) -> None:
+    with pytest.raises(UserError, match="Give the http or https URL"):
+        MLflowTracking(tracking_uri=uri)
+
+
+def test_a_password_in_the_url_is_refused_without_repeating_it() -> None:
+    with pytest.raises(UserError) as raised:
+        MLflowTracking(tracking_uri="https://ada:secret@example.org")
+    assert "secret" not in str(raised.value)
+    assert "MLFLOW_TRACKING_PASSWORD" in raised.value.remedy
+
+
+def test_a_server_that_is_not_there_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PROBE_PAUSES", (0.0, 0.0))
+    uri = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(UserError) as raised:
+        open_model(MLflowTracking(tracking_uri=uri), "norman19")
+    assert raised.value.where == uri
+    assert "refused" in raised.value.found
+    assert "Start the MLflow server" in raised.value.remedy
+
+
+def test_a_server_that_does_not_answer_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PROBE_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(module, "_PROBE_SECONDS", 0.1)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(UserError, match="ReadTimeout"):
+            MLflowTracking(tracking_uri=uri).running_flow_runs()
+
+
+def test_a_server_that_dies_in_between_is_the_same_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_wait_for", lambda uri: None)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    uri = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(UserError, match="Start the MLflow server") as raised:
+        MLflowTracking(tracking_uri=uri).running_flow_runs()
+    assert raised.value.where == uri
+
+
+@pytest.mark.parametrize(
+    ("code", "body", "remedy"),
+    [
+        (401, "You are not authenticated.", "MLFLOW_TRACKING_USERNAME"),
+        (403, "Invalid Host header - possible DNS rebinding attack detected", "--allowed-hosts"),
+        (404, "", "Check that this is the URL of an MLflow server"),
+    ],
+)
+def test_a_refusal_names_its_remedy(code: int, body: str, remedy: str) -> None:
+    text = f"API request to endpoint /api/2.0/mlflow/runs/get failed with error code {code} != 200. Response body: '{body}'"
+    explained = module._explained(MlflowException(text), "http://mlflow:5000")
+    assert explained is not None
+    assert explained.where == "http://mlflow:5000"
+    assert remedy in explained.remedy
+
+
+def test_other_errors_of_mlflow_stay_what_they_are() -> None:
+    assert module._explained(MlflowException("Changing param values is not allowed."), "http://mlflow:5000") is None
+
+
+def test_the_commit_is_the_checkouts_own_or_absent(tmp_path: Path) -> None:
+    assert git_commit(tmp_path) is None
+
+    def git(*words: str) -> str:
+        about = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        told = subprocess.run(["git", *about, *words], cwd=tmp_path, check=True, capture_output=True, text=True)
+        return told.stdout.strip()
+
+    git("init")
+    assert git_commit(tmp_path) is None
+    git("commit", "--allow-empty", "-m", "first")
+    assert git_commit(tmp_path) == git("rev-parse", "HEAD")
+    inner = tmp_path / "installed"
+    inner.mkdir()
+    assert git_commit(inner) is None
+
+
+def test_names_that_mlflow_refuses_are_mended_and_stay_distinct() -> None:
+    assert module._allowed("val/loss-1.0 a:b") == "val/loss-1.0 a:b"
+    mended = {module._allowed(name) for name in ("loss (train)", "loss [train]", "a" * 300, "a" * 301)}
+    assert len(mended) == 4
+    assert all(len(name) <= 250 for name in mended)
+    assert all(module._allowed(name) == name for name in mended)
+
+
+@pytest.mark.server
+def test_a_run_carries_what_it_came_from(tracking: MLflowTracking, client: MlflowClient, dataset: str) -> None:
+    run = client.get_run(open_model(tracking, dataset))
+    assert run.info.status == "RUNNING"
+    assert run.info.run_name == "ridge seed 42"
+    expected = {"model": "ridge", "dataset": dataset, "seed": "42", "alpha": "0.1", "layers": "[512, 512]"}
+    assert run.data.params == expected
+    tags = {
+        "calipert.key": "key-of-ridge",
+        "kind": "model",
+        "benchmark_id": "b1",
+        "engine": "docker sha256:1234",
+        "flow_run_id": "flow-1",
+    }
+    assert tags.items() <= run.data.tags.items()
+    (given,) = run.inputs.dataset_inputs
+    assert (given.dataset.name, given.dataset.digest) == (dataset, "d" * 36)
+    assert json.loads(given.dataset.source) == {"url": "https://example.org/raw.h5ad"}
+
+
+@pytest.mark.server
+def test_a_control_has_no_seed_in_its_name_and_no_engine(
+    tracking: MLflowTracking, client: MlflowClient, dataset: str
+) -> None:
+    run_id = tracking.open_model_run(
+        dataset,
+        "control_mean",
+        -1,
+        key="k",
+        kind="negative control",
+        benchmark_id="b1",
+        digest="d",
+        source="data/panel.h5ad",
+        params={},
+    )
+    run = client.get_run(run_id)
+    assert run.info.run_name == "control_mean"
+    assert "engine" not in run.data.tags
+    assert "flow_run_id" not in run.data.tags
+    assert json.loads(run.inputs.dataset_inputs[0].dataset.source) == {"uri": "data/panel.h5ad"}
+
+
+@pytest.mark.server
+def test_everything_repeated_shows_the_same(
+    tracking: MLflowTracking, client: MlflowClient, dataset: str, tmp_path: Path
+) -> None:
+    curve = {("loss", step): 1 / (step + 1) for step in range(20)}
+    training = training_file(tmp_path / "training.jsonl", curve)
+    report = tmp_path / "report.html"
+    report.write_text("<h1>report</h1>")
+    board = leaderboard(("ridge", "knn"))
+
+    def benchmark() -> None:
+        tracking.log_calibration(
+            dataset, calibration_table(), key="c", digest="d", source="s", params={"half_seeds": 5}, files=[report]
+        )
+        opened = {model: open_model(tracking, dataset, model) for model in ("ridge", "knn")}
+        for run_id in opened.values():
+            for fold_run in tracking.open_fold_runs(run_id, range(2)).values():
+                tracking.log_curve(fold_run, training)
+                tracking.finish(fold_run)
+        tracking.log_leaderboard(board, opened)
+        for run_id in opened.values():
+            tracking.log_files(run_id, [report])
+            tracking.finish(run_id)
+
+    benchmark()
+    first = shown(client, dataset)
+    assert len(first) == 1 + 2 + 4
+    assert {run.info.status for run in runs(client, dataset)} == {"FINISHED"}
+    benchmark()
+    assert shown(client, dataset) == first
+
+
+@pytest.mark.server
+def test_children_belong_to_their_model(tracking: MLflowTracking, client: MlflowClient, dataset: str) -> None:
+    parent = open_model(tracking, dataset)
+    folds = tracking.open_fold_runs(parent, [0, 1, 2])
+    assert sorted(folds) == [0, 1, 2]
+    children = runs(client, dataset, f"tags.`mlflow.parentRunId` = '{parent}'")
+    assert {run.info.run_id for run in children} == set(folds.values())
+    second = client.get_run(folds[1])
+    assert second.info.run_name == "ridge seed 42 fold 1"
+    assert second.data.params == {"model": "ridge", "dataset": dataset, "seed": "42", "fold": "1"}
+    assert second.data.tags["benchmark_id"] == "b1"
+    assert tracking.open_fold_runs(parent, [1, 3]).items() >= {(1, folds[1])}
+    assert len(runs(client, dataset)) == 1 + 4
+
+
+@pytest.mark.server
+def test_a_run_killed_in_the_middle_is_found_again_and_ended(
+    tracking: MLflowTracking, client: MlflowClient, dataset: str, server: str, tmp_path: Path
+) -> None:
+    killed = f"""
+import os, signal
+from pathlib import Path
+from blocks import tracking as module
+module._LIVE_SECONDS = 0.0
+t = module.MLflowTracking(tracking_uri={server!r})
+run = t.open_model_run({dataset!r}, "ridge", 42, key="key-of-ridge", kind="model", benchmark_id="b1",
+                       digest="{"d" * 64}", source="https://example.org/raw.h5ad", engine="docker sha256:1234",
+                       params={{"alpha": 0.1, "layers": [512, 512]}}, flow_run_id="flow-1")
+take = t.live_curve(t.open_fold_runs(run, [0, 1])[0])
+for step in range(5):
+    take({{"event": "metric", "name": "loss", "step": step, "value": 1.0 / (step + 1)}})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    ended = subprocess.run([sys.executable, "-c", killed], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    left = runs(client, dataset)
+    assert [run.info.status for run in left] == ["RUNNING"] * 3
+
+    parent = open_model(tracking, dataset, flow_run_id="flow-2")
+    folds = tracking.open_fold_runs(parent, [0, 1])
+    assert {parent, *folds.values()} == {run.info.run_id for run in left}
+    assert history(client, folds[0], "loss") == [(step, 1 / (step + 1)) for step in range(5)]
+    curve = {("loss", step): 1 / (step + 1) for step in range(10)}
+    for fold in folds.values():
+        tracking.log_curve(fold, training_file(tmp_path / "training.jsonl", curve))
+        tracking.finish(fold)
+    tracking.finish(parent)
+    for fold in folds.values():
+        assert history(client, fold, "loss") == [(step, 1 / (step + 1)) for step in range(10)]
+    after = runs(client, dataset)
+    assert [run.info.status for run in after] == ["FINISHED"] * 3
+    assert {run.data.tags["flow_run_id"] for run in after} == {"flow-2"}
+
+
+@pytest.mark.server
+def test_a_failure_keeps_its_reason_until_the_run_finishes(
+    tracking: MLflowTracking, client: MlflowClient, dataset: str
+) -> None:
+    parent = open_model(tracking, dataset)
+    fold = tracking.open_fold_runs(parent, [0])[0]
+    tracking.fail(parent, "out of memory " + "x" * 10_000)
+    for run_id in (parent, fold):
+        failed = client.get_run(run_id)
+        assert failed.info.status == "FAILED"
+        assert failed.data.tags["failure"].startswith("out of memory")
+        assert failed.info.end_time is not None
+
+    assert open_model(tracking, dataset) == parent
+    assert client.get_run(parent).info.status == "RUNNING"
+    tracking.start(fold)
+    assert client.get_run(fold).info.status == "RUNNING"
+    assert "failure" in client.get_run(fold).data.tags
+    failed_at = client.get_run(parent).info.end_time
+    tracking.finish(parent)
+    for run_id in (parent, fold):
+        finished = client.get_run(run_id)
+        assert finished.info.status == "FINISHED"
+        assert "failure" not in finished.data.tags
+    assert client.get_run(parent).info.end_time > failed_at
+
+
+@pytest.mark.server
+def test_a_finished_fold_stays_finished_when_its_model_fails(
+    tracking: MLflowTracking, client: MlflowClient, dataset: str
+) -> None:
+    parent = open_model(tracking, dataset)
+    folds = tracking.open_fold_runs(parent, [0, 1])
+    tracking.finish(folds[0])
+    tracking.fail(parent, "fold 1: diverged")
+    assert client.get_run(folds[0]).info.status == "FINISHED"
+    assert client.get_run(folds[1]).info.status == "FAILED"
+
+
+@pytest.mark.server
+def test_runs_of_a_dead_flow_are_found_and_ended(tracking: MLflowTracking, client: MlflowClient, dataset: str) -> None:
+    dead = open_model(tracking, dataset, "ridge", flow_run_id="dead-flow")
+    fold = tracking.open_fold_runs(dead, [0])[0]
+    alive = open_model(tracking, dataset, "knn", flow_run_id="live-flow")
+    assert {"dead-flow", "live-flow"} <= set(tracking.running_flow_runs())
+    assert tracking.end_interrupted("dead-flow", "The flow run crashed.") == sorted([dead, fold])
+    assert client.get_run(dead).info.status == "KILLED"
+    assert client.get_run(fold).data.tags["failure"] == "The flow run crashed."
+    assert client.get_run(alive).info.status == "RUNNING"
+    assert "dead-flow" not in tracking.running_flow_runs()
+    tracking.finish(alive)
+
+
+@pytest.mark.server
+def test_two_runs_with_one_key_become_one(tracking: MLflowTracking, client: MlflowClient, dataset: str) -> None:
+    first = open_model(tracking, dataset)
+    experiment = client.get_run(first).info.experiment_id
+    # What a request repeated after a lost answer leaves behind.
+    client.create_run(experiment, tags={"calipert.key": "key-of-ridge"})
+    assert len(runs(client, dataset)) == 2
+    assert open_model(tracking, dataset) == first
+    assert [run.info.run_id for run in runs(client, dataset)] == [first]
+
+
+@pytest.mark.server
+def test_the_same_key_with_other_params_is_refused(tracking: MLflowTracking, dataset: str) -> None:
+    open_model(tracking, dataset)
+    with pytest.raises(MlflowException, match="Changing param values is not allowed"):
+        open_model(tracking, dataset, params={"alpha": 10})
+
+
+@pytest.mark.server
+def test_a_deleted_experiment_is_the_users_to_restore(
+    tracking: MLflowTracking, client: MlflowClient, dataset: str
+) -> None:
+    experiment = client.get_run(open_model(tracking, dataset)).info.experiment_id
+    client.delete_experiment(experiment)
+    with pytest.raises(UserError, match=f"mlflow experiments restore --experiment-id {experiment}"):
+        open_model(tracking, dataset)
+
+
+@pytest.mark.server
+def test_long_params_are_whole_in_a_file(
+    tracking: MLflowTracking, client: MlflowClient, dataset: str, tmp_path: Path
+) -> None:
+    given = {"genes": [f"GENE{i}" for i in range(3000)], "bad (name)": 1, "none": None, "short": "x"}
+    run_id = open_model(tracking, dataset, params=given)
+    assert open_model(tracking, dataset, params=given) == run_id
+    params = client.get_run(run_id).data.params
+    assert params["short"] == "x"
+    assert params["none"] == "null"
+    assert len(params["genes"]) == 500
+    assert params["genes"].endswith("see params.json")
+    assert any(name.startswith("bad _name_-") for name in params)
+    whole = json.loads(Path(client.download_artifacts(run_id, "params.json", str(tmp_path))).read_text())
+    assert json.loads(whole["genes"]) == given["genes"]
+    assert whole["bad (name)"] == "1"
+    assert not client.list_artifacts(open_model(tracking, dataset, "knn"))
+
+
+@pytest.mark.server
+def test_a_live_curve_is_completed_from_the_file(
+    tracking: MLflowTracking,
+    client: MlflowClient,
+    dataset: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "_LIVE_SECONDS", 0.0)
+    fold = tracking.open_fold_runs(open_model(tracking, dataset), [0])[0]
+    take = tracking.live_curve(fold)
+    take({"event": "progress", "done": 1, "total": 3, "unit": "epoch"})
+    for step in range(3):
+        take({"event": "metric", "name": "loss", "step": step, "value": 0.5})
+    assert history(client, fold, "loss") == [(0, 0.5), (1, 0.5), (2, 0.5)]
+
+    # The training was repeated and went slightly otherwise: the last value of every step is the file's.
+    curve = {("loss", 0): 0.5, ("loss", 1): 0.4, ("loss", 2): 0.3, ("loss", 3): 0.2, ("val", 3): 0.25}
+    training = training_file(tmp_path / "training.jsonl", curve)
+    for _ in range(2):
+        tracking.log_curve(fold, training)
+        assert history(client, fold, "loss") == [(0, 0.5), (1, 0.4), (1, 0.5), (2, 0.3), (2, 0.5), (3, 0.2)]
+        points = client.get_metric_history(fold, "loss")
+        last = {p.step: p.value for p in sorted(points, key=lambda p: p.timestamp)}
+        assert last == {0: 0.5, 1: 0.4, 2: 0.3, 3: 0.2}
+        assert client.get_run(fold).data.metrics == {"loss": 0.2, "val": 0.25}
+
+
+@pytest.mark.server
+def test_training_outlives_the_server(
+    tracking: MLflowTracking, dataset: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "_LIVE_SECONDS", 0.0)
+    fold = tracking.open_fold_runs(open_model(tracking, dataset), [0])[0]
+    take = tracking.live_curve(fold)
+
+    def lost(uri: str) -> None:
+        raise module._no_answer(uri, "gone")
+
+    monkeypatch.setattr(module, "_wait_for", lost)
+    for step in range(3):
+        take({"event": "metric", "name": "loss", "step": step, "value": 0.5})
+    assert len(caplog.records) == 1
+    assert "Training goes on" in caplog.text
+    with pytest.raises(UserError, match="no answer"):
+        tracking.finish(fold)
+
+
+@pytest.mark.server
+def test_values_that_are_not_finite_are_counted_not_written(
+    tracking: MLflowTracking, client: MlflowClient, dataset: str, tmp_path: Path
+) -> None:
+    fold = tracking.open_fold_runs(open_model(tracking, dataset), [0])[0]
+    curve = {("loss", 0): 1.0, ("loss", 1): float("nan"), ("loss", 2): float("inf"), ("val", 0): float("-inf")}
+    tracking.log_curve(fold, training_file(tmp_path / "training.jsonl", curve))
+    run = client.get_run(fold)
+    assert run.data.metrics == {"loss": 1.0}
+    assert run.data.tags["not_finite"] == "loss (2), val (1)"
+
+
+@pytest.mark.server
+def test_a_bad_line_of_a_curve_is_named(tracking: MLflowTracking, dataset: str, tmp_path: Path) -> None:
+    fold = tracking.open_fold_runs(open_model(tracking, dataset), [0])[0]
+    training = tmp_path / "training.jsonl"
+    training.write_text('{"event": "log", "message": "m"}\n\n{"event": "metric", "name": "loss", "value": 1}\n')
+    with pytest.raises(UserError, match="line 3"):
+        tracking.log_curve(fold, training)
+
+
+@pytest.mark.server
+def test_models_can_be_compared(tracking: MLflowTracking, client: MlflowClient, dataset: str) -> None:
+    models = ("ridge", "knn", "linear")
+    board = leaderboard(models)
+    opened = {model: open_model(tracking, dataset, model) for model in models}
+    tracking.open_fold_runs(opened["ridge"], [0])
+    tracking.log_leaderboard(board, opened)
+    for run_id in opened.values():
+        tracking.finish(run_id)
+
+    chosen = "tags.benchmark_id = 'b1' and tags.`calibrated.nir` = 'true' and params.model != 'linear'"
+    found = runs(client, dataset, chosen, ("metrics.`nir.mean` DESC",))
+    expected = board[(board.metric == "nir") & (board.model != "linear")].sort_values("mean", ascending=False)
+    assert [run.data.params["model"] for run in found] == expected["model"].tolist()
+    assert [run.data.metrics["nir.mean"] for run in found] == expected["mean"].tolist()
+    threshold = expected["headroom"].min()
+    above = runs(client, dataset, f"metrics.`nir.headroom` > {threshold!r} and params.model != 'linear'")
+    assert len(above) == 1
+
+
+@pytest.mark.server
+def test_the_leaderboard_in_a_run(tracking: MLflowTracking, client: MlflowClient, dataset: str) -> None:
+    board = leaderboard(("ridge",))
+    board.loc[board.metric == "nir", ["mean", "headroom_low"]] = [np.nan, np.inf]
+    opened = {"ridge": open_model(tracking, dataset)}
+    tracking.log_leaderboard(board, opened)
+    run = client.get_run(opened["ridge"])
+    wanted = {
+        f"{row.metric}.{column}": getattr(row, column)
+        for row in board.itertuples()
+        for column in SUMMARY_COLUMNS
+        if np.isfinite(getattr(row, column))
+    }
+    assert run.data.metrics == wanted
+    assert "mse.rank" not in wanted
+    assert run.data.tags["not_finite"] == "nir.headroom_low, nir.mean"
+    assert run.data.tags["calibrated"] == "nir, pearson_deltactrl"
+    assert run.data.tags["calibrated.mse"] == "false"
+    assert run.data.tags["calibrated.nir"] == "true"
+    assert run.data.tags["in_panel"] == "true"
+
+    # Another panel of models changes a summary, downwards too, or takes it away: the run shows the last one.
+    changed = board.assign(mean=board["mean"] / 2, median=np.nan)
+    tracking.log_leaderboard(changed, opened)
+    metrics = client.get_run(opened["ridge"]).data.metrics
+    assert metrics["mse.mean"] == wanted["mse.mean"] / 2
+    assert np.isnan(metrics["mse.median"])
+    assert metrics["mse.coverage"] == wanted["mse.coverage"]
+    before = shown(client, dataset)
+    tracking.log_leaderboard(changed, opened)
+    assert str(shown(client, dataset)) == str(before)
+    with pytest.raises(KeyError, match="absent"):
+        tracking.log_leaderboard(board, {"absent": opened["ridge"]})
+
+
+@pytest.mark.server
+def test_a_calibration_is_one_run(tracking: MLflowTracking, client: MlflowClient, dataset: str, tmp_path: Path) -> None:
+    table = calibration_table()
+    figures = tmp_path / "figures"
+    figures.mkdir()
+    (figures / "drf.svg").write_text("<svg/>")
+    report = tmp_path / "report.html"
+    report.write_text("first")
+    given = {"key": "c1", "digest": "d", "source": "s", "params": {"half_seeds": 5}, "files": [figures, report]}
+    run_id = tracking.log_calibration(dataset, table, **given)
+    report.write_text("the second, longer")
+    assert tracking.log_calibration(dataset, table, **given) == run_id
+    (run,) = runs(client, dataset)
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["kind"] == "calibration"
+    assert run.data.tags["calibrated"] == "nir, pearson_deltactrl"
+    assert run.data.tags["verdict.mse"] == "miscalibrated"
+    assert run.data.params == {"dataset": dataset, "half_seeds": "5"}
+    by_name = table.set_index(["metric", "variant"])
+    assert run.data.metrics["nir.drf_interpolated"] == by_name.loc[("nir", "drf_interpolated"), "drf"]
+    assert run.data.metrics["nir.drf_mean_low"] == by_name.loc[("nir", "drf_mean"), "drf_low"]
+    assert run.data.metrics["nir.bds"] == by_name.loc[("nir", "drf_interpolated"), "bds"]
+    assert "pearson_deltactrl.drf_ctrl" not in run.data.metrics
+    assert "pearson_deltactrl.drf_ctrl_low" in run.data.tags["not_finite"]
+    assert [(a.path, a.is_dir) for a in client.list_artifacts(run_id)] == [("figures", True), ("report.html", False)]
+    assert [a.path for a in client.list_artifacts(run_id, "figures")] == ["figures/drf.svg"]
+    assert Path(client.download_artifacts(run_id, "report.html", str(tmp_path / "figures"))).read_text() == (
+        "the second, longer"
+    )
+
+
+@pytest.mark.server
+def test_a_calibration_that_fails_says_so_and_can_be_repeated(
+    tracking: MLflowTracking, client: MlflowClient, dataset: str, tmp_path: Path
+) -> None:
+    given = {"key": "c1", "digest": "d", "source": "s", "params": {}}
+    report = tmp_path / "report.html"
+    with pytest.raises(FileNotFoundError):
+        tracking.log_calibration(dataset, calibration_table(), files=[report], **given)
+    (run,) = runs(client, dataset)
+    assert run.info.status == "FAILED"
+    assert "FileNotFoundError" in run.data.tags["failure"]
+    report.write_text("here now")
+    assert tracking.log_calibration(dataset, calibration_table(), files=[report], **given) == run.info.run_id
+    (run,) = runs(client, dataset)
+    assert run.info.status == "FINISHED"
+    assert "failure" not in run.data.tags
+
+
+@pytest.mark.server
+def test_links_lead_to_the_run_and_to_the_benchmark(
+    tracking: MLflowTracking, client: MlflowClient, dataset: str
+) -> None:
+    run_id = open_model(tracking, dataset)
+    experiment = client.get_run(run_id).info.experiment_id
+    page = f"{tracking.tracking_uri}/#/experiments/{experiment}/runs"
+    assert tracking.run_url(run_id) == f"{page}/{run_id}?workflowType=machine_learning"
+    wanted = "searchFilter=tags.benchmark_id%20%3D%20%27b1%27"
+    assert (
+        tracking.benchmark_url(dataset, "b1") == f"{page}?workflowType=machine_learning&compareRunsMode=CHART&{wanted}"
+    )
+
+
+@pytest.mark.server
+def test_mlflow_sends_nothing_elsewhere_and_prints_nothing(server: str, dataset: str) -> None:
+    """In a fresh process, because both are decided when mlflow is imported."""
+    script = f"""
+import socket, sys
+from blocks.tracking import MLflowTracking
+real, elsewhere = socket.socket.connect, []
+def connect(self, address):
+    if address[0] not in ("127.0.0.1", "::1"):
+        elsewhere.append(address)
+    return real(self, address)
+socket.socket.connect = connect
+looked_up = socket.getaddrinfo
+def getaddrinfo(host, *rest, **more):
+    if host not in ("127.0.0.1", "localhost", None):
+        elsewhere.append(host)
+    return looked_up(host, *rest, **more)
+socket.getaddrinfo = getaddrinfo
+assert "mlflow" not in sys.modules
+t = MLflowTracking(tracking_uri={server!r})
+t.finish(t.open_model_run({dataset!r}, "m", 1, key="k", kind="model", benchmark_id="b", digest="d", source="s", params={{}}))
+import atexit
+atexit._run_exitfuncs()
+assert not elsewhere, elsewhere
+"""
+    # The settings must come from the code, not from whoever runs the tests.
+    bare = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "DO_NOT_TRACK"))}
+    told = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=bare, capture_output=True, text=True, check=False
+    )
+    assert told.returncode == 0, told.stderr
+    assert told.stdout == ""
