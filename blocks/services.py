@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 import filelock
@@ -39,6 +40,7 @@ HOST = "127.0.0.1"
 START_TIMEOUT = 180.0
 # A worker first ends its flow runs, and a server the requests it serves; then they are killed.
 STOP_TIMEOUT = 20.0
+LAST_TIMEOUT = 5.0
 # Inherited by every process that a service starts: tells them apart from any other, even when their parent is gone.
 MARK = "CALIPERT_SERVICE"
 PREFECT_TOML = PROJECT_ROOT / "prefect.toml"
@@ -113,6 +115,35 @@ SERVERS = (
 )
 WORKER = "worker"
 
+# A killed run cannot say so and would be shown as running for ever. Ten heartbeats long, since a run is silent
+# too while a long numerical routine holds its interpreter.
+SILENT_RUNS = {
+    "name": "calipert: a run without a sign of life has crashed",
+    "trigger": {
+        "type": "event",
+        "match": {"prefect.resource.id": "prefect.flow-run.*"},
+        "for_each": ["prefect.resource.id"],
+        "after": ["prefect.flow-run.heartbeat"],
+        "expect": [
+            "prefect.flow-run.heartbeat",
+            "prefect.flow-run.Completed",
+            "prefect.flow-run.Failed",
+            "prefect.flow-run.Cancelled",
+            "prefect.flow-run.Crashed",
+        ],
+        "posture": "Proactive",
+        "threshold": 1,
+        "within": 300,
+    },
+    "actions": [
+        {
+            "type": "change-flow-run-state",
+            "state": "CRASHED",
+            "message": "No sign of life for five minutes: its process was killed.",
+        }
+    ],
+}
+
 
 def ensure_servers(timeout: float = START_TIMEOUT) -> Services:
     """Starts what does not run yet, both at once, and returns when both answer.
@@ -127,6 +158,7 @@ def ensure_servers(timeout: float = START_TIMEOUT) -> Services:
             records = _read()
             _require_own_toml()
             _start(records, timeout)
+            _watch_runs(_services(records))
     services = _services(records)
     _write_toml(services)
     return services
@@ -274,6 +306,13 @@ def _start(records: dict[str, _Record], timeout: float) -> None:
         time.sleep(0.1)
 
 
+def _watch_runs(services: Services) -> None:
+    url = f"{services.prefect_api}/automations"
+    wanted = {"automations": {"name": {"any_": [SILENT_RUNS["name"]]}}}
+    if not json.loads(_ask(f"{url}/filter", wanted)):
+        _ask(f"{url}/", SILENT_RUNS)
+
+
 def _launch_server(records: dict[str, _Record], server: _Server, port: int) -> None:
     ports = {one.name: records[one.name].port if one.name in records else 0 for one in SERVERS}
     addresses = {name: f"http://{HOST}:{number}" for name, number in (ports | {server.name: port}).items()}
@@ -339,7 +378,7 @@ def _failure(record: _Record, timeout: float) -> UserError:
 
 def _healthy(record: _Record | None, server: _Server) -> bool:
     """Whether the recorded process itself, not some other program on its port, answers."""
-    return record is not None and _listens(record) and _answers(f"{_url(record)}{server.health}") is not None
+    return record is not None and _listens(record) and _answers(f"{_url(record)}{server.health}")
 
 
 def _alive(record: _Record | None) -> bool:
@@ -370,20 +409,32 @@ def _listens(record: _Record) -> bool:
     return False
 
 
-def _answers(url: str, body: bytes | None = None) -> bytes | None:
-    """The answer's text, None if there is no good one. Never through a proxy."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})  # noqa: S310
+def _answers(url: str) -> bool:
     try:
-        with opener.open(request, timeout=5) as answer:
-            return bytes(answer.read())
+        _ask(url)
     except OSError:
-        return None
+        return False
+    return True
+
+
+def _ask(url: str, body: object = None) -> bytes:
+    """The answer to GET, or to POST with a JSON body. Never through a proxy. Raises OSError if it is no good."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})  # noqa: S310
+    try:
+        with opener.open(request, timeout=30) as answer:
+            return bytes(answer.read())
+    except HTTPException as error:
+        raise ConnectionError(f"{url}: {error!r}") from error
 
 
 def _heard_of(services: Services, pool: str, name: str) -> bool:
-    answer = _answers(f"{services.prefect_api}/work_pools/{pool}/workers/filter", b"{}")
-    return answer is not None and any(worker["name"] == name for worker in json.loads(answer))
+    try:
+        workers = json.loads(_ask(f"{services.prefect_api}/work_pools/{pool}/workers/filter", {}))
+    except OSError:
+        return False
+    return any(worker["name"] == name for worker in workers)
 
 
 # Stopping
@@ -414,8 +465,8 @@ def _end(records: list[_Record]) -> None:
     runs = [run for record, root in running if record.name == WORKER for run in root.children()]
     _signal(runs, psutil.Process.terminate, STOP_TIMEOUT)
     _signal([root for _, root in running], psutil.Process.terminate, STOP_TIMEOUT)
-    for signal, seconds in ((psutil.Process.terminate, 5.0), (psutil.Process.kill, 5.0)):
-        _signal([process for record in records for process in _processes(record)], signal, seconds)
+    for signal in (psutil.Process.terminate, psutil.Process.kill):
+        _signal([one for record in records for one in _processes(record)], signal, LAST_TIMEOUT)
     for record in records:
         if record.pid in _children:
             _children.pop(record.pid).poll()

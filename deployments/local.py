@@ -40,7 +40,8 @@ def down() -> None:
 
 def status() -> None:
     """Prints the state of both servers and of the worker."""
-    shown = Table("service", "state", "address", "process", "log")
+    shown = Table("service", "state", "address", "process")
+    shown.add_column("log", overflow="fold")
     for one in services.status():
         shown.add_row(one.name, one.state, one.url, str(one.pid or ""), str(one.log))
     Console().print(shown)

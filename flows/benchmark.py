@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -10,7 +11,7 @@ from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from core import catalog
-from core.catalog.schema import DatasetSpec
+from core.catalog.schema import DatasetSpec, ResolvedModel
 from tasks.embed import make_embeddings
 from tasks.inputs import check_sources
 from tasks.prepare import build_reference, measure_quality, prepare_cells
@@ -52,7 +53,8 @@ def benchmark(
     """
     spec = chosen_dataset(dataset, folds)
     chosen = [model for model in catalog.models(models) if model.container]
-    check_sources([spec, *(model.embedding for model in chosen if model.embedding)], sources)
+    embeddings = [model.embedding for model in chosen if model.embedding]
+    check_sources([spec, *embeddings], sources)
 
     raw = fetch_source(spec, sources)
     cells = prepare_cells(spec, raw)
@@ -63,14 +65,20 @@ def benchmark(
 
     asked = test_conditions(reference) if chosen else {}
     data = {fold: split_fold(cells, fold) for fold in asked}
-    embedded = make_embeddings(chosen, data, sources, perturbed_genes(reference))
+    embedded = make_embeddings(embeddings, data, sources, perturbed_genes(reference))
     recipes = {model.name: recipe(model, seed) for model in chosen}
     runs = open_runs(spec, reference, recipes, list(asked), str(raw))
     with failing_with_the_flow(runs):
         predictions = {
             model.name: [
                 train_fold.submit(
-                    model, fold, data[fold], embedded[model.name, fold], seed, asked[fold], runs.folds[model.name][fold]
+                    model,
+                    fold,
+                    data[fold],
+                    _embedded(model, fold, embedded),
+                    seed,
+                    asked[fold],
+                    runs.folds[model.name][fold],
                 )
                 for fold in asked
             ]
@@ -92,3 +100,7 @@ def chosen_dataset(dataset: str, folds: int | Literal["leave-one-out"] | None) -
     """The entry of a data set, with another number of folds where one is given."""
     spec = catalog.dataset(dataset)
     return spec if folds is None else DatasetSpec.model_validate(spec.model_dump() | {"folds": folds})
+
+
+def _embedded(model: ResolvedModel, fold: int, embedded: Mapping[tuple[str, int], Path]) -> Path | None:
+    return embedded[model.embedding.name, fold] if model.embedding else None

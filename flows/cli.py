@@ -43,8 +43,6 @@ def run(
     source: Sources = None,
 ) -> None:
     """Benchmark models on a data set: prepare, train every fold, score, calibrate, report."""
-    from flows.console import print_results
-
     names = [name.strip() for name in models.split(",") if name.strip()]
     sources = _named(source)
     _check_benchmark(dataset, names, sources)
@@ -52,8 +50,7 @@ def run(
     from flows.benchmark import benchmark
 
     results = _flow(benchmark, dataset=dataset, models=names, folds=_folds(folds), seed=seed, sources=sources)
-    print_results(CONSOLE, results)
-    _where(results / "report.html", services)
+    _show(results, services)
 
 
 @app.command()
@@ -71,7 +68,7 @@ def calibrate(
 ) -> None:
     """Calibrate the metrics on one file; needs no server, MLflow or model."""
     from core.file_calibration import FileOptions, calibrate_file
-    from flows.console import print_verdicts
+    from flows.console import verdict_table
 
     options = FileOptions(column, control, covariate, seed, half_seeds)
     with CONSOLE.status(f"calibrating {file.name}"):
@@ -81,7 +78,7 @@ def calibrate(
     columns = ["covariate"] * (scores["covariate"].nunique() > 1)
     _write_csv(scores[["model", *columns, "condition", "metric", "value"]], out / "scores.csv")
     _write_csv(calibration, out / "calibration.csv")
-    print_verdicts(CONSOLE, calibration)
+    CONSOLE.print(verdict_table(calibration, CONSOLE.width))
     CONSOLE.print(f"scores: {out / 'scores.csv'}\ncalibration: {out / 'calibration.csv'}")
 
 
@@ -94,8 +91,6 @@ def score(
     source: Sources = None,
 ) -> None:
     """Score predictions made elsewhere against a data set and its calibrated metrics."""
-    from flows.console import print_results
-
     sources = _named(source)
     _check_benchmark(dataset, [], sources)
     if not predictions.is_file():
@@ -106,8 +101,7 @@ def score(
     results = _flow(
         score_flow, dataset=dataset, predictions=predictions.resolve(), name=name, folds=_folds(folds), sources=sources
     )
-    print_results(CONSOLE, results)
-    _where(results / "report.html", services)
+    _show(results, services)
 
 
 @app.command(name="list")
@@ -144,9 +138,9 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        from flows.console import print_error
+        from flows.console import error_panel
 
-        print_error(ERRORS, error)
+        ERRORS.print(error_panel(error))
         sys.exit(2)
 
 
@@ -181,8 +175,10 @@ def _servers() -> Services:
 
     with CONSOLE.status("starting the local Prefect and MLflow servers (about ten seconds, once)"):
         services = ensure_servers()
-    os.environ["PREFECT_LOGGING_EXTRA_LOGGERS"] = "calipert"
     adopt(services)
+    os.environ["PREFECT_LOGGING_EXTRA_LOGGERS"] = "calipert"
+    # The console shows our own progress, and a failure once; Prefect's whole log is in its UI.
+    os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
     return services
 
 
@@ -191,11 +187,6 @@ def _flow(flow: Any, **parameters: object) -> Path:
     ours = logging.getLogger("calipert")
     ours.setLevel(logging.INFO)
     ours.addHandler(RichHandler(console=CONSOLE, show_path=False, show_level=False, log_time_format="%H:%M:%S"))
-    for name in ("prefect", "prefect.flow_runs", "prefect.task_runs"):
-        for handler in logging.getLogger(name).handlers:
-            if "Console" in type(handler).__name__:
-                # Failures are printed once, by this command; the whole log is in the UI.
-                handler.setLevel(logging.CRITICAL)
     result: Path = flow(**parameters)
     return result
 
@@ -206,8 +197,16 @@ def _write_csv(table: Any, path: Path) -> None:
     partial.replace(path)
 
 
-def _where(report: Path, services: Services) -> None:
+def _show(results: Path, services: Services) -> None:
+    """The result table, then where to look further."""
+    import pandas as pd
+
+    from flows.console import result_table
+
+    CONSOLE.print(result_table(pd.read_parquet(results / "leaderboard.parquet"), CONSOLE.width))
     CONSOLE.print(
-        f"\nReport:  {report}\nPrefect: {services.prefect}\nMLflow:  {services.mlflow} (choose “Model training”)\n"
-        "Both servers keep running on this machine only; `make down` stops them."
+        f"\nReport:  {results / 'report.html'}\nPrefect: {services.prefect}\n"
+        f"MLflow:  {services.mlflow} (choose “Model training”)\n"
+        "Both servers keep running on this machine only; `make down` stops them.",
+        soft_wrap=True,
     )

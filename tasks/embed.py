@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import anndata as ad
@@ -11,7 +11,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from blocks.code import code_hash
-from core.catalog.schema import EmbeddingSpec, ResolvedModel
+from core.catalog.schema import EmbeddingSpec
 from tasks.artifacts import checksum, made
 from tasks.sources import fetch_source
 
@@ -40,26 +40,20 @@ def embed(spec: EmbeddingSpec, source: Path, perturbed: list[str]) -> Path:
 
 
 def make_embeddings(
-    models: list[ResolvedModel], data: dict[int, Path], sources: dict[str, str], perturbed: list[str]
-) -> dict[tuple[str, int], Path | None]:
-    """(model, fold) -> folder of its embedding.parquet, None for a model without one.
+    specs: Iterable[EmbeddingSpec], data: Mapping[int, Path], sources: dict[str, str], perturbed: list[str]
+) -> dict[tuple[str, int], Path]:
+    """(embedding, fold) -> folder of its embedding.parquet; a shared embedding is the same for all folds.
 
     data: the folds' artifacts. sources: files that the user named.
     """
-    embeddings: dict[tuple[str, int], Path | None] = {}
-    shared: dict[str, Path] = {}
-    for model in models:
-        spec = model.embedding
-        for fold, part in data.items():
-            if spec is None:
-                embeddings[model.name, fold] = None
-            elif spec.per_fold:
-                embeddings[model.name, fold] = embed(spec, part, perturbed)
-            else:
-                if spec.name not in shared:
-                    shared[spec.name] = embed(spec, fetch_source(spec, sources), perturbed)
-                embeddings[model.name, fold] = shared[spec.name]
-    return embeddings
+    made_for: dict[tuple[str, int], Path] = {}
+    for spec in {spec.name: spec for spec in specs}.values():
+        if spec.per_fold:
+            made_for |= {(spec.name, fold): embed(spec, part, perturbed) for fold, part in data.items()}
+        else:
+            shared = embed(spec, fetch_source(spec, sources), perturbed)
+            made_for |= {(spec.name, fold): shared for fold in data}
+    return made_for
 
 
 def _pathways(gmt: Path, dimensions: int) -> pd.DataFrame:

@@ -12,7 +12,8 @@ from prefect.cache_policies import NO_CACHE
 
 from blocks.code import code_hash
 from core.catalog.schema import DatasetSpec
-from tasks.artifacts import made
+from core.errors import UserError
+from tasks.artifacts import checksum, made
 
 UNPREDICTED = ["model", "covariate", "condition", "reason"]
 
@@ -68,4 +69,25 @@ def calibrate_metrics(spec: DatasetSpec, control_scores: Path) -> Path:
         inputs={"scores": control_scores},
         parameters={"seed": spec.seed},
         code=code_hash("core.calibration"),
+    )
+
+
+@task(name="accept-predictions", cache_policy=NO_CACHE)
+def accept_predictions(file: Path, reference: Path, name: str) -> Path:
+    """predictions.h5ad made elsewhere, aligned to the reference, and unpredicted.json; the artifact's folder.
+
+    Raises UserError where the file cannot be used, or where `name` is that of a control.
+    """
+    from core.predictions import write_accepted
+
+    from core.controls import CONTROLS
+
+    if name in {control.name for control in CONTROLS}:
+        raise UserError("--name", "name", f"{name!r}, the name of a control", "call the model something else")
+    return made(
+        "predictions",
+        lambda folder: write_accepted(file, reference, folder),
+        inputs={"file": checksum(file), "reference": reference},
+        parameters={},
+        code=code_hash("core.predictions"),
     )

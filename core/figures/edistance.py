@@ -26,7 +26,7 @@ def edistance(matrix: pd.DataFrame) -> Figure:
     n = len(ordered)
     named = n <= _MOST_LABELS
     side = 2.6 + 0.115 * n if named else 7.4
-    side = min(9.6, max(4.6, side))
+    side = min(11.4, max(4.6, side))
     figure = Figure(figsize=(side, side * 0.92))
     axes = figure.subplots()
     values = np.clip(ordered.to_numpy(float), 0, None)
@@ -39,7 +39,7 @@ def edistance(matrix: pd.DataFrame) -> Figure:
         spine.set_visible(False)
     labels = list(ordered.index)
     positions = [i for i in range(n) if named or labels[i] == "control"]
-    size = float(np.clip(420 * side / 9.6 / max(n, 1), 4.6, 8)) if named else 8
+    size = float(np.clip(46 * side / n, 4.6, 8)) if named else 8
     axes.set_yticks(positions, [labels[i] for i in positions], fontsize=size)
     axes.set_xticks(positions, [labels[i] for i in positions], fontsize=size, rotation=90)
     axes.tick_params(length=0 if named else 3)

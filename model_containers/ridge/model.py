@@ -40,10 +40,9 @@ def train(task: contract.TrainTask) -> None:
     means = contract.read_means(task.cells)
     dataset_means = contract.dataset_means(means)
     coefficients = {}
+    is_embedded = np.array([contract.is_embedded(name, embedding) for name in means.obs["condition"]])
     for done, covariate in enumerate(dataset_means.index, start=1):
-        rows = means.obs["covariate"] == covariate
-        rows &= [contract.is_embedded(condition, embedding) for condition in means.obs["condition"]]
-        known = means[rows]
+        known = means[is_embedded & (means.obs["covariate"] == covariate).to_numpy()]
         if known.n_obs:
             x = inputs(known.obs["condition"], embedding)
             y = known.X - dataset_means.loc[covariate].to_numpy()
