@@ -154,12 +154,12 @@ def test_a_killed_server_is_replaced_at_its_port_and_the_other_left_alone(fakes:
 
 
 def test_one_being_started_by_a_process_that_died_is_waited_for(fakes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = [sys.executable, "-c", f"import time; time.sleep(1)\n{FAKE}"]
-    monkeypatch.setattr(sys, "executable", slow[0])
-    serve_with(monkeypatch, lambda port: ["-c", slow[2], str(port)])
-    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+    slow = f"import time; time.sleep(1)\n{FAKE}"
+    serve_with(monkeypatch, lambda port: ["-c", slow, str(port)])
+    with monkeypatch.context() as patch:
         patch.setattr(services, "_healthy", interrupted_when_started(fakes))
-        services.ensure_servers()
+        with pytest.raises(KeyboardInterrupt):
+            services.ensure_servers()
     before = recorded(fakes)
     assert set(before) == {"prefect", "mlflow"}
     services.ensure_servers()
