@@ -234,6 +234,8 @@ def environment(services: Services) -> dict[str, str]:
         "PREFECT_API_URL": services.prefect_api,
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
         "PREFECT_HOME": str(home),
+        # What core, tasks and blocks report stands among the logs of the run.
+        "PREFECT_LOGGING_EXTRA_LOGGERS": "calipert",
         "PREFECT_PROFILES_PATH": str(home / "profiles.toml"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         # Leases in memory would be lost for good with a restart of the server.

@@ -15,7 +15,8 @@ from core.arrays import Bools
 from core.catalog.schema import DatasetSpec
 from core.draws import generator
 from core.errors import UserError
-from core.harmonising import CONTROL, genes_of, harmonise, open_h5ad
+from core.files import open_h5ad
+from core.harmonising import CONTROL, genes_of, harmonise
 from core.splits import draw_folds, draw_halves, sorted_groups
 from core.variable_genes import expression_moments, highly_variable
 
@@ -118,7 +119,7 @@ def cap(obs: pd.DataFrame, max_control: int, seed: int) -> Bools:
             chosen = generator(seed, "cap", covariate, condition).choice(len(names), size=most, replace=False)
             keep.loc[names] = False
             keep.loc[names[chosen]] = True
-    return keep.to_numpy(dtype=bool)
+    return np.asarray(keep, dtype=bool)
 
 
 def normalise(cells: ad.AnnData, target_sum: float) -> sparse.csr_matrix:

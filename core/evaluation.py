@@ -67,13 +67,12 @@ def write_model_scores(
     the comparison.
     """
     own, negatives = read_reference(reference)
+    splits = {half_seed: own}
+    splits |= {further: ad.read_h5ad(file) for further, file in half_split_files(reference).items()}
     tables = []
-    for split_seed, split in {half_seed: own} | {
-        s: ad.read_h5ad(f) for s, f in half_split_files(reference).items()
-    }.items():
+    for split_seed, split in splits.items():
         evaluation = evaluated_set(split, negatives)
-        shared = evaluation.genes.isin(predictions.var_names)
-        evaluation = evaluation.with_genes(shared)
+        evaluation = evaluation.with_genes(evaluation.genes.isin(predictions.var_names))
         profiles = np.asarray(predictions[:, evaluation.genes].X, dtype=np.float64)
         tables.append(score(profiles, predictions.obs, evaluation).assign(half_seed=split_seed))
     _write_scores(pd.concat(tables, ignore_index=True).assign(model=model, seed=seed), folder)

@@ -15,7 +15,8 @@ from core.catalog.schema import Labels
 from core.cells import FEWEST_CONDITIONS, SMALLEST_CONDITION, drop_small_conditions
 from core.errors import UserError
 from core.evaluation import control_scores
-from core.harmonising import CONTROL, SEPARATOR, condition_labels, open_h5ad, require_controls
+from core.files import open_h5ad
+from core.harmonising import CONTROL, SEPARATOR, condition_labels, require_controls
 from core.mirror import is_mirror, mirror_cells, stored_reference
 from core.reference import build_half_split, build_negatives, build_reference
 from core.splits import draw_folds, draw_halves

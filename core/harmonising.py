@@ -6,7 +6,6 @@ Everything that can be wrong with a raw file is refused here, before any work st
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import anndata as ad
@@ -26,21 +25,6 @@ COMPARISONS: dict[str, Callable[[pd.Series, Any], pd.Series]] = {
     "<=": lambda column, value: column <= value,
     "in": lambda column, value: column.isin(value),
 }
-
-
-def open_h5ad(path: Path) -> ad.AnnData:
-    """The AnnData in `path`, in memory. Raises UserError where there is no such file or it is not an h5ad."""
-    if not path.is_file():
-        raise UserError(path, "file", "no such file", "check the path, or name the file as the data set's source")
-    try:
-        return ad.read_h5ad(path)
-    except (OSError, KeyError, ValueError, TypeError, ad.AnnDataReadError) as error:
-        raise UserError(
-            path,
-            "format",
-            f"not a readable h5ad ({type(error).__name__}: {error})",
-            "give an AnnData .h5ad file",
-        ) from error
 
 
 def harmonise(raw: ad.AnnData, spec: DatasetSpec, where: str) -> tuple[ad.AnnData, dict[str, Any]]:

@@ -84,31 +84,37 @@ def nir(prediction: Floats, candidates: Floats, own: Ints) -> Floats:
     # Distances from a common centre: the expansion below then cancels little.
     origin = candidates.mean(axis=0)
     x, t = prediction - origin, candidates - origin
-    distance = _dot(x, x)[:, None] + _dot(t, t)[None, :] - 2.0 * (x @ t.T)
-    return _share_farther(distance, own, ties=0.0)
+    x_squared, t_squared = _dot(x, x)[:, None], _dot(t, t)[None, :]
+    distance = x_squared + t_squared - 2.0 * (x @ t.T)
+    return _share_farther(distance, own, ties=0.0, scale=x_squared + t_squared)
 
 
 def pds(prediction: Floats, candidates: Floats, own: Ints) -> Floats:
     """Perturbation discrimination: nir with cosine distance, ties at mid-rank.
 
-    The caller subtracts control_mean and removes the target genes of all candidates. NaN where the prediction does
-    not differ from control_mean, or where there is no other candidate.
+    The caller subtracts control_mean and removes the target genes of all candidates. NaN where the prediction or the
+    own truth does not differ from control_mean, or where there is no other candidate.
     """
     with np.errstate(invalid="ignore", divide="ignore"):
         x = prediction / np.sqrt(_dot(prediction, prediction))[:, None]
         t = candidates / np.sqrt(_dot(candidates, candidates))[:, None]
-    share = _share_farther(1.0 - x @ t.T, own, ties=0.5)
+    share = _share_farther(1.0 - x @ t.T, own, ties=0.5, scale=np.ones((1, 1)))
     return np.where(np.abs(prediction).max(axis=1, initial=0.0) <= CONSTANT, np.nan, share)
 
 
-def _share_farther(distance: Floats, own: Ints, ties: float) -> Floats:
-    rows = np.arange(len(own))
-    mine = distance[rows, own][:, None]
+def _share_farther(distance: Floats, own: Ints, ties: float, scale: Floats) -> Floats:
+    """Share of the others that lie farther than the own one, plus `ties` for each that lies as far.
+
+    scale: size of the numbers that the distances are differences of. What differs by less than rounding of these is
+    a tie: such bits change with the place in the matrix. NaN where the own distance is.
+    """
+    mine = distance[np.arange(len(own)), own][:, None]
     others = distance.shape[1] - 1
     if others == 0:
         return np.full(len(own), np.nan)
-    farther = (distance > mine).sum(axis=1) + ties * ((distance == mine).sum(axis=1) - 1)
-    return np.asarray(farther / others, dtype=np.float64)
+    margin, rounding = distance - mine, CONSTANT * scale
+    farther = (margin > rounding).sum(axis=1) + ties * ((np.abs(margin) <= rounding).sum(axis=1) - 1)
+    return np.where(np.isnan(mine[:, 0]), np.nan, farther / others)
 
 
 def _dot(a: Floats, b: Floats) -> Floats:

@@ -11,6 +11,7 @@ import pandas as pd
 from core.arrays import Floats, Ints
 from core.controls import additive, interpolate, sparse_means
 from core.differential import against_rest, deg_mask
+from core.files import read_obs
 from core.harmonising import CONTROL, genes_of
 from core.linear import linear
 from core.moments import Moments, group_codes, group_means, group_moments
@@ -49,11 +50,7 @@ def read_reference(folder: Path) -> tuple[ad.AnnData, ad.AnnData]:
 
 def read_keys(folder: Path) -> pd.DataFrame:
     """Only the rows' description (covariate, condition, n_cells, test_fold, n_degs, ...) of the reference in `folder`."""
-    backed = ad.read_h5ad(folder / "reference.h5ad", backed="r")
-    try:
-        keys: pd.DataFrame = backed.obs.astype(dict.fromkeys(KEYS, str)).reset_index(drop=True)
-    finally:
-        backed.file.close()
+    keys = read_obs(folder / "reference.h5ad").astype(dict.fromkeys(KEYS, str)).reset_index(drop=True)
     return keys
 
 
@@ -197,7 +194,7 @@ def _rows_of(negatives: ad.AnnData, kind: str, covariate: pd.Series, fold: pd.Se
     rows = index.get_indexer(pd.MultiIndex.from_arrays([covariate.astype(str), fold.astype(int)]))
     profiles = np.asarray(of_kind.X, dtype=np.float64)[rows]
     profiles[rows < 0] = np.nan
-    return profiles
+    return np.asarray(profiles)
 
 
 def _differential(moments: Moments, keys: pd.DataFrame) -> tuple[Floats, Floats]:

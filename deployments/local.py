@@ -47,12 +47,7 @@ def status() -> None:
     Console().print(shown)
 
 
-def env() -> None:
-    """Prints shell lines that make a shell use the running servers: `eval "$(python -m deployments.local env)"`."""
-    sys.stdout.write(services.exports(services.ensure_servers()))
-
-
-COMMANDS = {"up": up, "down": down, "status": status, "env": env}
+COMMANDS = {"up": up, "down": down, "status": status}
 
 
 def main() -> None:
@@ -67,14 +62,14 @@ def main() -> None:
 
 
 def _welcome(running: services.Services) -> Panel:
-    own = data_folder() == DEFAULT_DATA
-    anywhere = [] if own else ['  eval "$(python -m deployments.local env)"']
+    # The project's own folder has a prefect.toml for its own data only.
+    first = [] if data_folder() == DEFAULT_DATA else ['  eval "$(calipert env)"']
     lines = [
         f"Prefect  {running.prefect}  to start, schedule and watch runs",
         f'MLflow   {running.mlflow}  to compare models: choose "Model training"',
         "",
         "Try, in this folder and with its environment active:",
-        *anywhere,
+        *first,
         "  prefect deployment run benchmark/demo",
     ]
     return Panel("\n".join(lines), title="calipert is up", expand=False)

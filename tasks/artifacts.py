@@ -6,8 +6,9 @@ import logging
 from collections.abc import Callable, Mapping
 from hashlib import file_digest
 from pathlib import Path
+from typing import Any
 
-from blocks.store import JSON, ArtifactStore, artifact_key
+from blocks.store import ArtifactStore, artifact_key
 
 LOG = logging.getLogger("calipert")
 
@@ -17,7 +18,7 @@ def made(
     build: Callable[[Path], None],
     *,
     inputs: Mapping[str, Path | str],
-    parameters: Mapping[str, JSON],
+    parameters: Mapping[str, Any],
     code: str,
 ) -> Path:
     """The folder of the artifact that this recipe gives; `build` fills an empty folder where there is none yet.

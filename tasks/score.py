@@ -78,9 +78,8 @@ def accept_predictions(file: Path, reference: Path, name: str) -> Path:
 
     Raises UserError where the file cannot be used, or where `name` is that of a control.
     """
-    from core.predictions import write_accepted
-
     from core.controls import CONTROLS
+    from core.predictions import write_accepted
 
     if name in {control.name for control in CONTROLS}:
         raise UserError("--name", "name", f"{name!r}, the name of a control", "call the model something else")

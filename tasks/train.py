@@ -81,6 +81,7 @@ def predicted(
 
     asked: covariate and condition of each. Raises UserError where the predictions break the contract.
     """
+    from core.files import read_genes
     from core.predictions import check_model_output
 
     folder_of_model = container(model)
@@ -97,7 +98,8 @@ def predicted(
                 "output": scratch,
             }
             engine().run("predict", folder_of_model, spec, on_event=_say)
-            profiles, unpredicted = check_model_output(Path(scratch), asked, fold / "control.h5ad", model.name)
+            genes = read_genes(fold / "control.h5ad")
+            profiles, unpredicted = check_model_output(Path(scratch), asked, genes, model.name)
         profiles.write_h5ad(folder / "predictions.h5ad")
         (folder / "unpredicted.json").write_text(json.dumps(unpredicted, sort_keys=True), encoding="utf-8")
 

@@ -38,7 +38,13 @@ CONTROLS = {
     "control_mean": "negative control",
     "sparse_mean": "negative control",
 }
-LEVELS = {"interpolated_duplicate": 1.0, "technical_duplicate": 0.7, "dataset_mean": 0.0, "control_mean": -0.15, "sparse_mean": -0.25}
+LEVELS = {
+    "interpolated_duplicate": 1.0,
+    "technical_duplicate": 0.7,
+    "dataset_mean": 0.0,
+    "control_mean": -0.15,
+    "sparse_mean": -0.25,
+}
 COMPARISON = [
     "model", "control", "metric", "stratum", "n", "mean_difference", "low", "high", "t_p", "t_holm", "t_bonferroni",
     "wilcoxon_p", "wilcoxon_holm", "wilcoxon_bonferroni", "detectable_difference",
@@ -74,7 +80,9 @@ def build(
             "half splits": "5 (seeds 42 to 46)",
         },
         "quality": quality,
-        "edistance": {covariate: _edistance(rng, quality[quality["covariate"] == covariate]) for covariate in covariates},
+        "edistance": {
+            covariate: _edistance(rng, quality[quality["covariate"] == covariate]) for covariate in covariates
+        },
         "calibration": calibration,
         "leaderboard": leaderboard,
         "comparison": comparison,
@@ -165,7 +173,8 @@ def _verdict(row):
 
 def _level(rng, entries):
     return {
-        name: LEVELS.get(name, 0.32 - 0.06 * i if kind == "model" else 0.12) for i, (name, kind) in enumerate(entries.items())
+        name: LEVELS.get(name, 0.32 - 0.06 * i if kind == "model" else 0.12)
+        for i, (name, kind) in enumerate(entries.items())
     }
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+
 from core import views
 from core.report import write_report
 
@@ -54,19 +55,24 @@ class Page(HTMLParser):
         return next(row for row in cells if row[: len(start)] == list(start))
 
 
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Pages without figures, for tests of what stands around them."""
+    monkeypatch.setattr("core.report._figures", lambda *_: {})
+
+
 def page(tmp_path, tables):
     write_report(tmp_path / "report.html", **tables)
     return Page(tmp_path / "report.html")
 
 
 CASES = {
-    "8 models": {"models": 8, "conditions": 120, "low_coverage": ("gears",)},
-    "20 models, 17 metrics": {"models": 20, "metrics": 17, "conditions": 40},
+    "20 models, 17 metrics": {"models": 20, "metrics": 17, "conditions": 40, "low_coverage": ("gears",)},
     "6 conditions": {"models": 1, "conditions": 6, "baselines": ()},
-    "2 covariates": {"models": 2, "conditions": 40, "covariates": ("K562", "RPE1")},
-    "calibration only": {"models": 0, "baselines": (), "conditions": 60},
-    "nothing calibrated": {"models": 3, "conditions": 60, "calibrated": "none"},
-    "a metric without values": {"models": 2, "conditions": 40, "all_nan": ("nir", "wmse")},
+    "2 covariates": {"models": 2, "conditions": 12, "covariates": ("K562", "RPE1")},
+    "calibration only": {"models": 0, "baselines": (), "conditions": 35},
+    "nothing calibrated": {"models": 2, "conditions": 12, "calibrated": "none"},
+    "a metric without values": {"models": 1, "conditions": 15, "all_nan": ("nir", "wmse")},
 }
 
 
@@ -99,6 +105,7 @@ def test_same_tables_give_the_same_bytes(tmp_path):
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_text_from_files_is_escaped(tmp_path):
     tables = build(models=1, conditions=12)
     tables["dataset"].title = "<script>alert(1)</script>"
@@ -110,6 +117,7 @@ def test_text_from_files_is_escaped(tmp_path):
     assert "a &lt; b &amp; c" in source
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_nan_is_a_dash_and_zero_is_a_zero(tmp_path):
     tables = build(models=1, conditions=40, baselines=())
     board = tables["leaderboard"]
@@ -120,6 +128,7 @@ def test_nan_is_a_dash_and_zero_is_a_zero(tmp_path):
     assert result.row("fmlp_esm2", "100 %")[2 + metrics.index("nir")].split() == ["0.000", "1"]
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_leaderboard_puts_calibrated_metrics_first_and_low_coverage_last(tmp_path):
     tables = build(models=6, conditions=30, low_coverage=("gears",))
     board = tables["leaderboard"]
@@ -140,6 +149,7 @@ def test_leaderboard_puts_calibrated_metrics_first_and_low_coverage_last(tmp_pat
     assert list(ranks) == sorted(ranks)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_tests_show_own_negative_control_and_baselines_and_fold_the_rest(tmp_path):
     tables = build(models=1, conditions=40)
     result = page(tmp_path, tables)
@@ -154,6 +164,7 @@ def test_tests_show_own_negative_control_and_baselines_and_fold_the_rest(tmp_pat
     assert float(row[3].split("[")[0].replace("−", "-")) == pytest.approx(entry["mean_difference"], abs=1e-3)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_what_was_not_predicted_is_listed_with_its_reason(tmp_path):
     tables = build(models=2, conditions=12)
     tables["unpredicted"] = pd.DataFrame(
@@ -180,10 +191,20 @@ def calibration_table(**verdicts):
 
 def board_table(calibrated, ranks=None, **kinds):
     rows = [
-        {"model": model, "kind": kind.replace("_", " "), "metric": metric, "calibrated": True, "in_panel": True, "coverage": 1.0}
+        {
+            "model": model,
+            "kind": kind.replace("_", " "),
+            "metric": metric,
+            "calibrated": True,
+            "in_panel": True,
+            "coverage": 1.0,
+        }
         for model, kind in kinds.items()
         for metric in calibrated
-    ] or [{"model": m, "kind": k, "metric": "mse", "calibrated": False, "in_panel": True, "coverage": 1.0} for m, k in kinds.items()]
+    ] or [
+        {"model": m, "kind": k, "metric": "mse", "calibrated": False, "in_panel": True, "coverage": 1.0}
+        for m, k in kinds.items()
+    ]
     table = pd.DataFrame(rows)
     return table.assign(rank=[(ranks or {}).get((row.model, row.metric), np.nan) for row in table.itertuples()])
 
@@ -310,10 +331,18 @@ def test_numbers(value, places, text):
     assert views.number(value, places) == text
 
 
-@pytest.mark.parametrize(("value", "text"), [(0.0, "0 %"), (0.004, "< 1 %"), (0.996, "> 99 %"), (1.0, "100 %"), (0.18, "18 %")])
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0, "0 %"), (0.004, "< 1 %"), (0.996, "> 99 %"), (1.0, "100 %"), (0.18, "18 %")]
+)
 def test_shares_are_never_rounded_to_none_or_all(value, text):
     assert views.share(value) == text
 
 
 def test_decimals_give_three_digits():
-    assert [views.decimals(pd.Series(values, dtype=float)) for values in ([0.0123], [5.0], [0.5], [np.nan], [])] == [4, 2, 3, 2, 2]
+    assert [views.decimals(pd.Series(values, dtype=float)) for values in ([0.0123], [5.0], [0.5], [np.nan], [])] == [
+        4,
+        2,
+        3,
+        2,
+        2,
+    ]

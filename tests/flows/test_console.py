@@ -5,16 +5,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
+
 from core.errors import UserError
 from flows.console import error_panel, result_table, verdict_table
-from rich.console import Console
 
 TABLES = Path(__file__).parents[1] / "core" / "report_tables.py"
 build = runpy.run_path(str(TABLES))["build"]
 
 
 def printed(renderable, width=100, color=False):
-    console = Console(width=width, color_system="truecolor" if color else None, force_terminal=color, record=True, file=_Nowhere())
+    console = Console(
+        width=width, color_system="truecolor" if color else None, force_terminal=color, record=True, file=_Nowhere()
+    )
     console.print(renderable)
     return console.export_text(styles=color)
 

@@ -1,0 +1,199 @@
+"""The local stack as a user types it, in a data folder of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from blocks import services
+from blocks.paths import PROJECT_ROOT
+from deployments.table import table
+
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+
+FLOW = """
+import os, time
+from pathlib import Path
+from prefect import flow
+
+@flow(name="probe")
+def probe(dataset: str, seconds: float = 0):
+    Path(os.environ["PROBE"]).write_text(f"{os.getcwd()} {dataset} {os.environ['MLFLOW_TRACKING_URI']}")
+    time.sleep(seconds)
+"""
+
+REGISTER = """
+from deployments.register import register
+from deployments.table import Deployment
+register([Deployment("probe", "demo", "probe_flow.probe", "cpu", {"dataset": "demo"}, ("probe",), "A probe.")])
+"""
+
+READ = """
+import json
+from prefect import get_client
+with get_client(sync_client=True) as client:
+    found = {
+        "deployments": [one.model_dump(mode="json") for one in client.read_deployments()],
+        "flows": {str(one.id): one.name for one in client.read_flows()},
+        "pools": [one.type for one in client.read_work_pools()],
+        "runs": [run.state_name for run in client.read_flow_runs()],
+    }
+print(json.dumps(found))
+"""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """folder: holds the data folder and what the probe writes. first: what the first `up` printed."""
+
+    folder: Path
+    first: str
+
+    def call(self, *command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *command], cwd=PROJECT_ROOT, env=os.environ, capture_output=True, text=True
+        )
+
+    def local(self, command: str) -> str:
+        done = self.call("-m", "deployments.local", command)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def python(self, script: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            cwd=PROJECT_ROOT,
+            env=services.child_environment(services.ensure_servers()),
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def read(self) -> dict[str, Any]:
+        return json.loads(self.python(READ).splitlines()[-1])
+
+    def prefect(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "prefect", *arguments],
+            cwd=PROJECT_ROOT,
+            env=services.child_environment(services.ensure_servers()),
+            capture_output=True,
+            text=True,
+        )
+
+    def processes(self) -> dict[str, psutil.Process]:
+        rows = json.loads((self.folder / "data" / "services.json").read_text(encoding="utf-8"))
+        return {row["name"]: psutil.Process(row["pid"]) for row in rows}
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    folder = tmp_path_factory.mktemp("stack")
+    (folder / "probe_flow.py").write_text(FLOW, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CALIPERT_DATA", str(folder / "data"))
+        patch.setenv("PYTHONPATH", str(folder))
+        patch.setenv("PROBE", str(folder / "probe.txt"))
+        patch.setenv("COLUMNS", "120")
+        try:
+            yield Stack(folder, Stack(folder, "").local("up"))
+        finally:
+            services.stop()
+
+
+def test_up_prints_both_addresses_and_what_to_type(stack: Stack) -> None:
+    addresses = services.ensure_servers()
+    for text in (addresses.prefect, addresses.mlflow, "Model training", "prefect deployment run benchmark/demo"):
+        assert text in stack.first
+    # The project's prefect.toml is about its own data folder only.
+    assert 'eval "$(calipert env)"' in stack.first
+
+
+def test_up_registers_the_whole_table(stack: Stack) -> None:
+    found = stack.read()
+    registered = {
+        f"{found['flows'][one['flow_id']]}/{one['name']}": one
+        for one in found["deployments"]
+        if "calipert" in one["tags"]
+    }
+    assert set(registered) == {row.full_name for row in table()}
+    one = registered["benchmark/demo"]
+    assert one["entrypoint"] == "flows.benchmark.benchmark"
+    assert one["parameters"] == {"dataset": "demo"}
+    assert "dataset" in one["parameter_openapi_schema"]["properties"]
+    assert one["enforce_parameter_schema"] is True
+    assert one["work_pool_name"] == "cpu"
+    assert found["pools"] == ["process"]
+
+
+def test_a_second_up_starts_nothing_twice_and_keeps_schedules(stack: Stack) -> None:
+    before = stack.processes()
+    assert set(before) == {"prefect", "mlflow", "worker"}
+    made = stack.prefect("deployment", "schedule", "create", "benchmark/demo", "--cron", "0 3 * * *")
+    assert made.returncode == 0, made.stdout
+    ids = {one["name"] + one["entrypoint"]: one["id"] for one in stack.read()["deployments"]}
+    stack.local("up")
+    assert stack.processes() == before
+    after = stack.read()["deployments"]
+    assert {one["name"] + one["entrypoint"]: one["id"] for one in after} == ids
+    crons = [schedule["schedule"]["cron"] for one in after for schedule in one["schedules"]]
+    assert crons == ["0 3 * * *"]
+
+
+def test_the_worker_runs_a_deployment_in_the_projects_folder(stack: Stack) -> None:
+    stack.python(REGISTER)
+    done = stack.prefect("deployment", "run", "probe/demo", "--watch")
+    assert done.returncode == 0, done.stdout
+    found = (stack.folder / "probe.txt").read_text(encoding="utf-8")
+    assert found == f"{PROJECT_ROOT} demo {services.ensure_servers().mlflow}"
+
+
+def test_parameters_of_a_wrong_type_are_refused_at_submission(stack: Stack) -> None:
+    stack.python(REGISTER)
+    done = stack.prefect("deployment", "run", "probe/demo", "--param", "seconds=soon")
+    assert done.returncode == 1
+    assert re.search(r"seconds.*'soon' is not of type 'number'", " ".join(done.stdout.split()))
+
+
+def test_down_ends_running_flows_as_crashed_and_leaves_no_process(stack: Stack) -> None:
+    stack.python(REGISTER)
+    probe = stack.folder / "probe.txt"
+    probe.unlink(missing_ok=True)
+    assert stack.prefect("deployment", "run", "probe/demo", "--param", "seconds=600").returncode == 0
+    deadline = time.monotonic() + 120
+    while not probe.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    tree = [one for root in stack.processes().values() for one in (root, *root.children(recursive=True))]
+    assert len(tree) >= 5
+    printed = stack.local("down")
+    assert {"prefect", "mlflow", "worker"} <= set(re.findall(r"\w+", printed))
+    assert [one for one in tree if one.is_running()] == []
+    assert "nothing was running" in stack.local("down")
+    assert stack.local("status").count("stopped") == 3
+    assert "Crashed" in stack.read()["runs"]
+
+
+def test_an_error_that_the_user_can_mend_is_shown_without_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CALIPERT_DATA", str(tmp_path))
+    (tmp_path / "services.json").write_text("{", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "deployments.local", "status"], cwd=PROJECT_ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "remedy" in done.stderr
+    assert "Traceback" not in done.stderr
