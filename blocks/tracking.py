@@ -175,10 +175,10 @@ class MLflowTracking(Block):
 
         Call it before the folds are handed out to tasks; a fold's task gets its id.
         """
-        from mlflow.entities import Param
-
         opened = {}
         with self._client() as client:
+            from mlflow.entities import Param
+
             parent = client.get_run(model_run_id)
             inherited = {name: parent.data.tags.get(name) for name in _INHERITED}
             existing = _by_key(client, parent.info.experiment_id, f"tags.`{_PARENT}` = '{model_run_id}'")

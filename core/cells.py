@@ -14,7 +14,7 @@ from scipy import sparse
 from core.arrays import Bools
 from core.catalog.schema import DatasetSpec
 from core.draws import generator
-from core.errors import UserError
+from core.errors import UserError, shown
 from core.files import open_h5ad
 from core.harmonising import CONTROL, genes_of, harmonise
 from core.splits import draw_folds, draw_halves, sorted_groups
@@ -51,6 +51,8 @@ def prepare_cells(raw: ad.AnnData, spec: DatasetSpec, where: str) -> ad.AnnData:
     cells = cells[np.argsort(cells.obs_names.to_numpy().astype(str), kind="stable")].copy()
     cells = filter_cells_and_genes(cells, spec.min_genes_per_cell, spec.min_cells_per_gene, report)
     _require(cells.n_obs > 0 and cells.n_vars > 0, where, "filters", "no cell or no gene left", _LOWER)
+    without = sorted(set(cells.obs["covariate"]) - set(cells.obs.loc[cells.obs["condition"] == CONTROL, "covariate"]))
+    _require(not without, where, "filters", f"no control cell left in {shown(without)}", _LOWER)
     cells = drop_small_conditions(cells, max(spec.min_cells_per_condition, SMALLEST_CONDITION), report)
     conditions = set(cells.obs["condition"]) - {CONTROL}
     _require(

@@ -16,7 +16,10 @@ def open_h5ad(path: Path) -> ad.AnnData:
         raise UserError(path, "file", "no such file", "check the path, or name the file as the data set's source")
     try:
         return ad.read_h5ad(path)
-    except (OSError, KeyError, ValueError, TypeError, ad.AnnDataReadError) as error:
+    except MemoryError:
+        raise
+    # A damaged or foreign file makes h5py and anndata raise almost anything, classes of their own included.
+    except Exception as error:
         raise UserError(
             path,
             "format",

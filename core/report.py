@@ -121,7 +121,7 @@ def write_report(
         quality=_quality(quality),
         covariates=list(quality["covariate"].unique()),
         edistances=[name for name in pictures if name.startswith("edistance")],
-        reasons=views.reasons(unpredicted).to_dict("records"),
+        reasons=views.records(views.reasons(unpredicted)),
         declared=declared,
         provenance=provenance,
         definitions=[BY_NAME[metric] for metric in metrics],
@@ -197,22 +197,19 @@ def _facts(quality: pd.DataFrame, leaderboard: pd.DataFrame) -> list[str]:
 
 def _board(leaderboard: pd.DataFrame) -> dict[str, Any]:
     """The leaderboard for display: column heads and groups of rows of cells."""
-    means, ranks, missing = (views.wide(leaderboard, value) for value in ("mean", "rank", "nan_share"))
+    metrics = views.ordered_metrics(leaderboard)
     calibrated = views.ranked_metrics(leaderboard)
-    n = leaderboard.groupby("metric")["n_conditions"].max()
-    places = {metric: views.decimals(means[metric]) for metric in means.columns}
+    n = leaderboard.groupby("metric")["n_conditions"].max().to_dict()
+    places = {str(name): views.decimals(part["mean"]) for name, part in leaderboard.groupby("metric")}
 
-    def cell(model: str, metric: str) -> Cell:
-        rank, lost = ranks.loc[model, metric], missing.loc[model, metric]
+    def cell(entry: Mapping[str, Any]) -> Cell:
+        rank, lost = entry["rank"], entry["nan_share"]
         return Cell(
-            views.number(means.loc[model, metric], places[metric]),
+            views.number(entry["mean"], places[entry["metric"]]),
             "" if np.isnan(rank) else f"{rank:.0f}",
             f"{views.share(lost)} NaN" if 0 < lost < 1 else "",
-            rank == 1,
+            bool(rank == 1),
         )
-
-    def cells(model: str) -> list[Cell]:
-        return [cell(model, metric) for metric in means.columns]
 
     heads = [
         {
@@ -221,76 +218,64 @@ def _board(leaderboard: pd.DataFrame) -> dict[str, Any]:
             "arrow": "↑" if BY_NAME[metric].higher_is_better else "↓",
             "n": f"{n[metric]:,.0f}",
         }
-        for metric in means.columns
+        for metric in metrics
     ]
-    ranked = bool(ranks.notna().to_numpy().any())
-    return {"heads": heads, "n_calibrated": len(calibrated), "ranked": ranked, "groups": _groups(leaderboard, cells)}
+    return {
+        "heads": heads,
+        "n_calibrated": len(calibrated),
+        "ranked": bool(leaderboard["rank"].notna().any()),
+        "groups": _groups(leaderboard, metrics, cell),
+    }
 
 
 def _headroom(leaderboard: pd.DataFrame) -> dict[str, Any]:
     """Headroom of models and baselines with intervals on the calibrated metrics, in the leaderboard's rows."""
     metrics = views.ranked_metrics(leaderboard)
     predictors = leaderboard[leaderboard["kind"].isin(RANKED)]
-    mean, low, high, sd = (views.wide(predictors, f"headroom{suffix}") for suffix in ("", "_low", "_high", "_half_sd"))
-
-    def cells(model: str) -> list[Cell]:
-        return [_interval(*(part.loc[model, metric] for part in (mean, low, high, sd))) for metric in metrics]
-
-    return {"metrics": metrics, "groups": _groups(predictors, cells)}
+    return {"metrics": metrics, "groups": _groups(predictors, metrics, lambda entry: _interval(entry, "headroom"))}
 
 
-def _groups(leaderboard: pd.DataFrame, cells: Callable[[str], list[Cell]]) -> list[dict[str, Any]]:
+def _groups(
+    leaderboard: pd.DataFrame, metrics: list[str], cell: Callable[[Mapping[str, Any]], Cell]
+) -> list[dict[str, Any]]:
     """Rows of the leaderboard under headings: predictors, controls, and predictors of too little coverage."""
-    table = views.entries(leaderboard)
-    below = table["kind"].isin(RANKED) & ~table["in_panel"].astype(bool)
-    heading = (
-        table["kind"]
-        .map(_HEADINGS)
-        .mask(below, f"Coverage below {views.share(COVERAGE)}: on their own conditions, not ranked")
-    )
-    return [
-        {
-            "heading": name,
-            "rows": [
-                {
-                    "model": row.model,
-                    "baseline": row.kind == "baseline",
-                    "coverage": views.share(row.coverage),
-                    "cells": cells(row.model),
-                }
-                for row in part.itertuples()
-            ],
-        }
-        for name, part in table.groupby(heading, sort=False)
-    ]
+    below = f"Coverage below {views.share(COVERAGE)}: on their own conditions, not ranked"
+    known = {(entry["model"], entry["metric"]): entry for entry in views.records(leaderboard)}
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in views.records(views.entries(leaderboard)):
+        heading = _HEADINGS[row["kind"]] if row["in_panel"] or row["kind"] not in RANKED else below
+        cells = [cell(known[row["model"], metric]) for metric in metrics]
+        groups.setdefault(heading, []).append(row | {"cells": cells})
+    return [{"heading": heading, "rows": rows} for heading, rows in groups.items()]
 
 
-def _interval(mean: float, low: float, high: float, sd: float = float("nan")) -> Cell:
-    """A number of order 1, its standard deviation over half splits where known, and its 95 % interval beneath."""
+def _interval(entry: Mapping[str, Any], value: str) -> Cell:
+    """A number of order 1, its standard deviation over half splits where known, and its 95 % interval beneath.
+
+    entry holds `value`, `<value>_low`, `<value>_high` and perhaps `<value>_half_sd`.
+    """
+    mean, sd = entry[value], entry.get(f"{value}_half_sd", np.nan)
     if np.isnan(mean):
         return Cell(views.DASH)
     spread = "" if np.isnan(sd) else f" ± {views.number(sd, 2)}"
-    return Cell(views.number(mean, 2) + spread, note=f"[{views.number(low, 2)}, {views.number(high, 2)}]")
+    low, high = (views.number(entry[f"{value}_{end}"], 2) for end in ("low", "high"))
+    return Cell(views.number(mean, 2) + spread, note=f"[{low}, {high}]")
 
 
 def _calibration(calibration: pd.DataFrame) -> list[dict[str, Any]]:
     """One row per metric: verdict, usable conditions, controls and their values, DRF in three variants, BDS."""
     variants = views.variants(calibration)
     rows = []
-    for entry in views.verdicts(calibration).to_dict("records"):
-        other = variants.loc[entry["metric"]]
-        places = views.decimals(pd.Series([entry["positive_value"], entry["negative_value"]], dtype=float))
+    for entry in views.records(views.verdicts(calibration).merge(variants, left_on="metric", right_index=True)):
+        controls = [entry["positive_value"], entry["negative_value"]]
+        places = views.decimals(pd.Series(controls, dtype=float))
+        quoted, *others = views.VARIANT_NAMES
         rows.append(
             entry
-            | {
-                "positive_value": views.number(entry["positive_value"], places),
-                "negative_value": views.number(entry["negative_value"], places),
-                "nan_share": views.share(entry["nan_share"]),
-                "drf_interpolated": _interval(*(entry[f"drf{suffix}"] for suffix in ("", "_low", "_high", "_half_sd"))),
-                "drf_mean": _interval(*(other[f"drf_mean{suffix}"] for suffix in ("", "_low", "_high"))),
-                "drf_ctrl": _interval(*(other[f"drf_ctrl{suffix}"] for suffix in ("", "_low", "_high"))),
-                "bds": _interval(*(entry[f"bds{suffix}"] for suffix in ("", "_low", "_high", "_half_sd"))),
-            }
+            | {name: _interval(entry, name) for name in (*others, "bds")}
+            | {quoted: _interval(entry, "drf")}
+            | {name: views.number(entry[name], places) for name in ("positive_value", "negative_value")}
+            | {"nan_share": views.share(entry["nan_share"])}
         )
     return rows
 
@@ -301,21 +286,24 @@ def _extremes(ratios: pd.DataFrame) -> list[dict[str, Any]]:
 
     def texts(table: pd.DataFrame) -> list[str]:
         return [
-            f"{row.condition}{f' in {row.covariate}' if several else ''} (×\u202f{views.number(row.ratio, 2)}, "
-            + f"{views.DASH if np.isnan(row.n_degs) else f'{row.n_degs:,.0f}'} DEGs)"
-            for row in table.itertuples()
+            " in ".join([row["condition"], row["covariate"]][: 1 + several])
+            + f" (×\u202f{views.number(row['ratio'], 2)}, {views.number(row['n_degs'], 0)} DEGs)"
+            for row in views.records(table)
         ]
 
     return [
-        {"model": row.model, "won": texts(row.won), "lost": texts(row.lost)}
-        for row in views.extremes(ratios).itertuples()
+        {"model": row["model"], "won": texts(row["won"]), "lost": texts(row["lost"])}
+        for row in views.records(views.extremes(ratios))
     ]
 
 
 def _comparison(
     comparison: pd.DataFrame, calibration: pd.DataFrame, leaderboard: pd.DataFrame
 ) -> dict[str, list[dict[str, Any]]]:
-    """The tests by model: those that bear on the question (calibrated metrics; own negative control, baselines), the rest."""
+    """The tests by model: those that bear on the question, and the rest.
+
+    The former are by calibrated metrics, against the metric's own negative control and against baselines.
+    """
     table = views.strata_columns(comparison)
     quoted = views.verdicts(calibration).set_index("metric")
     calibrated = table["metric"].isin(quoted.index[quoted["verdict"] == "calibrated"])
@@ -324,9 +312,8 @@ def _comparison(
     baseline = table["control"].map(kinds) == "baseline"
     metric_place = {metric: i for i, metric in enumerate(views.ordered_metrics(leaderboard))}
     model_place = {model: i for i, model in enumerate(views.entries(leaderboard)["model"])}
-    places = {
-        metric: views.decimals(part[["low", "high"]].stack()) for metric, part in table.groupby("metric", sort=False)
-    }
+    largest = table.assign(largest=table[["low", "high"]].abs().max(axis=1))
+    places = {metric: views.decimals(part["largest"]) for metric, part in largest.groupby("metric", sort=False)}
 
     def rows(part: pd.DataFrame) -> list[dict[str, Any]]:
         part = part.assign(
@@ -336,7 +323,7 @@ def _comparison(
             other=part["control"].mask(part["control"] == part["metric"].map(quoted["negative"]), ""),
         ).sort_values(["model_place", "other", "metric_place"], kind="stable")
         return [
-            {"model": model, "rows": [_test(entry, places[entry["metric"]]) for entry in group.to_dict("records")]}
+            {"model": model, "rows": [_test(entry, places[entry["metric"]]) for entry in views.records(group)]}
             for model, group in part.groupby("model", sort=False)
         ]
 
@@ -388,5 +375,5 @@ def _quality(quality: pd.DataFrame) -> list[dict[str, str]]:
             "without_degs": views.share(row["without_degs"]),
             "median_edistance": views.number(row["median_edistance"], 2),
         }
-        for row in views.quality_summary(quality).to_dict("records")
+        for row in views.records(views.quality_summary(quality))
     ]

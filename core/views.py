@@ -5,6 +5,8 @@ Pure functions; the columns of the tables that come in are those of docs/science
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
@@ -18,6 +20,11 @@ DASH = "–"
 
 
 # Words and numbers
+
+
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a table as dictionaries by column."""
+    return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
 
 
 def number(value: float, decimals: int) -> str:
@@ -196,7 +203,8 @@ def _metrics_sentence(name: str, calibration: pd.DataFrame) -> str:
     )
     if not good:
         return f"None of the {total} is calibrated on {name}: {others}."
-    return f"{len(good)} of {total} {'is' if len(good) == 1 else 'are'} calibrated on {name}: {listed(good)}. The others: {others}."
+    verb = "is" if len(good) == 1 else "are"
+    return f"{len(good)} of {total} {verb} calibrated on {name}: {listed(good)}. The others: {others}."
 
 
 def _winners_sentences(table: pd.DataFrame, opponent: str) -> list[str]:

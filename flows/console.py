@@ -57,7 +57,7 @@ def result_table(leaderboard: pd.DataFrame, width: int = 100) -> RenderableType:
 
     def columns(decimals: int) -> list[Column]:
         return [
-            _column(metric, list(means[metric]), list(ranks[metric]), metric in ranked, decimals)
+            _column(metric, means[metric].tolist(), ranks[metric].tolist(), metric in ranked, decimals)
             for metric in means.columns
         ]
 
@@ -81,8 +81,8 @@ def verdict_table(calibration: pd.DataFrame, width: int = 100) -> RenderableType
     from core.calibration import FEWEST_CONDITIONS, THRESHOLD
 
     variants = views.variants(calibration)
-    rows = []
-    for row in views.verdicts(calibration).to_dict("records"):
+    rows: list[dict[str, Text | str]] = []
+    for row in views.records(views.verdicts(calibration)):
         known = row["drf"] == row["drf"]
         style = _VERDICT_STYLES[row["verdict"]]
         rows.append(
@@ -97,8 +97,8 @@ def verdict_table(calibration: pd.DataFrame, width: int = 100) -> RenderableType
                 "BDS": views.number(row["bds"], 2),
                 "n": f"{row['n_conditions']:,.0f}",
                 "NaN": views.share(row["nan_share"]),
-                "DRF\nmean": views.number(variants.loc[row["metric"], "drf_mean"], 2),
-                "DRF\nctrl": views.number(variants.loc[row["metric"], "drf_ctrl"], 2),
+                "DRF\nmean": views.number(variants["drf_mean"][row["metric"]], 2),
+                "DRF\nctrl": views.number(variants["drf_ctrl"][row["metric"]], 2),
             }
         )
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
@@ -108,9 +108,9 @@ def verdict_table(calibration: pd.DataFrame, width: int = 100) -> RenderableType
     for cells in rows:
         table.add_row(*list(cells.values())[: len(table.columns)])
     legend = (
-        f"DRF: mean Dynamic Range Fraction. calibrated: its whole interval lies above {THRESHOLD:g}; miscalibrated: below. "
-        f"no verdict: fewer than {FEWEST_CONDITIONS} conditions. BDS: share of conditions in which the positive control "
-        "beats the negative one."
+        f"DRF: mean Dynamic Range Fraction. calibrated: its whole interval lies above {THRESHOLD:g}; miscalibrated: "
+        f"below. no verdict: fewer than {FEWEST_CONDITIONS} conditions. BDS: share of conditions in which the positive "
+        "control beats the negative one."
     )
     return Group(table, "", Text(legend, style="dim"))
 

@@ -48,8 +48,8 @@ def headroom(leaderboard: pd.DataFrame) -> Figure:
         n = rows.loc[metrics[index]].reindex(names)["n_conditions"].max()
         axes.set_title(metrics[index], fontsize=8.5)
         axes.annotate(
-            f"n = {n:,.0f}", (1, 0), (0, 2), xycoords="axes fraction", textcoords="offset points", ha="right", va="bottom",
-            fontsize=7, color=MUTED, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
+            f"n = {n:,.0f}", (1, 0), (0, 2), xycoords="axes fraction", textcoords="offset points", ha="right",
+            va="bottom", fontsize=7, color=MUTED, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
         )  # fmt: skip
         # The last panel of each column carries the axis, also where the bottom line is not full.
         axes.tick_params(axis="x", labelbottom=index + columns >= len(metrics))

@@ -66,8 +66,8 @@ def _panel(axes: Axes, table: pd.DataFrame, strata: list[str], bound: float, ras
         values = np.sort(table.loc[table["stratum"] == stratum, "ratio"].to_numpy())
         if not len(values):
             axes.annotate(
-                "no condition", (index + 0.5, 1), (0, -2), xycoords=("data", "axes fraction"), textcoords="offset points",
-                ha="center", va="top", fontsize=7, color=MUTED,
+                "no condition", (index + 0.5, 1), (0, -2), xycoords=("data", "axes fraction"),
+                textcoords="offset points", ha="center", va="top", fontsize=7, color=MUTED,
             )  # fmt: skip
             continue
         x = index + 0.08 + 0.84 * (np.arange(len(values)) + 0.5) / len(values)

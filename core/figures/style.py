@@ -9,7 +9,7 @@ from functools import wraps
 from io import BytesIO
 from math import floor, log10
 from threading import RLock
-from typing import ParamSpec
+from typing import Any, Literal, ParamSpec
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -29,7 +29,7 @@ VERDICT_MARKERS = {"calibrated": "o", "inconclusive": "s", "miscalibrated": "D",
 STRATUM_COLOURS = {"0": "#b9bec6", "1-9": "#e69f00", "10-99": "#009e73", ">=100": BLUE}
 STRATUM_LABELS = {"0": "0", "1-9": "1–9", "10-99": "10–99", ">=100": "≥ 100"}
 
-_RC = {
+_RC: dict[Any, Any] = {
     "svg.hashsalt": "calipert",
     "svg.fonttype": "none",
     "font.family": "DejaVu Sans",
@@ -123,8 +123,8 @@ def plain(value: float) -> str:
     return (text.rstrip("0").rstrip(".") if "." in text else text).replace("-", "−")
 
 
-def grid(axes: Axes, which: str) -> None:
-    """A faint grid along one axis ("x" or "y")."""
+def grid(axes: Axes, which: Literal["x", "y"]) -> None:
+    """A faint grid along one axis."""
     axes.grid(True, axis=which, color=FAINT, linewidth=0.6)
 
 

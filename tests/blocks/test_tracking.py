@@ -39,7 +39,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of an MLflow server of this test session's own."""
+    """The URL of an MLflow server for the tests of this file."""
     folder = tmp_path_factory.mktemp("mlflow")
     uri = f"http://127.0.0.1:{free_port()}"
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", uri.rpartition(":")[2]]
@@ -662,8 +662,15 @@ def test_links_lead_to_the_run_and_to_the_benchmark(
 
 
 @pytest.mark.server
-def test_mlflow_sends_nothing_elsewhere_and_prints_nothing(server: str, dataset: str) -> None:
+@pytest.mark.parametrize("first", ["model", "folds"])
+def test_mlflow_sends_nothing_elsewhere_and_prints_nothing(tracking: MLflowTracking, first: str) -> None:
     """In a fresh process, because both are decided when mlflow is imported."""
+    parent = open_model(tracking, "quiet")
+    calls = {
+        "model": """given = dict(key="k", kind="model", benchmark_id="b", digest="d", source="s", params={})
+t.finish(t.open_model_run("quiet", "m", 1, **given))""",
+        "folds": f"t.finish(t.open_fold_runs({parent!r}, [0])[0])",
+    }
     script = f"""
 import socket, sys
 from blocks.tracking import MLflowTracking
@@ -682,9 +689,8 @@ def getaddrinfo(host, *rest, **more):
     return looked_up(host, *rest, **more)
 socket.getaddrinfo = getaddrinfo
 assert "mlflow" not in sys.modules
-t = MLflowTracking(tracking_uri={server!r})
-given = dict(key="k", kind="model", benchmark_id="b", digest="d", source="s", params={{}})
-t.finish(t.open_model_run({dataset!r}, "m", 1, **given))
+t = MLflowTracking(tracking_uri={tracking.tracking_uri!r})
+{calls[first]}
 assert "mlflow" in sys.modules
 import atexit
 atexit._run_exitfuncs()

@@ -1,4 +1,4 @@
-"""The metrics a second time, one condition at a time as docs/science.md section 4 writes them, and made-up test sets."""
+"""The metrics once more, one condition at a time as docs/science.md section 4 writes them, and made-up test sets."""
 
 from __future__ import annotations
 

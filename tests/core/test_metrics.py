@@ -98,10 +98,7 @@ def test_profile_functions_equal_scipy_and_scikit_learn(kind: str, profiles: tup
 def test_a_perfect_prediction_is_perfect(kind: str, profiles: tuple[np.ndarray, np.ndarray]) -> None:
     _, t = profiles
     for metric in METRICS:
-        if metric.ranking:
-            value = metric.function(t, t, np.arange(ROWS))
-        else:
-            value = metric.function(t, t, weights_of(kind))
+        value = metric.function(t, t, np.arange(ROWS) if metric.ranking else weights_of(kind))
         np.testing.assert_allclose(value, metric.perfect, rtol=0, atol=1e-15, err_msg=metric.name)
 
 

@@ -1,0 +1,52 @@
+# make help lists the targets. Override PYTHON to choose the interpreter of .venv, and TORCH_INDEX to take
+# PyTorch from another index, such as https://download.pytorch.org/whl/cpu where there is no NVIDIA GPU.
+PYTHON ?= python3
+TORCH_INDEX ?=
+
+BIN := .venv/bin
+RUNTIME := .venv/.runtime-installed
+TOOLS := .venv/.test-tools-installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test up down clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(RUNTIME) ## install into .venv, if anything changed since the last time
+
+demo: setup ## benchmark two models on a simulated screen
+	$(BIN)/calipert run demo
+
+test: $(TOOLS) ## run lint, types, import contracts and all tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered
+
+up: setup ## start the servers and a worker, and register all deployments
+	@$(BIN)/python -m deployments.local up
+
+down: ## stop what `make up` and `make demo` started
+	@! test -x $(BIN)/python || $(BIN)/python -m deployments.local down
+
+clean: down ## remove .venv and caches, but no data
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage .coverage.* \
+		build dist *.egg-info
+	find . -name __pycache__ -type d -not -path './data/*' -prune -exec rm -rf {} +
+
+# A stamp in .venv is newer than the files that say what to install, so long as they have not changed.
+$(RUNTIME): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v < (3, 14) or sys.exit( \
+		"calipert needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is %d.%d: try make setup PYTHON=python3.12" % v)'
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+ifneq ($(TORCH_INDEX),)
+	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt --index-url $(TORCH_INDEX) torch
+endif
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(TOOLS): $(RUNTIME)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
