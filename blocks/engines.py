@@ -4,39 +4,67 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import selectors
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
+from time import monotonic
 from typing import Any, Literal
 
 from prefect.blocks.core import Block
 from pydantic import Field
 
+from blocks.paths import PROJECT_ROOT
+from model_containers.contract import THREAD_VARIABLES, ContractError, Description
+
 Stage = Literal["describe", "train", "predict"]
 Event = Mapping[str, Any]
 
+CONTRACT = PROJECT_ROOT / "model_containers" / "contract.py"
+SUPERVISOR = Path(__file__).with_name("supervisor.py")
 LAST_LINES = 30
+LONGEST_LINE = 2**20
+DESCRIBE_LIMIT_S = 120.0
+# A cancellation of the flow reaches this thread only between two waits.
+WAIT_S = 0.5
 # All that a model's process gets of this one's environment: no setting, no credential, no proxy.
 KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-
-# Waits for the end of its stdin, which comes when the process that started it is gone, however it died.
-_WATCH = "import os, signal, sys; sys.stdin.buffer.read(); os.killpg(int(sys.argv[1]), signal.SIGKILL)"
 
 
 class ModelFailed(Exception):
-    """A model's stage did not end well: which model and stage, how it ended, and its last lines."""
+    """A model's stage did not end well.
+
+    model, stage: whose. ending: how, in words. exit_code: its exit code, minus the number of the signal that killed
+    it, or None if it was stopped here. last_lines: the end of what it wrote to stderr.
+    """
+
+    def __init__(self, model: str, stage: str, ending: str, exit_code: int | None, last_lines: tuple[str, ...]) -> None:
+        self.model = model
+        self.stage = stage
+        self.ending = ending
+        self.exit_code = exit_code
+        self.last_lines = last_lines
+        # All go to Exception, so that the error survives pickling between processes.
+        super().__init__(model, stage, ending, exit_code, last_lines)
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.model} {self.stage} {self.ending}", *(f"  {line}" for line in self.last_lines)])
 
 
 class ProcessEngine(Block):
-    """Runs a model's stage as a process of its own on this machine, for machines without containers."""
+    """Runs a model's stage as a process of its own on this machine, for machines without containers.
+
+    The contract and the folders are those of a container, but nothing is walled off: a model may read what this user
+    may read, and reach the network.
+    """
 
     _block_type_name = "Calipert process engine"
     _block_type_slug = "calipert-process-engine"
@@ -54,110 +82,161 @@ class ProcessEngine(Block):
     ) -> None:
         """Run `model.py STAGE SPEC.json` of a model and wait for its end.
 
-        spec: the stage's JSON (docs/models.md). on_event: called with each JSON line that the model prints; another line
-        becomes a log event. timeout_s: wall-clock limit in seconds.
-        Raises ModelFailed if the model exits with an error or takes too long. Whatever ends this call early, an
-        exception of `on_event` or the death of this process included, ends the model's processes too.
+        spec: the stage's JSON (docs/models.md). on_event: called in this thread with each event that the model prints;
+        any other line becomes a log event. timeout_s: wall-clock limit in seconds.
+        Raises ModelFailed if the model exits with an error, is killed, or takes longer. Whatever ends this call, be it
+        the model's own end, an exception of `on_event`, a cancellation or the death of this process by any signal,
+        ends all processes of the model too.
         """
-        name = f"{model_folder.name} {stage}"
-        with tempfile.TemporaryDirectory(prefix="calipert-") as scratch:
-            spec_file = Path(scratch) / "spec.json"
+        deadline = float("inf") if timeout_s is None else monotonic() + timeout_s
+        last: deque[str] = deque(maxlen=LAST_LINES)
+        with tempfile.TemporaryDirectory(prefix="calipert-") as folder:
+            scratch = Path(folder)
+            status, spec_file = scratch / "status", scratch / "spec.json"
             spec_file.write_text(json.dumps(spec), encoding="utf-8")
-            process = subprocess.Popen(
-                [self.python, str(model_folder / "model.py"), stage, str(spec_file)],
-                stdin=subprocess.DEVNULL,
+            model = [self.python, str(model_folder.resolve() / "model.py"), stage, str(spec_file)]
+            with subprocess.Popen(
+                [sys.executable, "-I", "-S", str(SUPERVISOR), str(status), *model],
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                text=True,
-                errors="replace",
                 cwd=scratch,
-                env=_environment(model_folder, Path(scratch), int(spec.get("threads", 1))),
+                env=self._environment(scratch, int(spec.get("threads", 1))),
                 start_new_session=True,
-            )
-            watcher = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", _WATCH, str(process.pid)],
-                stdin=subprocess.PIPE,
-                start_new_session=True,
-            )
-            last: deque[str] = deque(maxlen=LAST_LINES)
-            late = threading.Event()
-            errors = threading.Thread(target=lambda: last.extend(process.stderr or ()), daemon=True)
+            ) as process:
+                try:
+                    for stream, line in _lines(process, deadline):
+                        if stream is process.stdout:
+                            on_event(_event(line))
+                        else:
+                            last.append(line)
+                    process.wait(max(0.0, deadline - monotonic()) if timeout_s is not None else None)
+                except (TimeoutError, subprocess.TimeoutExpired):
+                    raise ModelFailed(
+                        model_folder.name, stage, f"was stopped after {timeout_s:g} s, its limit", None, tuple(last)
+                    ) from None
+                finally:
+                    _kill_group(process)
+            exit_code = int(status.read_text(encoding="ascii")) if status.exists() else -signal.SIGKILL
+        if exit_code:
+            raise ModelFailed(model_folder.name, stage, _ending(exit_code), exit_code, tuple(last))
 
-            def stop() -> None:
-                late.set()
-                _kill(process)
-
-            limit = threading.Timer(timeout_s or 0, stop)
+    def describe(self, model_folder: Path) -> Description:
+        """What a model says that it can do and needs. Raises ModelFailed unless it says so as the contract wants."""
+        with tempfile.TemporaryDirectory(prefix="calipert-") as output:
+            spec = {"output": output}
+            self.run("describe", model_folder, spec, on_event=lambda event: None, timeout_s=DESCRIBE_LIMIT_S)
             try:
-                errors.start()
-                if timeout_s is not None:
-                    limit.start()
-                for line in process.stdout or ():
-                    on_event(_event(line))
-                process.wait()
-                errors.join()
-            finally:
-                limit.cancel()
-                _kill(process)
-                watcher.kill()
-                watcher.wait()
-        if late.is_set():
-            raise ModelFailed(f"{name} was stopped after {timeout_s:g} s, its limit.\n{''.join(last)}")
-        if process.returncode:
-            raise ModelFailed(f"{name} ended with exit code {process.returncode}.\n{''.join(last)}")
+                return Description(**json.loads((Path(output) / "describe.json").read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError, ContractError) as error:
+                ending = f"did not write the describe.json of docs/models.md: {error}"
+                raise ModelFailed(model_folder.name, "describe", ending, 0, ()) from error
 
     def identity(self, model_folder: Path) -> str:
-        """SHA-256 of what decides a model's results: its folder's files, the contract, its packages' versions."""
-        files = sorted(p for p in model_folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
-        digest = sha256()
-        for path in [model_folder.parent / "contract.py", *files]:
-            digest.update(str(path.relative_to(model_folder.parent)).encode() + b"\0")
-            digest.update(sha256(path.read_bytes()).digest())
-        names = tuple(_required(model_folder / "requirements.txt"))
-        digest.update(_versions(self.python, names).encode())
-        return digest.hexdigest()
+        """SHA-256 of what decides a model's results: its folder's files, the contract, its packages' versions.
+
+        Raises ModelFailed if the environment lacks a package of the model's requirements.txt.
+        """
+        files = {path.relative_to(model_folder).as_posix(): path for path in model_folder.rglob("*") if path.is_file()}
+        sources = {name: path for name, path in files.items() if not _is_litter(name)} | {"../contract.py": CONTRACT}
+        required = _required(sources["requirements.txt"]) if "requirements.txt" in sources else ()
+        whole = sha256()
+        for name, path in sorted(sources.items()):
+            whole.update(f"{name}\0{sha256(path.read_bytes()).hexdigest()}\n".encode())
+        whole.update(_versions(self.python, required, model_folder.name).encode())
+        return whole.hexdigest()
+
+    def _environment(self, scratch: Path, threads: int) -> dict[str, str]:
+        kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
+        return kept | {
+            "PATH": os.pathsep.join([str(Path(self.python).parent), kept.get("PATH", os.defpath)]),
+            "HOME": str(scratch),
+            "TMPDIR": str(scratch),
+            "PYTHONPATH": str(CONTRACT.parent),
+            "PYTHONHASHSEED": "0",
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            **dict.fromkeys(THREAD_VARIABLES, str(threads)),
+        }
 
 
 ENGINES: dict[str, type[ProcessEngine]] = {"process": ProcessEngine}
 
 
+def _lines(process: subprocess.Popen[bytes], deadline: float) -> Iterator[tuple[object, str]]:
+    """(stream, line) as the process writes them, until both streams end. Raises TimeoutError at the deadline.
+
+    A carriage return ends a line too: progress bars write many on one line.
+    """
+    with selectors.DefaultSelector() as selector:
+        for stream in (process.stdout, process.stderr):
+            if stream is not None:
+                selector.register(stream, selectors.EVENT_READ, data=b"")
+        while selector.get_map():
+            if monotonic() >= deadline:
+                raise TimeoutError
+            ready = selector.select(min(WAIT_S, max(0.0, deadline - monotonic())))
+            if not ready and process.poll() is not None:
+                return  # the supervisor was killed from outside: whoever holds the streams is left without one
+            for key, _ in ready:
+                chunk = os.read(key.fd, 2**16)
+                *lines, rest = re.split(rb"[\r\n]", key.data + chunk)
+                if chunk and len(rest) <= LONGEST_LINE:
+                    selector.modify(key.fileobj, selectors.EVENT_READ, data=rest)
+                else:
+                    lines.append(rest)
+                    selector.modify(key.fileobj, selectors.EVENT_READ, data=b"")
+                if not chunk:
+                    selector.unregister(key.fileobj)
+                for line in filter(None, lines):
+                    yield key.fileobj, line.decode("utf-8", errors="replace")
+
+
 def _event(line: str) -> Event:
+    """An event of the contract as it is; anything else that a model prints, as a log event."""
+    as_log: Event = {"event": "log", "message": line}
     try:
-        event = json.loads(line)
+        event: Event = json.loads(line)
     except ValueError:
-        event = None
-    return event if isinstance(event, dict) and "event" in event else {"event": "log", "message": line.rstrip("\n")}
+        return as_log
+    match event:
+        case (
+            {"event": "progress", "done": int(), "total": int(), "unit": str()}
+            | {"event": "metric", "name": str(), "step": int(), "value": int() | float()}
+            | {"event": "log", "message": str()}
+        ):
+            return event
+    return as_log
 
 
-def _environment(model_folder: Path, scratch: Path, threads: int) -> dict[str, str]:
-    kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
-    return kept | {
-        "HOME": str(scratch),
-        "TMPDIR": str(scratch),
-        "PYTHONPATH": str(model_folder.parent),
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
-        **dict.fromkeys(THREAD_VARIABLES, str(threads)),
-    }
-
-
-def _kill(process: subprocess.Popen[str]) -> None:
-    """End the process and everything in its group; fine if it has ended."""
-    try:
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    """Kill the supervisor and all in its group; mostly the supervisor has done so itself."""
+    # Nobody may be left in the group (which macOS calls a permission error while zombies are).
+    with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        # Nobody is left in the group (on macOS a group of zombies is a permission error).
-        pass
-    process.wait()
 
 
-def _required(requirements: Path) -> list[str]:
-    lines = (line.split("#")[0].strip() for line in requirements.read_text(encoding="utf-8").splitlines())
-    return sorted(line.partition("==")[0].partition("[")[0].strip() for line in lines if line and line[0] != "-")
+def _ending(exit_code: int) -> str:
+    if exit_code == -signal.SIGKILL:
+        return "was killed (SIGKILL): most often the machine ran out of memory"
+    if exit_code < 0:
+        return f"was killed ({signal.Signals(-exit_code).name})"
+    return f"ended with exit code {exit_code}"
+
+
+def _is_litter(name: str) -> bool:
+    """Whether a file comes and goes without meaning anything: caches, hidden files."""
+    return any(part == "__pycache__" or part.startswith(".") for part in name.split("/"))
+
+
+def _required(requirements: Path) -> tuple[str, ...]:
+    """Names of the packages in a requirements.txt, sorted."""
+    lines = requirements.read_text(encoding="utf-8").splitlines()
+    return tuple(sorted(found.group() for line in lines if (found := re.match(r"[A-Za-z0-9][A-Za-z0-9._-]*", line))))
 
 
 @cache
-def _versions(python: str, names: tuple[str, ...]) -> str:
+def _versions(python: str, names: tuple[str, ...], model: str) -> str:
     """`name==version` lines of these packages and the Python version, as that interpreter has them."""
     ask = (
         "import sys; from importlib.metadata import version; "
@@ -165,7 +244,7 @@ def _versions(python: str, names: tuple[str, ...]) -> str:
     )
     answer = subprocess.run([python, "-I", "-c", ask, *names], capture_output=True, text=True, check=False)
     if answer.returncode:
-        raise ModelFailed(
-            f"{python} lacks a package that the model requires:\n{answer.stderr.strip().splitlines()[-1]}"
-        )
+        ending = f"cannot run: {python} lacks a package of its requirements.txt"
+        last = tuple(answer.stderr.strip().splitlines()[-1:])
+        raise ModelFailed(model, "requirements", ending, answer.returncode, last)
     return answer.stdout

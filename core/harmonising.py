@@ -40,6 +40,8 @@ def harmonise(raw: ad.AnnData, spec: DatasetSpec, where: str) -> tuple[ad.AnnDat
     """
     if raw.n_obs == 0 or raw.n_vars == 0:
         raise UserError(where, "shape", f"{raw.n_obs} cells x {raw.n_vars} genes", "give a file with cells and genes")
+    if raw.X is None:
+        raise UserError(where, "X", "no matrix", "put the raw counts into X (they may be in a layer, or in .raw)")
     _require_expected(raw, spec, where)
     repeated = raw.obs_names[raw.obs_names.duplicated()]
     if len(repeated):
@@ -56,7 +58,7 @@ def harmonise(raw: ad.AnnData, spec: DatasetSpec, where: str) -> tuple[ad.AnnDat
     covariates = (
         pd.Series(spec.covariate, index=obs.index)
         if spec.covariate_column is None
-        else _column(obs, spec.covariate_column, where).astype(str)
+        else _covariates(obs[labelled], spec.covariate_column, where).reindex(obs.index)
     )
     symbols = pd.Index(raw.var_names if spec.symbol_column is None else _symbols(raw.var, spec.symbol_column, where))
     ambiguous = symbols.duplicated(keep=False)
@@ -114,7 +116,8 @@ def condition_labels(labels: pd.Series, rules: Labels, where: str) -> pd.Series:
 
 def _condition(label: str, rules: Labels, where: str) -> str:
     name = label.strip()
-    if name in rules.control or (rules.control_contains is not None and rules.control_contains in name):
+    control = {CONTROL, *rules.control}
+    if name in control or (rules.control_contains is not None and rules.control_contains in name):
         return CONTROL
     if rules.cut_at is not None:
         name = name.split(rules.cut_at, 1)[0]
@@ -128,7 +131,7 @@ def _condition(label: str, rules: Labels, where: str) -> str:
         )
     genes = name.split(separator) if separator is not None and separator in name else name.split(SEPARATOR)
     # A combination with control is the perturbation alone (`A+control` in some files).
-    genes = sorted({gene.strip() for gene in genes} - set(rules.control))
+    genes = sorted({gene.strip() for gene in genes} - control)
     if not genes or any(not gene for gene in genes):
         raise UserError(
             where,
@@ -159,7 +162,7 @@ def check_counts(counts: sparse.csr_matrix, where: str) -> None:
     for found, wrong, remedy in checks:
         if wrong.any():
             example = values[wrong][0]
-            raise UserError(where, "X", f"{int(wrong.sum()):,} {found} (first: {example!r})", remedy)
+            raise UserError(where, "X", f"{int(wrong.sum()):,} {found} (first: {example:g})", remedy)
 
 
 def require_controls(obs: pd.DataFrame, rules: Labels, where: str) -> None:
@@ -180,6 +183,13 @@ def _filtered(obs: pd.DataFrame, filters: tuple[Filter, ...], where: str) -> np.
     keep = np.ones(len(obs), dtype=bool)
     for row in filters:
         column = _column(obs, row.column, where)
+        if row.op in (">=", "<=") and not pd.api.types.is_numeric_dtype(column):
+            raise UserError(
+                where,
+                f"obs[{row.column!r}]",
+                f"{column.dtype} values, of which none is {row.op} {row.value}",
+                "filter by a column of numbers, or use `op: ==` or `op: in`",
+            )
         keep &= COMPARISONS[row.op](column, row.value).fillna(False).to_numpy(dtype=bool)
     if not keep.any():
         raise UserError(where, "filters", "no cell passes the entry's filters", "check `filters` in the catalog entry")
@@ -196,6 +206,18 @@ def _column(obs: pd.DataFrame, name: str, where: str) -> pd.Series:
             "`library_size`), or with --column",
         )
     return obs[name]
+
+
+def _covariates(obs: pd.DataFrame, name: str, where: str) -> pd.Series:
+    column = _column(obs, name, where)
+    if column.isna().any():
+        raise UserError(
+            where,
+            f"obs[{name!r}]",
+            f"{int(column.isna().sum()):,} labelled cells without a covariate",
+            "fill the column, or leave these cells out by `filters` in the catalog entry",
+        )
+    return column.astype(str)
 
 
 def _symbols(var: pd.DataFrame, column: str, where: str) -> pd.Series:

@@ -107,7 +107,7 @@ def write_report(
     page = _template().render(
         dataset=dataset,
         task=_TASKS.get(dataset.task, dataset.task),
-        facts=_facts(quality, leaderboard),
+        facts=_facts(quality, leaderboard, scores),
         pictures=pictures,
         headline=views.headline(dataset.name, calibration, leaderboard, comparison),
         outcomes=outcomes.to_dict("index"),
@@ -140,12 +140,7 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {
-        "breakable": _breakable,
-        "listed": views.listed,
-        "share": views.share,
-        "worded": views.worded,
-    }
+    environment.filters |= {"breakable": _breakable, "share": views.share, "worded": views.worded}
     return environment.get_template("report.html")
 
 
@@ -184,10 +179,13 @@ def _figures(
     return figures
 
 
-def _facts(quality: pd.DataFrame, leaderboard: pd.DataFrame) -> list[str]:
+def _facts(quality: pd.DataFrame, leaderboard: pd.DataFrame, scores: pd.DataFrame) -> list[str]:
     """The size of the benchmark in a few words."""
     kinds = views.entries(leaderboard)["kind"]
     facts = [views.counted(len(views.perturbed(quality)), "condition")]
+    tested = len(scores[["covariate", "condition"]].drop_duplicates())
+    if tested < len(views.perturbed(quality)):
+        facts.append(f"{tested:,} of them tested")
     if quality["covariate"].nunique() > 1:
         facts.append(views.counted(quality["covariate"].nunique(), "covariate"))
     models = int((kinds == "model").sum())
@@ -200,14 +198,16 @@ def _board(leaderboard: pd.DataFrame) -> dict[str, Any]:
     metrics = views.ordered_metrics(leaderboard)
     calibrated = views.ranked_metrics(leaderboard)
     n = leaderboard.groupby("metric")["n_conditions"].max().to_dict()
-    places = {str(name): views.decimals(part["mean"]) for name, part in leaderboard.groupby("metric")}
+    # What all lack, for want of DEGs for example, is said once in the head.
+    lacking = leaderboard.groupby("metric")["nan_share"].min().to_dict()
+    places = {str(name): _places(str(name), part["mean"]) for name, part in leaderboard.groupby("metric")}
 
     def cell(entry: Mapping[str, Any]) -> Cell:
         rank, lost = entry["rank"], entry["nan_share"]
         return Cell(
             views.number(entry["mean"], places[entry["metric"]]),
             "" if np.isnan(rank) else f"{rank:.0f}",
-            f"{views.share(lost)} NaN" if 0 < lost < 1 else "",
+            f"{views.share(lost)} NaN" if lacking[entry["metric"]] < lost < 1 else "",
             bool(rank == 1),
         )
 
@@ -217,6 +217,7 @@ def _board(leaderboard: pd.DataFrame) -> dict[str, Any]:
             "calibrated": metric in calibrated,
             "arrow": "↑" if BY_NAME[metric].higher_is_better else "↓",
             "n": f"{n[metric]:,.0f}",
+            "nan": f"{views.share(lacking[metric])} NaN" if lacking[metric] > 0 else "",
         }
         for metric in metrics
     ]
@@ -226,6 +227,11 @@ def _board(leaderboard: pd.DataFrame) -> dict[str, Any]:
         "ranked": bool(leaderboard["rank"].notna().any()),
         "groups": _groups(leaderboard, metrics, cell),
     }
+
+
+def _places(metric: str, values: pd.Series[float]) -> int:
+    """Decimals of a column: an error, which may span decades, needs as many as its smallest value."""
+    return views.decimals(values if BY_NAME[metric].higher_is_better else values.nsmallest(1))
 
 
 def _headroom(leaderboard: pd.DataFrame) -> dict[str, Any]:
@@ -268,7 +274,7 @@ def _calibration(calibration: pd.DataFrame) -> list[dict[str, Any]]:
     rows = []
     for entry in views.records(views.verdicts(calibration).merge(variants, left_on="metric", right_index=True)):
         controls = [entry["positive_value"], entry["negative_value"]]
-        places = views.decimals(pd.Series(controls, dtype=float))
+        places = _places(entry["metric"], pd.Series(controls, dtype=float))
         quoted, *others = views.VARIANT_NAMES
         rows.append(
             entry

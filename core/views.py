@@ -236,7 +236,12 @@ def _first_sentence(leaderboard: pd.DataFrame) -> list[str]:
         .agg(list)
         .sort_values(key=lambda lists: -lists.map(len), kind="stable")
     )
-    return [f"Ranked first: {'; '.join(f'{model} by {listed(names)}' for model, names in metrics.items())}."]
+    total = len(ranked_metrics(leaderboard))
+    texts = [
+        f"{model} by {f'all {total} calibrated metrics' if len(names) == total > 1 else listed(names)}"
+        for model, names in metrics.items()
+    ]
+    return [f"Ranked first: {'; '.join(texts)}."]
 
 
 def strata_columns(comparison: pd.DataFrame) -> pd.DataFrame:

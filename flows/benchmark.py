@@ -11,9 +11,9 @@ from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from core import catalog
-from core.catalog.schema import DatasetSpec, ResolvedModel
+from core.catalog.schema import ResolvedModel
 from tasks.embed import make_embeddings
-from tasks.inputs import check_sources
+from tasks.inputs import check_sources, chosen_dataset
 from tasks.prepare import build_reference, measure_quality, prepare_cells
 from tasks.record import (
     failing_with_the_flow,
@@ -94,12 +94,6 @@ def benchmark(
     page = publish_results(spec.name, results)
     show_results(spec, runs, results, page)
     return page.parent
-
-
-def chosen_dataset(dataset: str, folds: int | Literal["leave-one-out"] | None) -> DatasetSpec:
-    """The entry of a data set, with another number of folds where one is given."""
-    spec = catalog.dataset(dataset)
-    return spec if folds is None else DatasetSpec.model_validate(spec.model_dump() | {"folds": folds})
 
 
 def _embedded(model: ResolvedModel, fold: int, embedded: Mapping[tuple[str, int], Path]) -> Path | None:

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -16,6 +16,8 @@ from core.errors import UserError
 
 if TYPE_CHECKING:
     from blocks.services import Services
+
+Folds = int | Literal["leave-one-out"] | None
 
 CONSOLE = Console(highlight=False)
 ERRORS = Console(stderr=True, highlight=False)
@@ -44,12 +46,12 @@ def run(
 ) -> None:
     """Benchmark models on a data set: prepare, train every fold, score, calibrate, report."""
     names = [name.strip() for name in models.split(",") if name.strip()]
-    sources = _named(source)
-    _check_benchmark(dataset, names, sources)
+    sources, number = _named(source), _folds(folds)
+    _check_benchmark(dataset, number, names, sources)
     services = _servers()
     from flows.benchmark import benchmark
 
-    results = _flow(benchmark, dataset=dataset, models=names, folds=_folds(folds), seed=seed, sources=sources)
+    results = _flow(benchmark, dataset=dataset, models=names, folds=number, seed=seed, sources=sources)
     _show(results, services)
 
 
@@ -91,15 +93,15 @@ def score(
     source: Sources = None,
 ) -> None:
     """Score predictions made elsewhere against a data set and its calibrated metrics."""
-    sources = _named(source)
-    _check_benchmark(dataset, [], sources)
+    sources, number = _named(source), _folds(folds)
+    _check_benchmark(dataset, number, [], sources)
     if not predictions.is_file():
         raise UserError(predictions, "file", "no such file", "check the path")
     services = _servers()
     from flows.score import score as score_flow
 
     results = _flow(
-        score_flow, dataset=dataset, predictions=predictions.resolve(), name=name, folds=_folds(folds), sources=sources
+        score_flow, dataset=dataset, predictions=predictions.resolve(), name=name, folds=number, sources=sources
     )
     _show(results, services)
 
@@ -152,20 +154,22 @@ def _named(source: list[str] | None) -> dict[str, str]:
     return {name: file for name, _, file in pairs}
 
 
-def _folds(text: str | None) -> int | str | None:
-    if text is None or text == "leave-one-out":
-        return text
+def _folds(text: str | None) -> Folds:
+    if text is None:
+        return None
+    if text == "leave-one-out":
+        return "leave-one-out"
     if text.isdigit():
         return int(text)
     raise UserError("--folds", "value", repr(text), "a number of at least 2, or leave-one-out")
 
 
-def _check_benchmark(dataset: str, models: list[str], sources: dict[str, str]) -> None:
+def _check_benchmark(dataset: str, folds: Folds, models: list[str], sources: dict[str, str]) -> None:
     """What can be refused before anything is started."""
     from core import catalog
-    from tasks.inputs import check_sources
+    from tasks.inputs import check_sources, chosen_dataset
 
-    spec = catalog.dataset(dataset)
+    spec = chosen_dataset(dataset, folds)
     embeddings = [model.embedding for model in catalog.models(models) if model.embedding]
     check_sources([spec, *embeddings], sources)
 
@@ -210,3 +214,7 @@ def _show(results: Path, services: Services) -> None:
         "Both servers keep running on this machine only; `make down` stops them.",
         soft_wrap=True,
     )
+
+
+if __name__ == "__main__":
+    main()

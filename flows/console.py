@@ -141,19 +141,21 @@ class Column(NamedTuple):
 
 
 def _column(metric: str, values: list[float], ranks: list[float], calibrated: bool, decimals: int) -> Column:
-    """Values all below 0.1 are shown in thousandths, below 1e-4 in millionths; large ones with fewer decimals."""
+    """Errors of which one is below 0.1 are shown in thousandths; large values have fewer decimals."""
+    from core.metrics import BY_NAME
     from core.views import number
 
-    largest = max((abs(value) for value in values if value == value), default=0.0)
-    exponent = 0 if largest >= 0.1 or largest == 0 else 3 if largest >= 1e-4 else 6
+    smallest = min((value for value in values if value == value), default=0.0)
+    exponent = 3 if not BY_NAME[metric].higher_is_better and 0 < smallest < 0.1 else 0
     best = [rank == 1 for rank in ranks]
     cells = []
     for value, first in zip(values, best, strict=True):
         scaled = value * 10**exponent
         places = max(0, decimals - sum(abs(scaled) >= limit for limit in (10, 100, 1000)))
         cells.append(("*" if first else "") + number(scaled, places))
-    unit = {0: [], 3: ["10⁻³"], 6: ["10⁻⁶"]}[exponent]
-    return Column([*_head(metric), *unit, "●" if calibrated else "○"], cells, best, calibrated)
+    return Column(
+        [*_head(metric), *(["10⁻³"] if exponent else []), "●" if calibrated else "○"], cells, best, calibrated
+    )
 
 
 def _head(metric: str) -> list[str]:

@@ -7,8 +7,8 @@ from typing import Literal
 
 from prefect import flow
 
-from flows.benchmark import chosen_dataset
 from tasks.artifacts import key_of
+from tasks.inputs import chosen_dataset
 from tasks.prepare import build_reference, measure_quality, prepare_cells
 from tasks.record import (
     Recipe,

@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Literal
 
+from pydantic import ValidationError
+
+from core import catalog
 from core.catalog.schema import DatasetSpec, EmbeddingSpec, LocalSource
 from core.errors import UserError
 
@@ -48,3 +52,18 @@ def _check_source(spec: DatasetSpec | EmbeddingSpec, sources: Mapping[str, str])
             f"no file named; wanted: {spec.source.hint}",
             f"--source {spec.name}=FILE, or set {VARIABLE}{spec.name.upper()}",
         )
+
+
+def chosen_dataset(dataset: str, folds: int | Literal["leave-one-out"] | None) -> DatasetSpec:
+    """The entry of a data set, with another number of folds where one is given.
+
+    Raises UserError for an unknown data set, or a number of folds that its task does not allow.
+    """
+    spec = catalog.dataset(dataset)
+    if folds is None:
+        return spec
+    try:
+        return DatasetSpec.model_validate(spec.model_dump() | {"folds": folds})
+    except ValidationError as error:
+        reason = error.errors(include_url=False)[0]["msg"]
+        raise UserError("--folds", "folds", str(folds), reason.removeprefix("Value error, ")) from error

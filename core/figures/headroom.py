@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from core.figures.style import BLUE, FAINT, GREY, INK, MUTED, bare, grid, plain, styled
+from core.figures.style import BLUE, FAINT, GREY, INK, MUTED, bare, broken, grid, plain, styled
 from core.views import panel_models, ranked_metrics
 
 # Headroom is unbounded below; what lies farther out is drawn at the edge with its value.
@@ -30,10 +30,10 @@ def headroom(leaderboard: pd.DataFrame) -> Figure:
     metrics = ranked_metrics(leaderboard)
     names = panel_models(leaderboard)
     rows = leaderboard.set_index(["metric", "model"])
-    columns = min(len(metrics), 4 if len(metrics) <= 12 else 5)
+    columns = min(len(metrics), 4 if len(metrics) <= 12 or len(names) <= 10 else 5)
     lines = ceil(len(metrics) / columns)
     width = 9.6 if columns > 2 else 3.2 + 2.9 * columns
-    figure = Figure(figsize=(width, 0.75 + lines * (0.62 + 0.21 * len(names))))
+    figure = Figure(figsize=(width, 0.75 + lines * (0.66 + 0.21 * len(names))))
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
 
     table = leaderboard[leaderboard["model"].isin(names) & leaderboard["metric"].isin(metrics)]
@@ -46,7 +46,7 @@ def headroom(leaderboard: pd.DataFrame) -> Figure:
             continue
         _panel(axes, rows.loc[metrics[index]].reindex(names), limits)
         n = rows.loc[metrics[index]].reindex(names)["n_conditions"].max()
-        axes.set_title(metrics[index], fontsize=8.5)
+        axes.set_title(broken(metrics[index]), fontsize=8.5)
         axes.annotate(
             f"n = {n:,.0f}", (1, 0), (0, 2), xycoords="axes fraction", textcoords="offset points", ha="right",
             va="bottom", fontsize=7, color=MUTED, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
@@ -81,6 +81,7 @@ def _panel(axes: Axes, table: pd.DataFrame, limits: tuple[float, float]) -> None
             axes.annotate(
                 plain(float(f"{mean:.3g}")), (inner[0] if below else inner[1], row), (7 if below else -7, 0),
                 textcoords="offset points", ha="left" if below else "right", va="center", fontsize=7, color=MUTED,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
             )  # fmt: skip
             continue
         axes.barh(row, 2 * sd, left=mean - sd, height=0.6, color=colour, alpha=0.22, linewidth=0)

@@ -71,15 +71,15 @@ def _panel(axes: Axes, table: pd.DataFrame, strata: list[str], bound: float, ras
             )  # fmt: skip
             continue
         x = index + 0.08 + 0.84 * (np.arange(len(values)) + 0.5) / len(values)
-        colour = STRATUM_COLOURS[stratum]
+        size = 16 if len(values) < 20 else 9 if len(values) < 60 else 5
         for mask, marker in (
             ((values >= 1 / bound) & (values <= bound), "o"),
             (values > bound, "^"),
             (values < 1 / bound, "v"),
         ):
             axes.scatter(
-                x[mask], np.clip(values[mask], 1 / bound, bound), s=9 if len(values) < 60 else 5, marker=marker,
-                color=colour, linewidths=0, rasterized=raster,
+                x[mask], np.clip(values[mask], 1 / bound, bound), s=size, marker=marker, color=STRATUM_COLOURS[stratum],
+                linewidths=0, rasterized=raster,
             )  # fmt: skip
         axes.annotate(
             f"better in\n{np.sum(values < 1)} of {len(values)}", (index + 0.5, 1), (0, -2),

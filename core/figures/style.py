@@ -123,6 +123,12 @@ def plain(value: float) -> str:
     return (text.rstrip("0").rstrip(".") if "." in text else text).replace("-", "−")
 
 
+def broken(name: str, most: int = 22) -> str:
+    """A name of more characters than that, broken after an underscore: weighted_pearson_ over deltactrl."""
+    place = name.rfind("_", 0, most)
+    return name if len(name) <= most or place < 0 else f"{name[: place + 1]}\n{name[place + 1 :]}"
+
+
 def grid(axes: Axes, which: Literal["x", "y"]) -> None:
     """A faint grid along one axis."""
     axes.grid(True, axis=which, color=FAINT, linewidth=0.6)

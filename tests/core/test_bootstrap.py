@@ -74,5 +74,5 @@ def test_intervals_of_a_normal_mean_are_those_of_theory() -> None:
     assert np.mean((high - low) / width) == pytest.approx(1, abs=0.01)
     # A percentile interval of 60 values is a little short of 95 %: t and n-1 against z and n.
     expected = 1 - 2 * stats.t.sf(stats.norm.ppf(0.975) * np.sqrt((n - 1) / n), n - 1)
-    covered = int(((low < 3) & (3 < high)).sum())
+    covered = int(((low < 3) & (high > 3)).sum())
     assert stats.binomtest(covered, 400, expected).pvalue > 1e-3

@@ -143,7 +143,7 @@ def test_headroom_has_a_panel_per_calibrated_metric_and_leaves_low_coverage_out(
     board = build(models=8, low_coverage=("gears",))["leaderboard"]
     figure = headroom(board)
     panels = [axes for axes in figure.axes if axes.get_visible()]
-    assert [axes.get_title(loc="left") for axes in panels] == ranked_metrics(board)
+    assert [axes.get_title(loc="left").replace("\n", "") for axes in panels] == ranked_metrics(board)
     names = [label.get_text() for label in panels[0].get_yticklabels()]
     assert "gears" not in names
     assert set(names) == {*board.loc[board["kind"].isin(["model", "baseline"]), "model"]} - {"gears"}

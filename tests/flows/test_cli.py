@@ -1,0 +1,106 @@
+"""What the command line refuses: one screen that names where, field, found and remedy; exit status 2; nothing written."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pytest
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 24
+    flat = " ".join(done.stderr.replace("│", " ").split())
+    for word in ("where", "field", "found", "remedy", *words):
+        assert word in flat, f"{word!r} is not in: {flat}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "dmeo"], ["did you mean demo"]),
+        (["run", "demo", "--models", "ridge_reactom"], ["did you mean ridge_reactome", "knn_coexpression"]),
+        (["run", "papalexi21_panel"], ["--source papalexi21_panel=FILE", "CALIPERT_SOURCE_PAPALEXI21_PANEL"]),
+        (["run", "demo", "--source", "demo"], ["NAME=FILE"]),
+        (["run", "demo", "--source", "norman19=x.h5ad"], ["takes no part"]),
+        (["run", "papalexi21_panel", "--source", "papalexi21_panel=/no/such.h5ad"], ["no such file"]),
+        (["run", "demo", "--folds", "many"], ["leave-one-out"]),
+        (["run", "missing.yaml"], ["missing.yaml"]),
+        (["score", "/no/such.h5ad", "--dataset", "demo"], ["no such file"]),
+        (["list", "things"], ["datasets"]),
+    ],
+)
+def test_refused_before_any_server_starts(
+    calipert: Run, tmp_path: Path, arguments: list[str], words: list[str]
+) -> None:
+    refused(calipert(*arguments), *words)
+    assert not (tmp_path / "data").exists()
+
+
+def test_calibrate_refuses_what_is_no_h5ad_and_writes_nothing(calipert: Run, tmp_path: Path) -> None:
+    text = tmp_path / "notes.h5ad"
+    text.write_text("not an h5ad")
+    refused(calipert("calibrate", text, "--out", tmp_path / "out"), "notes.h5ad", "not a readable h5ad")
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_says_what_each_command_does(calipert: Run) -> None:
+    done = calipert("--help")
+    assert done.returncode == 0
+    for command in ("run", "calibrate", "score", "list", "env"):
+        assert command in done.stdout
+
+
+@pytest.mark.server
+@pytest.mark.slow
+@pytest.mark.xdist_group("servers")
+class TestWithServers:
+    """Refusals that need the file's content; and predictions made elsewhere."""
+
+    @pytest.fixture
+    def data(self, servers: object) -> Path:
+        from blocks.paths import data_folder
+
+        return data_folder()
+
+    def test_a_raw_file_without_controls_is_refused_and_leaves_no_artifact(
+        self, calipert: Run, data: Path, screen: Path, entry: Path, tmp_path: Path
+    ) -> None:
+        raw = ad.read_h5ad(screen)
+        raw[(raw.obs["perturbation"] != "control").to_numpy()].copy().write_h5ad(tmp_path / "raw.h5ad")
+        before = set((data / "store").rglob("*"))
+        done = calipert(
+            "run", entry, "--models", "ridge_coexpression", "--source", f"tiny={tmp_path / 'raw.h5ad'}", data=data
+        )
+        refused(done, "raw.h5ad", "no control cells", "labels.control")
+        assert {p for p in (data / "store").rglob("*") if ".lock" not in str(p) and p.is_file()} <= before | {
+            p for p in (data / "store").rglob("*") if p.stat().st_size == 0
+        }
+
+    def test_predictions_made_elsewhere_are_scored_or_refused(
+        self, calipert: Run, data: Path, screen: Path, entry: Path, tmp_path: Path
+    ) -> None:
+        source = f"tiny={screen}"
+        done = calipert("run", entry, "--models", "ridge_coexpression", "--source", source, data=data)
+        assert done.returncode == 0, done.stderr
+        (reference,) = (data / "store" / "reference").glob("*/reference.h5ad")
+        truth = ad.read_h5ad(reference)
+        perfect = ad.AnnData(X=truth.layers["truth"], obs=truth.obs[["covariate", "condition"]], var=truth.var[[]])
+        perfect.write_h5ad(tmp_path / "perfect.h5ad")
+        done = calipert(
+            "score", tmp_path / "perfect.h5ad", "--dataset", entry, "--name", "oracle", "--source", source, data=data
+        )
+        assert done.returncode == 0, done.stderr
+        assert "oracle" in done.stdout
+        broken = perfect.copy()
+        broken.X = np.expm1(np.asarray(broken.X)).round()
+        broken.write_h5ad(tmp_path / "counts.h5ad")
+        done = calipert("score", tmp_path / "counts.h5ad", "--dataset", entry, "--source", source, data=data)
+        refused(done, "counts.h5ad", "log1p")
