@@ -2,6 +2,7 @@
 # PyTorch from another index, such as https://download.pytorch.org/whl/cpu where there is no NVIDIA GPU.
 PYTHON ?= python3
 TORCH_INDEX ?=
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 BIN := .venv/bin
 RUNTIME := .venv/.runtime-installed

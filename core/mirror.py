@@ -6,7 +6,7 @@ that start with `ctrl` are synthetic mean cells, not perturbations, and are left
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import anndata as ad
@@ -15,7 +15,7 @@ import pandas as pd
 from scipy import sparse
 
 from core.arrays import Floats
-from core.errors import UserError
+from core.errors import UserError, shown
 from core.harmonising import CONTROL
 from core.reference import KEYS, by_condition, reference_keys
 
@@ -25,6 +25,7 @@ PROFILES = {
     "interpolated_duplicate": "interpolated_duplicate_baseline",
     "additive": "additive_baseline",
 }
+OPTIONAL = ("additive",)  # files without combinations have none
 CONTROL_MEAN = "ctrl_baseline"
 FOLD_PREFIX = "split_fold_"
 DATASET_MEAN = FOLD_PREFIX + "{fold}_split_mean_baseline"
@@ -33,8 +34,8 @@ REQUIRED_OBS = ("condition", "donor_id", "tech_dup_split", FOLD_PREFIX + "0")
 
 
 def is_mirror(data: ad.AnnData) -> bool:
-    """Whether the file has the mirror's columns and stored halves."""
-    return all(column in data.obs for column in REQUIRED_OBS) and PROFILES["truth"] in data.uns
+    """Whether the file has the mirror's columns."""
+    return all(column in data.obs for column in REQUIRED_OBS)
 
 
 def mirror_cells(data: ad.AnnData) -> ad.AnnData:
@@ -61,15 +62,17 @@ def stored_reference(data: ad.AnnData, cells: ad.AnnData, where: str) -> tuple[a
     """(reference, negatives) from the file's stored profiles and DE results, as they are.
 
     data: the mirror file. cells: `mirror_cells` of it. Layers that the file does not store (linear, sparse_mean)
-    are absent. Raises UserError where a stored table is missing or lacks genes.
+    are absent. Raises UserError where a stored table is missing or lacks genes, the truth of a test condition or the
+    means of a covariate.
     """
     keys = reference_keys(cells)
     genes = cells.var_names
     stored = pd.Index(keys["covariate"] + "_" + keys["condition"])
+    tested = stored[keys["test_fold"] >= 0]
     layers = {
-        name: _table(data, slot, genes, where).reindex(stored).to_numpy(np.float64)
+        name: _table(data, slot, genes, tested if name == "truth" else (), where).reindex(stored).to_numpy(np.float64)
         for name, slot in PROFILES.items()
-        if slot in data.uns
+        if slot in data.uns or name not in OPTIONAL
     }
     for half, suffix in DIFFERENTIAL.items():
         for layer, slot in (("t", "scores_df_dict"), ("padj", "pvals_adj_df_dict")):
@@ -83,14 +86,13 @@ def stored_reference(data: ad.AnnData, cells: ad.AnnData, where: str) -> tuple[a
         n_second=size["second_half"].to_numpy(),
         n_degs=(layers["padj_first"] < 0.05).sum(axis=1),
     )
-    return by_condition(obs, layers, genes), _stored_negatives(data, genes, where)
+    return by_condition(obs, layers, genes), _stored_negatives(data, genes, set(keys["covariate"]), where)
 
 
-def _stored_negatives(data: ad.AnnData, genes: pd.Index, where: str) -> ad.AnnData:
-    tables = [("control_mean", -1, _table(data, CONTROL_MEAN, genes, where))]
-    tables += [
-        ("dataset_mean", fold, _table(data, DATASET_MEAN.format(fold=fold), genes, where)) for fold in _folds(data)
-    ]
+def _stored_negatives(data: ad.AnnData, genes: pd.Index, covariates: set[str], where: str) -> ad.AnnData:
+    slots = [("control_mean", -1, CONTROL_MEAN)]
+    slots += [("dataset_mean", fold, DATASET_MEAN.format(fold=fold)) for fold in _folds(data)]
+    tables = [(kind, fold, _table(data, slot, genes, covariates, where)) for kind, fold, slot in slots]
     rows = [(str(covariate), kind, fold) for kind, fold, table in tables for covariate in table.index]
     obs = pd.DataFrame(rows, columns=["covariate", "kind", "fold"])
     obs.index = pd.Index(obs["covariate"] + "|" + obs["kind"] + "|" + obs["fold"].astype(str))
@@ -103,19 +105,20 @@ def _folds(data: ad.AnnData) -> list[int]:
     return sorted(int(number) for number in numbers if number.isdigit())
 
 
-def _table(data: ad.AnnData, slot: str, genes: pd.Index, where: str) -> pd.DataFrame:
-    """A stored table with its genes in our order."""
+def _table(data: ad.AnnData, slot: str, genes: pd.Index, rows: Collection[str], where: str) -> pd.DataFrame:
+    """A stored table with its genes in our order; `rows` are those that it must have."""
     table = data.uns.get(slot)
     if not isinstance(table, pd.DataFrame):
         raise UserError(where, f"uns[{slot!r}]", "no such table", "give a complete mirror file, or use --recompute")
-    missing = genes.difference(table.columns)
-    if len(missing):
-        raise UserError(
-            where,
-            f"uns[{slot!r}]",
-            f"{len(missing)} genes of X are missing (first: {missing[0]})",
-            "use --recompute",
-        )
+    for what, wanted, there in (("genes of X", genes, table.columns), ("rows", pd.Index(sorted(rows)), table.index)):
+        missing = wanted.difference(there)
+        if len(missing):
+            raise UserError(
+                where,
+                f"uns[{slot!r}]",
+                f"{len(missing)} {what} are missing ({shown(list(missing))})",
+                "use --recompute",
+            )
     return table[genes]
 
 

@@ -18,37 +18,41 @@ from core.files import open_h5ad, read_genes
 from core.harmonising import SEPARATOR
 from core.reference import KEYS, read_keys
 
-# A mean of log1p(CP10k) cannot be larger: one gene would have all of a cell's counts.
-LARGEST = float(np.log1p(10_000))
+# A mean of log1p(CP10k) cannot be larger: one gene would have all of a cell's counts. (A little room for float32.)
+LARGEST = float(np.log1p(10_000)) + 1e-3
 SHARED_GENES = 0.95
 
 
 def align_predictions(data: ad.AnnData, keys: pd.DataFrame, genes: pd.Index, where: str) -> ad.AnnData:
-    """Predictions as scoring takes them: X float64, rows sorted by (covariate, condition), genes in the reference's order.
+    """Predictions as scoring takes them: X float64, rows by (covariate, condition), genes in the reference's order.
 
-    data: conditions x genes, X predicted mean log1p(CP10k); obs `condition`, and `covariate` unless the reference has one
-    only. keys: covariate and condition of everything that may be predicted. genes: the reference's.
-    `B+A` is `A+B`. Genes that the reference lacks are left out; of its own at least 95 % must be there. Slightly
-    negative values are allowed: linear models predict them.
-    Raises UserError for everything else that does not fit.
+    data: conditions x genes, X predicted mean log1p(CP10k); obs `condition`, and `covariate` unless the reference has
+    one only. keys: covariate and condition of everything that may be predicted. genes: the reference's.
+    The order of a combination's genes means nothing: `B+A` becomes `A+B` if that is the reference's name. Genes that
+    the reference lacks are left out (uns["ignored_genes"]); of its own at least 95 % must be there, and those that are
+    not (uns["missing_genes"]) have no column. Slightly negative values are allowed: linear models predict them.
+    Raises UserError, naming `where`, for everything else that does not fit: no or unknown conditions, a row or a gene
+    twice, genes as rows, NaN, infinite values, and values that cannot be means of log1p(CP10k), which are any above
+    log1p(10,000), or whole numbers throughout with one above 1.
     """
-    conditions = _conditions(data, keys, where)
+    _refuse_transposed(data, genes, where)
     repeated = data.var_names[data.var_names.duplicated()]
     if len(repeated):
         raise UserError(where, "var_names", f"gene {repeated[0]!r} more than once", "keep one column per gene")
-    found = _covariates(data, keys, where).assign(condition=conditions)
-    twice = found[found.duplicated(KEYS)]
+    names = {"covariate": _covariates(data, keys, where), "condition": _conditions(data, keys, where)}
+    found = pd.DataFrame(names, dtype=object)
+    twice = found[found.duplicated()]
     if len(twice):
         raise UserError(
             where, "obs", f"{len(twice)} duplicated rows (first: {twice['condition'].iloc[0]})", "one row per condition"
         )
     known = pd.MultiIndex.from_frame(keys[KEYS].astype(str))
-    unknown = found[~pd.MultiIndex.from_frame(found[KEYS]).isin(known)]
+    unknown = found[~pd.MultiIndex.from_frame(found).isin(known)]
     if len(unknown):
         raise _unknown(unknown, keys, where)
-    shared = genes[genes.isin(data.var_names)]
+    is_shared = genes.isin(data.var_names)
+    shared, missing = genes[is_shared], genes[~is_shared].astype(str).tolist()
     if len(shared) < SHARED_GENES * len(genes):
-        missing = sorted(set(genes) - set(shared))
         raise UserError(
             where,
             "var_names",
@@ -56,11 +60,12 @@ def align_predictions(data: ad.AnnData, keys: pd.DataFrame, genes: pd.Index, whe
             f"predict at least {SHARED_GENES:.0%} of them, named as in the data set",
         )
     order = np.lexsort([found["condition"].to_numpy(str), found["covariate"].to_numpy(str)])
-    values = _dense(data[:, shared])[order]
-    _check_values(values, found.iloc[order], shared, where)
-    obs = found.iloc[order].copy()
-    obs.index = pd.Index(obs["covariate"] + "|" + obs["condition"])
-    return ad.AnnData(X=values, obs=obs, var=pd.DataFrame(index=shared))
+    obs = found.iloc[order].set_index(pd.Index(found["covariate"] + "|" + found["condition"])[order])
+    values = _dense(data[:, shared], where)[order]
+    _check_values(values, obs, shared, where)
+    ignored = data.var_names[~data.var_names.isin(genes)].astype(str)
+    uns = {"missing_genes": np.array(missing, dtype=str), "ignored_genes": np.array(sorted(ignored), dtype=str)}
+    return ad.AnnData(X=values, obs=obs, var=pd.DataFrame(index=shared), uns=uns)
 
 
 def check_model_output(
@@ -68,8 +73,8 @@ def check_model_output(
 ) -> tuple[ad.AnnData, list[dict[str, Any]]]:
     """(predictions, unpredicted) that a model wrote into `folder`, aligned and complete.
 
-    asked: what it was asked for; each must be predicted or stand in unpredicted.json with a reason. Raises UserError
-    naming the model where its output breaks the contract.
+    asked: what it was asked for; each must be predicted or stand in unpredicted.json with a reason, so that no row
+    at all is an answer too. Raises UserError naming the model where its output breaks the contract.
     """
     where = f"output of {model}"
     keys = pd.DataFrame(asked, columns=KEYS)
@@ -97,44 +102,51 @@ def check_model_output(
 
 
 def write_accepted(file: Path, reference: Path, folder: Path) -> None:
-    """Align a file of predictions made elsewhere with the reference in the folder `reference`, and write it into `folder`.
+    """Align a file of predictions made elsewhere with the reference in the folder `reference`.
 
-    Writes predictions.h5ad and unpredicted.json (the test conditions that the file lacks).
+    Writes into `folder` predictions.h5ad and unpredicted.json (the test conditions that the file lacks). Raises
+    UserError where the file cannot be used, or predicts nothing.
     """
     keys = read_keys(reference)
     tested = keys.loc[keys["test_fold"] >= 0, KEYS].reset_index(drop=True)
     genes = read_genes(reference / "reference.h5ad")
     predictions = align_predictions(open_h5ad(file), tested, genes, str(file))
+    if predictions.n_obs == 0:
+        raise UserError(file, "shape", "no row", "give one row for each predicted condition")
     lacking = set(pd.MultiIndex.from_frame(tested)) - set(pd.MultiIndex.from_frame(predictions.obs[KEYS]))
     predictions.write_h5ad(folder / "predictions.h5ad")
     rows = [{"covariate": a, "condition": b, "reason": "not in the file"} for a, b in sorted(lacking)]
     (folder / "unpredicted.json").write_text(json.dumps(rows), encoding="utf-8")
 
 
-def _conditions(data: ad.AnnData, keys: pd.DataFrame, where: str) -> pd.Series[str]:
-    known = set(keys["condition"].astype(str))
-    if known & set(data.var_names.map(_sorted_genes)) and not known & set(data.obs_names.map(_sorted_genes)):
-        looks = "condition" not in data.obs or not known & set(data.obs["condition"].astype(str).map(_sorted_genes))
-        # Perturbed genes may be measured genes: only when no row is a condition are the columns taken for them.
-        if looks:
-            raise UserError(
-                where, "shape", "conditions stand among the columns", "transpose it: conditions x genes (adata.T)"
-            )
+def _refuse_transposed(data: ad.AnnData, genes: pd.Index, where: str) -> None:
+    # Perturbed genes are often measured genes too, so that names of conditions among the columns say nothing.
+    if genes.isin(data.obs_names).mean() >= 0.5 > genes.isin(data.var_names).mean():
+        raise UserError(where, "shape", "genes stand in rows", "transpose it to conditions x genes (adata.T)")
+
+
+def _conditions(data: ad.AnnData, keys: pd.DataFrame, where: str) -> list[str]:
     if "condition" not in data.obs:
-        raise UserError(where, "obs['condition']", "no such column", "name each row's condition in obs['condition']")
-    if data.n_obs == 0:
-        raise UserError(where, "shape", "no row", "one row per predicted condition")
-    return data.obs["condition"].astype(str).map(_sorted_genes)
+        raise UserError(
+            where,
+            "obs['condition']",
+            f"no such column; there are: {shown(sorted(map(str, data.obs.columns))) or 'none'}",
+            "name each row's condition in obs['condition']",
+        )
+    known = set(keys["condition"].astype(str))
+    by_genes = {_sorted_genes(name): name for name in sorted(known)}
+    given: list[str] = data.obs["condition"].astype(str).tolist()
+    return [name if name in known else by_genes.get(_sorted_genes(name), name) for name in given]
 
 
-def _sorted_genes(condition: str) -> str:
-    return SEPARATOR.join(sorted(condition.split(SEPARATOR)))
+def _sorted_genes(condition: str) -> tuple[str, ...]:
+    return tuple(sorted(condition.split(SEPARATOR)))
 
 
-def _covariates(data: ad.AnnData, keys: pd.DataFrame, where: str) -> pd.DataFrame:
+def _covariates(data: ad.AnnData, keys: pd.DataFrame, where: str) -> list[str]:
     if "covariate" in data.obs:
-        return pd.DataFrame({"covariate": data.obs["covariate"].astype(str)}, index=data.obs_names)
-    covariates = sorted(keys["covariate"].astype(str).unique())
+        return [str(name) for name in data.obs["covariate"]]
+    covariates = sorted(map(str, keys["covariate"].unique()))
     if len(covariates) > 1:
         raise UserError(
             where,
@@ -142,37 +154,47 @@ def _covariates(data: ad.AnnData, keys: pd.DataFrame, where: str) -> pd.DataFram
             f"no such column; the data set has {shown(covariates)}",
             "name each row's covariate",
         )
-    return pd.DataFrame({"covariate": covariates * data.n_obs}, index=data.obs_names)
+    return covariates * int(data.n_obs)
 
 
 def _unknown(unknown: pd.DataFrame, keys: pd.DataFrame, where: str) -> UserError:
-    first = unknown.iloc[0]
-    near = get_close_matches(first["condition"], sorted(keys["condition"].astype(str)), n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
+    covariates = sorted(keys["covariate"].astype(str).unique())
+    foreign = sorted(set(unknown["covariate"]) - set(covariates))
+    if foreign:
+        remedy = f"name covariates as the data set does: {shown(covariates)}"
+        return UserError(where, "obs['covariate']", f"{shown(foreign)}, which the data set lacks", remedy)
+    first = unknown["condition"].iloc[0]
+    near = get_close_matches(first, sorted(keys["condition"].astype(str)), n=1)
+    hint = f"did you mean {near[0]}? " if near and near[0] != first else ""
     return UserError(
         where,
         "obs['condition']",
-        f"{len(unknown)} rows that are no test condition (first: {first['condition']} in {first['covariate']})",
+        f"{len(unknown)} rows that are no test condition (first: {first} in {unknown['covariate'].iloc[0]})",
         f"{hint}leave out what is not tested, control included",
     )
 
 
-def _dense(data: ad.AnnData) -> Floats:
+def _dense(data: ad.AnnData, where: str) -> Floats:
     values = data.X.toarray() if sparse.issparse(data.X) else np.asarray(data.X)
-    return np.asarray(values, dtype=np.float64)
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise UserError(where, "X", f"no numbers ({error})", "give a matrix of numbers") from error
 
 
 def _check_values(values: Floats, rows: pd.DataFrame, genes: pd.Index, where: str) -> None:
+    if not values.size:
+        return
     bad = ~np.isfinite(values)
     if bad.any():
         row, column = np.argwhere(bad)[0]
         raise UserError(
             where,
             "X",
-            f"{int(bad.sum()):,} values that are NaN or infinite (first: {rows['condition'].iloc[row]}, {genes[column]})",
+            f"{bad.sum():,} values that are NaN or infinite (first: {rows['condition'].iloc[row]}, {genes[column]})",
             "predict every gene of a condition, or leave the condition out",
         )
-    whole = values.max() > 1 and (values == np.floor(values)).all()
+    whole = values.max() > 1 and bool((values == np.floor(values)).all())
     if whole or values.max() > LARGEST:
         raise UserError(
             where,

@@ -192,7 +192,7 @@ def _metrics_sentence(name: str, calibration: pd.DataFrame) -> str:
     groups = {str(verdict): list(part["metric"]) for verdict, part in table.groupby("verdict")}
     total, good = counted(len(table), "metric"), groups.pop("calibrated", [])
     if not groups:
-        return f"All {total} are calibrated on {name}: {listed(good)}."
+        return f"{'The one metric is' if len(good) == 1 else f'All {total} are'} calibrated on {name}: {listed(good)}."
     words = {
         "inconclusive": "inconclusive",
         "miscalibrated": "miscalibrated",

@@ -96,7 +96,12 @@ def _distance(axes: Axes, table: pd.DataFrame) -> None:
     # An unbiased estimate of a distance near 0 can be negative.
     axes.set_yscale("function", functions=(lambda y: np.sign(y) * np.sqrt(np.abs(y)), lambda y: np.sign(y) * y**2))
     axes.scatter(
-        _position(degs), table["edistance_to_control"], s=12, c=colours, linewidths=0, rasterized=len(degs) > 3000
+        _position(degs),
+        table["edistance_to_control"],
+        s=12 if len(degs) < 300 else 6,
+        c=colours,
+        linewidths=0,
+        rasterized=len(degs) > 3000,
     )
     _log_axis(axes, degs)
     axes.set_ylabel("E-distance to control\n(square-root scale)")

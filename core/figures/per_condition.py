@@ -82,7 +82,7 @@ def _panel(axes: Axes, table: pd.DataFrame, strata: list[str], bound: float, ras
                 linewidths=0, rasterized=raster,
             )  # fmt: skip
         axes.annotate(
-            f"better in\n{np.sum(values < 1)} of {len(values)}", (index + 0.5, 1), (0, -2),
+            f"better in\n{np.sum(values < 1):,} of {len(values):,}", (index + 0.5, 1), (0, -2),
             xycoords=("data", "axes fraction"), textcoords="offset points", ha="center", va="top", fontsize=7,
             color=MUTED, linespacing=1.15,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Small screens that the tests of the science share: raw files as published, their entries, and the cells made of them."""
+"""Small screens that the tests of the science share: raw files as published, their entries, the cells made of them."""
 
 from __future__ import annotations
 

@@ -250,7 +250,7 @@ def test_headline_says_when_no_model_wins():
     board = board_table(["mse"], a="model", dataset_mean="negative_control")
     comparison = comparison_table(("a", "dataset_mean", "mse", -0.1, 0.2, 0.4))
     assert views.headline("demo", calibration, board, comparison) == [
-        "All 1 metric are calibrated on demo: mse.",
+        "The one metric is calibrated on demo: mse.",
         "No model beats the dataset mean, with the 95 % interval of the difference clear of zero, on any calibrated "
         "metric.",
     ]

@@ -1,0 +1,299 @@
+"""The process engine: events, failures, and that no process of a model outlives the call that started it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import psutil
+import pytest
+
+from blocks import engines
+from blocks.engines import ENGINES, LAST_LINES, ModelFailed, ProcessEngine
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# A model with a child of its own: both write their process ids into `output`, then sleep.
+SLEEPER = """
+import json, os, pathlib, subprocess, sys, time
+output = pathlib.Path(json.loads(pathlib.Path(sys.argv[2]).read_text())["output"])
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+(output / "part").write_text(f"{os.getpid()} {child.pid}")
+(output / "part").rename(output / "pids")
+print("asleep", flush=True)
+"""
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Callable[[str], Path]:
+    """Makes a model's folder from the text of its model.py."""
+
+    def make(text: str) -> Path:
+        folder = tmp_path / "elsewhere" / "toy"
+        folder.mkdir(parents=True)
+        (folder / "model.py").write_text(dedent(text))
+        return folder
+
+    return make
+
+
+def run(folder: Path, spec: Mapping[str, Any] | None = None, **options: Any) -> list[Mapping[str, Any]]:
+    events: list[Mapping[str, Any]] = []
+    ProcessEngine().run("train", folder, spec or {}, **({"on_event": events.append} | options))
+    return events
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 20) -> bool:
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def pids_in(folder: Path) -> list[int]:
+    assert wait_for((folder / "pids").exists)
+    return [int(pid) for pid in (folder / "pids").read_text().split()]
+
+
+def all_gone(folder: Path) -> bool:
+    return wait_for(lambda: not any(is_alive(pid) for pid in pids_in(folder)))
+
+
+def test_events_come_in_order_and_other_lines_are_logged(model):
+    folder = model("""
+        import sys
+        print('{"event": "progress", "done": 1, "total": 2, "unit": "epoch"}')
+        print('{"event": "metric", "name": "val_loss", "step": 1, "value": NaN}')
+        print("free text")
+        print('{"event": "progress", "done": "one"}')
+        print('{"event": "log", "message": "Schrödinger"}', end="")
+    """)
+    progress, metric, *logs = run(folder)
+    assert progress == {"event": "progress", "done": 1, "total": 2, "unit": "epoch"}
+    assert metric["value"] != metric["value"]
+    assert [event["message"] for event in logs] == ["free text", '{"event": "progress", "done": "one"}', "Schrödinger"]
+    assert {event["event"] for event in logs} == {"log"}
+
+
+def test_events_come_while_the_model_runs(model, tmp_path):
+    folder = model("""
+        import json, pathlib, sys, time
+        answer = pathlib.Path(json.loads(pathlib.Path(sys.argv[2]).read_text())["answer"])
+        print("question", flush=True)
+        while not answer.exists():
+            time.sleep(0.01)
+    """)
+    answer = tmp_path / "answer"
+    run(folder, {"answer": str(answer)}, on_event=lambda event: answer.touch(), timeout_s=60)
+
+
+def test_a_long_output_without_newline_is_not_lost(model):
+    folder = model("print('x' * 3_000_000, end='')")
+    assert sum(len(event["message"]) for event in run(folder)) == 3_000_000
+
+
+def test_failure_names_model_stage_exit_code_and_last_lines(model):
+    folder = model(f"""
+        import sys
+        for line in range({LAST_LINES + 5}):
+            print("line", line, file=sys.stderr)
+        sys.exit(3)
+    """)
+    with pytest.raises(ModelFailed) as caught:
+        run(folder)
+    assert str(caught.value).splitlines()[0] == "toy train ended with exit code 3"
+    assert caught.value.exit_code == 3
+    assert caught.value.last_lines == tuple(f"line {line}" for line in range(5, LAST_LINES + 5))
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # noqa: S301
+
+
+def test_a_killed_model_is_told_from_one_that_exits(model):
+    folder = model("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(ModelFailed, match=r"SIGKILL.*memory") as caught:
+        run(folder)
+    assert caught.value.exit_code == -signal.SIGKILL
+
+
+def test_timeout_ends_the_whole_process_tree(model, tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(engines, "monotonic", lambda: clock[0])
+
+    def two_hours_later(event: Mapping[str, Any]) -> None:
+        clock[0] += 7200
+
+    folder = model(SLEEPER + "time.sleep(600)")
+    with pytest.raises(ModelFailed, match=r"toy train was stopped after 3600 s, its limit") as caught:
+        run(folder, {"output": str(tmp_path)}, on_event=two_hours_later, timeout_s=3600)
+    assert caught.value.exit_code is None
+    assert all_gone(tmp_path)
+
+
+def test_timeout_ends_a_model_that_has_closed_its_streams(model, tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(engines, "monotonic", lambda: clock[0])
+
+    def one_second_left(event: Mapping[str, Any]) -> None:
+        clock[0] = 3599
+
+    folder = model(SLEEPER + "child.kill(); os.close(1); os.close(2); time.sleep(600)")
+    with pytest.raises(ModelFailed, match="its limit"):
+        run(folder, {"output": str(tmp_path)}, on_event=one_second_left, timeout_s=3600)
+    assert all_gone(tmp_path)
+
+
+def test_an_exception_in_the_caller_ends_the_whole_process_tree(model, tmp_path):
+    def refuse(event: Mapping[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    folder = model(SLEEPER + "time.sleep(600)")
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, {"output": str(tmp_path)}, on_event=refuse)
+    assert all_gone(tmp_path)
+
+
+def test_what_a_finished_model_leaves_behind_is_ended(model, tmp_path):
+    """The child holds the model's stdout: waiting for the end of the stream would take ten minutes."""
+    folder = model(SLEEPER)
+    assert [event["message"] for event in run(folder, {"output": str(tmp_path)}, timeout_s=60)] == ["asleep"]
+    assert all_gone(tmp_path)
+
+
+@pytest.mark.parametrize("forked", [False, True], ids=["alone", "with a fork that holds the pipe"])
+def test_killing_the_caller_ends_the_whole_process_tree(model, tmp_path, forked):
+    folder = model(SLEEPER + "time.sleep(600)")
+    script = f"""
+import os, sys, threading, time
+from pathlib import Path
+from blocks.engines import ProcessEngine
+def run():
+    ProcessEngine().run("train", Path({str(folder)!r}), {{"output": {str(tmp_path)!r}}}, on_event=print)
+if {forked}:
+    threading.Thread(target=run).start()
+    while not Path({str(tmp_path / "pids")!r}).exists():
+        time.sleep(0.05)
+    child = os.fork()
+    if child == 0:
+        time.sleep(600)
+    Path({str(tmp_path / "fork")!r}).write_text(str(child))
+else:
+    run()
+"""
+    caller = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.DEVNULL)
+    fork = tmp_path / "fork"
+    try:
+        assert wait_for((fork if forked else tmp_path / "pids").exists, 60)
+        assert all(is_alive(pid) for pid in pids_in(tmp_path))
+    finally:
+        caller.kill()
+        caller.wait()
+    gone = all_gone(tmp_path)
+    if forked:
+        os.kill(int(fork.read_text()), signal.SIGKILL)
+    assert gone
+
+
+def test_killing_the_supervisor_ends_the_model(model, tmp_path):
+    folder = model(SLEEPER + "time.sleep(600)")
+
+    def kill(event: Mapping[str, Any]) -> None:
+        psutil.Process(pids_in(tmp_path)[0]).parent().kill()
+
+    with pytest.raises(ModelFailed):
+        run(folder, {"output": str(tmp_path)}, on_event=kill)
+    assert all_gone(tmp_path)
+
+
+def test_the_model_gets_a_bare_environment(model, tmp_path, monkeypatch):
+    for name in (
+        "PREFECT_API_KEY",
+        "MLFLOW_TRACKING_PASSWORD",
+        "AWS_SECRET_ACCESS_KEY",
+        "HTTPS_PROXY",
+        "PYTHONSTARTUP",
+    ):
+        monkeypatch.setenv(name, "secret")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    folder = model("""
+        import json, os, pathlib, sys
+        import contract
+        pathlib.Path("scratch").write_text("a model may write where it stands")
+        spec = json.loads(pathlib.Path(sys.argv[2]).read_text())
+        found = {"environment": dict(os.environ), "contract": contract.__file__, "folder": os.getcwd()}
+        pathlib.Path(spec["output"], "found.json").write_text(json.dumps(found))
+    """)
+    run(folder, {"output": str(tmp_path), "threads": 2})
+    found = json.loads((tmp_path / "found.json").read_text())
+    environment = found["environment"]
+    assert "secret" not in environment.values()
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        assert environment[name] == "2"
+    assert found["contract"] == str(engines.CONTRACT)
+    assert environment["HOME"] == environment["TMPDIR"] == found["folder"] != str(Path.cwd())
+    assert not Path(found["folder"]).exists()
+
+
+def test_describe_reads_what_the_model_says():
+    description = ENGINES["process"]().describe(ROOT / "model_containers" / "ridge")
+    assert description.name == "ridge"
+    assert description.input == "means"
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"name": "toy"}', '{"name": 1, "combinations": true, "embedding": true}'])
+def test_describe_refuses_what_is_no_description(model, text):
+    folder = model(f"""
+        import json, pathlib, sys
+        pathlib.Path(json.loads(pathlib.Path(sys.argv[2]).read_text())["output"], "describe.json").write_text({text!r})
+    """)
+    with pytest.raises(ModelFailed, match=r"toy describe did not write the describe\.json"):
+        ProcessEngine().describe(folder)
+
+
+def test_identity_follows_what_decides_the_results(model, tmp_path, monkeypatch):
+    folder = model("print('a')")
+    identity = ProcessEngine().identity
+    seen = [identity(folder)]
+    assert identity(folder) == seen[0]
+
+    (folder / "__pycache__").mkdir()
+    (folder / "__pycache__" / "model.pyc").write_bytes(b"cache")
+    assert identity(folder) == seen[0]
+    moved = folder.rename(folder.parent / "renamed")
+    assert identity(moved) == seen[0], "where a model lies does not decide what it computes"
+
+    (moved / "weights").mkdir()
+    (moved / "weights" / "prior.txt").write_text("1")
+    seen.append(identity(moved))
+    (moved / "requirements.txt").write_text("--index-url https://example.org\n# comment\nnumpy==0.0.1  # any\n")
+    seen.append(identity(moved))
+    other = tmp_path / "contract.py"
+    other.write_text("changed")
+    monkeypatch.setattr(engines, "CONTRACT", other)
+    seen.append(identity(moved))
+    monkeypatch.setattr(engines, "_versions", lambda *_: "numpy==0.0.2")
+    seen.append(identity(moved))
+    assert len(set(seen)) == len(seen)
+
+
+def test_identity_names_a_package_that_is_not_installed(model):
+    folder = model("")
+    (folder / "requirements.txt").write_text("numpy==2.0.0\nno-such-package-anywhere==1.0\n")
+    with pytest.raises(ModelFailed, match=r"lacks a package.*\n.*no-such-package-anywhere"):
+        ProcessEngine().identity(folder)
