@@ -110,8 +110,7 @@ class ProcessEngine(Block):
                             on_event(_event(line))
                         else:
                             last.append(line)
-                    process.wait(max(0.0, deadline - monotonic()) if timeout_s is not None else None)
-                except (TimeoutError, subprocess.TimeoutExpired):
+                except TimeoutError:
                     raise ModelFailed(
                         model_folder.name, stage, f"was stopped after {timeout_s:g} s, its limit", None, tuple(last)
                     ) from None
@@ -164,9 +163,10 @@ ENGINES: dict[str, type[ProcessEngine]] = {"process": ProcessEngine}
 
 
 def _lines(process: subprocess.Popen[bytes], deadline: float) -> Iterator[tuple[object, str]]:
-    """(stream, line) as the process writes them, until both streams end. Raises TimeoutError at the deadline.
+    """(stream, line) as the model writes them, until both streams end. Raises TimeoutError at the deadline.
 
-    A carriage return ends a line too: progress bars write many on one line.
+    The supervisor holds both streams to its own end, so they end when all is over. A carriage return ends a line too:
+    progress bars write many on one line.
     """
     with selectors.DefaultSelector() as selector:
         for stream in (process.stdout, process.stderr):

@@ -7,6 +7,7 @@ settings. What runs is recorded in services.json. Imports neither prefect nor ml
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 import shlex
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from http.client import HTTPException
@@ -41,11 +42,13 @@ START_TIMEOUT = 180.0
 # A worker first ends its flow runs, and a server the requests it serves; then they are killed.
 STOP_TIMEOUT = 20.0
 LAST_TIMEOUT = 5.0
-# Inherited by every process that a service starts: tells them apart from any other, even when their parent is gone.
+# Inherited by every process that a service starts. Tells them from any other's, even where their parent or the
+# record of services is gone.
 MARK = "CALIPERT_SERVICE"
 PREFECT_TOML = PROJECT_ROOT / "prefect.toml"
 TOML_HEADER = "# Written by calipert whenever its servers start: `prefect` in this folder talks to them.\n"
 
+_LOG = logging.getLogger("calipert.services")
 _children: dict[int, subprocess.Popen[bytes]] = {}
 
 
@@ -74,15 +77,14 @@ class ServiceStatus:
 
 @dataclass(frozen=True)
 class _Record:
-    """One started service. A recycled pid is told by its start time (seconds since 1970), the whole tree of
-    processes by the mark. port: where a server listens, and for the worker, where its server does."""
+    """One started service. A recycled pid is told by its start time (seconds since 1970).
+    port: where a server listens; for the worker, where its server does."""
 
     name: str
     pid: int
     created: float
     port: int
     command: list[str]
-    mark: str
 
 
 @dataclass(frozen=True)
@@ -192,15 +194,17 @@ def ensure_worker(services: Services, pool: str, timeout: float = START_TIMEOUT)
 
 
 def stop() -> list[str]:
-    """Ends the recorded services, the worker before the servers, and returns their names. Nothing else is ended.
+    """Ends the services of this data folder, the worker before the servers, and returns the names of those that
+    ran. Nothing else is ended.
 
     Each gets some time to finish in order; what is left of its processes is killed.
     """
+    servers = [server.name for server in SERVERS]
     with _lock():
         records = _read()
-        running = [name for name, record in records.items() if _processes(record)]
+        running = [name for name in (WORKER, *servers) if _processes(name, records)]
         _forget(records, WORKER)
-        _forget(records, *(server.name for server in SERVERS))
+        _forget(records, *servers)
     return running
 
 
@@ -330,7 +334,6 @@ def _launch_server(records: dict[str, _Record], server: _Server, port: int) -> N
 def _launch(name: str, arguments: list[str], port: int, environment: dict[str, str], folder: Path) -> _Record:
     """Starts a detached session that survives this process and its terminal, and writes into its own log."""
     command = [sys.executable, *arguments]
-    mark = secrets.token_hex(16)
     log = _log(name)
     if log.exists():
         log.replace(log.with_suffix(".previous.log"))
@@ -338,14 +341,14 @@ def _launch(name: str, arguments: list[str], port: int, environment: dict[str, s
         child = subprocess.Popen(
             command,
             cwd=folder,
-            env=environment | {MARK: mark},
+            env=environment | {MARK: _mark(name)},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
     _children[child.pid] = child
-    return _Record(name, child.pid, psutil.Process(child.pid).create_time(), port, command, mark)
+    return _Record(name, child.pid, psutil.Process(child.pid).create_time(), port, command)
 
 
 def _free_port(wanted: int) -> int:
@@ -442,10 +445,10 @@ def _heard_of(services: Services, pool: str, name: str) -> bool:
 # Stopping
 
 
-def _processes(record: _Record) -> list[psutil.Process]:
-    """All processes of a service, those too whose parent is gone."""
-    found = {process.pid: process for process in _marked(record.mark)}
-    root = _root(record)
+def _processes(name: str, records: Mapping[str, _Record]) -> list[psutil.Process]:
+    """All processes of a service, recorded or not, those too whose parent is gone."""
+    found = {process.pid: process for process in _marked(name)}
+    root = _root(records[name]) if name in records else None
     if root is not None:
         found[root.pid] = root
         with suppress(psutil.Error):
@@ -453,25 +456,29 @@ def _processes(record: _Record) -> list[psutil.Process]:
     return list(found.values())
 
 
-def _marked(mark: str) -> Iterator[psutil.Process]:
+def _marked(name: str) -> Iterator[psutil.Process]:
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+            if process.environ().get(MARK) == _mark(name) and process.status() != psutil.STATUS_ZOMBIE:
                 yield process
 
 
-def _end(records: list[_Record]) -> None:
+def _mark(name: str) -> str:
+    return f"{name} of {data_folder()}"
+
+
+def _end(names: Sequence[str], records: Mapping[str, _Record]) -> None:
     """Asks each service to end, then what is left of its processes; kills what does neither."""
-    running = [(record, root) for record in records if (root := _root(record)) is not None]
+    roots = {name: root for name in names if name in records and (root := _root(records[name])) is not None}
     # Flow runs before their worker, which else kills them before they have reported how they ended.
-    runs = [run for record, root in running if record.name == WORKER for run in root.children()]
+    runs = roots[WORKER].children() if WORKER in roots else []
     _signal(runs, psutil.Process.terminate, STOP_TIMEOUT)
-    _signal([root for _, root in running], psutil.Process.terminate, STOP_TIMEOUT)
+    _signal(list(roots.values()), psutil.Process.terminate, STOP_TIMEOUT)
     for signal in (psutil.Process.terminate, psutil.Process.kill):
-        _signal([one for record in records for one in _processes(record)], signal, LAST_TIMEOUT)
-    for record in records:
-        if record.pid in _children:
-            _children.pop(record.pid).poll()
+        _signal([one for name in names for one in _processes(name, records)], signal, LAST_TIMEOUT)
+    for name in roots:
+        if records[name].pid in _children:
+            _children.pop(records[name].pid).poll()
 
 
 def _signal(processes: list[psutil.Process], signal: Callable[[psutil.Process], None], seconds: float) -> None:
@@ -498,10 +505,9 @@ def _read() -> dict[str, _Record]:
         return {}
     try:
         return {row["name"]: _Record(**row) for row in json.loads(path.read_text(encoding="utf-8"))}
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            path, "record of the running services", f"unreadable: {error}", "end them by hand, then delete it"
-        ) from error
+    except (ValueError, TypeError, KeyError):
+        _LOG.warning("%s is unreadable: services that still run are started again", path)
+        return {}
 
 
 def _write(records: dict[str, _Record]) -> None:
@@ -516,11 +522,11 @@ def _remember(records: dict[str, _Record], record: _Record) -> None:
 
 def _forget(records: dict[str, _Record], *names: str) -> None:
     """Ends services and strikes them off. Written last: what is still being ended stays on record."""
-    ended = [records[name] for name in names if name in records]
-    _end(ended)
-    for record in ended:
-        del records[record.name]
-    if ended:
+    _end(names, records)
+    recorded = [name for name in names if name in records]
+    for name in recorded:
+        del records[name]
+    if recorded:
         _write(records)
 
 

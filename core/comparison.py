@@ -14,7 +14,7 @@ from statsmodels.stats.power import TTestPower
 from core.arrays import Bools, Floats
 from core.bootstrap import bootstrap_means, interval
 from core.controls import CONTROLS
-from core.metrics import BY_NAME
+from core.metrics import BY_NAME, CONSTANT
 
 RESAMPLES = 10_000
 ALPHA = 0.05
@@ -60,6 +60,8 @@ def compare(scores: pd.DataFrame, n_degs: pd.Series, seed: int) -> pd.DataFrame:
                 for model, metric in pairs
             ]
         )
+        # What differs by rounding alone is the same: it would be significant where it has a direction.
+        differences[np.abs(differences) <= CONSTANT] = 0.0
         for stratum, rows in strata:
             if rows.any():
                 table = pd.DataFrame(pairs, columns=["model", "metric"]).assign(control=control, stratum=stratum)

@@ -19,7 +19,9 @@ from core.files import open_h5ad
 from core.harmonising import CONTROL, SEPARATOR, condition_labels, require_controls
 from core.mirror import is_mirror, mirror_cells, stored_reference
 from core.reference import build_half_split, build_negatives, build_reference
-from core.splits import draw_folds, draw_halves
+from core.splits import Task, draw_folds, draw_halves
+
+FOLDS: dict[Task, int] = {"single": 5, "combination": 2}
 
 
 class FileOptions(NamedTuple):
@@ -41,10 +43,12 @@ def calibrate_file(path: Path, options: FileOptions, *, recompute: bool = False)
     """
     data = open_h5ad(path)
     where = str(path)
+    check_file(data, where)
     if is_mirror(data):
         cells = mirror_cells(data)
     elif {"condition", "covariate", "half", "fold_0"} <= set(data.obs.columns):
         cells = data
+        cells.X = sparse.csr_matrix(cells.X)
     else:
         cells = any_cells(data, options, where)
     check_log_expression(cells, where)
@@ -64,13 +68,10 @@ def calibrate_file(path: Path, options: FileOptions, *, recompute: bool = False)
 def any_cells(data: ad.AnnData, options: FileOptions, where: str) -> ad.AnnData:
     """Cells in our layout from any h5ad with log1p X and a condition column; halves and folds are drawn.
 
-    Combination data are those with at least two conditions that hold `+`. Conditions below 4 cells are left out.
-    Raises UserError for missing columns, duplicated cells or genes, no control, fewer than 10 conditions.
+    Combination data are those with conditions that hold `+`. Conditions below 4 cells are left out.
+    Raises UserError for missing columns, cells without a covariate, no control, a lone combination, fewer than 10
+    conditions.
     """
-    for kind, names in (("obs_names", data.obs_names), ("var_names", data.var_names)):
-        if names.has_duplicates:
-            first = names[names.duplicated()][0]
-            raise UserError(where, kind, f"duplicated names (first: {first!r})", "make the names unique")
     wanted = [options.column] + ([options.covariate] if options.covariate else [])
     for column in wanted:
         if column not in data.obs:
@@ -83,6 +84,14 @@ def any_cells(data: ad.AnnData, options: FileOptions, where: str) -> ad.AnnData:
             )
     rules = Labels(column=options.column, control=(options.control,))
     labels = condition_labels(data.obs[options.column], rules, where)
+    lost = int(data.obs.loc[labels.notna(), options.covariate].isna().sum()) if options.covariate else 0
+    if lost:
+        raise UserError(
+            where,
+            f"obs[{options.covariate!r}]",
+            f"{lost:,} cells without a covariate",
+            "fill the column, or leave them out",
+        )
     obs = pd.DataFrame(
         {
             "condition": labels,
@@ -104,13 +113,31 @@ def any_cells(data: ad.AnnData, options: FileOptions, where: str) -> ad.AnnData:
             f"{len(conditions)} perturbed conditions of at least {SMALLEST_CONDITION} cells",
             f"{FEWEST_CONDITIONS} are needed",
         )
-    combined = sum(SEPARATOR in condition for condition in conditions) >= 2
+    combinations = [condition for condition in conditions if SEPARATOR in condition]
+    if len(combinations) == 1:
+        raise UserError(
+            where,
+            f"obs[{options.column!r}]",
+            f"one combination only ({combinations[0]}): it cannot be split into two folds",
+            "leave its cells out, or give at least two combinations",
+        )
+    task: Task = "combination" if combinations else "single"
     obs = cells.obs.assign(half=draw_halves(cells.obs, options.seed))
-    obs = obs.join(draw_folds(obs, "combination" if combined else "single", 2 if combined else 5, options.seed))
+    obs = obs.join(draw_folds(obs, task, FOLDS[task], options.seed))
     order = np.lexsort([obs.index.to_numpy(str), obs["condition"].to_numpy(str), obs["covariate"].to_numpy(str)])
     cells = ad.AnnData(X=cells.X[order], obs=obs.iloc[order], var=cells.var)
     cells.X.sort_indices()
     return cells
+
+
+def check_file(data: ad.AnnData, where: str) -> None:
+    """Raise UserError unless there is a matrix and cells and genes have names of their own."""
+    if data.X is None or 0 in data.shape:
+        raise UserError(where, "X", "no matrix, or an empty one", "put log1p of normalised counts into X")
+    for field, names in (("obs_names", data.obs_names), ("var_names", data.var_names)):
+        if names.has_duplicates:
+            first = names[names.duplicated()][0]
+            raise UserError(where, field, f"duplicated names (first: {first!r})", "make the names unique")
 
 
 def check_log_expression(cells: ad.AnnData, where: str) -> None:

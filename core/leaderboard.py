@@ -98,10 +98,11 @@ def _headroom(parts: Floats) -> float:
 
 
 def _headroom_interval(parts: Floats, seed: int) -> tuple[float, float]:
+    """NaN: no bound, because the controls do not differ in enough of the resamples."""
     if not len(parts):
         return float("nan"), float("nan")
     sums = bootstrap_sums(parts, RESAMPLES, seed, "bootstrap")
     with np.errstate(invalid="ignore", divide="ignore"):
-        ratio = sums[:, :1] / sums[:, 1:]
-    low, high = interval(ratio)
-    return float(low[0]), float(high[0])
+        bounds = np.concatenate(interval(sums[:, :1] / sums[:, 1:]))
+    low, high = np.where(np.isfinite(bounds), bounds, np.nan)
+    return float(low), float(high)

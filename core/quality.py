@@ -28,10 +28,11 @@ def write_quality(cells: ad.AnnData, reference: ad.AnnData, folder: Path) -> Non
 def read_edistances(folder: Path) -> dict[str, pd.DataFrame]:
     """For each covariate the square table of E-distances, from what `write_quality` wrote."""
     long = pd.read_parquet(folder / "edistance.parquet")
-    return {
-        str(covariate): rows.pivot_table(index="condition", columns="other", values="edistance", sort=False)
-        for covariate, rows in long.groupby("covariate", sort=True)
-    }
+    tables = {}
+    for covariate, rows in long.groupby("covariate", sort=True):
+        names = rows["condition"].unique()
+        tables[str(covariate)] = rows.pivot(index="condition", columns="other", values="edistance").loc[names, names]
+    return tables
 
 
 def energy_by_covariate(cells: ad.AnnData) -> dict[str, pd.DataFrame]:

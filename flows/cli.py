@@ -180,7 +180,6 @@ def _servers() -> Services:
     with CONSOLE.status("starting the local Prefect and MLflow servers (about ten seconds, once)"):
         services = ensure_servers()
     adopt(services)
-    os.environ["PREFECT_LOGGING_EXTRA_LOGGERS"] = "calipert"
     # The console shows our own progress, and a failure once; Prefect's whole log is in its UI.
     os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
     return services

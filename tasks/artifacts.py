@@ -20,17 +20,19 @@ def made(
     inputs: Mapping[str, Path | str],
     parameters: Mapping[str, Any],
     code: str,
+    label: str | None = None,
 ) -> Path:
     """The folder of the artifact that this recipe gives; `build` fills an empty folder where there is none yet.
 
     inputs: artifacts (their folders) or checksums. parameters: JSON values. code: identity of the code that the
-    result depends on: `code_hash` of the module in core that writes it, or an engine's.
+    result depends on: `code_hash` of the module in core that writes it, or an engine's. label: what the log calls it, by
+    default its kind.
     """
     keys = {name: key_of(value) if isinstance(value, Path) else value for name, value in inputs.items()}
     key = artifact_key(kind, keys, parameters, code)
 
     def build_and_say(folder: Path) -> None:
-        LOG.info("making %s", kind)
+        LOG.info("making %s", label or kind.replace("_", " "))
         build(folder)
 
     return ArtifactStore().obtain(kind, key, build_and_say, inputs=keys, parameters=parameters, code=code)

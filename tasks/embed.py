@@ -34,6 +34,7 @@ def embed(spec: EmbeddingSpec, source: Path, perturbed: list[str]) -> Path:
         inputs={"source": source if source.is_dir() else checksum(source)},
         parameters={"kind": spec.kind, "dimensions": spec.dimensions},
         code=code_hash("core.embedding"),
+        label=f"the embedding {spec.name}",
     )
     require_coverage(spec.name, read_embedding(folder / FILE), perturbed)
     return folder

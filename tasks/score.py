@@ -51,6 +51,7 @@ def score_model(spec: DatasetSpec, reference: Path, model: str, seed: int, predi
         inputs={"reference": reference} | {f"fold_{fold}": path for fold, path in enumerate(predictions)},
         parameters={"model": model, "seed": seed, "half_seed": spec.seed},
         code=code_hash("core.evaluation"),
+        label=f"the scores of {model}",
     )
 
 

@@ -34,11 +34,17 @@ def split_fold(cells: Path, fold: int) -> Path:
         inputs={"cells": cells},
         parameters={"fold": fold},
         code=code_hash("core.training_data"),
+        label=f"the cells of fold {fold}",
     )
 
 
 def trained(
-    model: ResolvedModel, fold: Path, embedding: Path | None, seed: int, on_event: Callable[[Event], None]
+    model: ResolvedModel,
+    fold: Path,
+    embedding: Path | None,
+    seed: int,
+    on_event: Callable[[Event], None],
+    label: str,
 ) -> Path:
     """The model directory of one fold: weights and training.jsonl (the events that the model sent)."""
     folder_of_model = container(model)
@@ -66,6 +72,7 @@ def trained(
         inputs={"fold": fold} | ({"embedding": embedding} if embedding else {}),
         parameters={"hyperparameters": model.hyperparameters, "seed": seed},
         code=engine_identity(model),
+        label=label,
     )
 
 
@@ -76,6 +83,8 @@ def predicted(
     embedding: Path | None,
     seed: int,
     asked: list[dict[str, str]],
+    on_event: Callable[[Event], None],
+    label: str,
 ) -> Path:
     """predictions.h5ad (checked, rows sorted) and unpredicted.json of one fold's test conditions.
 
@@ -97,7 +106,7 @@ def predicted(
                 "threads": THREADS,
                 "output": scratch,
             }
-            engine().run("predict", folder_of_model, spec, on_event=_say)
+            engine().run("predict", folder_of_model, spec, on_event=on_event)
             genes = read_genes(fold / "control.h5ad")
             profiles, unpredicted = check_model_output(Path(scratch), asked, genes, model.name)
         profiles.write_h5ad(folder / "predictions.h5ad")
@@ -109,6 +118,7 @@ def predicted(
         inputs={"model": directory, "fold": fold} | ({"embedding": embedding} if embedding else {}),
         parameters={"conditions": asked, "seed": seed},
         code=engine_identity(model) + code_hash("core.predictions"),
+        label=label,
     )
 
 
@@ -128,27 +138,27 @@ def train_fold(
     """
     tracking = tracking_server()
     live = tracking.live_curve(run_id)
+    name = f"{model.name}, fold {fold}"
 
-    def on_event(event: Event) -> None:
+    def say(event: Event) -> None:
+        if event.get("event") == "log":
+            LOG.info("%s: %s", name, event["message"])
+
+    def learn(event: Event) -> None:
         live(event)
-        _say(event)
+        say(event)
 
     try:
-        directory = trained(model, data, embedding, seed, on_event)
-        predictions = predicted(model, directory, data, embedding, seed, asked)
+        directory = trained(model, data, embedding, seed, learn, f"the model {name}")
+        predictions = predicted(model, directory, data, embedding, seed, asked, say, f"the predictions of {name}")
     except BaseException as error:
         tracking.fail(run_id, f"{type(error).__name__}: {error}")
         raise
     tracking.log_curve(run_id, directory / "training.jsonl")
     tracking.finish(run_id)
-    LOG.info("%s fold %d: trained and predicted %d conditions", model.name, fold, len(asked))
+    LOG.info("%s: %d conditions predicted", name, len(asked))
     return predictions
 
 
 def _file(embedding: Path | None) -> str | None:
     return str(embedding / "embedding.parquet") if embedding else None
-
-
-def _say(event: Event) -> None:
-    if event.get("event") == "log":
-        LOG.info("%s", event["message"])

@@ -146,19 +146,6 @@ def test_timeout_ends_the_whole_process_tree(model, tmp_path, monkeypatch):
     assert all_gone(tmp_path)
 
 
-def test_timeout_ends_a_model_that_has_closed_its_streams(model, tmp_path, monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr(engines, "monotonic", lambda: clock[0])
-
-    def one_second_left(event: Mapping[str, Any]) -> None:
-        clock[0] = 3599
-
-    folder = model(SLEEPER + "child.kill(); os.close(1); os.close(2); time.sleep(600)")
-    with pytest.raises(ModelFailed, match="its limit"):
-        run(folder, {"output": str(tmp_path)}, on_event=one_second_left, timeout_s=3600)
-    assert all_gone(tmp_path)
-
-
 def test_an_exception_in_the_caller_ends_the_whole_process_tree(model, tmp_path):
     def refuse(event: Mapping[str, Any]) -> None:
         raise KeyboardInterrupt

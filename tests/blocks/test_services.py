@@ -278,7 +278,7 @@ def test_a_recycled_pid_is_not_taken_for_the_service(data: Path) -> None:
         created = psutil.Process(bystander.pid).create_time()
         row = {"name": "prefect", "pid": bystander.pid, "created": created - 100, "port": 1, "command": []}
         data.mkdir()
-        (data / "services.json").write_text(json.dumps([row | {"mark": "x"}]), encoding="utf-8")
+        (data / "services.json").write_text(json.dumps([row]), encoding="utf-8")
         assert {one.state for one in services.status()} == {"stopped"}
         assert services.stop() == []
         assert bystander.poll() is None
@@ -287,12 +287,34 @@ def test_a_recycled_pid_is_not_taken_for_the_service(data: Path) -> None:
         bystander.wait()
 
 
-def test_an_unreadable_record_is_an_error(data: Path) -> None:
-    data.mkdir()
-    (data / "services.json").write_text('[{"name": "prefect"}]', encoding="utf-8")
-    with pytest.raises(UserError, match="record of the running services"):
-        services.status()
-    (data / "services.json").unlink()
+@pytest.mark.parametrize("lose", [lambda path: path.unlink(), lambda path: path.write_text('[{"name": "prefect"}]')])
+def test_services_are_known_without_their_record_too(
+    fakes: Path, lose: Callable[[Path], object], caplog: pytest.LogCaptureFixture
+) -> None:
+    services.ensure_servers()
+    first = list(recorded(fakes).values())
+    lose(fakes / "services.json")
+    services.ensure_servers()
+    second = list(recorded(fakes).values())
+    assert running(first) == []
+    assert len(running(second)) == 2
+    lose(fakes / "services.json")
+    assert sorted(services.stop()) == ["mlflow", "prefect"]
+    assert running(second) == []
+    assert all("is unreadable" in record.getMessage() for record in caplog.records)
+
+
+def test_services_of_another_data_folder_are_left_alone(
+    fakes: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = services.ensure_servers()
+    with monkeypatch.context() as patch:
+        patch.setenv("CALIPERT_DATA", str(tmp_path / "other"))
+        other = services.ensure_servers()
+        assert {other.prefect, other.mlflow}.isdisjoint({found.prefect, found.mlflow})
+        assert sorted(services.stop()) == ["mlflow", "prefect"]
+    assert services.ensure_servers() == found
+    assert len(running(list(recorded(fakes).values()))) == 2
 
 
 # Settings

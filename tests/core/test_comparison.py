@@ -173,6 +173,19 @@ def test_without_variation_or_pairs_there_is_no_test() -> None:
     assert nobody[["mean_difference", "low", "high", *tests]].isna().all(axis=None)
 
 
+def test_differences_of_rounding_alone_are_no_difference() -> None:
+    scores = score_table()
+    good, control = (scores["model"] == name for name in ("good", "additive"))
+    noise = 1e-16 * np.random.default_rng(0).uniform(1, 2, int(good.sum()))
+    direction = np.where(scores.loc[good, "metric"] == "mse", -1, 1)
+    scores.loc[control, "value"] = scores.loc[control, "value"] % 0.1  # so small that the noise is not rounded away
+    scores.loc[good, "value"] = scores.loc[control, "value"].to_numpy() + direction * noise
+    assert (scores.loc[good, "value"].to_numpy() != scores.loc[control, "value"].to_numpy()).any()
+    table = compare(scores, N_DEGS, 5).query("model == 'good' and control == 'additive'")
+    assert (table[["mean_difference", "low", "high"]] == 0).all(axis=None)
+    assert table[["t_p", "wilcoxon_p"]].isna().all(axis=None)
+
+
 def test_without_a_model_the_table_is_empty_and_has_its_columns(comparison: pd.DataFrame) -> None:
     scores = score_table()
     empty = compare(scores[scores["model"].isin(["dataset_mean", "additive"])], N_DEGS, 5)

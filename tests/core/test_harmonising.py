@@ -238,7 +238,7 @@ def nothing(_: ad.AnnData) -> None:
 
 EXPECTED = {"cells": 5, "genes": 6, "conditions": 7}
 BY_LINE = {"covariate_column": "cell_line"}
-REFUSED = {
+REFUSED: dict[str, tuple[Callable[[ad.AnnData], None], dict[str, Any], str, str, str]] = {
     "no label column": (
         nothing,
         {"labels": {"column": "gene"}},
@@ -387,6 +387,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Observation names are not unique")
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_file_that_cannot_be_used_is_refused(case: str, lines_raw: ad.AnnData, entry: Entry, tmp_path: Path) -> None:
     spoil, fields, field, found, remedy = REFUSED[case]
@@ -439,6 +440,7 @@ def write_unknown_encoding(path: Path) -> None:
         group.attrs["encoding-version"] = "0.1.0"
 
 
+@pytest.mark.filterwarnings("ignore:Element '/table' was written without encoding metadata")
 @pytest.mark.parametrize(
     "write", [write_text, write_nothing, write_half_a_file, write_other_hdf5, write_unknown_encoding]
 )
@@ -449,6 +451,16 @@ def test_what_is_not_an_h5ad_is_refused(write: Callable[[Path], None], tmp_path:
         open_h5ad(path)
     assert (error.value.where, error.value.field) == (str(path), "format")
     assert error.value.remedy == "give an AnnData .h5ad file"
+
+
+def test_a_file_too_large_for_the_memory_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path) -> ad.AnnData:
+        raise MemoryError(path)
+
+    published().write_h5ad(tmp_path / "file.h5ad")
+    monkeypatch.setattr(ad, "read_h5ad", fail)
+    with pytest.raises(MemoryError):
+        open_h5ad(tmp_path / "file.h5ad")
 
 
 def test_a_file_without_cells_is_refused(entry: Entry) -> None:

@@ -192,8 +192,22 @@ def test_headroom_without_a_gap_between_the_controls_is_missing() -> None:
     scores = score_table({"mine": EVERYWHERE})
     scores.loc[scores["model"].isin(["dataset_mean", "interpolated_duplicate"]), "value"] = 0.5
     board = leaderboard(scores, verdicts(), 1)
-    assert np.isnan(of(board, "mine", "mse")["headroom"])
-    assert np.isfinite(of(board, "mine", "weighted_r2_deltapert")["headroom"])
+    names = ["headroom", "headroom_low", "headroom_high"]
+    assert of(board, "mine", "mse")[names].isna().all()
+    assert of(board, "mine", "weighted_r2_deltapert")[names].notna().all()
+
+
+def test_headroom_has_no_bound_where_the_gap_may_be_nothing() -> None:
+    scores = score_table({"mine": EVERYWHERE})
+    values = wide(scores, "mse")
+    # One condition alone has a gap: a resample in three misses it.
+    positive = values["dataset_mean"].where(values.index != ("line_1", "G04"), values["dataset_mean"] - 0.1)
+    at = (scores["metric"] == "mse") & (scores["model"] == "interpolated_duplicate") & (scores["half_seed"] == 42)
+    rows = scores.loc[at].set_index(["covariate", "condition"]).index
+    scores.loc[at, "value"] = positive[rows].to_numpy()
+    row = of(leaderboard(scores, verdicts(), 1), "mine", "mse")
+    assert np.isfinite(row["headroom"])
+    assert row[["headroom_low", "headroom_high"]].isna().all()
 
 
 # Missing values

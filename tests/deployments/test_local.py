@@ -195,11 +195,11 @@ def test_down_ends_running_flows_as_crashed_and_leaves_no_process(stack: Stack) 
 def test_an_error_that_the_user_can_mend_is_shown_without_a_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CALIPERT_DATA", str(tmp_path))
-    (tmp_path / "services.json").write_text("{", encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-m", "deployments.local", "status"], cwd=PROJECT_ROOT, capture_output=True, text=True
-    )
+    monkeypatch.setenv("CALIPERT_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("CALIPERT_CATALOG", str(tmp_path / "nowhere"))
+    command = [sys.executable, "-m", "deployments.local", "up"]
+    done = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert "remedy" in done.stderr
     assert "Traceback" not in done.stderr
+    assert not (tmp_path / "data").exists()
