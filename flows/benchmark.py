@@ -67,7 +67,7 @@ def benchmark(
     data = {fold: split_fold(cells, fold) for fold in asked}
     embedded = make_embeddings(embeddings, data, sources, perturbed_genes(reference))
     recipes = {model.name: recipe(model, seed) for model in chosen}
-    runs = open_runs(spec, reference, recipes, list(asked), str(raw))
+    runs = open_runs(spec, reference, control_scores, recipes, list(asked), str(raw))
     with failing_with_the_flow(runs):
         predictions = {
             model.name: [

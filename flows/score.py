@@ -46,7 +46,7 @@ def score(
     control_scores = score_controls(spec, reference)
     calibration = calibrate_metrics(spec, control_scores)
     recipes = {name: Recipe({"file": predictions.name}, key_of(accepted), -1)}
-    runs = open_runs(spec, reference, recipes, [], str(raw))
+    runs = open_runs(spec, reference, control_scores, recipes, [], str(raw))
     with failing_with_the_flow(runs):
         scores = score_model(spec, reference, name, -1, [accepted])
         results = make_results(spec, [control_scores, scores], calibration, quality, runs.benchmark_id)

@@ -66,15 +66,18 @@ def benchmark_id(reference: Path, recipes: Mapping[str, Recipe]) -> str:
 
 
 @task(name="open-runs", cache_policy=NO_CACHE)
-def open_runs(spec: DatasetSpec, reference: Path, recipes: dict[str, Recipe], folds: list[int], source: str) -> Runs:
+def open_runs(
+    spec: DatasetSpec, reference: Path, control_scores: Path, recipes: dict[str, Recipe], folds: list[int], source: str
+) -> Runs:
     """The MLflow runs of a benchmark, found again or created: one per model and control, and one per model and fold.
 
-    source: where the raw file comes from.
+    control_scores: of them only controls with a value get a run. source: where the raw file comes from.
     """
+    scored = set(pd.read_parquet(control_scores / "scores.parquet", columns=["model"])["model"])
     identity = benchmark_id(reference, recipes)
     server = tracking_server()
     kinds = dict.fromkeys(recipes, "model") | {control.name: control.role for control in CONTROLS}
-    controls = {control.name: Recipe({}, "", -1) for control in CONTROLS}
+    controls = {control.name: Recipe({}, "", -1) for control in CONTROLS if control.name in scored}
     runs = Runs(identity, {}, {})
     for name, own in (recipes | controls).items():
         runs.models[name] = server.open_model_run(
@@ -128,8 +131,8 @@ def record_results(runs: Runs, results: Path) -> None:
     """Write the leaderboard and the scores to the benchmark's MLflow runs, and end them."""
     server = tracking_server()
     board = pd.read_parquet(results / "leaderboard.parquet")
-    present = set(board["model"])
-    server.log_leaderboard(board, {name: run_id for name, run_id in runs.models.items() if name in present})
+    scored = set(board["model"])
+    server.log_leaderboard(board, {name: run_id for name, run_id in runs.models.items() if name in scored})
     for run_id in runs.models.values():
         server.log_files(run_id, [results / "leaderboard.parquet", results / "scores.parquet"])
         server.finish(run_id)

@@ -2,7 +2,8 @@
 
 embedding -> 512 -> 512 -> a latent of 128 for each gene; the latents of a condition's genes are summed, and with
 more than one covariate a learned latent of the covariate is added; latent -> 512 -> 512 -> genes. The loss is the
-mean squared error against the log1p expression of single perturbed cells.
+mean squared error against the log1p expression of single cells. README.md says why embeddings have unit norm and
+what control cells are to the network.
 """
 
 from __future__ import annotations
@@ -98,16 +99,18 @@ def train(task: contract.TrainTask) -> None:
 
     torch, device = start_torch(task.threads)
     settings = contract.hyperparameters(task, Settings)
-    embedding = contract.read_embedding(task.embedding)
-    cells, shape = usable(contract.read_cells(task.cells), embedding)
+    embedding = contract.unit_norm(contract.read_embedding(task.embedding))
+    cells = contract.read_cells(task.cells)
+    kept, shape = usable(cells, embedding)
     keys = list(map(contract.Key, cells.obs["covariate"], cells.obs["condition"]))
-    distinct = sorted(set(keys))
-    conditions = tensors(distinct, embedding, shape, device)
-    row_of = {key: row for row, key in enumerate(distinct)}
-    condition = np.array([row_of[key] for key in keys])
-    is_train = (cells.obs["split"] == "train").to_numpy()
+    row_of = {key: row for row, key in enumerate(sorted({key for key, keep in zip(keys, kept, strict=True) if keep}))}
+    condition = np.array([row_of.get(key, -1) for key in keys])
+    conditions = tensors(list(row_of), embedding, shape, device)
+    is_train = kept & (cells.obs["split"] == "train").to_numpy()
+    is_val = kept & ~is_train
     train_cells = compressed(cells.X[is_train], condition[is_train], device)
-    val_cells = compressed(cells.X[~is_train], condition[~is_train], device)
+    val_cells = compressed(cells.X[is_val], condition[is_val], device)
+    del cells
 
     torch.manual_seed(task.seed)  # the initial weights, drawn on the CPU: the same for every device
     order = np.random.default_rng(task.seed)
@@ -117,14 +120,14 @@ def train(task: contract.TrainTask) -> None:
     best, least = None, float("inf")
     for epoch in range(1, settings.epochs + 1):
         total = torch.zeros((), dtype=torch.float64, device=device)
-        for batch in batches(order.permutation(is_train.sum()), settings.batch_size):
+        for batch in batches(order.permutation(len(train_cells.condition)), settings.batch_size):
             loss = squared_error(net, conditions, train_cells, batch)
             adam.zero_grad()
             loss.backward()
             adam.step()
             total += loss.detach() * len(batch)
         decay.step()
-        contract.metric("train_loss", epoch, float(total) / is_train.sum())
+        contract.metric("train_loss", epoch, float(total) / len(train_cells.condition))
         if len(val_cells.condition) and epoch % settings.validate_every == 0:
             val_loss = mean_error(net, conditions, val_cells, settings.batch_size)
             contract.metric("val_loss", epoch, val_loss)
@@ -142,7 +145,7 @@ def predict(task: contract.PredictTask) -> None:
     torch, device = start_torch(task.threads)
     stored = json.loads((task.model / "model.json").read_text(encoding="utf-8"))
     settings, shape = Settings(**stored["settings"]), Shape(**stored["shape"])
-    embedding = contract.read_embedding(task.embedding, shape.dimensions)
+    embedding = contract.unit_norm(contract.read_embedding(task.embedding, shape.dimensions))
     net = network(shape, settings)
     net.load_state_dict(torch.load(task.model / "weights.pt", weights_only=True))
     net.to(device)
@@ -168,20 +171,22 @@ def start_torch(threads: int) -> tuple[Any, Any]:
     return torch, torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def usable(cells: ad.AnnData, embedding: pd.DataFrame) -> tuple[ad.AnnData, Shape]:
-    """The cells that can be learned from: perturbed, every gene embedded, covariate among the train cells'.
+def usable(cells: ad.AnnData, embedding: pd.DataFrame) -> tuple[np.ndarray, Shape]:
+    """Which cells to learn from: train cells of control and of conditions with embeddings, val cells of the latter.
 
-    Control cells are left out: without a gene there is nothing to encode, and their number (thousands, against
-    about a hundred a condition) would draw the decoder's capacity to a profile that is never predicted.
+    Control is the condition without a gene, whose latent, the sum of none, is zero. Only covariates with a train
+    perturbation count. Raises ContractError if there is none.
     """
     conditions = cells.obs["condition"].astype("category")
     known = [name for name in conditions.cat.categories if contract.is_embedded(name, embedding)]
-    cells = cells[conditions.isin(known).to_numpy()]
-    covariates = sorted(set(cells.obs["covariate"][cells.obs["split"] == "train"]))
+    is_known = conditions.isin(known).to_numpy()
+    is_train = (cells.obs["split"] == "train").to_numpy()
+    covariates = sorted(set(cells.obs["covariate"][is_known & is_train]))
     if not covariates:
-        raise contract.ContractError("cells: no training perturbation has an embedding")
-    shape = Shape(embedding.shape[1], cells.var_names.tolist(), covariates)
-    return cells[cells.obs["covariate"].isin(covariates).to_numpy()], shape
+        raise contract.ContractError("cells: no train perturbation has an embedding")
+    is_control = (conditions == contract.CONTROL).to_numpy()
+    kept = (is_known | (is_control & is_train)) & cells.obs["covariate"].isin(covariates).to_numpy()
+    return kept, Shape(embedding.shape[1], cells.var_names.tolist(), covariates)
 
 
 def network(shape: Shape, settings: Settings) -> torch.nn.ModuleDict:

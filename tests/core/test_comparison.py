@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
+from core import comparison as module
 from core.comparison import RESAMPLES, adjusted, compare, detectable_effect
 from core.draws import generator
 
@@ -40,6 +41,13 @@ def score_table(seed: int = 0, skew: float = 0.05) -> pd.DataFrame:
     return table.assign(value=0.5 + 0.1 * rng.standard_normal(len(table)) + shift)
 
 
+def quick(scores: pd.DataFrame, n_degs: pd.Series, seed: int) -> pd.DataFrame:
+    """compare with fewer resamples, for what does not hang on the intervals."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "RESAMPLES", 200)
+        return compare(scores, n_degs, seed)
+
+
 def differences(scores: pd.DataFrame, model: str, control: str, metric: str) -> pd.Series:
     """By (covariate, condition), positive where the model is better; only where both have a value."""
     of_metric = scores[scores["metric"] == metric].set_index(["covariate", "condition"])
@@ -59,7 +67,7 @@ def scores() -> pd.DataFrame:
 
 @pytest.fixture(scope="module")
 def comparison(scores: pd.DataFrame) -> pd.DataFrame:
-    return compare(scores, N_DEGS, 5)
+    return quick(scores, N_DEGS, 5)
 
 
 def test_one_row_per_model_control_metric_and_stratum(comparison: pd.DataFrame) -> None:
@@ -135,8 +143,8 @@ def test_corrections_by_hand_and_without_missing_values() -> None:
 def test_covariates_are_conditions_of_their_own() -> None:
     scores = score_table()
     one = scores[scores["covariate"] == "line_1"]
-    both = compare(scores, N_DEGS, 5).query("stratum == 'all'")
-    alone = compare(one, N_DEGS, 5).query("stratum == 'all'")
+    both = quick(scores, N_DEGS, 5).query("stratum == 'all'")
+    alone = quick(one, N_DEGS, 5).query("stratum == 'all'")
     assert set(both["n"]) == {40}
     assert set(alone["n"]) == {20}
     # The same genes in the second line with the opposite outcome cancel out.
@@ -144,12 +152,12 @@ def test_covariates_are_conditions_of_their_own() -> None:
     good = (mirrored["model"] == "good").to_numpy()
     reference = one[one["model"] == "additive"]["value"].to_numpy()
     mirrored.loc[good, "value"] = 2 * reference - one.loc[good, "value"].to_numpy()
-    cancelled = compare(pd.concat([one, mirrored]), N_DEGS, 5).query("model == 'good' and control == 'additive'")
+    cancelled = quick(pd.concat([one, mirrored]), N_DEGS, 5).query("model == 'good' and control == 'additive'")
     np.testing.assert_allclose(cancelled.query("stratum == 'all'")["mean_difference"], 0, atol=1e-12)
 
 
 def test_the_order_of_scores_does_not_matter(scores: pd.DataFrame, comparison: pd.DataFrame) -> None:
-    again = compare(scores.sample(frac=1, random_state=9), N_DEGS.sample(frac=1, random_state=3), 5)
+    again = quick(scores.sample(frac=1, random_state=9), N_DEGS.sample(frac=1, random_state=3), 5)
     pd.testing.assert_frame_equal(again, comparison, check_exact=True)
 
 
@@ -158,7 +166,7 @@ def test_without_variation_or_pairs_there_is_no_test() -> None:
     same = scores["model"].isin(["good", "dataset_mean"])
     scores.loc[same, "value"] = 0.5
     scores = scores[(scores["model"] != "bad") | (scores["condition"] == "G00")]
-    table = compare(scores[scores["covariate"] == "line_1"], N_DEGS, 5)
+    table = quick(scores[scores["covariate"] == "line_1"], N_DEGS, 5)
     tests = ["t_p", "t_holm", "t_bonferroni", "wilcoxon_p", "wilcoxon_holm", "detectable_difference"]
     constant = table.query("model == 'good' and control == 'dataset_mean'")
     assert (constant["mean_difference"] == 0).all()
@@ -181,14 +189,14 @@ def test_differences_of_rounding_alone_are_no_difference() -> None:
     scores.loc[control, "value"] = scores.loc[control, "value"] % 0.1  # so small that the noise is not rounded away
     scores.loc[good, "value"] = scores.loc[control, "value"].to_numpy() + direction * noise
     assert (scores.loc[good, "value"].to_numpy() != scores.loc[control, "value"].to_numpy()).any()
-    table = compare(scores, N_DEGS, 5).query("model == 'good' and control == 'additive'")
+    table = quick(scores, N_DEGS, 5).query("model == 'good' and control == 'additive'")
     assert (table[["mean_difference", "low", "high"]] == 0).all(axis=None)
     assert table[["t_p", "wilcoxon_p"]].isna().all(axis=None)
 
 
 def test_without_a_model_the_table_is_empty_and_has_its_columns(comparison: pd.DataFrame) -> None:
     scores = score_table()
-    empty = compare(scores[scores["model"].isin(["dataset_mean", "additive"])], N_DEGS, 5)
+    empty = quick(scores[scores["model"].isin(["dataset_mean", "additive"])], N_DEGS, 5)
     assert empty.empty
     assert list(empty.columns) == list(comparison.columns)
 

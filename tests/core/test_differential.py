@@ -146,7 +146,7 @@ def test_degs_are_below_five_per_cent() -> None:
 
 def test_effect_weights_by_hand() -> None:
     t = np.array([[-4.0, 0.0, 2.0], [1.0, -3.0, 5.0], [2.0, -2.0, 2.0], [np.nan] * 3, [0.0, 0.0, 0.0]])
-    expected = [[1, 0, 0.25], [0, 0.25, 1], [0, 0, 0], [0, 0, 0], [0, 0, 0]]
+    expected = np.array([[1, 0, 0.25], [0, 0.25, 1], [0, 0, 0], [0, 0, 0], [0, 0, 0]])
     np.testing.assert_allclose(effect_weights(t), expected, rtol=1e-15)
 
 

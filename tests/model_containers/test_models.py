@@ -1,0 +1,142 @@
+"""The contract's tests, which any model folder passes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from hashlib import sha256
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pytest
+
+from model_containers import contract
+
+MODELS = Path(contract.__file__).parent
+NAMES = sorted(path.parent.name for path in MODELS.glob("*/model.py"))
+# Few epochs: what the contract asks does not depend on how good a model is.
+HYPERPARAMETERS = {"fmlp": {"epochs": 4, "validate_every": 2, "hidden": 32, "latent": 8, "batch_size": 64}}
+
+
+def command(name: str, stage: str, spec: Path, threads: int = 1) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {
+        "PYTHONPATH": str(MODELS),
+        "PYTHONHASHSEED": str(threads),
+        **dict.fromkeys(contract.THREAD_VARIABLES, str(threads)),
+    }
+    return subprocess.run(
+        [sys.executable, str(MODELS / name / "model.py"), stage, str(spec)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def contents(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def write_spec(path: Path, **fields: Any) -> Path:
+    path.write_text(json.dumps(fields, default=str))
+    return path
+
+
+@pytest.fixture(scope="session", params=NAMES)
+def trained(request, two_lines, tmp_path_factory) -> SimpleNamespace:
+    """A model trained and asked in two environments of other threads and hash seed; on one the rows asked turned."""
+    name = request.param
+    folder = tmp_path_factory.mktemp(name)
+    before = contents(two_lines.folder)
+    runs = {}
+    for threads in (1, 2):
+        model, output = folder / f"model_{threads}", folder / f"output_{threads}"
+        task = two_lines.train_task(model, hyperparameters=HYPERPARAMETERS.get(name, {}))
+        train = command(name, "train", write_spec(folder / "train.json", **vars(task)), threads)
+        assert train.returncode == 0, train.stderr
+        asked = [key._asdict() for key in two_lines.held_out][:: 1 if threads == 1 else -1]
+        task = two_lines.predict_task(model, output, conditions=asked)
+        predict = command(name, "predict", write_spec(folder / "predict.json", **vars(task)), threads)
+        assert predict.returncode == 0, predict.stderr
+        runs[threads] = SimpleNamespace(model=model, output=output, stdout=train.stdout + predict.stdout)
+    assert contents(two_lines.folder) == before, "a model writes into its output only"
+    return SimpleNamespace(name=name, panel=two_lines, runs=runs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_description_fits_the_folder_and_is_quick(name, tmp_path):
+    """Quick: nothing heavy is imported for it."""
+    spec = write_spec(tmp_path / "spec.json", output=tmp_path)
+    code = (
+        "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__');"
+        "assert not {'numpy', 'pandas', 'torch'} & set(sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(MODELS / name / "model.py"), "describe", str(spec)],
+        env=os.environ | {"PYTHONPATH": str(MODELS)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert contract.Description(**json.loads((tmp_path / "describe.json").read_text())).name == name
+
+
+def test_bytes_depend_on_neither_threads_nor_hash_seed_nor_order_of_the_conditions(trained):
+    one, two = trained.runs[1], trained.runs[2]
+    assert contents(one.model) == contents(two.model)
+    assert contents(one.output) == contents(two.output)
+    assert set(contents(one.output)) == {"predictions.h5ad", "unpredicted.json"}
+
+
+def test_every_asked_condition_is_predicted_or_has_a_reason(trained):
+    predictions = ad.read_h5ad(trained.runs[1].output / "predictions.h5ad")
+    keys = list(zip(predictions.obs["covariate"], predictions.obs["condition"], strict=True))
+    assert keys == sorted((line, name) for line in ("K562", "RPE1") for name in ("P03", "P08", "P02+P03"))
+    assert predictions.var_names.equals(ad.read_h5ad(trained.panel.folder / "train.h5ad").var_names)
+    assert np.isfinite(predictions.X).all()
+    assert len(np.unique(predictions.X.round(6), axis=0)) == predictions.n_obs, "each condition has its own profile"
+    unpredicted = json.loads((trained.runs[1].output / "unpredicted.json").read_text())
+    reasons = {(row["covariate"], row["condition"]): row["reason"] for row in unpredicted}
+    assert set(reasons) == {("K562", "P10"), ("K562", "P00+P11"), ("unseen", "P03")}
+    assert reasons["K562", "P10"] == "no embedding for P10"
+    assert reasons["K562", "P00+P11"] == "no embedding for P11"
+    assert "unseen" in reasons["unseen", "P03"]
+
+
+def test_stdout_is_events_and_progress_reaches_its_end(trained):
+    events = [json.loads(line) for line in trained.runs[1].stdout.splitlines()]
+    assert {event["event"] for event in events} <= {"progress", "metric", "log"}
+    done = [event for event in events if event["event"] == "progress"]
+    assert done[-1]["done"] == done[-1]["total"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_wrong_hyperparameter_is_named(name, panel, tmp_path):
+    task = panel.train_task(tmp_path / "model", hyperparameters={"colour": "red"})
+    done = command(name, "train", write_spec(tmp_path / "spec.json", **vars(task)))
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: hyperparameters: colour: unknown; there are .*\n", done.stderr)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_build_folder_is_whole(name):
+    folder = MODELS / name
+    assert {"Dockerfile", "README.md", "model.py", "requirements.txt"} <= {path.name for path in folder.iterdir()}
+    pinned = dict(line.split("==") for line in (MODELS.parent / "constraints.txt").read_text().splitlines() if line)
+    for line in (folder / "requirements.txt").read_text().splitlines():
+        package, version = line.split("==")
+        assert pinned[package] == version
+    dockerfile = (folder / "Dockerfile").read_text()
+    assert dockerfile.startswith("ARG BASE_IMAGE=python:3.11-slim\nFROM ${BASE_IMAGE}\n")
+    for source in re.findall(r"^COPY (\S+(?: \S+)*) \S+$", dockerfile, flags=re.MULTILINE):
+        for path in source.split():
+            assert (MODELS / path).is_file(), "the build context is model_containers"
+    assert "\nUSER 65534:65534\n" in dockerfile
