@@ -261,10 +261,11 @@ def read_embedding(path: Path | None, dimensions: int | None = None) -> pd.DataF
 
 
 def unit_norm(embedding: pd.DataFrame) -> pd.DataFrame:
-    """Each gene's embedding divided by its Euclidean length."""
+    """Each gene's embedding divided by its Euclidean length; a row of zeros stays one."""
     import numpy as np
 
-    return embedding.div(np.linalg.norm(embedding.to_numpy(), axis=1), axis=0)
+    length = np.linalg.norm(embedding.to_numpy(), axis=1)
+    return embedding.div(np.where(length > 0, length, 1.0), axis=0)
 
 
 # ---- conditions

@@ -2,7 +2,7 @@
 
 embedding -> 512 -> 512 -> a latent of 128 for each gene; the latents of a condition's genes are summed, and with
 more than one covariate a learned latent of the covariate is added; latent -> 512 -> 512 -> genes. The loss is the
-mean squared error against the log1p expression of single cells. README.md says why embeddings have unit norm and
+mean squared error against the log1p expression of single cells. README.md says why embeddings are standardised and
 what control cells are to the network.
 """
 
@@ -99,7 +99,7 @@ def train(task: contract.TrainTask) -> None:
 
     torch, device = start_torch(task.threads)
     settings = contract.hyperparameters(task, Settings)
-    embedding = contract.unit_norm(contract.read_embedding(task.embedding))
+    embedding = standardised(contract.read_embedding(task.embedding))
     cells = contract.read_cells(task.cells)
     kept, shape = usable(cells, embedding)
     keys = list(map(contract.Key, cells.obs["covariate"], cells.obs["condition"]))
@@ -145,7 +145,7 @@ def predict(task: contract.PredictTask) -> None:
     torch, device = start_torch(task.threads)
     stored = json.loads((task.model / "model.json").read_text(encoding="utf-8"))
     settings, shape = Settings(**stored["settings"]), Shape(**stored["shape"])
-    embedding = contract.unit_norm(contract.read_embedding(task.embedding, shape.dimensions))
+    embedding = standardised(contract.read_embedding(task.embedding, shape.dimensions))
     net = network(shape, settings)
     net.load_state_dict(torch.load(task.model / "weights.pt", weights_only=True))
     net.to(device)
@@ -160,15 +160,28 @@ def predict(task: contract.PredictTask) -> None:
 
 
 def start_torch(threads: int) -> tuple[Any, Any]:
-    """torch, set to as many threads and to deterministic kernels, and the device: a GPU where there is one."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what makes cuBLAS repeat its bits
+    """torch, set to as many threads and to repeat its bits, and the device: a GPU where there is one."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS does not repeat its bits
     import torch
 
     torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)  # Adam's vanishing moments would slow it down
+    if not torch.cuda.is_available():
+        # All that is used here repeats its bits on a CPU; to demand it would import the compiler, for seconds.
+        return torch, torch.device("cpu")
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a check of torch's own; costs a tenth of the time
-    torch.set_flush_denormal(True)  # vanishing moments of Adam would slow it down manyfold
-    return torch, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # torch's own debugging aid
+    return torch, torch.device("cuda")
+
+
+def standardised(embedding: pd.DataFrame) -> pd.DataFrame:
+    """Each dimension centred and divided by its standard deviation over all genes, then each gene's row by its length.
+
+    Sources differ in scale and offset by orders of magnitude, and a longer row than any in training would be
+    extrapolated (README.md).
+    """
+    spread = embedding.std(ddof=0)
+    return contract.unit_norm((embedding - embedding.mean()) / spread.where(spread > 0, 1.0))
 
 
 def usable(cells: ad.AnnData, embedding: pd.DataFrame) -> tuple[np.ndarray, Shape]:

@@ -103,6 +103,15 @@ def test_a_difference_without_any_variance() -> None:
     assert not effect_weights(t)[1].any()
 
 
+@given(low=st.floats(1, 4, width=32), high=st.floats(5, 9, width=32), n=st.integers(4, 60))
+@settings(max_examples=40, deadline=None)
+def test_rounding_is_no_variance(low: float, high: float, n: int) -> None:
+    """However the sums of squares are rounded, groups of equal values have no variance between them."""
+    t, padj = ours(np.repeat([[low], [high]], n, axis=0), np.repeat([0, 1], n))
+    assert t.ravel().tolist() == [-np.inf, np.inf]
+    assert padj.ravel().tolist() == [0, 0]
+
+
 @given(value=st.floats(2**-10, 12, width=32), n=st.lists(st.integers(4, 300), min_size=2, max_size=4))
 @settings(max_examples=40, deadline=None)
 def test_a_constant_gene_is_no_difference_however_it_is_rounded(value: float, n: list[int]) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import runpy
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -139,6 +142,31 @@ def test_rows_genes_and_storage_do_not_matter(plain: ad.AnnData, written: Writte
         data.obs["label"] = data.obs["label"].astype("category")
         for found, expected in zip(calibrate_file(written(data), LABEL), first, strict=True):
             pd.testing.assert_frame_equal(found, expected, check_exact=True)
+
+
+def test_threads_and_the_hash_seed_change_no_byte(plain: ad.AnnData, written: Written, tmp_path: Path) -> None:
+    program = """
+import sys
+from pathlib import Path
+from core.file_calibration import FileOptions, calibrate_file
+
+tables = calibrate_file(Path(sys.argv[1]), FileOptions(column="label", half_seeds=2))
+for table, name in zip(tables, ("scores", "calibration"), strict=True):
+    table.to_csv(sys.argv[2] + name, index=False)
+"""
+    path = written(plain)
+    found = []
+    for threads, hash_seed in ((1, 1), (4, 2)):
+        many = dict.fromkeys(["OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"], str(threads))
+        out = tmp_path / f"threads_{threads}_"
+        subprocess.run(
+            [sys.executable, "-c", program, str(path), str(out)],
+            env=os.environ | many | {"PYTHONHASHSEED": str(hash_seed)},
+            cwd=HERE.parents[2],
+            check=True,
+        )
+        found.append([(tmp_path / f"{out.name}{name}").read_bytes() for name in ("scores", "calibration")])
+    assert found[0] == found[1]
 
 
 def test_options_name_column_control_covariate_and_seed(lines_cells: ad.AnnData, written: Written) -> None:

@@ -49,8 +49,9 @@ def write_panel(folder: Path, covariates: tuple[str, ...]) -> Panel:
     """
     rng = np.random.default_rng(7)
     embedding = pd.DataFrame(rng.normal(size=(12, 6)), index=pd.Index(SINGLES, name="gene")).add_prefix("d")
+    embedding = 3 * contract.unit_norm(embedding)
     embedding.loc[ZERO_EMBEDDING] = 0.0
-    effect = rng.normal(scale=0.4, size=(6, len(GENES)))
+    effect = rng.normal(scale=0.3, size=(6, len(GENES)))
     baseline = rng.uniform(1.0, 3.0, size=len(GENES))
     held_out = ["P03", "P08", "P02+P03"]
     blocks, rows = [], []

@@ -130,7 +130,8 @@ def test_a_wrong_hyperparameter_is_named(name, panel, tmp_path):
 def test_build_folder_is_whole(name):
     folder = MODELS / name
     assert {"Dockerfile", "README.md", "model.py", "requirements.txt"} <= {path.name for path in folder.iterdir()}
-    pinned = dict(line.split("==") for line in (MODELS.parent / "constraints.txt").read_text().splitlines() if line)
+    constraints = (MODELS.parent / "constraints.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in constraints if "==" in line)
     for line in (folder / "requirements.txt").read_text().splitlines():
         package, version = line.split("==")
         assert pinned[package] == version

@@ -1,0 +1,91 @@
+"""The folder of results: its tables follow from the parts, and the same parts give the same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from hashlib import sha256
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import pandas as pd
+import pytest
+
+from core.calibration import calibrate
+from core.catalog.schema import DatasetSpec
+from core.comparison import compare
+from core.evaluation import write_control_scores, write_model_scores
+from core.leaderboard import leaderboard
+from core.quality import write_quality
+from core.reference import read_reference, write_reference
+from core.results import DECLARED, write_results
+
+PROVENANCE = {"data set": "screen", "seed": "42"}
+
+
+@pytest.fixture(scope="module")
+def parts(single_cells: ad.AnnData, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of what a benchmark of one model on the small screen leaves behind."""
+    root = tmp_path_factory.mktemp("parts")
+    folders = {name: root / name for name in ("reference", "controls", "model", "calibration", "quality")}
+    for folder in folders.values():
+        folder.mkdir()
+    write_reference(single_cells, 42, 2, folders["reference"])
+    reference, _ = read_reference(folders["reference"])
+    write_control_scores(folders["reference"], folders["controls"], 42)
+    halved = ad.AnnData(
+        (reference.layers["mean"] + reference.layers["sparse_mean"]) / 2,
+        obs=reference.obs[["covariate", "condition"]],
+        var=reference.var,
+    )
+    write_model_scores(halved[:-1], "mine", 1, folders["reference"], 42, folders["model"])
+    lost = reference.obs[["covariate", "condition"]].iloc[-1:].assign(model="mine", reason="not measured")
+    lost[["model", "covariate", "condition", "reason"]].to_parquet(
+        folders["model"] / "unpredicted.parquet", index=False
+    )
+    controls = pd.read_parquet(folders["controls"] / "scores.parquet")
+    calibrate(controls, 42).to_parquet(folders["calibration"] / "calibration.parquet", index=False)
+    write_quality(single_cells, reference, folders["quality"])
+    return folders
+
+
+def results(parts: dict[str, Path], scores: list[str], spec: DatasetSpec, folder: Path) -> Path:
+    folder.mkdir()
+    paths = [parts[name] for name in scores]
+    write_results(spec, paths, parts["calibration"], parts["quality"], PROVENANCE, folder)
+    return folder
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_the_tables_follow_from_the_parts(parts: dict[str, Path], entry: Callable[..., Any], tmp_path: Path) -> None:
+    folder = results(parts, ["controls", "model"], entry(), tmp_path / "results")
+    tables = {path.stem: pd.read_parquet(path) for path in folder.glob("*.parquet")}
+    assert set(tables) == {"scores", "calibration", "leaderboard", "comparison", "quality", "unpredicted"}
+    scores, calibration = tables["scores"], tables["calibration"]
+    assert set(scores["half_seed"]) == {42, 43}
+    assert "mine" in set(scores["model"])
+    pd.testing.assert_frame_equal(tables["leaderboard"], leaderboard(scores, calibration, 42))
+    n_degs = tables["quality"].set_index(["covariate", "condition"])["n_degs"]
+    first = scores[scores["half_seed"] == 42]
+    pd.testing.assert_frame_equal(tables["comparison"], compare(first, n_degs, 42))
+    assert list(tables["unpredicted"]["reason"]) == ["not measured"]
+    report = unescape((folder / "report.html").read_text(encoding="utf-8"))
+    assert "mine" in report
+    assert all(sentence in report for sentence in DECLARED)
+    assert list((folder / "figures").iterdir())
+    again = results(parts, ["controls", "model"], entry(), tmp_path / "again")
+    assert digests(again) == digests(folder)
+
+
+def test_controls_alone_have_results_too(parts: dict[str, Path], entry: Callable[..., Any], tmp_path: Path) -> None:
+    folder = results(parts, ["controls"], entry(), tmp_path / "results")
+    assert pd.read_parquet(folder / "comparison.parquet").empty
+    unpredicted = pd.read_parquet(folder / "unpredicted.parquet")
+    assert unpredicted.empty
+    assert list(unpredicted.columns) == ["model", "covariate", "condition", "reason"]
+    assert set(pd.read_parquet(folder / "leaderboard.parquet")["kind"]) >= {"positive control", "negative control"}
