@@ -17,7 +17,7 @@ from core.draws import generator
 from core.errors import UserError, shown
 from core.files import open_h5ad
 from core.harmonising import CONTROL, genes_of, harmonise
-from core.splits import draw_folds, draw_halves, sorted_groups
+from core.splits import draw_folds, draw_halves, fold_columns, sorted_groups
 from core.variable_genes import expression_moments, highly_variable
 
 FILE = "cells.h5ad"
@@ -75,6 +75,7 @@ def prepare_cells(raw: ad.AnnData, spec: DatasetSpec, where: str) -> ad.AnnData:
     obs = cells.obs.copy()
     obs["half"] = draw_halves(obs, spec.seed)
     obs = obs.join(draw_folds(obs, spec.task, spec.folds, spec.seed))
+    _require_training(obs, where)
     order = np.lexsort([obs.index.to_numpy(str), obs["condition"].to_numpy(str), obs["covariate"].to_numpy(str)])
     obs = obs.iloc[order]
     for column in obs.columns.drop("library_size", errors="ignore"):
@@ -151,6 +152,16 @@ _LOWER = (
     "lower `min_genes_per_cell`, `min_cells_per_gene` or `min_cells_per_condition` in the catalog entry, "
     "or give more data"
 )
+
+
+def _require_training(obs: pd.DataFrame, where: str) -> None:
+    """Raise UserError where a fold leaves a covariate without training perturbations or without training controls."""
+    is_control = obs["condition"] == CONTROL
+    for column in fold_columns(obs):
+        training = obs[column] == "train"
+        for what, rows in (("perturbation", training & ~is_control), ("control cell", training & is_control)):
+            without = sorted(set(obs["covariate"].astype(str)) - set(obs.loc[rows, "covariate"].astype(str)))
+            _require(not without, where, column, f"no {what} to train with in {shown(without)}", _LOWER)
 
 
 def _require(condition: bool, where: str, field: str, found: str, remedy: str) -> None:

@@ -34,7 +34,7 @@ def harmonise(raw: ad.AnnData, spec: DatasetSpec, where: str) -> tuple[ad.AnnDat
     Returns an AnnData with X CSR float32 counts, genes sorted by symbol, cells in file order, obs
     `condition` (`control`, `A`, `A+B` with sorted genes), `covariate` and, where the entry names a column for it,
     `library_size`; and a report: cells dropped by the entry's filters, genes dropped because their symbol
-    occurs more than once.
+    occurs more than once or is missing.
     Raises UserError for a missing column, duplicated cell names, counts that are not whole numbers >= 0,
     labels that cannot be read, and data without control cells.
     """
@@ -61,7 +61,7 @@ def harmonise(raw: ad.AnnData, spec: DatasetSpec, where: str) -> tuple[ad.AnnDat
         else _covariates(obs[labelled], spec.covariate_column, where).reindex(obs.index)
     )
     symbols = pd.Index(raw.var_names if spec.symbol_column is None else _symbols(raw.var, spec.symbol_column, where))
-    ambiguous = symbols.duplicated(keep=False)
+    ambiguous = symbols.duplicated(keep=False) | symbols.isna()
     order = np.argsort(symbols[~ambiguous].to_numpy().astype(str), kind="stable")
     genes = np.flatnonzero(~ambiguous)[order]
 
@@ -87,7 +87,10 @@ def harmonise(raw: ad.AnnData, spec: DatasetSpec, where: str) -> tuple[ad.AnnDat
         "cells dropped by the entry's filters": int((~keep).sum()),
         "cells without a label": int((~labelled).sum()),
         "genes in the file": int(raw.n_vars),
-        "genes dropped because their symbol occurs more than once": sorted(set(symbols[ambiguous].astype(str))),
+        "genes dropped because their symbol occurs more than once": sorted(
+            set(symbols[ambiguous].dropna().astype(str))
+        ),
+        "genes dropped because they have no symbol": int(symbols.isna().sum()),
     }
     return cells, report
 
@@ -228,4 +231,4 @@ def _symbols(var: pd.DataFrame, column: str, where: str) -> pd.Series:
             f"no such column; there are: {shown(sorted(map(str, var.columns)), 12)}",
             "name the right column in the catalog entry (`symbol_column`)",
         )
-    return var[column].astype(str)
+    return var[column].astype(object).where(var[column].notna(), None)

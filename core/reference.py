@@ -49,7 +49,7 @@ def read_reference(folder: Path) -> tuple[ad.AnnData, ad.AnnData]:
 
 
 def read_keys(folder: Path) -> pd.DataFrame:
-    """Only the rows' description (covariate, condition, n_cells, test_fold, n_degs, ...) of the reference in `folder`."""
+    """Only the rows' description (covariate, condition, n_cells, test_fold, ...) of the reference in `folder`."""
     keys = read_obs(folder / "reference.h5ad").astype(dict.fromkeys(KEYS, str)).reset_index(drop=True)
     return keys
 

@@ -25,8 +25,8 @@ def made(
     """The folder of the artifact that this recipe gives; `build` fills an empty folder where there is none yet.
 
     inputs: artifacts (their folders) or checksums. parameters: JSON values. code: identity of the code that the
-    result depends on: `code_hash` of the module in core that writes it, or an engine's. label: what the log calls it, by
-    default its kind.
+    result depends on: `code_hash` of the module in core that writes it, or an engine's. label: what the log calls it,
+    by default its kind.
     """
     keys = {name: key_of(value) if isinstance(value, Path) else value for name, value in inputs.items()}
     key = artifact_key(kind, keys, parameters, code)

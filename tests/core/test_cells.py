@@ -28,6 +28,7 @@ from core.cells import (
 )
 from core.errors import UserError
 from core.files import open_h5ad
+from core.simulate import SimulationSettings, simulate
 
 Entry = Callable[..., DatasetSpec]
 
@@ -411,3 +412,25 @@ def test_golden_raw_file(shared: Path, entry: Entry) -> None:
     x = cells[both][:, genes].X.toarray()
     y = mirror[[there[name] for name in both]][:, genes].X.toarray()
     np.testing.assert_allclose(x, y, rtol=1e-5)
+
+
+def test_a_fold_without_training_perturbations_in_a_covariate_is_refused() -> None:
+    settings = SimulationSettings(genes=200, singles=12, cell_lines=("line_1", "line_2"), cells_per_condition=20)
+    raw = simulate(settings).cells
+    labels = raw.obs["perturbation"].astype(str)
+    # In line_2 only control and one perturbation remain: when that one is test, nothing is left to train with.
+    one = sorted(set(labels) - {"control"})[0]
+    keep = (raw.obs["cell_line"] == "line_1") | labels.isin(["control", one])
+    spec = DatasetSpec.model_validate(
+        {
+            "name": "lopsided",
+            "title": "t",
+            "task": "single",
+            "source": {"kind": "local", "hint": "none"},
+            "labels": {"column": "perturbation"},
+            "covariate_column": "cell_line",
+            "min_genes_per_cell": 0,
+        }
+    )
+    with pytest.raises(UserError, match="no perturbation to train with in line_2"):
+        prepare_cells(raw[keep.to_numpy()].copy(), spec, "raw.h5ad")

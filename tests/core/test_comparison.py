@@ -9,7 +9,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from core import comparison as module
-from core.comparison import RESAMPLES, bonferroni, compare, detectable_effect, holm
+from core.comparison import RESAMPLES, bonferroni, compare, detectable_effect, holm, signed_rank_p
 from core.draws import generator
 
 METRICS = ("mse", "nir")
@@ -211,6 +211,28 @@ def test_without_a_model_the_table_is_empty_and_has_its_columns(comparison: pd.D
     empty = quick(scores[scores["model"].isin(["dataset_mean", "additive"])], N_DEGS, 5)
     assert empty.empty
     assert list(empty.columns) == list(comparison.columns)
+
+
+# Signed ranks
+
+
+def test_the_signed_rank_p_counts_all_sign_flips() -> None:
+    d = np.random.default_rng(4).standard_normal(10) + 0.4
+    ranks = stats.rankdata(np.abs(d))
+    flips = (np.arange(2**10)[:, None] >> np.arange(10)) & 1
+    expected = np.mean(flips @ ranks >= ranks[d > 0].sum())
+    assert signed_rank_p(d) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("n", [12, 30, 400])
+def test_the_signed_rank_p_of_ties_and_zeros_is_the_normal_approximation(n: int) -> None:
+    d = np.round(np.random.default_rng(n).normal(0.2, 1, n), 1)
+    d[:2] = 0.0
+    kept = d[d != 0]
+    ranks = stats.rankdata(np.abs(kept))
+    # Mean and variance of the sum of positive ranks when every sign is a toss of a coin.
+    z = (ranks[kept > 0].sum() - ranks.sum() / 2) / np.sqrt((ranks**2).sum() / 4)
+    assert signed_rank_p(d) == pytest.approx(stats.norm.sf(z), rel=1e-9)
 
 
 # Detectable difference

@@ -108,8 +108,8 @@ def test_control_has_no_genes() -> None:
 
 
 def published() -> ad.AnnData:
-    """Six cells and five genes of a published file."""
-    counts = sparse.csr_matrix(np.arange(30, dtype=np.float64).reshape(6, 5))
+    """Six cells and six genes of a published file."""
+    counts = sparse.csr_matrix(np.arange(36, dtype=np.float64).reshape(6, 6))
     obs = pd.DataFrame(
         {
             "label": pd.Categorical(["ctrl", "b_a", None, "a", "ctrl", "c"]),
@@ -119,7 +119,7 @@ def published() -> ad.AnnData:
         },
         index=["f", "e", "d", "c", "b", "a"],
     )
-    var = pd.DataFrame({"symbol": ["g2", "g1", "g2", "g3", "g0"]}, index=["e1", "e2", "e3", "e4", "e5"])
+    var = pd.DataFrame({"symbol": ["g2", "g1", "g2", "g3", "g0", None]}, index=["e1", "e2", "e3", "e4", "e5", "e6"])
     return ad.AnnData(counts, obs=obs, var=var)
 
 
@@ -143,8 +143,9 @@ def test_harmonised_counts(entry: Entry) -> None:
         "cells in the file": 6,
         "cells dropped by the entry's filters": 0,
         "cells without a label": 1,
-        "genes in the file": 5,
+        "genes in the file": 6,
         "genes dropped because their symbol occurs more than once": ["g2"],
+        "genes dropped because they have no symbol": 1,
     }
 
 

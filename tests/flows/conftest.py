@@ -1,4 +1,4 @@
-"""A small screen of one's own, local servers for the whole session, and a way to run the benchmark in a fresh process."""
+"""A small screen, local servers for the whole session, and ways to run the benchmark in a fresh process."""
 
 from __future__ import annotations
 

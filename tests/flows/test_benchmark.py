@@ -1,4 +1,4 @@
-"""The benchmark flow end to end: what it writes, what it records, that it repeats nothing and always gives the same bytes."""
+"""The benchmark flow end to end: what it writes and records, that it repeats nothing, always the same bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the command line refuses: one screen that names where, field, found and remedy; exit status 2; nothing written."""
+"""What the command line refuses: one screen with where, field, found and remedy; status 2; nothing written."""
 
 from __future__ import annotations
 
