@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import secrets
-import shlex
 import socket
 import subprocess
 import sys
@@ -26,7 +24,6 @@ import filelock
 import psutil
 
 from blocks.paths import (
-    DEFAULT_DATA,
     PROJECT_ROOT,
     data_folder,
     logs_folder,
@@ -34,9 +31,9 @@ from blocks.paths import (
     prefect_folder,
     services_file,
 )
+from blocks.settings import HOST, Services, child_environment, replace_text, require_own_toml, write_toml
 from core.errors import UserError
 
-HOST = "127.0.0.1"
 # About 8 s on an idle laptop; much longer on a first start from a slow disk.
 START_TIMEOUT = 180.0
 # A worker first ends its flow runs, and a server the requests it serves; then they are killed.
@@ -45,23 +42,9 @@ LAST_TIMEOUT = 5.0
 # Inherited by every process that a service starts. Tells them from any other's, even where their parent or the
 # record of services is gone.
 MARK = "CALIPERT_SERVICE"
-PREFECT_TOML = PROJECT_ROOT / "prefect.toml"
-TOML_HEADER = "# Written by calipert whenever its servers start: `prefect` in this folder talks to them.\n"
 
 _LOG = logging.getLogger("calipert.services")
 _children: dict[int, subprocess.Popen[bytes]] = {}
-
-
-@dataclass(frozen=True)
-class Services:
-    """Where the two servers answer: the addresses of their web pages, `http://127.0.0.1:<port>`."""
-
-    prefect: str
-    mlflow: str
-
-    @property
-    def prefect_api(self) -> str:
-        return f"{self.prefect}/api"
 
 
 @dataclass(frozen=True)
@@ -158,11 +141,11 @@ def ensure_servers(timeout: float = START_TIMEOUT) -> Services:
     if not all(_healthy(records.get(server.name), server) for server in SERVERS):
         with _lock():
             records = _read()
-            _require_own_toml()
+            require_own_toml()
             _start(records, timeout)
             _watch_runs(_services(records))
     services = _services(records)
-    _write_toml(services)
+    write_toml(services)
     return services
 
 
@@ -220,66 +203,6 @@ def status() -> list[ServiceStatus]:
     record = records.get(WORKER)
     state = "running" if _alive(record) else "stopped"
     return [*found, ServiceStatus(WORKER, state, None, _pid(record), _log(WORKER))]
-
-
-def environment(services: Services) -> dict[str, str]:
-    """Variables that make Prefect and MLflow use these servers, keep to the data folder and report to nobody."""
-    home = prefect_folder()
-    lease_storage = "prefect.server.concurrency.lease_storage.filesystem"
-    return {
-        "CALIPERT_DATA": str(data_folder()),
-        "DO_NOT_TRACK": "1",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        # Job execution is for language models: eight idle processes of 250 MB each.
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_TRACKING_URI": services.mlflow,
-        # A proxy meant for the internet cannot reach this machine's own loopback.
-        "NO_PROXY": _without_proxy("NO_PROXY"),
-        "PREFECT_API_URL": services.prefect_api,
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
-        "PREFECT_HOME": str(home),
-        # What core, tasks and blocks report stands among the logs of the run.
-        "PREFECT_LOGGING_EXTRA_LOGGERS": "calipert",
-        "PREFECT_PROFILES_PATH": str(home / "profiles.toml"),
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        # Leases in memory would be lost for good with a restart of the server.
-        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": lease_storage,
-        # Without a server Prefect would start one for each process and lose most of its records.
-        "PREFECT_SERVER_EPHEMERAL_ENABLED": "false",
-        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-        "no_proxy": _without_proxy("no_proxy"),
-    }
-
-
-def child_environment(services: Services) -> dict[str, str]:
-    """The whole environment for a child process: this one's, without the user's own PREFECT_ and MLFLOW_
-    settings, and with `environment(services)`."""
-    kept = {name: value for name, value in os.environ.items() if not _is_users_own(name)}
-    return kept | environment(services)
-
-
-def adopt(services: Services) -> None:
-    """Makes this process use the servers. Call it before prefect is imported, which reads its settings then.
-
-    Raises RuntimeError if prefect has been imported with other settings.
-    """
-    ours = environment(services)
-    foreign = [name for name in os.environ if _is_users_own(name) and name not in ours]
-    differing = [*foreign, *(name for name, value in ours.items() if os.environ.get(name) != value)]
-    if "prefect" in sys.modules and any(name.startswith("PREFECT_") for name in differing):
-        raise RuntimeError(f"prefect was imported before these were set: {', '.join(sorted(differing))}")
-    for name in foreign:
-        del os.environ[name]
-    os.environ.update(ours)
-
-
-def exports(services: Services) -> str:
-    """Shell lines that make a shell use the servers: `eval` them to type `prefect` and `mlflow` anywhere."""
-    ours = environment(services)
-    foreign = sorted(name for name in os.environ if _is_users_own(name) and name not in ours)
-    lines = [f"unset {name}" for name in foreign]
-    lines += [f"export {name}={shlex.quote(value)}" for name, value in sorted(ours.items())]
-    return "\n".join(lines) + "\n"
 
 
 # Starting
@@ -512,7 +435,7 @@ def _read() -> dict[str, _Record]:
 
 def _write(records: dict[str, _Record]) -> None:
     rows = [asdict(record) for record in records.values()]
-    _replace(services_file(), json.dumps(rows, indent=1) + "\n")
+    replace_text(services_file(), json.dumps(rows, indent=1) + "\n")
 
 
 def _remember(records: dict[str, _Record], record: _Record) -> None:
@@ -530,12 +453,6 @@ def _forget(records: dict[str, _Record], *names: str) -> None:
         _write(records)
 
 
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
 def _services(records: dict[str, _Record]) -> Services:
     return Services(**{server.name: _url(records[server.name]) for server in SERVERS})
 
@@ -550,50 +467,3 @@ def _pid(record: _Record | None) -> int | None:
 
 def _log(name: str) -> Path:
     return logs_folder() / f"{name}.log"
-
-
-def _is_users_own(name: str) -> bool:
-    # Two underscores: what Prefect itself tells the process of a flow run, not a setting.
-    return name.startswith(("PREFECT_", "MLFLOW_")) and not name.startswith("PREFECT__")
-
-
-def _without_proxy(name: str) -> str:
-    return ",".join(dict.fromkeys([*filter(None, os.environ.get(name, "").split(",")), HOST, "localhost"]))
-
-
-# prefect.toml, which Prefect reads in the working directory
-
-
-def _require_own_toml() -> None:
-    if data_folder() != DEFAULT_DATA or not PREFECT_TOML.exists():
-        return
-    if not PREFECT_TOML.read_text(encoding="utf-8").startswith(TOML_HEADER):
-        raise UserError(
-            PREFECT_TOML,
-            "first line",
-            "a file that calipert did not write",
-            "move it elsewhere: calipert keeps the address of its own server under this name",
-        )
-
-
-def _write_toml(services: Services) -> None:
-    """So that `prefect deployment run ...` works as typed in the project's folder. Another data folder than the
-    project's own leaves it alone: which of several servers is meant cannot be known."""
-    if data_folder() != DEFAULT_DATA:
-        return
-    home = prefect_folder()
-    text = f"""{TOML_HEADER}home = {json.dumps(str(home))}
-profiles_path = {json.dumps(str(home / "profiles.toml"))}
-
-[api]
-url = {json.dumps(services.prefect_api)}
-
-[server]
-analytics_enabled = false
-
-[server.ephemeral]
-enabled = false
-"""
-    if not PREFECT_TOML.exists() or PREFECT_TOML.read_text(encoding="utf-8") != text:
-        _require_own_toml()
-        _replace(PREFECT_TOML, text)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
-from blocks import services
+from blocks import services, settings
 from blocks.paths import DEFAULT_DATA, data_folder
 from core.errors import UserError
 from deployments.table import POOL, table
@@ -22,7 +22,7 @@ def up() -> None:
     """
     rows = table()
     running = services.ensure_servers()
-    services.adopt(running)
+    settings.adopt(running)
     # Only now: prefect reads its settings when it is imported.
     from deployments.register import create_pool, register
 
@@ -61,7 +61,7 @@ def main() -> None:
         sys.exit(str(error))
 
 
-def _welcome(running: services.Services) -> Panel:
+def _welcome(running: settings.Services) -> Panel:
     # The project's own folder has a prefect.toml for its own data only.
     first = [] if data_folder() == DEFAULT_DATA else ['  eval "$(calipert env)"']
     lines = [

@@ -15,7 +15,7 @@ from rich.logging import RichHandler
 from core.errors import UserError
 
 if TYPE_CHECKING:
-    from blocks.services import Services
+    from blocks.settings import Services
 
 Folds = int | Literal["leave-one-out"] | None
 
@@ -130,7 +130,8 @@ def list_(
 @app.command()
 def env() -> None:
     """Print the shell lines that make `prefect` and `mlflow` use the local servers: eval "$(calipert env)"."""
-    from blocks.services import ensure_servers, exports
+    from blocks.services import ensure_servers
+    from blocks.settings import exports
 
     typer.echo(exports(ensure_servers()), nl=False)
 
@@ -175,7 +176,8 @@ def _check_benchmark(dataset: str, folds: Folds, models: list[str], sources: dic
 
 
 def _servers() -> Services:
-    from blocks.services import adopt, ensure_servers
+    from blocks.services import ensure_servers
+    from blocks.settings import adopt
 
     with CONSOLE.status("starting the local Prefect and MLflow servers (about ten seconds, once)"):
         services = ensure_servers()

@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from blocks import services
+from blocks import services, settings
 from blocks.paths import PROJECT_ROOT
-from blocks.services import Services
+from blocks.settings import Services
 from core.errors import UserError
 
 # A server as slight as can be: the machinery around it is what most tests are about.
@@ -78,7 +78,7 @@ def python(script: str, addresses: Services) -> str:
     done = subprocess.run(
         [sys.executable, "-c", script],
         cwd=PROJECT_ROOT,
-        env=services.child_environment(addresses),
+        env=settings.child_environment(addresses),
         capture_output=True,
         text=True,
     )
@@ -220,7 +220,7 @@ def test_a_server_that_never_answers_is_an_error_and_is_ended(data: Path, monkey
 def test_simultaneous_starters_start_nothing_twice(fakes: Path) -> None:
     script = f"""
 from dataclasses import replace
-from blocks import services
+from blocks import services, settings
 rows = tuple(replace(row, port=0, command=lambda port: ["-c", {FAKE!r}, str(port)]) for row in services.SERVERS)
 services.SERVERS = rows
 print(services.ensure_servers())
@@ -334,7 +334,7 @@ def test_a_childs_environment_has_none_of_the_users_settings(data: Path, monkeyp
     monkeypatch.setenv("PREFECT_API_URL", "http://elsewhere/api")
     monkeypatch.setenv("NO_PROXY", "intranet,localhost")
     monkeypatch.setenv("KEPT", "yes")
-    child = services.child_environment(ADDRESSES)
+    child = settings.child_environment(ADDRESSES)
     assert "secret" not in child.values()
     assert child["PREFECT_API_URL"] == "http://127.0.0.1:4321/api"
     assert child["MLFLOW_TRACKING_URI"] == "http://127.0.0.1:5432"
@@ -347,24 +347,24 @@ def test_exports_make_a_shell_use_the_servers(data: Path, monkeypatch: pytest.Mo
     awkward = data.parent / "it's a folder"
     monkeypatch.setenv("CALIPERT_DATA", str(awkward))
     monkeypatch.setenv("PREFECT_API_KEY", "secret")
-    script = f"eval {shlex.quote(services.exports(ADDRESSES))}; env -0"
+    script = f"eval {shlex.quote(settings.exports(ADDRESSES))}; env -0"
     done = subprocess.run(["bash", "-c", script], check=True, capture_output=True, text=True)
     shell = dict(line.split("=", 1) for line in done.stdout.split("\0") if line)
     assert "PREFECT_API_KEY" not in shell
-    assert services.environment(ADDRESSES).items() <= shell.items()
+    assert settings.environment(ADDRESSES).items() <= shell.items()
     assert shell["PREFECT_HOME"] == str(awkward / "prefect")
 
 
 ADOPT = """
 import os
-from blocks import services
-addresses = services.Services("http://127.0.0.1:4321", "http://127.0.0.1:5432")
+from blocks import services, settings
+addresses = settings.Services("http://127.0.0.1:4321", "http://127.0.0.1:5432")
 {before}
-services.adopt(addresses)
+settings.adopt(addresses)
 import prefect.settings
 settings = prefect.settings.get_current_settings()
 print(settings.api.url, settings.api.key, settings.server.ephemeral.enabled, settings.home)
-services.adopt(addresses)
+settings.adopt(addresses)
 """
 
 
@@ -383,10 +383,10 @@ def test_prefect_toml_is_written_for_the_projects_own_data_folder_only(
     fakes: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     toml = tmp_path / "prefect.toml"
-    monkeypatch.setattr(services, "PREFECT_TOML", toml)
+    monkeypatch.setattr(settings, "PREFECT_TOML", toml)
     services.ensure_servers()
     assert not toml.exists()
-    monkeypatch.setattr(services, "DEFAULT_DATA", fakes)
+    monkeypatch.setattr(settings, "DEFAULT_DATA", fakes)
     found = services.ensure_servers()
     script = """
 import prefect.settings
@@ -414,8 +414,8 @@ def test_a_prefect_toml_of_the_users_own_is_not_overwritten(
 ) -> None:
     toml = tmp_path / "prefect.toml"
     toml.write_text("home = '/mine'\n", encoding="utf-8")
-    monkeypatch.setattr(services, "PREFECT_TOML", toml)
-    monkeypatch.setattr(services, "DEFAULT_DATA", fakes)
+    monkeypatch.setattr(settings, "PREFECT_TOML", toml)
+    monkeypatch.setattr(settings, "DEFAULT_DATA", fakes)
     with pytest.raises(UserError, match="that calipert did not write"):
         services.ensure_servers()
     assert toml.read_text(encoding="utf-8") == "home = '/mine'\n"

@@ -465,7 +465,7 @@ def test_a_file_too_large_for_the_memory_is_not_called_damaged(tmp_path: Path, m
 
 
 def test_a_file_without_cells_is_refused(entry: Entry) -> None:
-    with pytest.raises(UserError, match="0 cells x 5 genes") as error:
+    with pytest.raises(UserError, match="0 cells x 6 genes") as error:
         harmonise(published()[:0].copy(), entry(), "empty.h5ad")
     assert (error.value.where, error.value.field) == ("empty.h5ad", "shape")
 

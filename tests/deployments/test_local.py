@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from blocks import services
+from blocks import services, settings
 from blocks.paths import PROJECT_ROOT
 from deployments.table import table
 
@@ -75,7 +75,7 @@ class Stack:
         done = subprocess.run(
             [sys.executable, "-c", script],
             cwd=PROJECT_ROOT,
-            env=services.child_environment(services.ensure_servers()),
+            env=settings.child_environment(services.ensure_servers()),
             capture_output=True,
             text=True,
         )
@@ -89,7 +89,7 @@ class Stack:
         return subprocess.run(
             [sys.executable, "-m", "prefect", *arguments],
             cwd=PROJECT_ROOT,
-            env=services.child_environment(services.ensure_servers()),
+            env=settings.child_environment(services.ensure_servers()),
             capture_output=True,
             text=True,
         )

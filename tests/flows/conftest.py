@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from blocks import services
+from blocks import services, settings
 
 ENTRY = {
     "name": "tiny",
@@ -27,7 +27,7 @@ ENTRY = {
 
 
 @pytest.fixture(scope="session")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[services.Services]:
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[settings.Services]:
     """Prefect's and MLflow's servers with a data folder of the session's own; stopped at the end."""
     folder = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
@@ -58,7 +58,7 @@ def entry(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run_benchmark(servers: services.Services, entry: Path) -> Callable[..., Path]:
+def run_benchmark(servers: settings.Services, entry: Path) -> Callable[..., Path]:
     """Run the benchmark flow in a process of its own, with a data folder of its own; the folder of the results."""
 
     def run(raw: Path, data: Path, models: list[str], **environment: str) -> Path:
@@ -70,7 +70,7 @@ def run_benchmark(servers: services.Services, entry: Path) -> Callable[..., Path
         )
         done = subprocess.run(
             [sys.executable, "-c", code, json.dumps(parameters)],
-            env=services.child_environment(servers) | {"CALIPERT_DATA": str(data)} | environment,
+            env=settings.child_environment(servers) | {"CALIPERT_DATA": str(data)} | environment,
             capture_output=True,
             text=True,
             check=False,
