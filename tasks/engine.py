@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from blocks.engines import ENGINES, ProcessEngine
-
 from blocks.paths import PROJECT_ROOT
 from core.catalog.schema import ResolvedModel
 

@@ -17,16 +17,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import contract
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import anndata as ad
     import numpy as np
     import pandas as pd
     import torch
+    from scipy.sparse import csr_matrix
 
 DESCRIPTION = contract.Description(
     name="fmlp", combinations=True, embedding=True, counts=False, gpu=True, input="cells"
 )
+
+DENSE_BYTES = 2**30  # cells are held dense up to here: quicker, and small enough for any machine
 
 
 @dataclass(frozen=True)
@@ -79,15 +82,14 @@ class Conditions(NamedTuple):
 
 
 class Cells(NamedTuple):
-    """Cells in compressed rows: cell i has the entries start[i] to start[i + 1] of gene and value.
+    """Cells of one split.
 
-    condition: the row of each cell's condition in Conditions. gene and value lie on the device, the rest does not.
+    condition: the row of each cell's condition in Conditions.
+    rows:      from numbers of cells to their expression, dense, on the device.
     """
 
     condition: np.ndarray
-    start: np.ndarray
-    gene: torch.Tensor
-    value: torch.Tensor
+    rows: Callable[[np.ndarray], torch.Tensor]
 
 
 def train(task: contract.TrainTask) -> None:
@@ -105,28 +107,25 @@ def train(task: contract.TrainTask) -> None:
     keys = list(map(contract.Key, cells.obs["covariate"], cells.obs["condition"]))
     row_of = {key: row for row, key in enumerate(sorted({key for key, keep in zip(keys, kept, strict=True) if keep}))}
     condition = np.array([row_of.get(key, -1) for key in keys])
-    conditions = tensors(list(row_of), embedding, shape, device)
+    conditions = conditions_of(list(row_of), embedding, shape, device)
     is_train = kept & (cells.obs["split"] == "train").to_numpy()
     is_val = kept & ~is_train
-    train_cells = compressed(cells.X[is_train], condition[is_train], device)
-    val_cells = compressed(cells.X[is_val], condition[is_val], device)
+    train_cells = held(cells.X[is_train], condition[is_train], device)
+    val_cells = held(cells.X[is_val], condition[is_val], device)
     del cells
 
     torch.manual_seed(task.seed)  # the initial weights, drawn on the CPU: the same for every device
     order = np.random.default_rng(task.seed)
     net = network(shape, settings).to(device)
-    adam = torch.optim.Adam(net.parameters(), lr=settings.learning_rate, fused=True)
-    decay = torch.optim.lr_scheduler.StepLR(adam, settings.decay_every, settings.decay)
+    step = adam(list(net.parameters()))
     best, least = None, float("inf")
     for epoch in range(1, settings.epochs + 1):
+        rate = settings.learning_rate * settings.decay ** ((epoch - 1) // settings.decay_every)
         total = torch.zeros((), dtype=torch.float64, device=device)
         for batch in batches(order.permutation(len(train_cells.condition)), settings.batch_size):
             loss = squared_error(net, conditions, train_cells, batch)
-            adam.zero_grad()
-            loss.backward()
-            adam.step()
+            step(loss, rate)
             total += loss.detach() * len(batch)
-        decay.step()
         contract.metric("train_loss", epoch, float(total) / len(train_cells.condition))
         if len(val_cells.condition) and epoch % settings.validate_every == 0:
             val_loss = mean_error(net, conditions, val_cells, settings.batch_size)
@@ -152,7 +151,7 @@ def predict(task: contract.PredictTask) -> None:
     reasons = contract.unpredictable(task.conditions, embedding, shape.covariates)
     keys = sorted(set(task.conditions) - set(reasons))
     profiles = np.empty((len(keys), len(shape.genes)))
-    conditions = tensors(keys, embedding, shape, device)
+    conditions = conditions_of(keys, embedding, shape, device)
     with torch.no_grad():
         for rows in batches(np.arange(len(keys)), settings.batch_size):
             profiles[rows] = forward(net, conditions, rows).cpu().numpy()
@@ -220,7 +219,7 @@ def network(shape: Shape, settings: Settings) -> torch.nn.ModuleDict:
     return net
 
 
-def tensors(keys: Sequence[contract.Key], embedding: pd.DataFrame, shape: Shape, device: Any) -> Conditions:
+def conditions_of(keys: Sequence[contract.Key], embedding: pd.DataFrame, shape: Shape, device: Any) -> Conditions:
     """The distinct keys as the network takes them."""
     import numpy as np
     import torch
@@ -248,58 +247,78 @@ def forward(net: torch.nn.ModuleDict, conditions: Conditions, rows: np.ndarray) 
     return net["decoder"](latent)
 
 
-def compressed(matrix: Any, condition: np.ndarray, device: Any) -> Cells:
-    """Cells from a CSR matrix; its entries go to the device if they leave half of its free memory to the rest."""
+def held(matrix: csr_matrix, condition: np.ndarray, device: Any) -> Cells:
+    """Cells from CSR float32: held dense up to DENSE_BYTES, else as they are, and made dense batch by batch.
+
+    They are held on the device if they leave half of its free memory to the rest.
+    """
     import numpy as np
     import torch
 
-    gene, value = torch.from_numpy(matrix.indices), torch.from_numpy(matrix.data)
-    if device.type == "cuda" and gene.nbytes + value.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
-        gene, value = gene.to(device), value.to(device)
-    return Cells(condition, matrix.indptr.astype(np.int64), gene, value)
+    n_cells, n_genes = matrix.shape
+    is_small = 4 * n_cells * n_genes <= DENSE_BYTES
+    arrays = [matrix.toarray()] if is_small else [matrix.indices, matrix.data]
+    tensors = [torch.from_numpy(array) for array in arrays]
+    if device.type == "cuda" and sum(t.nbytes for t in tensors) < torch.cuda.mem_get_info(device)[0] / 2:
+        tensors = [tensor.to(device) for tensor in tensors]
+    store, start = tensors[0].device, matrix.indptr.astype(np.int64)
+
+    def dense_rows(batch: np.ndarray) -> torch.Tensor:
+        return tensors[0].index_select(0, torch.from_numpy(batch).to(store)).to(device)
+
+    def compressed_rows(batch: np.ndarray) -> torch.Tensor:
+        gene, value = tensors
+        length = start[batch + 1] - start[batch]
+        n_entries = int(length.sum())
+        # Entry i of the batch is entry i + skipped of the store, where `skipped` is one number for each cell.
+        skipped = start[batch] - np.concatenate([[0], np.cumsum(length)[:-1]])
+        of_cell = torch.from_numpy(np.stack([skipped, np.arange(len(batch)) * n_genes, length])).to(store)
+        skipped_of, first_of = of_cell[:2].repeat_interleave(of_cell[2], dim=1, output_size=n_entries)
+        entry = skipped_of + torch.arange(n_entries, device=store)
+        dense = torch.zeros(len(batch) * n_genes, device=store)
+        dense[first_of + gene.index_select(0, entry)] = value.index_select(0, entry)
+        return dense.view(len(batch), n_genes).to(device)
+
+    return Cells(condition, dense_rows if is_small else compressed_rows)
 
 
 def squared_error(net: torch.nn.ModuleDict, conditions: Conditions, cells: Cells, batch: np.ndarray) -> torch.Tensor:
     """The loss: mean over the cells of a batch and all genes of (predicted - measured)^2, a float64 scalar.
 
-    All cells of a condition share one prediction p, so their sum of squared errors is n (p - mean)^2, which p
-    moves, plus their spread about their own mean, which it does not: one forward pass for each condition in the
-    batch gives the loss and the gradient of one for each cell.
+    All n cells of a condition share one prediction p. Their sum of squared errors is n (p - mean)^2, which p moves,
+    plus their spread about their own mean, which it does not: one forward pass for each condition in the batch gives
+    the loss and the gradient of one for each cell.
     """
     import numpy as np
     import torch
 
     rows, of_cell = np.unique(cells.condition[batch], return_inverse=True)
     predicted = forward(net, conditions, rows)
-    sums, squares = condition_sums(cells, batch, of_cell, predicted)
-    n_cells = torch.from_numpy(np.bincount(of_cell).astype(np.float32)).to(predicted.device)[:, None]
-    means = sums / n_cells
-    spread = squares - (sums * means).sum(dtype=torch.float64)
+    member = torch.from_numpy((np.arange(len(rows))[:, None] == of_cell).astype(np.float32)).to(predicted.device)
+    n_cells = member.sum(dim=1, keepdim=True)
+    measured = cells.rows(batch)
+    means = (member @ measured) / n_cells
+    spread = measured.square().sum(dtype=torch.float64) - (n_cells * means.square()).sum(dtype=torch.float64)
     moved = (n_cells * (predicted - means).square()).sum(dtype=torch.float64)
     return (moved + spread) / (len(batch) * predicted.shape[1])
 
 
-def condition_sums(
-    cells: Cells, batch: np.ndarray, of_cell: np.ndarray, like: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The expression summed over the batch's cells of each condition, shaped `like`, and the sum of all squares.
-
-    of_cell: the row in `like` of each cell's condition.
-    """
-    import numpy as np
+def adam(weights: list[torch.nn.Parameter]) -> Callable[[torch.Tensor, float], None]:
+    """A step of Adam for (loss, learning rate). torch.optim.Adam would import torch's compiler, for seconds."""
     import torch
+    from torch.optim.adam import adam as update
 
-    store, n_genes = cells.value.device, like.shape[1]
-    length = cells.start[batch + 1] - cells.start[batch]
-    n_entries = int(length.sum())
-    skipped = cells.start[batch] - np.concatenate([[0], np.cumsum(length)[:-1]])
-    each = torch.from_numpy(np.stack([skipped, of_cell * n_genes, length])).to(store)
-    entry = torch.repeat_interleave(each[0], each[2], output_size=n_entries) + torch.arange(n_entries, device=store)
-    base = torch.repeat_interleave(each[1], each[2], output_size=n_entries)
-    value = cells.value.index_select(0, entry).to(like.device)
-    position = (base + cells.gene.index_select(0, entry)).to(like.device)
-    sums = torch.zeros(like.numel(), device=like.device).index_add_(0, position, value)
-    return sums.view(like.shape), value.square().sum(dtype=torch.float64)
+    averages = [torch.zeros_like(weight) for weight in weights]
+    squares = [torch.zeros_like(weight) for weight in weights]
+    steps = [torch.zeros((), device=weight.device) for weight in weights]
+    constants = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False, "maximize": False}
+
+    def step(loss: torch.Tensor, rate: float) -> None:
+        gradients = list(torch.autograd.grad(loss, weights))
+        with torch.no_grad():
+            update(weights, gradients, averages, squares, [], steps, fused=True, lr=rate, **constants)
+
+    return step
 
 
 def mean_error(net: torch.nn.ModuleDict, conditions: Conditions, cells: Cells, batch_size: int) -> float:
