@@ -335,5 +335,5 @@ def extremes(ratios: pd.DataFrame, most: int = 5) -> pd.DataFrame:
 
 def reasons(unpredicted: pd.DataFrame) -> pd.DataFrame:
     """What models could not predict: one row per (model, covariate, reason) with n and the sorted conditions."""
-    groups = unpredicted.groupby(["model", "covariate", "reason"], sort=True)["condition"]
+    groups = unpredicted.groupby(["model", "covariate", "reason"], sort=True, observed=True)["condition"]
     return groups.agg(n="size", conditions=lambda names: sorted(names)).reset_index()

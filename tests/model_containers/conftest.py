@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -107,3 +107,11 @@ def load() -> Callable[[str], ModuleType]:
         return loaded
 
     return module
+
+
+@pytest.fixture(autouse=True)
+def _processor_as_found() -> Iterator[None]:
+    """A model that trains within the tests' process may have told the processor to flush the smallest numbers to 0."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_flush_denormal(False)

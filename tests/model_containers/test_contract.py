@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,6 +119,14 @@ def test_a_spec_that_is_no_json_object_is_refused(tmp_path, capsys, content):
     with pytest.raises(SystemExit):
         contract.main(DESCRIPTION, refuse, refuse, ["train", str(path)])
     assert "spec.json" in capsys.readouterr().err
+
+
+def test_threads_are_set_and_a_numpy_loaded_too_early_is_told(tmp_path, capsys):
+    contract.main(DESCRIPTION, lambda task: None, refuse, ["train", str(train_spec(tmp_path))])
+    assert capsys.readouterr().out == ""
+    contract.main(DESCRIPTION, lambda task: None, refuse, ["train", str(train_spec(tmp_path, threads=3))])
+    assert "numpy was loaded before it could be told to use 3 threads" in capsys.readouterr().out
+    assert {os.environ[name] for name in contract.THREAD_VARIABLES} == {"3"}
 
 
 def test_an_error_of_the_model_is_not_hidden(tmp_path):
