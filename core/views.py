@@ -215,7 +215,7 @@ def _winners_sentences(table: pd.DataFrame, opponent: str) -> list[str]:
     if not wins.any():
         return [f"No model beats {opponent} on any calibrated metric."]
     n = int((wins > 0).sum())
-    which = f"All {n}" if n == len(table) else f"{n} of {len(table)}"
+    which = ("Both" if n == 2 else f"All {n}") if n == len(table) else f"{n} of {len(table)}"
     subject = "The model beats" if len(table) == 1 else f"{which} models {'beats' if n == 1 else 'beat'}"
     return [f"{subject} {opponent} on at least one calibrated metric: {_counts(wins, table.shape[1])}."]
 

@@ -49,7 +49,8 @@ def train(task: contract.TrainTask) -> None:
             is_val = (known.obs["split"] == "val").to_numpy()
             alpha, errors = choose_alpha(x, y, is_val, settings.alphas)
             coefficients[covariate] = solve(x, y, alpha)
-            contract.log(f"{covariate}: {known.n_obs} conditions, alpha {alpha:g}, mse of val {errors}")
+            tried = ", ".join(f"{error:.3g} with {value:g}" for value, error in errors.items()) or "no val conditions"
+            contract.log(f"{covariate}: {known.n_obs} conditions, alpha {alpha:g} (squared error of val: {tried})")
         contract.progress(done, len(dataset_means), "covariate")
     if not coefficients:
         raise contract.ContractError(f"{task.cells}: no training perturbation has an embedding")
