@@ -13,8 +13,20 @@ from blocks.paths import PROJECT_ROOT
 PACKAGES = ("core", "tasks", "flows", "blocks", "deployments", "model_containers")
 
 
+TEMPLATE = ".html"
+_AT_START = {
+    path: path.read_bytes()
+    for package in PACKAGES
+    for path in (PROJECT_ROOT / package).rglob("*")
+    if path.suffix in (".py", TEMPLATE)
+}
+
+
 def code_hash(module: str, root: Path = PROJECT_ROOT) -> str:
     """SHA-256 (hex) over the sources in a module's import closure within the project's own packages.
+
+    A template beside a module, of the same name, counts with it (core/report.html with core/report.py). The files
+    count as they were when this process started, which is what it runs: an edit in the meantime is for the next one.
 
     Any edit of such a file changes it, a comment or a docstring too: what an edit means cannot be told from
     its text, and a needless recomputation is cheaper than a stale result. Where the project lies, file times
@@ -26,7 +38,9 @@ def code_hash(module: str, root: Path = PROJECT_ROOT) -> str:
     """
     whole = sha256()
     for name, path in import_closure(module, root).items():
-        whole.update(f"{name}\0{sha256(path.read_bytes()).hexdigest()}\n".encode())
+        for file in (path, path.with_suffix(TEMPLATE)):
+            if file == path or file in _AT_START or file.is_file():
+                whole.update(f"{name}{file.suffix}\0{sha256(_content(file)).hexdigest()}\n".encode())
     return whole.hexdigest()
 
 
@@ -46,12 +60,16 @@ def import_closure(module: str, root: Path = PROJECT_ROOT) -> dict[str, Path]:
         name = waiting.pop()
         path = found[name]
         package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-        for wanted in (name, *_imported(path.read_bytes(), package)):
+        for wanted in (name, *_imported(_content(path), package)):
             for candidate in _with_parents(wanted):
                 if candidate not in found and (source := _source(candidate, root)) is not None:
                     found[candidate] = source
                     waiting.append(candidate)
     return dict(sorted(found.items()))
+
+
+def _content(path: Path) -> bytes:
+    return _AT_START[path] if path in _AT_START else path.read_bytes()
 
 
 def _source(module: str, root: Path) -> Path | None:

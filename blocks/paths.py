@@ -7,6 +7,7 @@ from pathlib import Path
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_DATA = PROJECT_ROOT / "data"
+MODEL_CONTAINERS = PROJECT_ROOT / "model_containers"
 
 
 def data_folder() -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import secrets
 import socket
 import subprocess
@@ -16,7 +17,8 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from http.client import HTTPException
 from pathlib import Path
 
@@ -42,6 +44,8 @@ LAST_TIMEOUT = 5.0
 # Inherited by every process that a service starts. Tells them from any other's, even where their parent or the
 # record of services is gone.
 MARK = "CALIPERT_SERVICE"
+# Variables, by how they begin, that name the user's own files. A worker has those with which it was started.
+NAMING = ("CALIPERT_CATALOG", "CALIPERT_SOURCE_")
 
 _LOG = logging.getLogger("calipert.services")
 _children: dict[int, subprocess.Popen[bytes]] = {}
@@ -61,13 +65,15 @@ class ServiceStatus:
 @dataclass(frozen=True)
 class _Record:
     """One started service. A recycled pid is told by its start time (seconds since 1970).
-    port: where a server listens; for the worker, where its server does."""
+    port: where a server listens; for the worker, where its server does.
+    naming: for the worker, a hash of the variables in which it found the user's files named."""
 
     name: str
     pid: int
     created: float
     port: int
     command: list[str]
+    naming: str = ""
 
 
 @dataclass(frozen=True)
@@ -152,19 +158,24 @@ def ensure_servers(timeout: float = START_TIMEOUT) -> Services:
 def ensure_worker(services: Services, pool: str, timeout: float = START_TIMEOUT) -> None:
     """Starts a worker for a process work pool unless one runs, and returns when the server has heard from it.
 
-    The pool must exist. Raises UserError, with the last lines of the log, if the worker ends or is not heard of
-    within `timeout` seconds.
+    One that was started with other CALIPERT_CATALOG or CALIPERT_SOURCE_ variables than this process has is ended
+    first, and its flow runs with it. The pool must exist. Raises UserError, with the last lines of the log, if the
+    worker ends or is not heard of within `timeout` seconds.
     """
     port = int(services.prefect.rpartition(":")[2])
     with _lock():
         records = _read()
         record = records.get(WORKER)
+        if record is not None and _alive(record) and record.naming != _naming():
+            _LOG.warning("the variables that name files for the worker have changed: starting another worker")
+            record = None
         if record is None or not _alive(record) or record.port != port:
             _forget(records, WORKER)
             name = f"local-{secrets.token_hex(4)}"
             command = ["-m", "prefect", "worker", "start", "--pool", pool, "--type", "process", "--name", name]
             environment = child_environment(services)
-            record = _launch(WORKER, [*command, "--install-policy", "never"], port, environment, PROJECT_ROOT)
+            started = _launch(WORKER, [*command, "--install-policy", "never"], port, environment, PROJECT_ROOT)
+            record = replace(started, naming=_naming())
             _remember(records, record)
         name = record.command[record.command.index("--name") + 1]
         deadline = time.monotonic() + timeout
@@ -272,6 +283,12 @@ def _launch(name: str, arguments: list[str], port: int, environment: dict[str, s
         )
     _children[child.pid] = child
     return _Record(name, child.pid, psutil.Process(child.pid).create_time(), port, command)
+
+
+def _naming() -> str:
+    """A hash of the variables that name the user's files: they may hold what is nobody's business."""
+    named = sorted((name, value) for name, value in os.environ.items() if name.startswith(NAMING))
+    return sha256(json.dumps(named).encode()).hexdigest()
 
 
 def _free_port(wanted: int) -> int:

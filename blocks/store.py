@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import platform
 import re
 import shutil
 import tempfile
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import filelock
-import pandas as pd
 from prefect.blocks.core import Block
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -104,7 +104,8 @@ class ArtifactStore(Block):
         Every file is checked against its checksum (once per process, as long as it does not change). A
         damaged artifact is removed and built again, with a warning. Who asks for a key that another process
         or thread of this host is building waits for it; should two hosts build one key, the first to publish
-        wins and both get its folder. A build that fails or is killed leaves nothing under the key.
+        wins and both get its folder. A build that fails or is killed leaves nothing under the key; what a killed
+        one left elsewhere is removed when the key is built again.
         Raises ValueError if `key` is not the key of the recipe or `build` leaves anything but regular files,
         UserError if the disk is full, and whatever `build` raises.
         """
@@ -134,61 +135,6 @@ class ArtifactStore(Block):
                 "free some space, or move the data folder to a larger disk (environment CALIPERT_DATA)",
             ) from error
 
-    def find(self, kind: str, key: str) -> Path | None:
-        """The folder of an artifact, or None if it is absent or damaged (with a warning). Builds nothing."""
-        final = self._folder(kind, key)
-        damage = _damage(final, kind, key)
-        if damage is None:
-            return final
-        if final.exists():
-            _LOG.warning("%s %s is damaged (%s)", kind, key, damage)
-        return None
-
-    def entries(self) -> pd.DataFrame:
-        """All artifacts: kind, key, bytes (of its files), created (UTC; NaT where unreadable), valid.
-
-        `valid` compares every file with its checksum, which reads the whole store once per process.
-        """
-        rows = []
-        for folder in sorted(Path(self.root).glob("[!.]*/[!.]*")):
-            if not folder.is_dir():
-                continue
-            kind, key = folder.parent.name, folder.name
-            manifest = _manifest(folder)
-            rows.append(
-                {
-                    "kind": kind,
-                    "key": key,
-                    "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
-                    "created": manifest.created if manifest else pd.NaT,
-                    "valid": _damage(folder, kind, key) is None,
-                }
-            )
-        table = pd.DataFrame(rows, columns=["kind", "key", "bytes", "created", "valid"])
-        table["created"] = pd.to_datetime(table["created"], utc=True)
-        return table.astype({"bytes": "int64", "valid": bool})
-
-    def remove_stale_temporaries(self) -> int:
-        """Removes what killed builders left and returns how many folders that were.
-
-        A live builder holds the lock of its key, which the kernel frees with the process: a temporary folder
-        is stale if that lock can be had.
-        """
-        removed = 0
-        for folder in sorted((Path(self.root) / _TEMPORARY).glob("*/*")):
-            lock = self._unlocked(folder.parent.name, folder.name.partition(".")[0])
-            try:
-                lock.acquire(blocking=False)
-            except filelock.Timeout:
-                continue
-            try:
-                if folder.exists():
-                    shutil.rmtree(folder)
-                    removed += 1
-            finally:
-                lock.release()
-        return removed
-
     def _folder(self, kind: str, key: str) -> Path:
         if not _KIND.fullmatch(kind):
             raise ValueError(f"{kind!r} is not a kind: lower-case letters, digits, _ and -")
@@ -196,14 +142,11 @@ class ArtifactStore(Block):
             raise ValueError(f"{key!r} is not a key: 64 hexadecimal digits")
         return Path(self.root) / kind / key
 
-    def _unlocked(self, kind: str, key: str) -> filelock.FileLock:
-        folder = Path(self.root) / _LOCKS / kind
-        folder.mkdir(parents=True, exist_ok=True)
-        return filelock.FileLock(folder / key)
-
     @contextmanager
     def _lock(self, kind: str, key: str) -> Iterator[None]:
-        lock = self._unlocked(kind, key)
+        folder = Path(self.root) / _LOCKS / kind
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / key)
         try:
             lock.acquire(blocking=False)
         except filelock.Timeout:
@@ -217,7 +160,15 @@ class ArtifactStore(Block):
     def _temporary(self, kind: str, key: str) -> Path:
         folder = Path(self.root) / _TEMPORARY / kind
         folder.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=f"{key}.", dir=folder))
+        return Path(tempfile.mkdtemp(prefix=_prefix(key), dir=folder))
+
+    def _remove_remains(self, kind: str, key: str) -> None:
+        """Removes what killed builders of this host left. Only under the key's lock, which no live one then holds;
+        the locks of a shared folder need not reach another host."""
+        folder = Path(self.root) / _TEMPORARY / kind
+        for left in folder.iterdir() if folder.exists() else ():
+            if left.name.startswith(_prefix(key)):
+                shutil.rmtree(left)
 
     def _discard(self, folder: Path, kind: str, key: str) -> None:
         # Renamed first: half an artifact is never seen under its name, even if this process dies on the way.
@@ -228,6 +179,7 @@ class ArtifactStore(Block):
     def _built(self, final: Path, manifest: Manifest, build: Callable[[Path], None]) -> Path:
         kind, key = manifest.kind, manifest.key
         with self._lock(kind, key):
+            self._remove_remains(kind, key)
             # Checked again under the lock, and again whenever another host has published in the meantime.
             while (damage := _damage(final, kind, key)) is not None:
                 if final.exists():
@@ -243,6 +195,11 @@ class ArtifactStore(Block):
                 finally:
                     shutil.rmtree(temporary)
         return final
+
+
+def _prefix(key: str) -> str:
+    """How the temporary folders begin in which this host builds a key."""
+    return f"{key}.{platform.node()}."
 
 
 def _plain(value: object, where: str) -> object:

@@ -26,6 +26,7 @@ import pandas as pd
 from prefect.blocks.core import Block
 from pydantic import Field, field_validator
 
+from core.calibration import VARIANTS
 from core.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ SUMMARY_COLUMNS = (
 # Columns of the calibration table that become metrics `<metric>.<variant><ending>` for every variant of the DRF.
 DRF_ENDINGS = {"drf": "", "drf_low": "_low", "drf_high": "_high", "drf_half_sd": "_half_sd"}
 # Columns that are kept for the variant that carries the verdict only, as `<metric>.<column>`.
-QUOTED_VARIANT = "drf_interpolated"
+QUOTED_VARIANT = VARIANTS[0].name
 QUOTED_COLUMNS = ("bds", "bds_low", "bds_high", "bds_half_sd", "nan_share", "n_conditions")
 
 # Set before mlflow is imported, because its telemetry starts with the import. The request settings leave room for a
@@ -86,7 +87,7 @@ _INHERITED = (
     _FLOW_RUN,
 )
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("calipert.tracking")
 
 Points = dict[tuple[str, int], float]
 
@@ -111,16 +112,16 @@ class MLflowTracking(Block):
         parts = urlsplit(uri)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UserError(
-                "block mlflow-tracking",
-                "tracking_uri",
+                "environment",
+                "MLFLOW_TRACKING_URI",
                 uri,
                 "Give the http or https URL of an MLflow server: databases and folders written to directly by "
                 "several processes get damaged.",
             )
         if parts.username or parts.password:
             raise UserError(
-                "block mlflow-tracking",
-                "tracking_uri",
+                "environment",
+                "MLFLOW_TRACKING_URI",
                 f"a user name or password for {parts.hostname}",
                 "Take it out of the URL and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead.",
             )
@@ -147,7 +148,8 @@ class MLflowTracking(Block):
                  panel its summaries depend on); the same key must come with the same params.
         kind:    "model", "baseline", "negative control" or "positive control".
         seed:    the training seed; -1 for controls, which have none.
-        digest:  content hash of the data set; source: where its raw file comes from. Both become the data set input.
+        digest:  identifies what the run is scored against; source: where the raw file comes from, an https URL or any
+                 other name. Both become the data set input.
         params:  hyperparameters and whatever else decides the result. Values longer than 500 characters are cut
                  with their hash, and params.json has all of them whole.
         engine:  identity of what trains (image digest, or hash of the build folder); None where nothing trains.
@@ -191,11 +193,6 @@ class MLflowTracking(Block):
                 client.log_batch(run_id, params=[*params, Param("fold", str(fold))])
                 opened[fold] = run_id
         return opened
-
-    def start(self, run_id: str) -> None:
-        """Set a run to RUNNING, for a task that is tried again after its run was ended."""
-        with self._client() as client:
-            client.update_run(run_id, status="RUNNING")
 
     def live_curve(self, run_id: str) -> Callable[[Mapping[str, object]], None]:
         """A function that takes the events of a training while it runs and writes its metrics, some at a time.
@@ -292,9 +289,10 @@ class MLflowTracking(Block):
         """Write one calibration as a run of its own, FINISHED, and return its id; repeated, it is the same run.
 
         calibration: the table of calibration.parquet. Metrics: `<metric>.<variant>` is the DRF, with `_low`, `_high`
-        and `_half_sd`; `<metric>.bds` and the others of QUOTED_COLUMNS belong to drf_interpolated. Tags:
+        and `_half_sd`; `<metric>.bds` and the others of QUOTED_COLUMNS belong to QUOTED_VARIANT. Tags:
         `verdict.<metric>` and `calibrated`. NaN and infinite values are left out, named in the tag `not_finite`.
-        key, digest, source, params: as in `open_model_run`. files: files and folders to keep with the run.
+        digest: key of the calibration. key, source, params: as in `open_model_run`. files: files and folders to keep
+        with the run.
         When something fails, the run ends as FAILED with the reason, and the error goes on.
         """
         with self._client() as client:
@@ -357,18 +355,6 @@ class MLflowTracking(Block):
             for run in left:
                 _end(client, run, "KILLED", reason)
         return sorted(run.info.run_id for run in left)
-
-    def running_flow_runs(self) -> list[str]:
-        """The flow runs whose MLflow runs are still RUNNING, so that the dead among them can be ended."""
-        with self._client() as client:
-            tagged = (run.data.tags.get(_FLOW_RUN) for run in _running(client))
-            return sorted({flow_run for flow_run in tagged if flow_run})
-
-    def run_url(self, run_id: str) -> str:
-        """The page of a run, in the UI's mode for model training."""
-        with self._client() as client:
-            experiment = client.get_run(run_id).info.experiment_id
-        return f"{self.tracking_uri}/#/experiments/{experiment}/runs/{run_id}?workflowType=machine_learning"
 
     def benchmark_url(self, dataset: str, benchmark_id: str) -> str:
         """The page that compares the models of one benchmark in charts, in the UI's mode for model training."""
@@ -440,8 +426,8 @@ def _no_answer(uri: str, problem: str) -> UserError:
         uri,
         "MLflow server",
         f"no answer ({problem})",
-        "Start the MLflow server, or correct tracking_uri in the MLflow tracking block; then run this again: "
-        "finished artifacts are not recomputed.",
+        "Start the MLflow server (`make up` does), or correct MLFLOW_TRACKING_URI; then run this again: finished "
+        "artifacts are not recomputed.",
     )
 
 
@@ -668,7 +654,7 @@ def _write_dataset(client: MlflowClient, run_id: str, name: str, digest: str, so
     """The data set as the run's input; MLflow keeps 36 characters of the digest."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    web = source.startswith(("http://", "https://"))
+    web = source.startswith("https://")
     place = json.dumps({"url" if web else "uri": source})
     data = Dataset(name, digest[:36], "http" if web else "local", place)
     client.log_inputs(run_id, datasets=[DatasetInput(data, [InputTag("mlflow.data.context", "benchmark")])])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -13,9 +16,27 @@ Bools: TypeAlias = npt.NDArray[np.bool_]
 Ints: TypeAlias = npt.NDArray[np.int64]
 
 
-def one_blas_thread() -> Any:
-    """A context in which BLAS and LAPACK use one thread: their last bits change with the number of threads."""
-    return threadpool_limits(limits=1)
+_limit_lock = threading.Lock()
+_limit: list[Any] = []  # the limit in force, then one entry per context that wants it
+
+
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """A context in which BLAS and LAPACK use one thread: their last bits change with the number of threads.
+
+    The limit is the whole process's. Contexts may overlap in several threads: the first sets it, the last lifts it.
+    """
+    with _limit_lock:
+        if not _limit:
+            _limit.append(threadpool_limits(limits=1))
+        _limit.append(None)
+    try:
+        yield
+    finally:
+        with _limit_lock:
+            _limit.pop()
+            if len(_limit) == 1:
+                _limit.pop().restore_original_limits()
 
 
 def fixed_signs(components: Floats) -> Floats:

@@ -12,7 +12,7 @@ from statsmodels.stats.power import TTestPower
 
 from core.arrays import Bools, Floats
 from core.bootstrap import bootstrap_means, interval
-from core.controls import CONTROLS
+from core.controls import CONTROLS, counterpart
 from core.metrics import BY_NAME, CONSTANT
 
 RESAMPLES = 10_000
@@ -25,11 +25,11 @@ EXACT_PAIRS = 50
 STRATA = (("all", 0, np.inf), ("0", 0, 0), ("1-9", 1, 9), ("10-99", 10, 99), (">=100", 100, np.inf))
 
 
-def compare(scores: pd.DataFrame, n_degs: pd.Series, seed: int) -> pd.DataFrame:
+def compare(scores: pd.DataFrame, n_degs: pd.Series, seed: int, matched: pd.DataFrame | None = None) -> pd.DataFrame:
     """Every model against every control it shares conditions with; columns in `docs/outputs.md`.
 
     scores: long table of one half split (model, covariate, condition, metric, value). n_degs: number of DEGs by
-    (covariate, condition).
+    (covariate, condition). matched: for models that lack genes, the scores of the controls on these models' genes.
     mean_difference is positive where the model is better; tests are one-sided for that. Holm and Bonferroni run
     over models x metrics, for each control and stratum. NaN: fewer than two pairs, or no variation.
     detectable_difference: the mean difference that the paired t-test finds with 80 % power at alpha 0.05 divided
@@ -42,8 +42,9 @@ def compare(scores: pd.DataFrame, n_degs: pd.Series, seed: int) -> pd.DataFrame:
     conditions = pd.MultiIndex.from_frame(
         scores[["covariate", "condition"]].drop_duplicates().sort_values(["covariate", "condition"])
     )
+    everything = scores if matched is None else pd.concat([scores, matched], ignore_index=True)
     wide = (
-        scores.set_index(["covariate", "condition", "metric", "model"])["value"]
+        everything.set_index(["covariate", "condition", "metric", "model"])["value"]
         .unstack(["metric", "model"])
         .reindex(conditions)
     )
@@ -55,7 +56,7 @@ def compare(scores: pd.DataFrame, n_degs: pd.Series, seed: int) -> pd.DataFrame:
             continue
         differences = np.column_stack(
             [
-                (wide[metric, model] - wide[metric, control]).to_numpy(np.float64)
+                (wide[metric, model] - wide[metric, _control_of(model, control, wide, metric)]).to_numpy(np.float64)
                 * (1.0 if BY_NAME[metric].higher_is_better else -1.0)
                 for model, metric in pairs
             ]
@@ -70,6 +71,11 @@ def compare(scores: pd.DataFrame, n_degs: pd.Series, seed: int) -> pd.DataFrame:
     columns += [f"{test}_{p}" for test in ("t", "wilcoxon") for p in ("p", "holm", "bonferroni")]
     columns += ["detectable_difference"]
     return pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
+
+
+def _control_of(model: str, control: str, wide: pd.DataFrame, metric: str) -> str:
+    matched = counterpart(control, model)
+    return matched if (metric, matched) in wide else control
 
 
 def _tests(differences: Floats, seed: int) -> pd.DataFrame:

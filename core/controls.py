@@ -34,6 +34,11 @@ CONTROLS = (
 )
 
 
+def counterpart(control: str, model: str) -> str:
+    """The name of a control's scores on the genes of a model that lacks some of the reference's."""
+    return f"{control} on the genes of {model}"
+
+
 def interpolate(duplicate: Floats, dataset_mean: Floats, padj_second: Floats) -> Floats:
     """The interpolated duplicate: per gene a * duplicate + (1 - a) * dataset_mean with a = 1 - adjusted p.
 

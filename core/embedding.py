@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations_with_replacement
 from pathlib import Path
 
+import anndata as ad
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -183,6 +184,16 @@ def _table(scores: Floats, genes: npt.NDArray[np.str_], norms: Floats) -> pd.Dat
 
 def _dense_row(row: sparse.coo_matrix) -> Floats:
     return np.asarray(row.toarray(), dtype=np.float64).ravel()
+
+
+def fold_coexpression(fold: Path, dimensions: int) -> pd.DataFrame:
+    """`coexpression_embedding` of the training cells of a fold (train.h5ad of core.training_data in the folder `fold`).
+
+    Only cells of the split `train` count: val cells, which models may use to stop early, are left out.
+    """
+    cells = ad.read_h5ad(fold / "train.h5ad")
+    training = cells[(cells.obs["split"] == "train").to_numpy()]
+    return coexpression_embedding(training.X, list(training.var_names), dimensions)
 
 
 def write_embedding(embedding: pd.DataFrame, path: Path) -> None:

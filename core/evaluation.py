@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 import anndata as ad
@@ -18,11 +17,10 @@ from core.errors import UserError
 from core.harmonising import genes_of
 from core.metrics import FEWEST_DEGS, METRICS, Metric
 from core.moments import group_codes
-from core.reference import HALF_LAYERS, KEYS, control_means, dataset_means, half_split_files, read_reference
+from core.reference import HALF_LAYERS, KEYS, control_means, dataset_means
 
 # Rows scored at once: arrays of a block stay in cache, and results do not depend on the number of threads.
 BLOCK = 32
-SCORE_COLUMNS = ["model", *KEYS, "fold", "seed", "half_seed", "metric", "value"]
 
 
 class Evaluation(NamedTuple):
@@ -46,43 +44,6 @@ class Evaluation(NamedTuple):
         return Evaluation(self.keys, self.genes[kept], *arrays)
 
 
-def write_control_scores(reference: Path, folder: Path, seed: int) -> None:
-    """Write scores.parquet of all controls, for every half split in the folder `reference`, into `folder`.
-
-    seed: the half seed of the reference itself. Columns as in `docs/outputs.md`; controls have the training seed -1.
-    """
-    own, negatives = read_reference(reference)
-    tables = [control_scores(own, negatives).assign(half_seed=seed)]
-    for further, file in half_split_files(reference).items():
-        tables.append(control_scores(own, negatives, ad.read_h5ad(file)).assign(half_seed=further))
-    _write_scores(pd.concat(tables, ignore_index=True).assign(seed=-1), folder)
-
-
-def write_model_scores(
-    predictions: ad.AnnData, model: str, seed: int, reference: Path, half_seed: int, folder: Path
-) -> None:
-    """Write scores.parquet of one model's predictions (conditions x genes, log1p), for every half split, into `folder`.
-
-    seed: the training seed. half_seed: that of the reference itself. Genes that the predictions lack are left out of
-    the comparison.
-    """
-    own, negatives = read_reference(reference)
-    splits = {half_seed: own}
-    splits |= {further: ad.read_h5ad(file) for further, file in half_split_files(reference).items()}
-    tables = []
-    for split_seed, split in splits.items():
-        evaluation = evaluated_set(split, negatives)
-        evaluation = evaluation.with_genes(evaluation.genes.isin(predictions.var_names))
-        profiles = np.asarray(predictions[:, evaluation.genes].X, dtype=np.float64)
-        tables.append(score(profiles, predictions.obs, evaluation).assign(half_seed=split_seed))
-    _write_scores(pd.concat(tables, ignore_index=True).assign(model=model, seed=seed), folder)
-
-
-def _write_scores(scores: pd.DataFrame, folder: Path) -> None:
-    ordered = scores[SCORE_COLUMNS].astype({"fold": "int64", "seed": "int64", "half_seed": "int64"})
-    ordered.to_parquet(folder / "scores.parquet", index=False)
-
-
 def evaluated_set(reference: ad.AnnData, negatives: ad.AnnData) -> Evaluation:
     """The evaluated set of a reference (or of another half split with the same rows)."""
     rows = np.flatnonzero(reference.obs["test_fold"].to_numpy() >= 0)
@@ -103,20 +64,27 @@ def evaluated_set(reference: ad.AnnData, negatives: ad.AnnData) -> Evaluation:
     )
 
 
-def control_scores(reference: ad.AnnData, negatives: ad.AnnData, half_split: ad.AnnData | None = None) -> pd.DataFrame:
+def control_scores(
+    reference: ad.AnnData,
+    negatives: ad.AnnData,
+    half_split: ad.AnnData | None = None,
+    genes: pd.Index | None = None,
+) -> pd.DataFrame:
     """Scores of all controls and baselines; long table with `model` first, then as `score`.
 
     reference: reference.h5ad. half_split: another split of the cells into halves, to score against instead of the
-    reference's own; its duplicates take the place of the reference's.
+    reference's own; its duplicates take the place of the reference's. genes: score on these of its genes only.
     """
     halves = reference if half_split is None else half_split
     evaluation = evaluated_set(halves, negatives)
+    kept = np.ones(len(evaluation.genes), dtype=bool) if genes is None else evaluation.genes.isin(genes)
+    evaluation = evaluation.with_genes(kept)
     profiles = {"dataset_mean": evaluation.dataset_mean, "control_mean": evaluation.control_mean}
     rows = np.flatnonzero(reference.obs["test_fold"].to_numpy() >= 0)
     for control in CONTROLS:
         source = halves if control.name in HALF_LAYERS else reference
         if control.name in source.layers:
-            profiles[control.name] = np.asarray(source.layers[control.name][rows], dtype=np.float64)
+            profiles[control.name] = np.asarray(source.layers[control.name][rows], dtype=np.float64)[:, kept]
     tables = [
         score(profiles[control.name], evaluation.keys, evaluation).assign(model=control.name)
         for control in CONTROLS

@@ -97,11 +97,16 @@ def harmonise(raw: ad.AnnData, spec: DatasetSpec, where: str) -> tuple[ad.AnnDat
 
 def _require_expected(raw: ad.AnnData, spec: DatasetSpec, where: str) -> None:
     expected = spec.expected
-    if expected is not None and (raw.n_obs, raw.n_vars) != (expected.cells, expected.genes):
+    if expected is None:
+        return
+    labels = condition_labels(_column(raw.obs, spec.labels.column, where), spec.labels, where)
+    conditions = len(set(labels.dropna()) - {CONTROL})
+    if (raw.n_obs, raw.n_vars, conditions) != (expected.cells, expected.genes, expected.conditions):
         raise UserError(
             where,
             "shape",
-            f"{raw.n_obs:,} cells x {raw.n_vars:,} genes; {spec.name} has {expected.cells:,} x {expected.genes:,}",
+            f"{raw.n_obs:,} cells x {raw.n_vars:,} genes, {conditions} conditions; "
+            f"{spec.name} has {expected.cells:,} x {expected.genes:,}, {expected.conditions}",
             "give the file that the catalog entry describes, or write an entry of your own for this one",
         )
 

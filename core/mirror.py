@@ -15,6 +15,7 @@ import pandas as pd
 from scipy import sparse
 
 from core.arrays import Floats
+from core.differential import deg_mask
 from core.errors import UserError, shown
 from core.harmonising import CONTROL
 from core.reference import KEYS, by_condition, reference_keys
@@ -84,7 +85,7 @@ def stored_reference(data: ad.AnnData, cells: ad.AnnData, where: str) -> tuple[a
     obs = keys.assign(
         n_first=size["first_half"].to_numpy(),
         n_second=size["second_half"].to_numpy(),
-        n_degs=(layers["padj_first"] < 0.05).sum(axis=1),
+        n_degs=deg_mask(layers["padj_first"]).sum(axis=1),
     )
     return by_condition(obs, layers, genes), _stored_negatives(data, genes, set(keys["covariate"]), where)
 

@@ -18,12 +18,14 @@ from core.files import open_h5ad, read_genes
 from core.harmonising import SEPARATOR
 from core.reference import KEYS, read_keys
 
-# A mean of log1p(CP10k) cannot be larger: one gene would have all of a cell's counts. (A little room for float32.)
-LARGEST = float(np.log1p(10_000)) + 1e-3
+# Room for float32 at the largest value that a mean of log1p can have.
+ROUNDING = 1e-3
 SHARED_GENES = 0.95
 
 
-def align_predictions(data: ad.AnnData, keys: pd.DataFrame, genes: pd.Index, where: str) -> ad.AnnData:
+def align_predictions(
+    data: ad.AnnData, keys: pd.DataFrame, genes: pd.Index, where: str, target_sum: float = 10_000
+) -> ad.AnnData:
     """Predictions as scoring takes them: X float64, rows by (covariate, condition), genes in the reference's order.
 
     data: conditions x genes, X predicted mean log1p(CP10k); obs `condition`, and `covariate` unless the reference has
@@ -33,7 +35,7 @@ def align_predictions(data: ad.AnnData, keys: pd.DataFrame, genes: pd.Index, whe
     not (uns["missing_genes"]) have no column. Slightly negative values are allowed: linear models predict them.
     Raises UserError, naming `where`, for everything else that does not fit: no or unknown conditions, a row or a gene
     twice, genes as rows, NaN, infinite values, and values that cannot be means of log1p(CP10k), which are any above
-    log1p(10,000), or whole numbers throughout with one above 1.
+    log1p of target_sum, to which the data set's cells are normalised, or whole numbers throughout with one above 1.
     """
     _refuse_transposed(data, genes, where)
     repeated = data.var_names[data.var_names.duplicated()]
@@ -52,24 +54,30 @@ def align_predictions(data: ad.AnnData, keys: pd.DataFrame, genes: pd.Index, whe
         raise _unknown(unknown, keys, where)
     is_shared = genes.isin(data.var_names)
     shared, missing = genes[is_shared], genes[~is_shared].astype(str).tolist()
-    if len(shared) < SHARED_GENES * len(genes):
+    require_shared_genes(data.var_names, genes, where)
+    order = np.lexsort([found["condition"].to_numpy(str), found["covariate"].to_numpy(str)])
+    obs = found.iloc[order].set_index(pd.Index(found["covariate"] + "|" + found["condition"])[order])
+    values = _dense(data[:, shared], where)[order]
+    _check_values(values, obs, shared, where, target_sum)
+    ignored = data.var_names[~data.var_names.isin(genes)].astype(str)
+    uns = {"missing_genes": np.array(missing, dtype=str), "ignored_genes": np.array(sorted(ignored), dtype=str)}
+    return ad.AnnData(X=values, obs=obs, var=pd.DataFrame(index=shared), uns=uns)
+
+
+def require_shared_genes(predicted: pd.Index, genes: pd.Index, where: str) -> None:
+    """Raise UserError unless at least 95 % of the reference's genes are among the predicted ones."""
+    missing = genes[~genes.isin(predicted)].astype(str).tolist()
+    if len(genes) - len(missing) < SHARED_GENES * len(genes):
         raise UserError(
             where,
             "var_names",
             f"{len(missing)} of the reference's {len(genes)} genes are missing ({shown(missing)})",
             f"predict at least {SHARED_GENES:.0%} of them, named as in the data set",
         )
-    order = np.lexsort([found["condition"].to_numpy(str), found["covariate"].to_numpy(str)])
-    obs = found.iloc[order].set_index(pd.Index(found["covariate"] + "|" + found["condition"])[order])
-    values = _dense(data[:, shared], where)[order]
-    _check_values(values, obs, shared, where)
-    ignored = data.var_names[~data.var_names.isin(genes)].astype(str)
-    uns = {"missing_genes": np.array(missing, dtype=str), "ignored_genes": np.array(sorted(ignored), dtype=str)}
-    return ad.AnnData(X=values, obs=obs, var=pd.DataFrame(index=shared), uns=uns)
 
 
 def check_model_output(
-    folder: Path, asked: list[dict[str, str]], genes: pd.Index, model: str
+    folder: Path, asked: list[dict[str, str]], genes: pd.Index, model: str, target_sum: float = 10_000
 ) -> tuple[ad.AnnData, list[dict[str, Any]]]:
     """(predictions, unpredicted) that a model wrote into `folder`, aligned and complete.
 
@@ -86,7 +94,7 @@ def check_model_output(
         raise UserError(
             where, path.name, f"{type(error).__name__}: {error}", "write a list of covariate, condition and reason"
         ) from error
-    predictions = align_predictions(open_h5ad(folder / "predictions.h5ad"), keys, genes, where)
+    predictions = align_predictions(open_h5ad(folder / "predictions.h5ad"), keys, genes, where, target_sum)
     answered = set(pd.MultiIndex.from_frame(predictions.obs[KEYS]))
     wanted = set(pd.MultiIndex.from_frame(keys))
     if answered & set(reasons) or (answered | set(reasons)) != wanted:
@@ -101,7 +109,7 @@ def check_model_output(
     return predictions, rows
 
 
-def write_accepted(file: Path, reference: Path, folder: Path) -> None:
+def write_accepted(file: Path, reference: Path, target_sum: float, folder: Path) -> None:
     """Align a file of predictions made elsewhere with the reference in the folder `reference`.
 
     Writes into `folder` predictions.h5ad and unpredicted.json (the test conditions that the file lacks). Raises
@@ -110,7 +118,7 @@ def write_accepted(file: Path, reference: Path, folder: Path) -> None:
     keys = read_keys(reference)
     tested = keys.loc[keys["test_fold"] >= 0, KEYS].reset_index(drop=True)
     genes = read_genes(reference / "reference.h5ad")
-    predictions = align_predictions(open_h5ad(file), tested, genes, str(file))
+    predictions = align_predictions(open_h5ad(file), tested, genes, str(file), target_sum)
     if predictions.n_obs == 0:
         raise UserError(file, "shape", "no row", "give one row for each predicted condition")
     lacking = set(pd.MultiIndex.from_frame(tested)) - set(pd.MultiIndex.from_frame(predictions.obs[KEYS]))
@@ -182,7 +190,7 @@ def _dense(data: ad.AnnData, where: str) -> Floats:
         raise UserError(where, "X", f"no numbers ({error})", "give a matrix of numbers") from error
 
 
-def _check_values(values: Floats, rows: pd.DataFrame, genes: pd.Index, where: str) -> None:
+def _check_values(values: Floats, rows: pd.DataFrame, genes: pd.Index, where: str, target_sum: float) -> None:
     if not values.size:
         return
     bad = ~np.isfinite(values)
@@ -195,10 +203,12 @@ def _check_values(values: Floats, rows: pd.DataFrame, genes: pd.Index, where: st
             "predict every gene of a condition, or leave the condition out",
         )
     whole = values.max() > 1 and bool((values == np.floor(values)).all())
-    if whole or values.max() > LARGEST:
+    # One gene would have all of a cell's counts.
+    largest = float(np.log1p(target_sum))
+    if whole or values.max() > largest + ROUNDING:
         raise UserError(
             where,
             "X",
-            f"values up to {values.max():g}{', all whole numbers' if whole else ''}: counts, or not log1p(CP10k)",
-            f"give means of log1p of counts per 10,000 (at most {LARGEST:.2f})",
+            f"values up to {values.max():g}{', all whole numbers' if whole else ''}: counts, or on another scale",
+            f"give means of log1p of counts per {target_sum:,.0f} (at most {largest:.2f})",
         )

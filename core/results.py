@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pandas as pd
 
 from core.catalog.schema import DatasetSpec
 from core.comparison import compare
+from core.errors import shown
 from core.leaderboard import leaderboard
 from core.quality import read_edistances
 from core.report import write_report
@@ -45,10 +47,13 @@ def write_results(
     )
     calibrated = pd.read_parquet(calibration / "calibration.parquet")
     conditions = pd.read_parquet(quality / "quality.parquet")
-    board = leaderboard(everything, calibrated, spec.seed)
+    matched = [pd.read_parquet(file) for path in scores if (file := path / "matched_controls.parquet").exists()]
+    on_their_genes = pd.concat(matched, ignore_index=True) if matched else None
+    board = leaderboard(everything, calibrated, spec.seed, on_their_genes)
     main = everything[everything["half_seed"] == spec.seed]
+    matched_main = None if on_their_genes is None else on_their_genes[on_their_genes["half_seed"] == spec.seed]
     n_degs = conditions.set_index(["covariate", "condition"])["n_degs"]
-    comparison = compare(main, n_degs, spec.seed)
+    comparison = compare(main, n_degs, spec.seed, matched_main)
     tables = {
         "scores": everything,
         "calibration": calibrated,
@@ -69,6 +74,20 @@ def write_results(
         leaderboard=board,
         comparison=comparison,
         scores=everything,
-        declared=list(DECLARED),
+        declared=[*DECLARED, *_missing_genes(scores)],
         unpredicted=unpredicted,
     )
+
+
+def _missing_genes(scores: list[Path]) -> list[str]:
+    """A sentence for each model that lacks genes of the reference."""
+    sentences = []
+    for path in scores:
+        if (path / "missing_genes.json").exists():
+            model = pd.read_parquet(path / "scores.parquet", columns=["model"])["model"].iloc[0]
+            genes = json.loads((path / "missing_genes.json").read_text(encoding="utf-8"))
+            sentences.append(
+                f"{model} does not predict {len(genes)} of the genes ({shown(genes)}): it was scored on the others, "
+                "and compared with the controls on the same genes."
+            )
+    return sentences

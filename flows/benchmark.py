@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
+from pydantic import Field
 
-from core import catalog
-from core.catalog.schema import ResolvedModel
 from tasks.embed import make_embeddings
-from tasks.inputs import check_sources, chosen_dataset
+from tasks.inputs import check_sources, chosen_dataset, chosen_models
 from tasks.prepare import build_reference, measure_quality, prepare_cells
 from tasks.record import (
+    end_interrupted,
     failing_with_the_flow,
     open_runs,
     recipe,
@@ -25,7 +24,7 @@ from tasks.record import (
 )
 from tasks.results import make_results, perturbed_genes, publish_results, test_conditions
 from tasks.score import calibrate_metrics, score_controls, score_model
-from tasks.sources import fetch_source
+from tasks.sources import described, fetch_source
 from tasks.train import split_fold, train_fold
 
 
@@ -33,13 +32,14 @@ from tasks.train import split_fold, train_fold
     name="benchmark",
     flow_run_name="benchmark-{dataset}",
     task_runner=ThreadPoolTaskRunner(max_workers=os.cpu_count()),  # type: ignore[arg-type]
-    validate_parameters=True,
+    on_cancellation=[end_interrupted],
+    on_crashed=[end_interrupted],
 )
 def benchmark(
     dataset: str = "demo",
     models: list[str] = ["demo"],  # noqa: B006 - shown in the form of the UI, never changed
     folds: int | Literal["leave-one-out"] | None = None,
-    seed: int = 42,
+    seed: Annotated[int, Field(ge=0)] = 42,
     sources: dict[str, str] = {},  # noqa: B006
 ) -> Path:
     """Calibrate the metrics on a data set and judge models by them.
@@ -52,9 +52,8 @@ def benchmark(
     Returns the folder of the results: tables, report.html and figures.
     """
     spec = chosen_dataset(dataset, folds)
-    chosen = [model for model in catalog.models(models) if model.container]
-    embeddings = [model.embedding for model in chosen if model.embedding]
-    check_sources([spec, *embeddings], sources)
+    chosen = chosen_models(models)
+    check_sources([spec, *(model.embedding for model in chosen if model.embedding)], sources)
 
     raw = fetch_source(spec, sources)
     cells = prepare_cells(spec, raw)
@@ -65,36 +64,25 @@ def benchmark(
 
     asked = test_conditions(reference) if chosen else {}
     data = {fold: split_fold(cells, fold) for fold in asked}
-    embedded = make_embeddings(embeddings, data, sources, perturbed_genes(reference))
-    recipes = {model.name: recipe(model, seed) for model in chosen}
-    runs = open_runs(spec, reference, control_scores, recipes, list(asked), str(raw))
+    embedded = make_embeddings(chosen, data, sources, perturbed_genes(reference))
+    recipes = {model.name: recipe(model, seed, [embedded[model.name, fold] for fold in asked]) for model in chosen}
+    source = described(spec, raw)
+    runs = open_runs(spec, control_scores, recipes, list(asked), source)
     with failing_with_the_flow(runs):
-        predictions = {
+        trainings = {
             model.name: [
-                train_fold.submit(
-                    model,
-                    fold,
-                    data[fold],
-                    _embedded(model, fold, embedded),
-                    seed,
-                    asked[fold],
-                    runs.folds[model.name][fold],
-                )
+                train_fold.submit(spec, model, fold, data[fold], embedded[model.name, fold], seed, asked[fold], runs)
                 for fold in asked
             ]
             for model in chosen
         }
         scores = [
-            score_model(spec, reference, name, seed, [fold.result() for fold in folds])
-            for name, folds in predictions.items()
+            score_model(spec, reference, name, seed, [training.result() for training in of_model])
+            for name, of_model in trainings.items()
         ]
         results = make_results(spec, [control_scores, *scores], calibration, quality.result(), runs.benchmark_id)
         record_results(runs, results)
-    record_calibration(spec, calibration, str(raw), results)
+    record_calibration(spec, calibration, source, results)
     page = publish_results(spec.name, results)
     show_results(spec, runs, results, page)
     return page.parent
-
-
-def _embedded(model: ResolvedModel, fold: int, embedded: Mapping[tuple[str, int], Path]) -> Path | None:
-    return embedded[model.embedding.name, fold] if model.embedding else None

@@ -41,7 +41,7 @@ def run(
     dataset: Annotated[str, typer.Argument(help="A data set of the catalog, or the path of your own YAML entry.")],
     models: Annotated[str, typer.Option(help="Models or groups of the catalog, separated by commas.")] = "demo",
     folds: Annotated[str | None, typer.Option(help="Number of folds, or leave-one-out.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the models' training.")] = 42,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the models' training.")] = 42,
     source: Sources = None,
 ) -> None:
     """Benchmark models on a data set: prepare, train every fold, score, calibrate, report."""
@@ -62,7 +62,7 @@ def calibrate(
     column: Annotated[str, typer.Option(help="Column of obs with the conditions.")] = "condition",
     control: Annotated[str, typer.Option(help="Label of the control cells.")] = "control",
     covariate: Annotated[str | None, typer.Option(help="Column of obs with the covariate (cell line, donor).")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of halves and folds that are drawn.")] = 42,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of halves and folds that are drawn.")] = 42,
     half_seeds: Annotated[int, typer.Option(min=1, help="Number of half splits.")] = 5,
     recompute: Annotated[
         bool, typer.Option("--recompute", help="Of a mirror file, recompute the stored profiles and DE results.")
@@ -93,8 +93,11 @@ def score(
     source: Sources = None,
 ) -> None:
     """Score predictions made elsewhere against a data set and its calibrated metrics."""
+    from tasks.inputs import check_model_name
+
     sources, number = _named(source), _folds(folds)
     _check_benchmark(dataset, number, [], sources)
+    check_model_name(name)
     if not predictions.is_file():
         raise UserError(predictions, "file", "no such file", "check the path")
     services = _servers()
@@ -167,11 +170,10 @@ def _folds(text: str | None) -> Folds:
 
 def _check_benchmark(dataset: str, folds: Folds, models: list[str], sources: dict[str, str]) -> None:
     """What can be refused before anything is started."""
-    from core import catalog
-    from tasks.inputs import check_sources, chosen_dataset
+    from tasks.inputs import check_sources, chosen_dataset, chosen_models
 
     spec = chosen_dataset(dataset, folds)
-    embeddings = [model.embedding for model in catalog.models(models) if model.embedding]
+    embeddings = [model.embedding for model in chosen_models(models) if model.embedding]
     check_sources([spec, *embeddings], sources)
 
 
@@ -192,7 +194,13 @@ def _flow(flow: Any, **parameters: object) -> Path:
     ours = logging.getLogger("calipert")
     ours.setLevel(logging.INFO)
     ours.addHandler(RichHandler(console=CONSOLE, show_path=False, show_level=False, log_time_format="%H:%M:%S"))
-    result: Path = flow(**parameters)
+    from blocks.engines import ModelFailed
+
+    try:
+        result: Path = flow(**parameters)
+    except ModelFailed as error:
+        remedy = "mend the model, or leave it out with --models; the whole log is in Prefect"
+        raise UserError("model", "output", str(error), remedy) from error
     return result
 
 

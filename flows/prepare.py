@@ -7,6 +7,7 @@ from pathlib import Path
 from prefect import flow
 
 from core import catalog
+from tasks.inputs import check_sources
 from tasks.prepare import build_reference, measure_quality, prepare_cells
 from tasks.sources import fetch_source
 
@@ -20,6 +21,7 @@ def prepare(dataset: str = "demo", sources: dict[str, str] = {}) -> dict[str, Pa
     Returns the folders of cells.h5ad, reference.h5ad and quality.parquet in the store.
     """
     spec = catalog.dataset(dataset)
+    check_sources([spec], sources)
     raw = fetch_source(spec, sources)
     cells = prepare_cells(spec, raw)
     reference = build_reference(spec, cells)

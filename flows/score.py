@@ -8,10 +8,11 @@ from typing import Literal
 from prefect import flow
 
 from tasks.artifacts import key_of
-from tasks.inputs import chosen_dataset
+from tasks.inputs import check_model_name, check_sources, chosen_dataset
 from tasks.prepare import build_reference, measure_quality, prepare_cells
 from tasks.record import (
     Recipe,
+    end_interrupted,
     failing_with_the_flow,
     open_runs,
     record_calibration,
@@ -20,10 +21,15 @@ from tasks.record import (
 )
 from tasks.results import make_results, publish_results
 from tasks.score import accept_predictions, calibrate_metrics, score_controls, score_model
-from tasks.sources import fetch_source
+from tasks.sources import described, fetch_source
 
 
-@flow(name="score", flow_run_name="score-{dataset}-{name}")
+@flow(
+    name="score",
+    flow_run_name="score-{dataset}-{name}",
+    on_cancellation=[end_interrupted],
+    on_crashed=[end_interrupted],
+)
 def score(
     dataset: str,
     predictions: Path,
@@ -38,20 +44,23 @@ def score(
     Returns the folder of the results.
     """
     spec = chosen_dataset(dataset, folds)
+    check_model_name(name)
+    check_sources([spec], sources)
     raw = fetch_source(spec, sources)
     cells = prepare_cells(spec, raw)
     reference = build_reference(spec, cells)
-    accepted = accept_predictions(predictions, reference, name)
+    accepted = accept_predictions(spec, predictions, reference)
     quality = measure_quality(cells, reference)
     control_scores = score_controls(spec, reference)
     calibration = calibrate_metrics(spec, control_scores)
-    recipes = {name: Recipe({"file": predictions.name}, key_of(accepted), -1)}
-    runs = open_runs(spec, reference, control_scores, recipes, [], str(raw))
+    recipes = {name: Recipe({"file": predictions.name}, "", -1, [key_of(accepted)])}
+    source = described(spec, raw)
+    runs = open_runs(spec, control_scores, recipes, [], source)
     with failing_with_the_flow(runs):
         scores = score_model(spec, reference, name, -1, [accepted])
         results = make_results(spec, [control_scores, scores], calibration, quality, runs.benchmark_id)
         record_results(runs, results)
-    record_calibration(spec, calibration, str(raw), results)
-    page = publish_results(f"{spec.name}_{name}", results)
+    record_calibration(spec, calibration, source, results)
+    page = publish_results(f"{spec.name}.{name}", results)
     show_results(spec, runs, results, page)
     return page.parent

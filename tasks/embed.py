@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-import anndata as ad
 import pandas as pd
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from blocks.code import code_hash
-from core.catalog.schema import EmbeddingSpec
+from core.catalog.schema import EmbeddingSpec, ResolvedModel
 from tasks.artifacts import checksum, made
 from tasks.sources import fetch_source
 
@@ -41,20 +40,25 @@ def embed(spec: EmbeddingSpec, source: Path, perturbed: list[str]) -> Path:
 
 
 def make_embeddings(
-    specs: Iterable[EmbeddingSpec], data: Mapping[int, Path], sources: dict[str, str], perturbed: list[str]
-) -> dict[tuple[str, int], Path]:
-    """(embedding, fold) -> folder of its embedding.parquet; a shared embedding is the same for all folds.
+    models: Iterable[ResolvedModel], data: Mapping[int, Path], sources: dict[str, str], perturbed: list[str]
+) -> dict[tuple[str, int], Path | None]:
+    """(model, fold) -> folder of its embedding.parquet, None for a model without one. Each is made once.
 
-    data: the folds' artifacts. sources: files that the user named.
+    data: the folds' artifacts. sources: files that the user named. perturbed: the genes that models will need.
     """
-    made_for: dict[tuple[str, int], Path] = {}
-    for spec in {spec.name: spec for spec in specs}.values():
-        if spec.per_fold:
-            made_for |= {(spec.name, fold): embed(spec, part, perturbed) for fold, part in data.items()}
-        else:
-            shared = embed(spec, fetch_source(spec, sources), perturbed)
-            made_for |= {(spec.name, fold): shared for fold in data}
-    return made_for
+    by_key: dict[tuple[str, int | None], Path] = {}
+    given: dict[tuple[str, int], Path | None] = {}
+    for model in models:
+        for fold, part in data.items():
+            spec = model.embedding
+            if spec is None:
+                given[model.name, fold] = None
+                continue
+            key = (spec.name, fold if spec.per_fold else None)
+            if key not in by_key:
+                by_key[key] = embed(spec, part if spec.per_fold else fetch_source(spec, sources), perturbed)
+            given[model.name, fold] = by_key[key]
+    return given
 
 
 def _pathways(gmt: Path, dimensions: int) -> pd.DataFrame:
@@ -64,11 +68,9 @@ def _pathways(gmt: Path, dimensions: int) -> pd.DataFrame:
 
 
 def _coexpression(fold: Path, dimensions: int) -> pd.DataFrame:
-    from core.embedding import coexpression_embedding
+    from core.embedding import fold_coexpression
 
-    cells = ad.read_h5ad(fold / "train.h5ad")
-    training = cells[(cells.obs["split"] == "train").to_numpy()]
-    return coexpression_embedding(training.X, list(training.var_names), dimensions)
+    return fold_coexpression(fold, dimensions)
 
 
 COMPUTE: dict[str, Callable[[Path, int], pd.DataFrame]] = {"gmt": _pathways, "coexpression": _coexpression}

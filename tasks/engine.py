@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 from blocks.engines import ENGINES, ProcessEngine
-from blocks.paths import PROJECT_ROOT
+from blocks.paths import MODEL_CONTAINERS
 from core.catalog.schema import ResolvedModel
-
-MODELS = PROJECT_ROOT / "model_containers"
 
 
 def engine() -> ProcessEngine:
@@ -17,12 +16,17 @@ def engine() -> ProcessEngine:
 
 
 def engine_identity(model: ResolvedModel) -> str:
-    """What trains a model: the identity of its container under the engine in use."""
-    return engine().identity(container(model))
+    """What trains a model: the identity of its container under the engine in use, as it is at the first call."""
+    return _identity(container(model))
+
+
+@cache
+def _identity(folder: Path) -> str:
+    return engine().identity(folder)
 
 
 def container(model: ResolvedModel) -> Path:
     """The folder of a model under model_containers."""
     if model.container is None:
         raise ValueError(f"{model.name} is computed by the project itself and has no container")
-    return MODELS / model.container
+    return MODEL_CONTAINERS / model.container

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
 from pydantic import ValidationError
 
+from blocks.paths import MODEL_CONTAINERS
 from core import catalog
-from core.catalog.schema import DatasetSpec, EmbeddingSpec, LocalSource
+from core.catalog.schema import CONTROLS, NAME_PATTERN, DatasetSpec, EmbeddingSpec, LocalSource, ResolvedModel
 from core.errors import UserError
 
 VARIABLE = "CALIPERT_SOURCE_"
+BASELINES = ("additive", "linear")  # core computes them in every benchmark
 
 
 def named_source(name: str, sources: Mapping[str, str]) -> Path | None:
@@ -67,3 +70,30 @@ def chosen_dataset(dataset: str, folds: int | Literal["leave-one-out"] | None) -
     except ValidationError as error:
         reason = error.errors(include_url=False)[0]["msg"]
         raise UserError("--folds", "folds", str(folds), reason.removeprefix("Value error, ")) from error
+
+
+def chosen_models(names: Iterable[str]) -> list[ResolvedModel]:
+    """The models to train, by their names or groups; baselines that always take part need no training.
+
+    Raises UserError for an unknown name, and for a model that neither has a container nor is such a baseline.
+    """
+    chosen = []
+    for model in catalog.models(names):
+        where = f"catalog entry {model.template}"
+        if model.container is None:
+            if model.name not in BASELINES:
+                raise UserError(where, "container", "none", "name the folder of the model under model_containers")
+        elif not (MODEL_CONTAINERS / model.container / "model.py").is_file():
+            remedy = f"put model.py into {MODEL_CONTAINERS / model.container}"
+            raise UserError(where, "container", f"{model.container!r}, where there is no model", remedy)
+        else:
+            chosen.append(model)
+    return chosen
+
+
+def check_model_name(name: str) -> None:
+    """Raise UserError unless predictions made elsewhere can have this name: plain, and not that of a control."""
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise UserError("--name", "name", repr(name), "lower-case letters, digits and underscores, as in my_model")
+    if name in (*CONTROLS, *BASELINES):
+        raise UserError("--name", "name", f"{name!r}, the name of a control", "call the model something else")

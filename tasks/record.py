@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -15,20 +15,23 @@ from prefect import runtime, task
 from prefect.artifacts import create_link_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
+from blocks.code import code_hash
 from blocks.tracking import MLflowTracking
 from core.catalog.schema import DatasetSpec, ResolvedModel
 from core.controls import CONTROLS
 from core.errors import UserError
-from tasks.artifacts import key_of
+from tasks.artifacts import LOG, key_of
 from tasks.engine import engine_identity
 
 
 class Recipe(NamedTuple):
-    """What a model's scores follow from, apart from the data: its parameters, what trains it, its training seed."""
+    """What a model's scores follow from, apart from the data: its parameters, what trains it, its training seed,
+    and the keys of what else goes in (embeddings, a file of predictions)."""
 
     params: dict[str, Any]
     engine: str
     seed: int
+    inputs: list[str]
 
 
 class Runs(NamedTuple):
@@ -39,11 +42,12 @@ class Runs(NamedTuple):
     folds: dict[str, dict[int, str]]
 
 
-def recipe(model: ResolvedModel, seed: int) -> Recipe:
-    """The recipe of a model of the catalog under the engine in use."""
+def recipe(model: ResolvedModel, seed: int, embeddings: Iterable[Path | None]) -> Recipe:
+    """The recipe of a model of the catalog under the engine in use. embeddings: the artifacts that its folds get."""
     embedding = model.embedding
     about = {"embedding": embedding.name, "dimensions": embedding.dimensions} if embedding else {}
-    return Recipe({**model.hyperparameters, **about}, engine_identity(model), seed)
+    inputs = list(dict.fromkeys(key_of(path) for path in embeddings if path))
+    return Recipe({**model.hyperparameters, **about}, engine_identity(model), seed, inputs)
 
 
 def tracking_server() -> MLflowTracking:
@@ -59,25 +63,30 @@ def tracking_server() -> MLflowTracking:
     return MLflowTracking(tracking_uri=uri)
 
 
-def benchmark_id(reference: Path, recipes: Mapping[str, Recipe]) -> str:
-    """Twelve hex digits that tie the runs of one benchmark together: they follow from the data and the recipes."""
-    text = json.dumps([key_of(reference), {name: recipes[name] for name in sorted(recipes)}], sort_keys=True)
+def benchmark_id(control_scores: Path, recipes: Mapping[str, Recipe]) -> str:
+    """Twelve hex digits that tie the runs of one benchmark together.
+
+    They follow from the data and the code that scores (the key of the controls' scores holds both), the code that
+    summarises, and the models' recipes.
+    """
+    parts = [key_of(control_scores), code_hash("core.results"), {name: recipes[name] for name in sorted(recipes)}]
+    text = json.dumps(parts, sort_keys=True)
     return sha256(text.encode()).hexdigest()[:12]
 
 
 @task(name="open-runs", cache_policy=NO_CACHE)
 def open_runs(
-    spec: DatasetSpec, reference: Path, control_scores: Path, recipes: dict[str, Recipe], folds: list[int], source: str
+    spec: DatasetSpec, control_scores: Path, recipes: dict[str, Recipe], folds: list[int], source: str
 ) -> Runs:
     """The MLflow runs of a benchmark, found again or created: one per model and control, and one per model and fold.
 
     control_scores: of them only controls with a value get a run. source: where the raw file comes from.
     """
     scored = set(pd.read_parquet(control_scores / "scores.parquet", columns=["model"])["model"])
-    identity = benchmark_id(reference, recipes)
+    identity = benchmark_id(control_scores, recipes)
     server = tracking_server()
     kinds = dict.fromkeys(recipes, "model") | {control.name: control.role for control in CONTROLS}
-    controls = {control.name: Recipe({}, "", -1) for control in CONTROLS if control.name in scored}
+    controls = {control.name: Recipe({}, "", -1, []) for control in CONTROLS if control.name in scored}
     runs = Runs(identity, {}, {})
     for name, own in (recipes | controls).items():
         runs.models[name] = server.open_model_run(
@@ -87,7 +96,7 @@ def open_runs(
             key=f"{identity}/{name}",
             kind=kinds[name],
             benchmark_id=identity,
-            digest=key_of(reference)[:32],
+            digest=key_of(control_scores)[:32],
             source=source,
             params={"folds": spec.folds, "half_seeds": spec.half_seeds, "data_seed": spec.seed, **own.params},
             engine=own.engine or None,
@@ -104,10 +113,26 @@ def failing_with_the_flow(runs: Runs) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        server = tracking_server()
-        for run_id in runs.models.values():
-            server.fail(run_id, f"{type(error).__name__}: {error}")
+        end_failed(runs.models.values(), error)
         raise
+
+
+def end_failed(run_ids: Iterable[str], error: BaseException) -> None:
+    """End MLflow runs as FAILED with the reason. A lost server is only logged: it must not hide the error itself."""
+    try:
+        server = tracking_server()
+        for run_id in run_ids:
+            server.fail(run_id, f"{type(error).__name__}: {error}")
+    except UserError as lost:
+        LOG.warning("the failure could not be written to MLflow: %s", lost)
+
+
+def end_interrupted(flow: object, flow_run: Any, state: Any) -> None:
+    """Hook of a flow that was cancelled or has crashed: end the MLflow runs that it left running."""
+    try:
+        tracking_server().end_interrupted(str(flow_run.id), f"the flow run is {state.name}")
+    except UserError as lost:
+        LOG.warning("interrupted runs could not be ended in MLflow: %s", lost)
 
 
 @task(name="record-calibration", cache_policy=NO_CACHE)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from filelock import FileLock
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
@@ -64,12 +66,11 @@ def make_results(spec: DatasetSpec, scores: list[Path], calibration: Path, quali
 def publish_results(name: str, results: Path) -> Path:
     """Copy the results to the data folder's reports/<name>, in place of the former ones; report.html there."""
     target = reports_folder(name)
-    fresh = target.with_name(f".{target.name}.new")
-    for leftover in (fresh, fresh.with_suffix(".old")):
-        shutil.rmtree(leftover, ignore_errors=True)
-    shutil.copytree(results, fresh, copy_function=shutil.copyfile)
-    if target.exists():
-        target.rename(fresh.with_suffix(".old"))
-    fresh.rename(target)
-    shutil.rmtree(fresh.with_suffix(".old"), ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Two runs of one data set may end at once: one after the other puts its copy there, whole.
+    with FileLock(target.with_name(f".{name}.lock")), TemporaryDirectory(dir=target.parent, prefix=".") as scratch:
+        fresh = shutil.copytree(results, Path(scratch) / "new", copy_function=shutil.copyfile)
+        if target.exists():
+            target.rename(Path(scratch) / "old")
+        fresh.rename(target)
     return target / "report.html"

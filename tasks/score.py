@@ -2,55 +2,42 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import anndata as ad
 import pandas as pd
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from blocks.code import code_hash
 from core.catalog.schema import DatasetSpec
-from core.errors import UserError
 from tasks.artifacts import checksum, made
-
-UNPREDICTED = ["model", "covariate", "condition", "reason"]
 
 
 @task(name="score-controls", cache_policy=NO_CACHE)
 def score_controls(spec: DatasetSpec, reference: Path) -> Path:
     """scores.parquet of all controls and baselines, for every half split."""
-    from core.evaluation import write_control_scores
+    from core.scoring import write_control_scores
 
     return made(
         "control_scores",
         lambda folder: write_control_scores(reference, folder, spec.seed),
         inputs={"reference": reference},
         parameters={"seed": spec.seed},
-        code=code_hash("core.evaluation"),
+        code=code_hash("core.scoring"),
     )
 
 
 @task(name="score-model", task_run_name="score {model}", cache_policy=NO_CACHE)
 def score_model(spec: DatasetSpec, reference: Path, model: str, seed: int, predictions: list[Path]) -> Path:
     """scores.parquet and unpredicted.parquet of a model, from the predictions of its folds, for every half split."""
-    from core.evaluation import write_model_scores
-
-    def build(folder: Path) -> None:
-        profiles = ad.concat([ad.read_h5ad(fold / "predictions.h5ad") for fold in predictions], join="inner")
-        write_model_scores(profiles, model, seed, reference, spec.seed, folder)
-        reasons = [row for fold in predictions for row in json.loads((fold / "unpredicted.json").read_text())]
-        pd.DataFrame(reasons, columns=UNPREDICTED[1:]).assign(model=model)[UNPREDICTED].to_parquet(
-            folder / "unpredicted.parquet", index=False
-        )
+    from core.scoring import write_model_scores
 
     return made(
         "model_scores",
-        build,
+        lambda folder: write_model_scores(predictions, model, seed, reference, spec.seed, folder),
         inputs={"reference": reference} | {f"fold_{fold}": path for fold, path in enumerate(predictions)},
         parameters={"model": model, "seed": seed, "half_seed": spec.seed},
-        code=code_hash("core.evaluation"),
+        code=code_hash("core.scoring"),
         label=f"the scores of {model}",
     )
 
@@ -74,20 +61,17 @@ def calibrate_metrics(spec: DatasetSpec, control_scores: Path) -> Path:
 
 
 @task(name="accept-predictions", cache_policy=NO_CACHE)
-def accept_predictions(file: Path, reference: Path, name: str) -> Path:
+def accept_predictions(spec: DatasetSpec, file: Path, reference: Path) -> Path:
     """predictions.h5ad made elsewhere, aligned to the reference, and unpredicted.json; the artifact's folder.
 
-    Raises UserError where the file cannot be used, or where `name` is that of a control.
+    Raises UserError where the file cannot be used.
     """
-    from core.controls import CONTROLS
     from core.predictions import write_accepted
 
-    if name in {control.name for control in CONTROLS}:
-        raise UserError("--name", "name", f"{name!r}, the name of a control", "call the model something else")
     return made(
         "predictions",
-        lambda folder: write_accepted(file, reference, folder),
+        lambda folder: write_accepted(file, reference, spec.target_sum, folder),
         inputs={"file": checksum(file), "reference": reference},
-        parameters={},
+        parameters={"target_sum": spec.target_sum},
         code=code_hash("core.predictions"),
     )

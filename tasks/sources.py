@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from hashlib import sha256
+from pathlib import Path, PurePosixPath
+from tempfile import NamedTemporaryFile
+from urllib.parse import urlsplit
 
+import filelock
 import httpx
 from prefect import task
 
 from blocks.code import code_hash
-from blocks.paths import downloads_folder
+from blocks.paths import downloads_folder, store_folder
 from core.catalog.schema import DatasetSpec, EmbeddingSpec, HttpsSource, SimulatedSource
 from core.errors import UserError
 from tasks.artifacts import LOG, checksum, made
@@ -61,25 +65,54 @@ def simulated(source: SimulatedSource) -> Path:
 def downloaded(name: str, source: HttpsSource) -> Path:
     """The file behind an https source, from the downloads folder or freshly fetched.
 
-    It appears under its name only when it is whole and, where the entry has a checksum, right.
+    It appears under its name only when it is whole; callers that want it at the same time fetch it once. An address
+    that has changed is another file. Raises UserError where it does not have the entry's checksum.
     """
-    target = downloads_folder() / name / source.url.rsplit("/", 1)[-1]
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_suffix(target.suffix + ".part")
-        LOG.info("downloading %s", source.url)
-        with httpx.stream("GET", source.url, follow_redirects=True, timeout=60) as answer:
-            answer.raise_for_status()
-            expected = int(answer.headers.get("content-length", 0))
-            with part.open("wb") as file:
+    target = _target(name, source)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(target.parent / ".lock"):
+        if not target.exists():
+            # Under the lock nobody writes any: they are what killed downloads left.
+            for left in target.parent.glob("*.part"):
+                left.unlink()
+            LOG.info("downloading %s", source.url)
+            _download(source.url, target)
+    if source.sha256 is not None and (found := checksum(target)) != source.sha256:
+        raise UserError(target, "sha256", found, f"the entry expects {source.sha256}: delete the file and run again")
+    return target
+
+
+def described(spec: DatasetSpec | EmbeddingSpec, raw: Path) -> str:
+    """Where a raw file of `fetch_source` comes from, without a path of this machine: the address of a download,
+    "simulated", or the name of the user's file."""
+    if isinstance(spec.source, HttpsSource) and raw == _target(spec.name, spec.source):
+        return spec.source.url
+    if isinstance(spec.source, SimulatedSource) and raw.is_relative_to(store_folder()):
+        return "simulated"
+    return raw.name
+
+
+def _target(name: str, source: HttpsSource) -> Path:
+    address = sha256(source.url.encode()).hexdigest()[:12]
+    return downloads_folder() / name / address / (PurePosixPath(urlsplit(source.url).path).name or "download")
+
+
+def _download(url: str, target: Path) -> None:
+    """Fetch into a file that no other process writes, then name it. Raises ConnectionError if bytes are missing."""
+    with NamedTemporaryFile(dir=target.parent, suffix=".part", delete=False) as file:
+        part = Path(file.name)
+        try:
+            with httpx.stream("GET", url, follow_redirects=True, timeout=60) as answer:
+                answer.raise_for_status()
                 for chunk in answer.iter_bytes(CHUNK):
                     file.write(chunk)
+                expected = int(answer.headers.get("content-length", 0))
                 received = answer.num_bytes_downloaded
-        if expected and received != expected:
-            raise ConnectionError(f"{source.url}: {received} of {expected} bytes arrived")
-        part.replace(target)
-    if source.sha256 is not None and checksum(target) != source.sha256:
-        raise UserError(
-            target, "sha256", checksum(target), f"the entry expects {source.sha256}: delete the file and run again"
-        )
-    return target
+            if expected and received != expected:
+                raise ConnectionError(f"{url}: {received} of {expected} bytes arrived")
+            file.flush()
+            # Temporary files are readable by their owner only.
+            part.chmod(0o644)
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)

@@ -12,10 +12,10 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from blocks.code import code_hash
-from core.catalog.schema import ResolvedModel
+from core.catalog.schema import DatasetSpec, ResolvedModel
 from tasks.artifacts import LOG, made
 from tasks.engine import container, engine, engine_identity
-from tasks.record import tracking_server
+from tasks.record import Runs, end_failed, tracking_server
 
 THREADS = 1  # a model's bits may change with the number of threads; folds run beside each other instead
 
@@ -70,7 +70,7 @@ def trained(
         "model",
         build,
         inputs={"fold": fold} | ({"embedding": embedding} if embedding else {}),
-        parameters={"hyperparameters": model.hyperparameters, "seed": seed},
+        parameters={"hyperparameters": model.hyperparameters, "seed": seed, "threads": THREADS},
         code=engine_identity(model),
         label=label,
     )
@@ -83,6 +83,7 @@ def predicted(
     embedding: Path | None,
     seed: int,
     asked: list[dict[str, str]],
+    target_sum: float,
     on_event: Callable[[Event], None],
     label: str,
 ) -> Path:
@@ -108,7 +109,7 @@ def predicted(
             }
             engine().run("predict", folder_of_model, spec, on_event=on_event)
             genes = read_genes(fold / "control.h5ad")
-            profiles, unpredicted = check_model_output(Path(scratch), asked, genes, model.name)
+            profiles, unpredicted = check_model_output(Path(scratch), asked, genes, model.name, target_sum)
         profiles.write_h5ad(folder / "predictions.h5ad")
         (folder / "unpredicted.json").write_text(json.dumps(unpredicted, sort_keys=True), encoding="utf-8")
 
@@ -116,7 +117,7 @@ def predicted(
         "predictions",
         build,
         inputs={"model": directory, "fold": fold} | ({"embedding": embedding} if embedding else {}),
-        parameters={"conditions": asked, "seed": seed},
+        parameters={"conditions": asked, "seed": seed, "threads": THREADS, "target_sum": target_sum},
         code=engine_identity(model) + code_hash("core.predictions"),
         label=label,
     )
@@ -124,18 +125,20 @@ def predicted(
 
 @task(name="train-fold", task_run_name="{model.name} fold {fold}", cache_policy=NO_CACHE)
 def train_fold(
+    spec: DatasetSpec,
     model: ResolvedModel,
     fold: int,
     data: Path,
     embedding: Path | None,
     seed: int,
     asked: list[dict[str, str]],
-    run_id: str,
+    runs: Runs,
 ) -> Path:
     """Train a model on one fold and predict its test conditions; the artifact's folder of the predictions.
 
-    data: the fold's artifact (`split_fold`). run_id: the fold's MLflow run, which shows the curve while it grows.
+    data: the fold's artifact (`split_fold`). The fold's MLflow run among `runs` shows the curve while it grows.
     """
+    run_id = runs.folds[model.name][fold]
     tracking = tracking_server()
     live = tracking.live_curve(run_id)
     name = f"{model.name}, fold {fold}"
@@ -150,9 +153,11 @@ def train_fold(
 
     try:
         directory = trained(model, data, embedding, seed, learn, f"the model {name}")
-        predictions = predicted(model, directory, data, embedding, seed, asked, say, f"the predictions of {name}")
+        predictions = predicted(
+            model, directory, data, embedding, seed, asked, spec.target_sum, say, f"the predictions of {name}"
+        )
     except BaseException as error:
-        tracking.fail(run_id, f"{type(error).__name__}: {error}")
+        end_failed([run_id], error)
         raise
     tracking.log_curve(run_id, directory / "training.jsonl")
     tracking.finish(run_id)

@@ -17,7 +17,9 @@ import pytest
 from blocks import services, settings
 from blocks.paths import PROJECT_ROOT
 from blocks.settings import Services
+from core.catalog import registry
 from core.errors import UserError
+from tasks import inputs
 
 # A server as slight as can be: the machinery around it is what most tests are about.
 FAKE = """
@@ -236,6 +238,50 @@ def wait_for(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+# The worker
+
+
+@pytest.fixture
+def worker(fakes: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], psutil.Process]:
+    """Ensures a worker that does nothing and gives its process."""
+    launch = services._launch
+
+    def idle(name: str, arguments: list[str], *rest: object) -> object:
+        script = ["-c", "import time; time.sleep(600)"] if name == "worker" else []
+        return launch(name, [*script, *arguments], *rest)  # type: ignore[arg-type]
+
+    def ensure() -> psutil.Process:
+        services.ensure_worker(services.ensure_servers(), "cpu")
+        return recorded(fakes)["worker"]
+
+    monkeypatch.setattr(services, "_launch", idle)
+    monkeypatch.setattr(services, "_heard_of", lambda *_: True)
+    return ensure
+
+
+@pytest.mark.parametrize("variable", [registry.VARIABLE, f"{inputs.VARIABLE}NORMAN19"])
+def test_a_worker_is_replaced_when_the_users_files_are_named_otherwise(
+    worker: Callable[[], psutil.Process], fakes: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    first = worker()
+    servers = [recorded(fakes)[name] for name in ("prefect", "mlflow")]
+    monkeypatch.setenv("UNRELATED", "changed")
+    assert worker() == first
+    seen = [first]
+    for value in ("/private/one", "/private/two"):
+        monkeypatch.setenv(variable, value)
+        seen.append(worker())
+        assert worker() == seen[-1]
+        assert seen[-1].environ()[variable] == value
+        assert running(seen) == seen[-1:]
+    assert "private" not in (fakes / "services.json").read_text(encoding="utf-8")
+    monkeypatch.delenv(variable)
+    last = worker()
+    assert running(seen) == []
+    assert variable not in last.environ()
+    assert running(servers) == servers
 
 
 # Stopping

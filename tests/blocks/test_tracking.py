@@ -158,8 +158,9 @@ def training_file(path: Path, values: dict[tuple[str, int], float]) -> Path:
 
 @pytest.mark.parametrize("uri", ["sqlite:///mlflow.db", "mlruns", "http://"])
 def test_only_servers_are_accepted(uri: str) -> None:
-    with pytest.raises(UserError, match="Give the http or https URL"):
+    with pytest.raises(UserError, match="Give the http or https URL") as raised:
         MLflowTracking(tracking_uri=uri)
+    assert raised.value.field == "MLFLOW_TRACKING_URI"
 
 
 def test_a_password_in_the_url_is_refused_without_repeating_it() -> None:
@@ -177,6 +178,7 @@ def test_a_server_that_is_not_there_is_one_clear_error(monkeypatch: pytest.Monke
     assert raised.value.where == uri
     assert "refused" in raised.value.found
     assert "Start the MLflow server" in raised.value.remedy
+    assert "MLFLOW_TRACKING_URI" in raised.value.remedy
 
 
 def test_a_server_that_does_not_answer_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +189,7 @@ def test_a_server_that_does_not_answer_is_one_clear_error(monkeypatch: pytest.Mo
         silent.listen()
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(UserError, match="ReadTimeout"):
-            MLflowTracking(tracking_uri=uri).running_flow_runs()
+            MLflowTracking(tracking_uri=uri).finish("any")
 
 
 def test_a_server_that_dies_in_between_is_the_same_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +197,7 @@ def test_a_server_that_dies_in_between_is_the_same_error(monkeypatch: pytest.Mon
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     uri = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(UserError, match="Start the MLflow server") as raised:
-        MLflowTracking(tracking_uri=uri).running_flow_runs()
+        MLflowTracking(tracking_uri=uri).finish("any")
     assert raised.value.where == uri
 
 
@@ -276,14 +278,14 @@ def test_a_control_has_no_seed_in_its_name_and_no_engine(
         kind="negative control",
         benchmark_id="b1",
         digest="d",
-        source="data/panel.h5ad",
+        source="panel.h5ad",
         params={},
     )
     run = client.get_run(run_id)
     assert run.info.run_name == "control_mean"
     assert "engine" not in run.data.tags
     assert "flow_run_id" not in run.data.tags
-    assert json.loads(run.inputs.dataset_inputs[0].dataset.source) == {"uri": "data/panel.h5ad"}
+    assert json.loads(run.inputs.dataset_inputs[0].dataset.source) == {"uri": "panel.h5ad"}
 
 
 @pytest.mark.server
@@ -387,7 +389,7 @@ def test_a_failure_keeps_its_reason_until_the_run_finishes(
 
     assert open_model(tracking, dataset) == parent
     assert client.get_run(parent).info.status == "RUNNING"
-    tracking.start(fold)
+    assert tracking.open_fold_runs(parent, [0]) == {0: fold}
     assert client.get_run(fold).info.status == "RUNNING"
     assert "failure" in client.get_run(fold).data.tags
     failed_at = client.get_run(parent).info.end_time
@@ -416,12 +418,12 @@ def test_runs_of_a_dead_flow_are_found_and_ended(tracking: MLflowTracking, clien
     dead = open_model(tracking, dataset, "ridge", flow_run_id="dead-flow")
     fold = tracking.open_fold_runs(dead, [0])[0]
     alive = open_model(tracking, dataset, "knn", flow_run_id="live-flow")
-    assert {"dead-flow", "live-flow"} <= set(tracking.running_flow_runs())
     assert tracking.end_interrupted("dead-flow", "The flow run crashed.") == sorted([dead, fold])
     assert client.get_run(dead).info.status == "KILLED"
     assert client.get_run(fold).data.tags["failure"] == "The flow run crashed."
     assert client.get_run(alive).info.status == "RUNNING"
-    assert "dead-flow" not in tracking.running_flow_runs()
+    assert tracking.end_interrupted("dead-flow", "once more") == []
+    assert client.get_run(dead).data.tags["failure"] == "The flow run crashed."
     tracking.finish(alive)
 
 
@@ -648,13 +650,10 @@ def test_a_calibration_that_fails_says_so_and_can_be_repeated(
 
 
 @pytest.mark.server
-def test_links_lead_to_the_run_and_to_the_benchmark(
-    tracking: MLflowTracking, client: MlflowClient, dataset: str
-) -> None:
+def test_the_link_leads_to_the_benchmark(tracking: MLflowTracking, client: MlflowClient, dataset: str) -> None:
     run_id = open_model(tracking, dataset)
     experiment = client.get_run(run_id).info.experiment_id
     page = f"{tracking.tracking_uri}/#/experiments/{experiment}/runs"
-    assert tracking.run_url(run_id) == f"{page}/{run_id}?workflowType=machine_learning"
     wanted = "searchFilter=tags.benchmark_id%20%3D%20%27b1%27"
     assert (
         tracking.benchmark_url(dataset, "b1") == f"{page}?workflowType=machine_learning&compareRunsMode=CHART&{wanted}"

@@ -385,3 +385,10 @@ def test_the_guide_gives_the_defaults():
         if isinstance(field.default, int) and not isinstance(field.default, bool):
             row = next(line for line in guide.splitlines() if line.startswith(f"| `{name}` |"))
             assert row.rstrip(" |").endswith(f"| {field.default}")
+
+
+def test_names_that_a_model_may_not_have_are_those_of_the_controls() -> None:
+    from core import controls
+    from core.catalog import schema
+
+    assert set(schema.CONTROLS) == {control.name for control in controls.CONTROLS if control.role != "baseline"}

@@ -23,11 +23,9 @@ from core.evaluation import (
     control_scores,
     evaluated_set,
     score,
-    write_control_scores,
-    write_model_scores,
 )
 from core.metrics import METRICS
-from core.reference import build_half_split, build_negatives, build_reference, write_reference
+from core.reference import build_half_split, build_negatives, build_reference
 from core.splits import draw_halves
 
 by_definition = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("by_definition.py"))))
@@ -260,39 +258,3 @@ def test_another_half_split_brings_its_own_truth_and_duplicates(single_cells: ad
     for model, layers in (("technical_duplicate", split.layers), ("sparse_mean", reference.layers)):
         expected = by_definition.scores(layers[model], evaluation.keys, evaluation)
         assert_same(found[found["model"] == model], expected)
-
-
-def test_files_of_scores(single_cells: ad.AnnData, tmp_path: Path) -> None:
-    folders = {name: tmp_path / name for name in ("reference", "controls", "model")}
-    for folder in folders.values():
-        folder.mkdir()
-    write_reference(single_cells, 42, 3, folders["reference"])
-    write_control_scores(folders["reference"], folders["controls"], 42)
-    controls = pd.read_parquet(folders["controls"] / "scores.parquet")
-    assert list(controls.columns) == ["model", "covariate", "condition", "fold", "seed", "half_seed", "metric", "value"]
-    assert set(controls["half_seed"]) == {42, 43, 44}
-    assert set(controls["seed"]) == {-1}
-    negatives = ad.read_h5ad(folders["reference"] / "negatives.h5ad")
-    splits = {42: folders["reference"] / "reference.h5ad"}
-    splits |= {s: folders["reference"] / "half_splits" / f"seed_{s}.h5ad" for s in (43, 44)}
-
-    # A model that predicts some conditions, rows and genes in an order of its own, and lacks a gene.
-    reference = ad.read_h5ad(splits[42])
-    rows, genes = [5, 2, 9], np.random.default_rng(0).permutation(reference.n_vars)[:-1]
-    model = ad.AnnData(
-        reference.layers["mean"][rows][:, genes],
-        obs=reference.obs.iloc[rows][["covariate", "condition"]],
-        var=pd.DataFrame(index=reference.var_names[genes]),
-    )
-    write_model_scores(model, "averages", 7, folders["reference"], 42, folders["model"])
-    found = pd.read_parquet(folders["model"] / "scores.parquet")
-    assert set(found["model"]) == {"averages"}
-    assert set(found["seed"]) == {7}
-    for seed, file in splits.items():
-        evaluation = evaluated_set(ad.read_h5ad(file), negatives)
-        part = evaluation.with_genes(evaluation.genes.isin(model.var_names))
-        assert len(part.genes) == reference.n_vars - 1
-        profiles = model[:, part.genes].X
-        assert_same(found[found["half_seed"] == seed], by_definition.scores(profiles, model.obs, part))
-        of_controls = controls[(controls["half_seed"] == seed) & (controls["model"] == "control_mean")]
-        assert_same(of_controls, by_definition.scores(evaluation.control_mean, evaluation.keys, evaluation))

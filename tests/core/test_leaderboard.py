@@ -244,3 +244,25 @@ def test_one_half_split_has_no_spread_and_the_order_of_scores_does_not_matter() 
     )
     assert one["headroom_half_sd"].isna().all()
     pd.testing.assert_frame_equal(one.drop(columns="headroom_half_sd"), plain.drop(columns="headroom_half_sd"))
+
+
+def test_ranks_compare_models_on_the_conditions_where_the_metric_is_defined_for_all_of_them() -> None:
+    scores = score_table({"steady": list(range(20)), "fickle": list(range(20)), "shy": list(range(20))})
+    own = scores["metric"] == "nir"
+    position = pd.Series(list(zip(scores["covariate"], scores["condition"], strict=True))).map(CONDITIONS.index)
+    for model, value in (("steady", 0.5), ("fickle", 0.5), ("shy", 0.9)):
+        scores.loc[own & (scores["model"] == model), "value"] = value
+    # Where it is hard, the honest model does badly and the fickle one has no value: it must not gain by that.
+    hard = own & (position < 3)
+    scores.loc[hard & (scores["model"] == "steady"), "value"] = -1.0
+    scores.loc[hard & (scores["model"] == "fickle"), "value"] = np.nan
+    # Of half of the conditions the shy one has no value: it is not compared, nor does it take them from the others.
+    scores.loc[own & (position < 10) & (scores["model"] == "shy"), "value"] = np.nan
+    board = leaderboard(scores, verdicts(), 42)
+    steady, fickle, shy = (of(board, name, "nir") for name in ("steady", "fickle", "shy"))
+    assert (steady["n_conditions"], fickle["n_conditions"], shy["n_conditions"]) == (17, 17, 10)
+    assert steady["mean"] == fickle["mean"] == 0.5
+    assert steady["rank"] == fickle["rank"]
+    assert np.isnan(shy["rank"])
+    assert fickle["nan_share"] == pytest.approx(3 / 20)
+    assert shy["mean"] == pytest.approx(0.9)

@@ -16,9 +16,17 @@ from core.report import write_report
 build = runpy.run_path(str(Path(__file__).parent / "report_tables.py"))["build"]
 BROWSERS = ("chromium", "google-chrome", "chromium-browser")
 FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --hide-scrollbars --window-size=1200,3000"
-).split()
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+    "--window-size=1200,3000",
+)
 
 
 @pytest.mark.browser

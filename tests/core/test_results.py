@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from hashlib import sha256
 from html import unescape
@@ -15,11 +16,11 @@ import pytest
 from core.calibration import calibrate
 from core.catalog.schema import DatasetSpec
 from core.comparison import compare
-from core.evaluation import write_control_scores, write_model_scores
 from core.leaderboard import leaderboard
 from core.quality import write_quality
 from core.reference import read_reference, write_reference
 from core.results import DECLARED, write_results
+from core.scoring import write_control_scores, write_model_scores
 
 PROVENANCE = {"data set": "screen", "seed": "42"}
 
@@ -39,11 +40,12 @@ def parts(single_cells: ad.AnnData, tmp_path_factory: pytest.TempPathFactory) ->
         obs=reference.obs[["covariate", "condition"]],
         var=reference.var,
     )
-    write_model_scores(halved[:-1], "mine", 1, folders["reference"], 42, folders["model"])
-    lost = reference.obs[["covariate", "condition"]].iloc[-1:].assign(model="mine", reason="not measured")
-    lost[["model", "covariate", "condition", "reason"]].to_parquet(
-        folders["model"] / "unpredicted.parquet", index=False
-    )
+    fold = root / "fold"
+    fold.mkdir()
+    halved[:-1].write_h5ad(fold / "predictions.h5ad")
+    lost = reference.obs[["covariate", "condition"]].iloc[-1:].astype(str).assign(reason="not measured")
+    (fold / "unpredicted.json").write_text(json.dumps(lost.to_dict(orient="records")))
+    write_model_scores([fold], "mine", 1, folders["reference"], 42, folders["model"])
     controls = pd.read_parquet(folders["controls"] / "scores.parquet")
     calibrate(controls, 42).to_parquet(folders["calibration"] / "calibration.parquet", index=False)
     write_quality(single_cells, reference, folders["quality"])
