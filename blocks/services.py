@@ -33,7 +33,7 @@ from blocks.paths import (
     prefect_folder,
     services_file,
 )
-from blocks.settings import HOST, Services, child_environment, replace_text, require_own_toml, write_toml
+from blocks.settings import HOST, Services, child_environment, remove_toml, replace_text, require_own_toml, write_toml
 from core.errors import UserError
 
 # About 8 s on an idle laptop; much longer on a first start from a slow disk.
@@ -199,6 +199,7 @@ def stop() -> list[str]:
         running = [name for name in (WORKER, *servers) if _processes(name, records)]
         _forget(records, WORKER)
         _forget(records, *servers)
+        remove_toml()
     return running
 
 

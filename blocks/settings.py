@@ -106,6 +106,14 @@ def require_own_toml() -> None:
         )
 
 
+def remove_toml() -> None:
+    """Take away the prefect.toml that was written for servers which no longer run; one of the user's own stays."""
+    if data_folder() != DEFAULT_DATA or not PREFECT_TOML.exists():
+        return
+    if PREFECT_TOML.read_text(encoding="utf-8").startswith(TOML_HEADER):
+        PREFECT_TOML.unlink()
+
+
 def write_toml(services: Services) -> None:
     """So that `prefect deployment run ...` works as typed in the project's folder. Another data folder than the
     project's own leaves it alone: which of several servers is meant cannot be known."""

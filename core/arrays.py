@@ -25,6 +25,7 @@ def one_blas_thread() -> Iterator[None]:
     """A context in which BLAS and LAPACK use one thread: their last bits change with the number of threads.
 
     The limit is the whole process's. Contexts may overlap in several threads: the first sets it, the last lifts it.
+    (Importing core before numpy sets it for good.)
     """
     with _limit_lock:
         if not _limit:

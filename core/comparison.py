@@ -20,6 +20,7 @@ ALPHA = 0.05
 POWER = 0.8
 FEWEST_PAIRS = 2
 EXACT_PAIRS = 50
+FEWEST_FOR_INTERVAL = 5  # the bootstrap of fewer pairs says next to nothing; of a single one, a point
 
 # Strata of effect size by the number of DEGs: (name, from, to), both inclusive.
 STRATA = (("all", 0, np.inf), ("0", 0, 0), ("1-9", 1, 9), ("10-99", 10, 99), (">=100", 100, np.inf))
@@ -31,7 +32,8 @@ def compare(scores: pd.DataFrame, n_degs: pd.Series, seed: int, matched: pd.Data
     scores: long table of one half split (model, covariate, condition, metric, value). n_degs: number of DEGs by
     (covariate, condition). matched: for models that lack genes, the scores of the controls on these models' genes.
     mean_difference is positive where the model is better; tests are one-sided for that. Holm and Bonferroni run
-    over models x metrics, for each control and stratum. NaN: fewer than two pairs, or no variation.
+    over models x metrics, for each control and stratum. NaN: fewer than two pairs, or no variation; an interval
+    needs five pairs.
     detectable_difference: the mean difference that the paired t-test finds with 80 % power at alpha 0.05 divided
     by the number of tests (Holm's first step).
     """
@@ -81,6 +83,8 @@ def _control_of(model: str, control: str, wide: pd.DataFrame, metric: str) -> st
 def _tests(differences: Floats, seed: int) -> pd.DataFrame:
     """One row per column of differences (pairs x comparisons; NaN: not a pair)."""
     low, high = interval(bootstrap_means(differences, RESAMPLES, seed, "comparison"))
+    few = (~np.isnan(differences)).sum(axis=0) < FEWEST_FOR_INTERVAL
+    low[few] = high[few] = np.nan
     columns = [column[~np.isnan(column)] for column in differences.T]
     testable = [len(d) >= FEWEST_PAIRS and np.ptp(d) > 0 for d in columns]
     table = pd.DataFrame(

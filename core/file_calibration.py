@@ -152,5 +152,6 @@ def check_log_expression(cells: ad.AnnData, where: str) -> None:
             where,
             "X",
             "whole numbers only: these are counts",
-            "normalise and log1p them, or add a catalog entry and run `prepare`",
+            "give log1p of normalised counts (scanpy.pp.normalize_total, scanpy.pp.log1p), or write a catalog entry "
+            "for the file and use `calipert run`",
         )

@@ -102,6 +102,8 @@ def _ranked(board: pd.DataFrame) -> pd.DataFrame:
     board["rank"] = np.nan
     eligible = board[board["calibrated"] & board["comparable"]]
     for name, rows in eligible.groupby("metric", observed=True):
+        if len(rows) < 2:  # first of one is no rank
+            continue
         ascending = not BY_NAME[str(name)].higher_is_better
         board.loc[rows.index, "rank"] = rows["mean"].rank(ascending=ascending, method="min")
     return board.drop(columns="comparable")

@@ -74,7 +74,7 @@ def write_results(
         leaderboard=board,
         comparison=comparison,
         scores=everything,
-        declared=[*DECLARED, *_missing_genes(scores)],
+        declared=[*DECLARED, *_missing_genes(scores), *_silent(everything, unpredicted)],
         unpredicted=unpredicted,
     )
 
@@ -91,3 +91,9 @@ def _missing_genes(scores: list[Path]) -> list[str]:
                 "and compared with the controls on the same genes."
             )
     return sentences
+
+
+def _silent(scores: pd.DataFrame, unpredicted: pd.DataFrame) -> list[str]:
+    """A sentence for each model that predicted no condition at all."""
+    silent = sorted(set(unpredicted["model"]) - set(scores["model"]))
+    return [f"{model} predicted none of the conditions and has no score." for model in silent]

@@ -147,11 +147,12 @@ def outcomes(comparison: pd.DataFrame, calibration: pd.DataFrame, control: str |
 
     control: a name; None for each metric's own negative control. Values: "better" and "worse" where the 95 % interval
     of the mean difference over all conditions is clear of zero, "better, Holm" where moreover the one-sided paired
-    t-test has p < 0.05 after Holm's correction, else "undecided"; "" where the two were not compared.
+    t-test has p < 0.05 after Holm's correction, else "undecided"; "" where the two share fewer than 10 conditions.
     """
     table = verdicts(calibration)
     negative = table.loc[table["verdict"] == "calibrated"].set_index("metric")["negative"]
     rows = comparison[(comparison["stratum"] == "all") & comparison["metric"].isin(negative.index)]
+    rows = rows[rows["n"] >= FEWEST_CONDITIONS]
     rows = rows[rows["control"] == (rows["metric"].map(negative) if control is None else control)]
     better = rows["low"] > 0
     choices = [better & (rows["t_holm"] < ALPHA), better, rows["high"] < 0]

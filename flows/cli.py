@@ -132,7 +132,7 @@ def list_(
 
 @app.command()
 def env() -> None:
-    """Print the shell lines that make `prefect` and `mlflow` use the local servers: eval "$(calipert env)"."""
+    """Start the local servers if need be, and print the shell lines for using them: eval "$(calipert env)"."""
     from blocks.services import ensure_servers
     from blocks.settings import exports
 
@@ -217,6 +217,9 @@ def _show(results: Path, services: Services) -> None:
     from flows.console import result_table
 
     CONSOLE.print(result_table(pd.read_parquet(results / "leaderboard.parquet"), CONSOLE.width))
+    unpredicted = pd.read_parquet(results / "unpredicted.parquet")
+    for model, rows in unpredicted.groupby("model", observed=True):
+        CONSOLE.print(f"{model} did not predict {len(rows)} conditions: {rows['reason'].iloc[0]}", style="yellow")
     CONSOLE.print(
         f"\nReport:  {results / 'report.html'}\nPrefect: {services.prefect}\n"
         f"MLflow:  {services.mlflow} (choose “Model training”)\n"

@@ -210,4 +210,5 @@ def _legend(parts: list[list[Column]]) -> Text:
     if any(word.startswith("w") for word in words):
         words.add("w")
     used = [text for word, text in _LEGEND.items() if word in words]
-    return Text("   ".join([*marks, "– no value"]) + "\n" + "; ".join(used), style="dim")
+    marks += ["– no value", "(%) coverage: own conditions, not ranked"]
+    return Text("   ".join(marks) + "\n" + "; ".join(used), style="dim")

@@ -68,8 +68,8 @@ def chosen_dataset(dataset: str, folds: int | Literal["leave-one-out"] | None) -
     try:
         return DatasetSpec.model_validate(spec.model_dump() | {"folds": folds})
     except ValidationError as error:
-        reason = error.errors(include_url=False)[0]["msg"]
-        raise UserError("--folds", "folds", str(folds), reason.removeprefix("Value error, ")) from error
+        remedy = "combination data have 2 folds" if spec.task == "combination" else "at least 2, or leave-one-out"
+        raise UserError("--folds", "folds", str(folds), remedy) from error
 
 
 def chosen_models(names: Iterable[str]) -> list[ResolvedModel]:

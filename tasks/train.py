@@ -161,7 +161,8 @@ def train_fold(
         raise
     tracking.log_curve(run_id, directory / "training.jsonl")
     tracking.finish(run_id)
-    LOG.info("%s: %d conditions predicted", name, len(asked))
+    lacking = len(json.loads((predictions / "unpredicted.json").read_text(encoding="utf-8")))
+    LOG.info("%s: %d of %d conditions predicted", name, len(asked) - lacking, len(asked))
     return predictions
 
 

@@ -92,3 +92,12 @@ def test_the_projects_own_modules_have_stable_hashes() -> None:
     assert list(closure) == ["blocks", "blocks.code", "blocks.paths"]
     assert code_hash("blocks.code") == code_hash("blocks.code")
     assert len(code_hash("blocks.code")) == 64
+
+
+def test_a_template_beside_a_module_counts_with_it(project: Path) -> None:
+    before = code_hash("core.a", project)
+    template = project / "core" / "a.html"
+    template.write_text("<p>one</p>", encoding="utf-8")
+    first = code_hash("core.a", project)
+    template.write_text("<p>two</p>", encoding="utf-8")
+    assert len({before, first, code_hash("core.a", project)}) == 3

@@ -212,7 +212,7 @@ def board_table(calibrated, ranks=None, **kinds):
 def comparison_table(*rows):
     """Rows (model, control, metric, low, high, t_holm)."""
     table = pd.DataFrame(rows, columns=["model", "control", "metric", "low", "high", "t_holm"])
-    return table.assign(stratum="all", mean_difference=(table["low"] + table["high"]) / 2)
+    return table.assign(stratum="all", n=20, mean_difference=(table["low"] + table["high"]) / 2)
 
 
 def test_headline_names_verdicts_winners_losers_and_first_ranks():
@@ -243,6 +243,8 @@ def test_headline_names_verdicts_winners_losers_and_first_ranks():
     outcomes = views.outcomes(comparison, calibration)
     assert outcomes.loc["a"].to_dict() == {"mse": "better, Holm", "r2_deltapert": "better"}
     assert outcomes.loc["b"].to_dict() == {"mse": "worse", "r2_deltapert": "undecided"}
+    few = comparison.assign(n=comparison["n"].mask(comparison["model"] == "a", 9))
+    assert "a" not in views.outcomes(few, calibration).index
 
 
 def test_headline_says_when_no_model_wins():
