@@ -1,6 +1,7 @@
 """Gene embeddings: equal to scikit-learn and scanpy, the same bytes always, and missing genes stay missing."""
 
 import zipfile
+from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -17,6 +18,7 @@ from core import embedding as module
 from core.embedding import (
     coexpression_embedding,
     coverage,
+    fold_coexpression,
     gmt_membership,
     pathway_embedding,
     read_embedding,
@@ -394,3 +396,14 @@ def test_an_embedding_without_any_perturbed_gene_is_refused(gmt):
         require_coverage("reactome", table, ["G0002", "G0001"])
     assert error.value.where == "embedding reactome"
     assert "ATM" in error.value.found
+
+
+def test_the_coexpression_of_a_fold_comes_from_its_train_cells_alone(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    X = sparse.csr_matrix(rng.poisson(1.0, (60, 12)).astype(np.float32))
+    genes = [f"g{number:02d}" for number in range(12)]
+    split = np.array(["train"] * 40 + ["val"] * 20)
+    obs = pd.DataFrame({"split": split}, index=[f"c{number}" for number in range(60)])
+    cells = ad.AnnData(X, obs=obs, var=pd.DataFrame(index=genes))
+    cells.write_h5ad(tmp_path / "train.h5ad")
+    pd.testing.assert_frame_equal(fold_coexpression(tmp_path, 4), coexpression_embedding(X[:40], genes, 4))

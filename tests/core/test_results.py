@@ -91,3 +91,26 @@ def test_controls_alone_have_results_too(parts: dict[str, Path], entry: Callable
     assert unpredicted.empty
     assert list(unpredicted.columns) == ["model", "covariate", "condition", "reason"]
     assert set(pd.read_parquet(folder / "leaderboard.parquet")["kind"]) >= {"positive control", "negative control"}
+
+
+def test_a_model_without_some_genes_or_without_any_prediction_is_named(
+    parts: dict[str, Path], entry: Callable[..., Any], tmp_path: Path
+) -> None:
+    reference, _ = read_reference(parts["reference"])
+    obs = reference.obs[["covariate", "condition"]].astype(str)
+    lacking, silent = tmp_path / "lacking", tmp_path / "silent"
+    for folder in (lacking, silent):
+        (folder / "fold").mkdir(parents=True)
+    profiles = ad.AnnData(reference.layers["sparse_mean"], obs=obs, var=reference.var[[]])
+    profiles[:, 1:].write_h5ad(lacking / "fold" / "predictions.h5ad")
+    (lacking / "fold" / "unpredicted.json").write_text("[]")
+    profiles[:0].write_h5ad(silent / "fold" / "predictions.h5ad")
+    (silent / "fold" / "unpredicted.json").write_text(json.dumps(obs.assign(reason="no gene").to_dict("records")))
+    for folder in (lacking, silent):
+        write_model_scores([folder / "fold"], folder.name, 1, parts["reference"], 42, folder)
+    everyone = parts | {"lacking": lacking, "silent": silent}
+    folder = results(everyone, ["controls", "lacking", "silent"], entry(), tmp_path / "results")
+    report = unescape((folder / "report.html").read_text(encoding="utf-8"))
+    assert f"lacking does not predict 1 of the genes ({reference.var_names[0]})" in report
+    assert "silent predicted none of the conditions and has no score." in report
+    assert set(pd.read_parquet(folder / "leaderboard.parquet")["model"]) >= {"lacking", "dataset_mean"}

@@ -71,7 +71,9 @@ def test_knowledge_beats_the_dataset_mean_on_held_out_perturbations(shared: Path
         if asked[0]["condition"] in wanted:
             data = split_fold.fn(cells, fold)
             directory = trained(model, data, embedding, 42, lambda _: None, "model")
-            predictions = predicted(model, directory, data, embedding, 42, asked, lambda _: None, "predictions")
+            predictions = predicted(
+                model, directory, data, embedding, 42, asked, spec.target_sum, lambda _: None, "predictions"
+            )
             profiles.append(ad.read_h5ad(predictions / "predictions.h5ad"))
     assert len(profiles) == len(wanted)
     ratios = _wmse_ratios(ad.concat(profiles), reference)
