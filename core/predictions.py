@@ -31,8 +31,8 @@ def align_predictions(
     data: conditions x genes, X predicted mean log1p(CP10k); obs `condition`, and `covariate` unless the reference has
     one only. keys: covariate and condition of everything that may be predicted. genes: the reference's.
     The order of a combination's genes means nothing: `B+A` becomes `A+B` if that is the reference's name. Genes that
-    the reference lacks are left out (uns["ignored_genes"]); of its own at least 95 % must be there, and those that are
-    not (uns["missing_genes"]) have no column. Slightly negative values are allowed: linear models predict them.
+    the reference lacks are left out; of its own at least 95 % must be there, and those that are not have no column
+    (core.scoring reports them). Slightly negative values are allowed: linear models predict them.
     Raises UserError, naming `where`, for everything else that does not fit: no or unknown conditions, a row or a gene
     twice, genes as rows, NaN, infinite values, and values that cannot be means of log1p(CP10k), which are any above
     log1p of target_sum, to which the data set's cells are normalised, or whole numbers throughout with one above 1.
@@ -52,16 +52,13 @@ def align_predictions(
     unknown = found[~pd.MultiIndex.from_frame(found).isin(known)]
     if len(unknown):
         raise _unknown(unknown, keys, where)
-    is_shared = genes.isin(data.var_names)
-    shared, missing = genes[is_shared], genes[~is_shared].astype(str).tolist()
+    shared = genes[genes.isin(data.var_names)]
     require_shared_genes(data.var_names, genes, where)
     order = np.lexsort([found["condition"].to_numpy(str), found["covariate"].to_numpy(str)])
     obs = found.iloc[order].set_index(pd.Index(found["covariate"] + "|" + found["condition"])[order])
     values = _dense(data[:, shared], where)[order]
     _check_values(values, obs, shared, where, target_sum)
-    ignored = data.var_names[~data.var_names.isin(genes)].astype(str)
-    uns = {"missing_genes": np.array(missing, dtype=str), "ignored_genes": np.array(sorted(ignored), dtype=str)}
-    return ad.AnnData(X=values, obs=obs, var=pd.DataFrame(index=shared), uns=uns)
+    return ad.AnnData(X=values, obs=obs, var=pd.DataFrame(index=shared))
 
 
 def require_shared_genes(predicted: pd.Index, genes: pd.Index, where: str) -> None:
