@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import anndata as ad
 import pandas as pd
@@ -12,10 +13,14 @@ from core.errors import UserError
 
 def open_h5ad(path: Path) -> ad.AnnData:
     """The AnnData in `path`, in memory. Raises UserError where there is no such file or it is not an h5ad."""
+    return _opened(path, backed=None)
+
+
+def _opened(path: Path, backed: Literal["r"] | None) -> ad.AnnData:
     if not path.is_file():
         raise UserError(path, "file", "no such file", "check the path, or name the file as the data set's source")
     try:
-        return ad.read_h5ad(path)
+        return ad.read_h5ad(path, backed=backed)
     except MemoryError:
         raise
     # A damaged or foreign file makes h5py and anndata raise almost anything, classes of their own included.
@@ -28,21 +33,20 @@ def open_h5ad(path: Path) -> ad.AnnData:
         ) from error
 
 
-def read_obs(path: Path) -> pd.DataFrame:
-    """Only the description of the rows of an h5ad."""
-    backed = ad.read_h5ad(path, backed="r")
+def read_names(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Only the tables of the rows (obs) and the columns (var) of an h5ad. Raises UserError as `open_h5ad` does."""
+    backed = _opened(path, backed="r")
     try:
-        obs: pd.DataFrame = backed.obs.copy()
+        return backed.obs.copy(), backed.var.copy()
     finally:
         backed.file.close()
-    return obs
+
+
+def read_obs(path: Path) -> pd.DataFrame:
+    """Only the description of the rows of an h5ad."""
+    return read_names(path)[0]
 
 
 def read_genes(path: Path) -> pd.Index:
     """Only the names of the columns of an h5ad."""
-    backed = ad.read_h5ad(path, backed="r")
-    try:
-        genes: pd.Index = backed.var_names.copy()
-    finally:
-        backed.file.close()
-    return genes
+    return read_names(path)[1].index

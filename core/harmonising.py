@@ -6,14 +6,16 @@ Everything that can be wrong with a raw file is refused here, before any work st
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from core.catalog.schema import DatasetSpec, Filter, Labels
+from core.arrays import Bools, Ints
+from core.catalog.schema import DatasetSpec, Filter, Labels, Sampling
+from core.draws import generator
 from core.errors import UserError, shown
 
 CONTROL = "control"
@@ -27,23 +29,32 @@ COMPARISONS: dict[str, Callable[[pd.Series, Any], pd.Series]] = {
 }
 
 
-def harmonise(raw: ad.AnnData, spec: DatasetSpec, where: str) -> tuple[ad.AnnData, dict[str, Any]]:
-    """Counts with harmonised labels, and what was dropped on the way.
+class Plan(NamedTuple):
+    """What a file's names alone decide: which cells and genes to read, and what they are called.
 
-    raw: cells x genes as published, X whole-number counts.
-    Returns an AnnData with X CSR float32 counts, genes sorted by symbol, cells in file order, obs
-    `condition` (`control`, `A`, `A+B` with sorted genes), `covariate` and, where the entry names a column for it,
-    `library_size`; and a report: cells dropped by the entry's filters, genes dropped because their symbol
-    occurs more than once or is missing.
-    Raises UserError for a missing column, duplicated cell names, counts that are not whole numbers >= 0,
-    labels that cannot be read, and data without control cells.
+    rows: positions of the kept cells, in file order. obs: their `condition`, `covariate` and, where the entry names
+    a column for it, `library_size`. columns: positions of the kept genes, sorted by symbol. genes: their symbols.
+    report: what was dropped on the way.
     """
-    if raw.n_obs == 0 or raw.n_vars == 0:
-        raise UserError(where, "shape", f"{raw.n_obs} cells x {raw.n_vars} genes", "give a file with cells and genes")
-    if raw.X is None:
-        raise UserError(where, "X", "no matrix", "put the raw counts into X (they may be in a layer, or in .raw)")
-    _require_expected(raw, spec, where)
-    repeated = raw.obs_names[raw.obs_names.duplicated()]
+
+    rows: Ints
+    obs: pd.DataFrame
+    columns: Ints
+    genes: pd.Index
+    report: dict[str, Any]
+
+
+def plan(obs: pd.DataFrame, var: pd.DataFrame, spec: DatasetSpec, where: str) -> Plan:
+    """Harmonise the names of a published file, without its matrix.
+
+    obs, var: its tables of cells and genes. Conditions are sampled before any filter, where the entry says so.
+    Raises UserError for a missing column, duplicated cell names, another size than the entry expects, labels that
+    cannot be read, and data without control cells.
+    """
+    if len(obs) == 0 or len(var) == 0:
+        raise UserError(where, "shape", f"{len(obs)} cells x {len(var)} genes", "give a file with cells and genes")
+    _require_expected(obs, len(var), spec, where)
+    repeated = obs.index[obs.index.duplicated()]
     if len(repeated):
         raise UserError(
             where,
@@ -51,61 +62,99 @@ def harmonise(raw: ad.AnnData, spec: DatasetSpec, where: str) -> tuple[ad.AnnDat
             f"{len(repeated)} duplicated cell names ({shown(list(repeated))})",
             "make the names unique, e.g. by adding the batch: adata.obs_names_make_unique()",
         )
-    keep = _filtered(raw.obs, spec.filters, where)
-    obs = raw.obs.loc[keep]
-    conditions = condition_labels(_column(obs, spec.labels.column, where), spec.labels, where)
+    sampled = _sampled(obs, spec, where)
+    keep = _filtered(obs, spec.filters, where) & sampled
+    kept = obs.loc[keep]
+    conditions = condition_labels(_column(kept, spec.labels.column, where), spec.labels, where)
     labelled = conditions.notna().to_numpy()
     covariates = (
-        pd.Series(spec.covariate, index=obs.index)
+        pd.Series(spec.covariate, index=kept.index)
         if spec.covariate_column is None
-        else _covariates(obs[labelled], spec.covariate_column, where).reindex(obs.index)
+        else _covariates(kept[labelled], spec.covariate_column, where).reindex(kept.index)
     )
-    symbols = pd.Index(raw.var_names if spec.symbol_column is None else _symbols(raw.var, spec.symbol_column, where))
-    ambiguous = symbols.duplicated(keep=False) | symbols.isna()
-    order = np.argsort(symbols[~ambiguous].to_numpy().astype(str), kind="stable")
-    genes = np.flatnonzero(~ambiguous)[order]
-
-    rows = np.flatnonzero(keep)[labelled]
-    counts = sparse.csr_matrix(raw.X[rows][:, genes], dtype=np.float32)
-    counts.sort_indices()
-    check_counts(counts, where)
     table = pd.DataFrame({"condition": conditions[labelled].astype(str), "covariate": covariates[labelled]})
     if spec.library_size is not None:
-        sizes = pd.to_numeric(_column(obs, spec.library_size, where), errors="coerce")[labelled]
-        if not (np.isfinite(sizes) & (sizes > 0)).all():
-            raise UserError(
-                where,
-                f"obs[{spec.library_size!r}]",
-                "library sizes that are missing, zero or negative",
-                "fill the column, or take `library_size` out of the catalog entry",
-            )
-        table["library_size"] = sizes.astype(np.float64)
-    cells = ad.AnnData(X=counts, obs=table, var=pd.DataFrame(index=symbols[genes].astype(str)))
-    require_controls(cells.obs, spec.labels, where)
+        table["library_size"] = _library_sizes(kept[labelled], spec.library_size, where)
+    require_controls(table, spec.labels, where)
+    symbols = pd.Index(var.index if spec.symbol_column is None else _symbols(var, spec.symbol_column, where))
+    ambiguous = symbols.duplicated(keep=False) | symbols.isna()
+    columns = np.flatnonzero(~ambiguous)
+    columns = columns[np.argsort(symbols[columns].to_numpy().astype(str), kind="stable")]
     report = {
-        "cells in the file": int(raw.n_obs),
-        "cells dropped by the entry's filters": int((~keep).sum()),
+        "cells in the file": len(obs),
+        "cells of conditions that were not sampled": int((~sampled).sum()),
+        "cells dropped by the entry's filters": int((sampled & ~keep).sum()),
         "cells without a label": int((~labelled).sum()),
-        "genes in the file": int(raw.n_vars),
+        "genes in the file": len(var),
         "genes dropped because their symbol occurs more than once": sorted(
             set(symbols[ambiguous].dropna().astype(str))
         ),
         "genes dropped because they have no symbol": int(symbols.isna().sum()),
     }
-    return cells, report
+    return Plan(np.flatnonzero(keep)[labelled], table, columns, symbols[columns].astype(str), report)
 
 
-def _require_expected(raw: ad.AnnData, spec: DatasetSpec, where: str) -> None:
+def harmonise(raw: ad.AnnData, spec: DatasetSpec, where: str) -> tuple[ad.AnnData, dict[str, Any]]:
+    """Counts with harmonised labels, and what was dropped on the way.
+
+    raw: cells x genes as published, X whole-number counts.
+    Returns an AnnData with X CSR float32 counts, genes sorted by symbol, cells in file order, obs and report of
+    `plan`. Raises UserError as `plan` does, and for counts that are not whole numbers >= 0.
+    """
+    names = plan(raw.obs, raw.var, spec, where)
+    if raw.X is None:
+        raise UserError(where, "X", "no matrix", "put the raw counts into X (they may be in a layer, or in .raw)")
+    counts = sparse.csr_matrix(raw.X[names.rows][:, names.columns], dtype=np.float32)
+    counts.sort_indices()
+    check_counts(counts, where)
+    return ad.AnnData(X=counts, obs=names.obs, var=pd.DataFrame(index=names.genes)), names.report
+
+
+def sample_conditions(conditions: set[str], sampling: Sampling, seed: int) -> set[str]:
+    """`sampling.conditions` of the perturbed conditions: those in `priority`, the rest drawn with the seed.
+
+    All of them, where there are no more. Priority conditions beyond the number wanted are left out from the end of
+    the list.
+    """
+    first = [name for name in sampling.priority if name in conditions][: sampling.conditions]
+    others = sorted(conditions - set(first))
+    n = min(sampling.conditions - len(first), len(others))
+    drawn = generator(seed, "sample_conditions").choice(len(others), size=n, replace=False)
+    return {*first, *(others[i] for i in drawn)}
+
+
+def _sampled(obs: pd.DataFrame, spec: DatasetSpec, where: str) -> Bools:
+    """Mask of the cells whose condition takes part; control and cells without a label always do."""
+    if spec.sample is None:
+        return np.ones(len(obs), dtype=bool)
+    labels = condition_labels(_column(obs, spec.labels.column, where), spec.labels, where)
+    kept = sample_conditions(set(labels.dropna()) - {CONTROL}, spec.sample, spec.seed)
+    return np.asarray(labels.isna() | labels.isin(kept | {CONTROL}), dtype=bool)
+
+
+def _library_sizes(obs: pd.DataFrame, column: str, where: str) -> pd.Series:
+    sizes = pd.to_numeric(_column(obs, column, where), errors="coerce")
+    if not (np.isfinite(sizes) & (sizes > 0)).all():
+        raise UserError(
+            where,
+            f"obs[{column!r}]",
+            "library sizes that are missing, zero or negative",
+            "fill the column, or take `library_size` out of the catalog entry",
+        )
+    return sizes.astype(np.float64)
+
+
+def _require_expected(obs: pd.DataFrame, n_genes: int, spec: DatasetSpec, where: str) -> None:
     expected = spec.expected
     if expected is None:
         return
-    labels = condition_labels(_column(raw.obs, spec.labels.column, where), spec.labels, where)
+    labels = condition_labels(_column(obs, spec.labels.column, where), spec.labels, where)
     conditions = len(set(labels.dropna()) - {CONTROL})
-    if (raw.n_obs, raw.n_vars, conditions) != (expected.cells, expected.genes, expected.conditions):
+    if (len(obs), n_genes, conditions) != (expected.cells, expected.genes, expected.conditions):
         raise UserError(
             where,
             "shape",
-            f"{raw.n_obs:,} cells x {raw.n_vars:,} genes, {conditions} conditions; "
+            f"{len(obs):,} cells x {n_genes:,} genes, {conditions} conditions; "
             f"{spec.name} has {expected.cells:,} x {expected.genes:,}, {expected.conditions}",
             "give the file that the catalog entry describes, or write an entry of your own for this one",
         )

@@ -30,6 +30,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+datasets = typer.Typer(no_args_is_help=True, help="Look at data sets.")
+app.add_typer(datasets, name="dataset")
+
 Sources = Annotated[
     list[str] | None,
     typer.Option("--source", help="NAME=FILE: the file to use for a data set or embedding; may be repeated."),
@@ -128,6 +131,29 @@ def list_(
     }
     for name in catalog.names(kinds[kind]):
         CONSOLE.print(f"[bold]{name}[/bold]  {titles[kinds[kind]](name)}")
+
+
+@datasets.command()
+def check(
+    dataset: Annotated[str, typer.Argument(help="The path of your own YAML entry, or a data set of the catalog.")],
+    source: Sources = None,
+) -> None:
+    """Say what an entry would do with its file (labels, cells per condition, what is dropped), without doing it."""
+    from core import catalog
+    from core.dataset_check import check_dataset
+    from flows.console import check_table
+    from tasks.inputs import check_sources, named_source
+
+    spec, sources = catalog.dataset(dataset), _named(source)
+    check_sources([spec], sources)
+    file = named_source(spec.name, sources)
+    if file is None:
+        remedy = f"download {getattr(spec.source, 'url', 'it')} and name it: --source {spec.name}=FILE"
+        raise UserError(dataset, "source", "an entry that can be read, but no file to check it with", remedy)
+    found = check_dataset(file, spec)
+    CONSOLE.print(check_table(found, spec.name))
+    if found.faults:
+        raise UserError(file, "conditions", "; ".join(found.faults), f"mend the entry {dataset}, or give more data")
 
 
 @app.command()

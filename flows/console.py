@@ -10,10 +10,12 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from core.errors import UserError
+from core.errors import UserError, shown
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from core.dataset_check import DatasetCheck
 
 _WORDS = {
     "pearson": "r",
@@ -31,6 +33,7 @@ _LEGEND = {
 }
 _VERDICT_STYLES = {"calibrated": "green", "inconclusive": "yellow", "miscalibrated": "red", "none": "dim"}
 _WIDE = 97  # columns that the full table of verdicts takes
+_HEAD, _TAIL = 30, 10  # rows of a long table of conditions that are shown
 _LONGEST = 800  # characters of one field of an error: the panel must fit on a screen
 
 
@@ -113,6 +116,33 @@ def verdict_table(calibration: pd.DataFrame, width: int = 100) -> RenderableType
         "control beats the negative one."
     )
     return Group(table, "", Text(legend, style="dim"))
+
+
+def check_table(check: DatasetCheck, name: str) -> RenderableType:
+    """Conditions with their labels and cells, the smallest first, then what is dropped.
+
+    Long tables are cut in the middle of the conditions: the smallest decide, the largest show the scale.
+    """
+    labels = check.labels.groupby("condition")["label"].agg(lambda texts: sorted(set(texts)))
+    rows = check.conditions.sort_values(["kept", "cells", "covariate", "condition"])
+    table = Table(box=box.SIMPLE_HEAD, title=f"{name}: {len(rows):,} (covariate, condition) groups", show_edge=False)
+    for head in ("covariate", "condition", "labels in the file", "cells", ""):
+        table.add_column(head, justify="right" if head == "cells" else "left")
+    for position, row in enumerate(rows.itertuples(index=False)):
+        if _HEAD <= position < len(rows) - _TAIL:
+            if position == _HEAD:
+                table.add_row("...", f"{len(rows) - _HEAD - _TAIL:,} more", "", "", "")
+            continue
+        texts = shown(labels[row.condition], 3)
+        table.add_row(row.covariate, row.condition, texts, f"{row.cells:,}", "" if row.kept else "dropped: too few")
+    facts = Table.grid(padding=(0, 2))
+    for what, value in check.report.items():
+        text = f"{len(value):,}: {shown(value, 8)}" if isinstance(value, list) and value else value
+        facts.add_row(what, Text("none" if text == [] else f"{text:,}" if isinstance(text, int) else str(text)))
+    dropped = int((~check.conditions["kept"]).sum())
+    facts.add_row("conditions dropped for too few cells", f"{dropped:,}")
+    note = "Not applied yet, since they need the counts: the least genes per cell and the least cells per gene."
+    return Group(table, "", facts, "", Text(note, style="dim"))
 
 
 def error_panel(error: UserError) -> Panel:

@@ -67,6 +67,19 @@ class HttpsSource(Entry):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
 
 
+class S3Source(Entry):
+    """A file in an S3 bucket, `url` being s3://bucket/key; read with the machine's AWS credentials unless `anonymous`.
+
+    endpoint: address of the S3 service where it is not Amazon's.
+    """
+
+    kind: Literal["s3"]
+    url: Annotated[str, Field(pattern=r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]/\S+$")]
+    anonymous: bool = False
+    endpoint: Annotated[str, Field(pattern=r"^https?://\S+$")] | None = None
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+
+
 class LocalSource(Entry):
     """A file that the user has. `hint` says which file is wanted and where it comes from."""
 
@@ -111,6 +124,16 @@ class Filter(Entry):
         return self
 
 
+class Sampling(Entry):
+    """Keep `conditions` perturbed conditions: those named in `priority` if present, the rest drawn with the seed.
+
+    Before any filter of cells.
+    """
+
+    conditions: Count
+    priority: Texts = ()
+
+
 class Shape(Entry):
     """The published file's size: cells, genes, and distinct perturbed conditions, before any filter."""
 
@@ -125,9 +148,10 @@ class DatasetSpec(Entry):
     name: Name
     title: Text
     task: Literal["single", "combination"]
-    source: Annotated[HttpsSource | LocalSource | SimulatedSource, Field(discriminator="kind")]
+    source: Annotated[HttpsSource | S3Source | LocalSource | SimulatedSource, Field(discriminator="kind")]
     labels: Labels
     filters: Annotated[tuple[Filter, ...], Field(strict=False)] = ()
+    sample: Sampling | None = None
     covariate_column: Text | None = None
     covariate: Annotated[str, Field(pattern=r"^[^|]+$")] = "all"
     symbol_column: Text | None = None
@@ -165,7 +189,7 @@ class EmbeddingSpec(Entry):
     name: Name
     title: Text
     kind: Literal["gmt", "coexpression"]
-    source: Annotated[HttpsSource | LocalSource, Field(discriminator="kind")] | None = None
+    source: Annotated[HttpsSource | S3Source | LocalSource, Field(discriminator="kind")] | None = None
     dimensions: Count
     per_fold: bool = False
     licence: Text = "not stated"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 
@@ -58,6 +59,41 @@ def test_every_data_set_says_whose_it_is(name):
     spec = catalog.dataset(name)
     assert spec.name == name
     assert "not stated" not in (spec.licence, spec.citation)
+
+
+def test_the_catalog_holds_the_fourteen_screens_of_the_study():
+    combinations = {"norman19", "sunshine23", "wessels23"}
+    singles = {
+        *("adamson16", "frangieh21", "kaden25fibroblast", "kaden25rpe1", "nadig25hepg2", "nadig25jurkat"),
+        *("replogle22k562", "replogle22k562gwps", "replogle22rpe1", "tian21crispra", "tian21crispri"),
+    }
+    specs = {name: catalog.dataset(name) for name in combinations | singles}
+    assert {name for name, spec in specs.items() if spec.task == "combination"} == combinations
+    assert all(spec.source.kind == "https" for spec in specs.values())
+    assert len({spec.source.url for spec in specs.values()}) == 14
+
+
+@pytest.mark.parametrize(
+    ("name", "labels"),
+    [
+        ("adamson16", {"SPI1_pDS255": "SPI1", "62(mod)_pBA581": "control", "HSPA5_pDS017": "HSPA5"}),
+        ("frangieh21", {"B2M": "B2M", "control": "control"}),
+        ("kaden25rpe1", {"KLF4": "KLF4", "non": "control"}),
+        ("nadig25jurkat", {"MYC": "MYC", "non-targeting": "control"}),
+        ("sunshine23", {"ACE2_TP53": "ACE2+TP53", "ACE2": "ACE2", "control": "control"}),
+        ("wessels23", {"CD55_CD46": "CD46+CD55", "control": "control"}),
+    ],
+)
+def test_published_labels_are_read(name, labels):
+    spec = catalog.dataset(name)
+    assert list(condition_labels(pd.Series(list(labels)), spec.labels, name)) == list(labels.values())
+
+
+def test_the_genome_wide_screen_is_sampled():
+    sample = catalog.dataset("replogle22k562gwps").sample
+    assert sample.conditions == 2500
+    assert len(sample.priority) == len(set(sample.priority)) == 93
+    assert {"NANOG", "CTCF", "E2F4"} < set(sample.priority)
 
 
 @pytest.mark.parametrize("name", catalog.names("embedding"))
@@ -207,7 +243,7 @@ def test_the_example_of_the_guide_is_a_valid_entry():
         ({"name": "a" * 65}, "name", "aaa", "at most 64"),
         ({"title": ""}, "title", "''", "at least 1"),
         ({"task": "pairs"}, "task", "'pairs'", "'single' or 'combination'"),
-        ({"source": {"kind": "ftp"}}, "source", "ftp", "'https', 'local', 'simulated'"),
+        ({"source": {"kind": "ftp"}}, "source", "ftp", "'https', 's3', 'local', 'simulated'"),
         ({"source": {"hint": "x"}}, "source", "hint", "kind"),
         ({"source": {"kind": "https", "url": "http://a.b/c"}}, "source.url", "http://a.b/c", "^https://"),
         (
@@ -376,7 +412,12 @@ def test_the_guide_explains_every_field_and_no_other():
     first_cells = [cell.strip() for line in guide.splitlines() if line.startswith("|") for cell in line.split("|")[1:3]]
     explained = {match.group(1) for cell in first_cells if (match := re.fullmatch(r"`(\w+)`", cell))}
     entries = set(schema.Entry.__subclasses__()) - {schema.ResolvedModel}
-    assert explained == {field for entry in entries for field in entry.model_fields} | {"https", "local", "simulated"}
+    assert explained == {field for entry in entries for field in entry.model_fields} | {
+        "https",
+        "s3",
+        "local",
+        "simulated",
+    }
 
 
 def test_the_guide_gives_the_defaults():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
 
-from core.catalog.schema import DatasetSpec, Labels
+from core.catalog.schema import DatasetSpec, Labels, Sampling
 from core.cells import write_cells
 from core.errors import UserError, shown
 from core.files import open_h5ad
-from core.harmonising import CONTROL, condition_labels, genes_of, harmonise
+from core.harmonising import CONTROL, condition_labels, genes_of, harmonise, sample_conditions
 
 Entry = Callable[..., DatasetSpec]
 GENES = st.text("ABCXYZ0123-.", min_size=1, max_size=6)
@@ -141,6 +142,7 @@ def test_harmonised_counts(entry: Entry) -> None:
     assert cells.X.toarray().tolist() == raw.X.toarray()[[0, 1, 3, 4, 5]][:, [4, 1, 3]].tolist()
     assert report == {
         "cells in the file": 6,
+        "cells of conditions that were not sampled": 0,
         "cells dropped by the entry's filters": 0,
         "cells without a label": 1,
         "genes in the file": 6,
@@ -455,7 +457,7 @@ def test_what_is_not_an_h5ad_is_refused(write: Callable[[Path], None], tmp_path:
 
 
 def test_a_file_too_large_for_the_memory_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(path: Path) -> ad.AnnData:
+    def fail(path: Path, backed: str | None) -> ad.AnnData:
         raise MemoryError(path)
 
     published().write_h5ad(tmp_path / "file.h5ad")
@@ -474,3 +476,34 @@ def test_long_lists_of_names_are_cut() -> None:
     assert shown(["a", "b"]) == "a, b"
     assert shown(list("abcdefg")) == "a, b, c, d, e and 2 more"
     assert shown(list("abc"), 2) == "a, b and 1 more"
+
+
+# Sampling of conditions
+
+
+def test_sampled_conditions_hold_the_priority_ones_and_a_seeded_draw_of_the_rest() -> None:
+    conditions = {f"G{i}" for i in range(50)}
+    sampling = Sampling(conditions=10, priority=("G7", "ABSENT", "G3"))
+    digest = sha256(b"sample_conditions//").digest()
+    rng = np.random.default_rng([42, int.from_bytes(digest[:8], "big")])
+    others = sorted(conditions - {"G3", "G7"})
+    expected = {"G3", "G7", *(others[i] for i in rng.choice(48, size=8, replace=False))}
+    assert sample_conditions(conditions, sampling, 42) == expected
+    assert sample_conditions(conditions, sampling, 43) != expected
+    assert sample_conditions(conditions, Sampling(conditions=99), 42) == conditions
+    assert sample_conditions(conditions, Sampling(conditions=1, priority=("G7", "G3")), 42) == {"G7"}
+
+
+def test_conditions_are_sampled_before_any_filter_and_control_stays(entry: Entry) -> None:
+    """A condition that the filters would empty can be drawn: the sample does not know of them."""
+    raw = published()
+    rules = {"column": "label", "separator": "_", "control": ["ctrl"]}
+    sample = {"conditions": 1, "priority": ["c"]}
+    cells, report = harmonise(raw, entry(labels=rules, sample=sample), "file.h5ad")
+    assert "".join(cells.obs_names) == "fba"
+    assert report["cells of conditions that were not sampled"] == 2
+    assert report["cells without a label"] == 1
+    without_c = [{"column": "total", "op": "<=", "value": 50}]
+    cells, report = harmonise(raw, entry(labels=rules, sample=sample, filters=without_c), "file.h5ad")
+    assert "".join(cells.obs_names) == "fb"
+    assert report["cells dropped by the entry's filters"] == 1

@@ -44,6 +44,28 @@ def test_refused_before_any_server_starts(
     assert not (tmp_path / "data").exists()
 
 
+def test_dataset_check_reads_an_entry_of_the_user_and_its_file(calipert: Run, tmp_path: Path) -> None:
+    labels = np.repeat(["NT", *(f"GENE{i}_g1" for i in range(10)), "RARE_g1"], [30] * 11 + [2])
+    cells = ad.AnnData(np.ones((len(labels), 5), dtype=np.float32))
+    cells.obs["guide"] = labels
+    cells.write_h5ad(tmp_path / "raw.h5ad")
+    entry = tmp_path / "mine.yaml"
+    entry.write_text(
+        "name: mine\ntitle: mine\ntask: single\nsource: {kind: local, hint: mine}\n"
+        "labels: {column: guide, control: [NT], cut_at: _}\n"
+    )
+    source = f"mine={tmp_path / 'raw.h5ad'}"
+    done = calipert("dataset", "check", entry, "--source", source)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert ["all", "RARE", "RARE_g1", "2", "dropped:", "too", "few"] in lines
+    assert ["all", "control", "NT", "30"] in lines
+    entry.write_text(entry.read_text() + "min_cells_per_condition: 31\n")
+    refused(calipert("dataset", "check", entry, "--source", source), "0 conditions with enough cells")
+    refused(calipert("dataset", "check", entry), "--source mine=FILE")
+    assert not (tmp_path / "data").exists()
+
+
 def test_calibrate_refuses_what_is_no_h5ad_and_writes_nothing(calipert: Run, tmp_path: Path) -> None:
     text = tmp_path / "notes.h5ad"
     text.write_text("not an h5ad")
