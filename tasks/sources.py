@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
-from tempfile import NamedTemporaryFile
 from urllib.parse import urlsplit
 
 import filelock
@@ -13,20 +12,19 @@ from prefect import task
 
 from blocks.code import code_hash
 from blocks.paths import downloads_folder, store_folder
-from core.catalog.schema import DatasetSpec, EmbeddingSpec, HttpsSource, SimulatedSource
+from core.catalog.schema import DatasetSpec, EmbeddingSpec, HttpsSource, S3Source, SimulatedSource
 from core.errors import UserError
-from tasks.artifacts import LOG, checksum, made
+from tasks.artifacts import checksum, made
+from tasks.downloads import MAY_PASS, download
 from tasks.inputs import check_sources, named_source
-
-CHUNK = 1 << 20
 
 
 def passing(task_: object, run: object, state: object) -> bool:
     """Whether a failure may pass: a broken connection may, bad input never does."""
     error = state.result(raise_on_failure=False)  # type: ignore[attr-defined]
-    return isinstance(error, httpx.TransportError | ConnectionError | TimeoutError) or (
-        isinstance(error, httpx.HTTPStatusError) and error.response.status_code >= 500
-    )
+    if isinstance(error, httpx.HTTPStatusError):
+        return error.response.status_code >= 500 or error.response.status_code in MAY_PASS
+    return isinstance(error, httpx.TransportError | ConnectionError | TimeoutError)
 
 
 @task(name="fetch-source", retries=4, retry_delay_seconds=[2, 10, 30, 60], retry_condition_fn=passing)
@@ -41,7 +39,7 @@ def fetch_source(spec: DatasetSpec | EmbeddingSpec, sources: dict[str, str]) -> 
         return named
     if isinstance(spec.source, SimulatedSource):
         return simulated(spec.source)
-    if not isinstance(spec.source, HttpsSource):
+    if not isinstance(spec.source, HttpsSource | S3Source):
         raise UserError(f"catalog entry {spec.name}", "source", "none", "give the entry a source")
     return downloaded(spec.name, spec.source)
 
@@ -62,57 +60,42 @@ def simulated(source: SimulatedSource) -> Path:
     )
 
 
-def downloaded(name: str, source: HttpsSource) -> Path:
-    """The file behind an https source, from the downloads folder or freshly fetched.
+def downloaded(name: str, source: HttpsSource | S3Source) -> Path:
+    """The file behind a public address, from the downloads folder or freshly fetched.
 
     It appears under its name only when it is whole; callers that want it at the same time fetch it once. An address
-    that has changed is another file. Raises UserError where it does not have the entry's checksum.
+    that has changed is another file. Its checksum is recorded beside it at the first download, and it is checked at
+    every use against the entry's, else the recorded one. Raises UserError where it does not fit.
     """
     target = _target(name, source)
+    recorded = target.with_name(f"{target.name}.sha256")
     target.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(target.parent / ".lock"):
         if not target.exists():
-            # Under the lock nobody writes any: they are what killed downloads left.
-            for left in target.parent.glob("*.part"):
-                left.unlink()
-            LOG.info("downloading %s", source.url)
-            _download(source.url, target)
-    if source.sha256 is not None and (found := checksum(target)) != source.sha256:
-        raise UserError(target, "sha256", found, f"the entry expects {source.sha256}: delete the file and run again")
+            # A record without its file is that of a former one.
+            recorded.unlink(missing_ok=True)
+            download(source, target)
+        found = checksum(target)
+        if not recorded.exists():
+            recorded.write_text(f"{found}  {target.name}\n", encoding="utf-8")
+    expected = source.sha256 or recorded.read_text(encoding="utf-8").split()[0]
+    if found != expected:
+        whose = "the entry expects" if source.sha256 else "at its first download it had"
+        raise UserError(target, "sha256", found, f"{whose} {expected}: delete the file and run again")
     return target
 
 
 def described(spec: DatasetSpec | EmbeddingSpec, raw: Path) -> str:
     """Where a raw file of `fetch_source` comes from, without a path of this machine: the address of a download,
     "simulated", or the name of the user's file."""
-    if isinstance(spec.source, HttpsSource) and raw == _target(spec.name, spec.source):
+    if isinstance(spec.source, HttpsSource | S3Source) and raw == _target(spec.name, spec.source):
         return spec.source.url
     if isinstance(spec.source, SimulatedSource) and raw.is_relative_to(store_folder()):
         return "simulated"
     return raw.name
 
 
-def _target(name: str, source: HttpsSource) -> Path:
-    address = sha256(source.url.encode()).hexdigest()[:12]
+def _target(name: str, source: HttpsSource | S3Source) -> Path:
+    place = getattr(source, "endpoint", None) or ""
+    address = sha256(f"{place}{source.url}".encode()).hexdigest()[:12]
     return downloads_folder() / name / address / (PurePosixPath(urlsplit(source.url).path).name or "download")
-
-
-def _download(url: str, target: Path) -> None:
-    """Fetch into a file that no other process writes, then name it. Raises ConnectionError if bytes are missing."""
-    with NamedTemporaryFile(dir=target.parent, suffix=".part", delete=False) as file:
-        part = Path(file.name)
-        try:
-            with httpx.stream("GET", url, follow_redirects=True, timeout=60) as answer:
-                answer.raise_for_status()
-                for chunk in answer.iter_bytes(CHUNK):
-                    file.write(chunk)
-                expected = int(answer.headers.get("content-length", 0))
-                received = answer.num_bytes_downloaded
-            if expected and received != expected:
-                raise ConnectionError(f"{url}: {received} of {expected} bytes arrived")
-            file.flush()
-            # Temporary files are readable by their owner only.
-            part.chmod(0o644)
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)

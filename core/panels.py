@@ -1,0 +1,37 @@
+"""Large matrices in panels of rows: one pass, bounded memory, and the same bits whatever the memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from scipy import sparse
+
+# Rows of prepared cells that are summed at once. Sums of floats depend on where they are broken off: a number
+# that is fixed gives the same bits on every machine.
+PANEL = 2048
+
+T = TypeVar("T")
+
+
+def panels(X: Any, rows: int = PANEL) -> Iterator[tuple[slice, sparse.csr_matrix]]:
+    """The rows of a matrix, `rows` at a time, in order; the next panel is read while the caller works on this one.
+
+    X: cells x genes, CSR in memory or on disk (`X` or a layer of a backed AnnData).
+    """
+    spans = [slice(start, min(start + rows, X.shape[0])) for start in range(0, X.shape[0], rows)]
+    return zip(spans, ahead(lambda span: sparse.csr_matrix(X[span]), spans), strict=True)
+
+
+def ahead(read: Callable[[Any], T], items: Iterable[Any]) -> Iterator[T]:
+    """`read(item)` of every item, in order, each read in a second thread while the caller works on the one before."""
+    with ThreadPoolExecutor(1) as reader:
+        waiting = None
+        for item in items:
+            following = reader.submit(read, item)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = following
+        if waiting is not None:
+            yield waiting.result()

@@ -1,0 +1,149 @@
+"""Downloads that go on where they broke off, over HTTPS and from S3."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+
+from core.catalog.schema import HttpsSource, S3Source
+from core.errors import UserError
+from tasks.artifacts import LOG
+
+CHUNK = 8 << 20  # bytes that one request to S3 asks for
+TIMEOUT = 60.0  # seconds without a byte, after which the connection counts as broken
+EVERY = 30.0  # seconds between two lines of progress
+HDF5 = b"\x89HDF\r\n\x1a\n"
+MAY_PASS = (408, 429)
+
+
+class Stream(NamedTuple):
+    """The bytes of a file from `start` on. total: its size, None if unknown. version: changes with its content."""
+
+    start: int
+    total: int | None
+    version: str | None
+    chunks: Iterator[bytes]
+
+
+def download(source: HttpsSource | S3Source, target: Path) -> None:
+    """Fetch a file into `target`, which appears under its name only when it is whole. One caller at a time.
+
+    What an earlier try left in `<target>.part` is kept if the server says that the file is still the same.
+    Raises ConnectionError if bytes are missing (the next try goes on from there), UserError where the file is not to
+    be had, or is no HDF5 though it is named .h5ad.
+    """
+    part, state = target.with_name(f"{target.name}.part"), target.with_name(f"{target.name}.part.json")
+    version = json.loads(state.read_text(encoding="utf-8"))["version"] if state.exists() else None
+    start = part.stat().st_size if part.exists() and version else 0
+    with OPEN[source.kind](source, start, version) as stream:
+        state.write_text(json.dumps({"version": stream.version}), encoding="utf-8")
+        with part.open("r+b" if part.exists() else "wb") as file:
+            file.truncate(stream.start)
+            file.seek(stream.start)
+            _receive(stream, file, source.url)
+            file.flush()
+            os.fsync(file.fileno())
+            received = file.tell()
+    if stream.total is not None and received != stream.total:
+        if received > stream.total:
+            part.unlink()
+        raise ConnectionError(f"{source.url}: {received:,} of {stream.total:,} bytes arrived")
+    if target.suffix == ".h5ad":
+        _require_hdf5(part, source.url)
+    part.replace(target)
+    state.unlink()
+
+
+def _receive(stream: Stream, file: Any, url: str) -> None:
+    size = f"{stream.total / 1e6:,.0f} MB" if stream.total is not None else "size unknown"
+    LOG.info("downloading %s (%s%s)", url, size, f", from {stream.start / 1e6:,.0f} MB on" if stream.start else "")
+    said = time.monotonic()
+    for chunk in stream.chunks:
+        file.write(chunk)
+        if time.monotonic() - said > EVERY:
+            said = time.monotonic()
+            LOG.info("downloading %s: %.0f of %s", url, file.tell() / 1e6, size)
+
+
+def _require_hdf5(part: Path, url: str) -> None:
+    with part.open("rb") as file:
+        head = file.read(len(HDF5))
+    if head != HDF5:
+        part.unlink()
+        remedy = "open the address in a browser: the server may answer with a page instead of the file"
+        raise UserError(url, "content", f"no HDF5 file (it begins with {head!r})", remedy)
+
+
+@contextmanager
+def _https(source: HttpsSource, start: int, version: str | None) -> Iterator[Stream]:
+    # Unpacked on the way, the bytes would not be those that ranges count.
+    headers = {"Accept-Encoding": "identity"}
+    if start and version:
+        headers |= {"Range": f"bytes={start}-", "If-Range": version}
+    with httpx.stream("GET", source.url, headers=headers, follow_redirects=True, timeout=TIMEOUT) as answer:
+        _require_safe(answer, source.url)
+        if answer.status_code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE:
+            # Nothing is left to ask for: the part is whole, or longer than the file.
+            total = answer.headers.get("content-range", "").rpartition("/")[2]
+            size = int(total) if total.isdigit() else 0
+            yield Stream(start if size == start else 0, size, version, iter(()))
+            return
+        _require_success(answer, source.url)
+        found = answer.headers.get("etag", "")
+        # A weak tag does not promise the same bytes.
+        found = answer.headers.get("last-modified") if not found or found.startswith("W/") else found
+        length = answer.headers.get("content-length")
+        begin = 0
+        if answer.status_code == httpx.codes.PARTIAL_CONTENT:
+            if not answer.headers.get("content-range", "").startswith(f"bytes {start}-"):
+                raise ConnectionError(f"{source.url}: the server sent another range than bytes {start}-")
+            begin = start
+        total_size = begin + int(length) if length is not None else None
+        yield Stream(begin, total_size, found, answer.iter_raw())
+
+
+def _require_safe(answer: httpx.Response, url: str) -> None:
+    """A redirection from https to plain http would hand the file to anybody on the way."""
+    if url.startswith("https:") and answer.url.scheme != "https":
+        raise UserError(url, "address", f"redirected to {answer.url}", "give an address that stays on https")
+
+
+def _require_success(answer: httpx.Response, url: str) -> None:
+    if answer.is_client_error and answer.status_code not in MAY_PASS:
+        found = f"HTTP {answer.status_code} {answer.reason_phrase}"
+        raise UserError(url, "address", found, "check the address, or download the file and name it with --source")
+    answer.raise_for_status()
+
+
+@contextmanager
+def _s3(source: S3Source, start: int, version: str | None) -> Iterator[Stream]:
+    import s3fs
+
+    bucket = s3fs.S3FileSystem(
+        anon=source.anonymous, endpoint_url=source.endpoint, skip_instance_cache=True, use_listings_cache=False
+    )
+    try:
+        found = bucket.info(source.url)
+    except (FileNotFoundError, PermissionError) as error:
+        remedy = "check the address; `anonymous: true` is for public files, others need AWS credentials"
+        raise UserError(source.url, "address", f"{type(error).__name__}: {error}", remedy) from error
+    total, etag = int(found["size"]), str(found["ETag"])
+    begin = start if etag == version and start <= total else 0
+
+    def chunks() -> Iterator[bytes]:
+        for position in range(begin, total, CHUNK):
+            yield bucket.cat_file(source.url, start=position, end=min(position + CHUNK, total))
+        if str(bucket.info(source.url)["ETag"]) != etag:
+            raise ConnectionError(f"{source.url} was changed while it was read")
+
+    yield Stream(begin, total, etag, chunks())
+
+
+OPEN: dict[str, Callable[[Any, int, str | None], AbstractContextManager[Stream]]] = {"https": _https, "s3": _s3}
