@@ -8,6 +8,8 @@ Screens are those of core.simulate at its defaults but for the number of cells p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import anndata as ad
@@ -16,7 +18,8 @@ import pandas as pd
 
 from core import catalog
 from core.calibration import calibrate, dynamic_range_fraction
-from core.cells import prepare_cells
+from core.cell_sums import sum_cells
+from core.cells import read_cells, write_cells
 from core.draws import generator
 from core.evaluation import control_scores, evaluated_set, score
 from core.metrics import BY_NAME, METRICS, Metric
@@ -62,9 +65,14 @@ def screen(settings: SimulationSettings) -> Screen:
     """Simulate and prepare: as the demo data set, but no condition or cell is dropped for having few cells or genes."""
     simulation = simulate(settings)
     changes = {"seed": settings.seed, "min_cells_per_condition": 4, "min_genes_per_cell": 0}
-    cells = prepare_cells(simulation.cells, catalog.dataset("demo").model_copy(update=changes), "simulated screen")
-    negatives = build_negatives(cells)
-    return Screen(settings.seed, simulation, build_reference(cells, negatives, settings.seed), negatives)
+    spec = catalog.dataset("demo").model_copy(update=changes)
+    with TemporaryDirectory() as folder:
+        simulation.cells.write_h5ad(Path(folder) / "raw.h5ad")
+        write_cells(Path(folder) / "raw.h5ad", spec, {}, Path(folder))
+        cells = read_cells(Path(folder))
+        sums = sum_cells(cells, {spec.seed: cells.obs["half"]}, spec.seed)
+    negatives = build_negatives(sums)
+    return Screen(settings.seed, simulation, build_reference(sums, negatives, spec.seed), negatives)
 
 
 def planted(of: Screen, model: Model, rows: Sequence[str], genes: pd.Index) -> np.ndarray:

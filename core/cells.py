@@ -1,9 +1,15 @@
-"""From harmonised counts to cells.h5ad (`docs/science.md`, section 1, steps 2 to 7)."""
+"""From a published file to cells.h5ad (`docs/science.md`, section 1, steps 2 to 7), in bounded memory.
+
+The names decide most of it. The matrix is read twice, in chunks of rows: once to count genes and cells, once to put
+the rows that stay on disk. From there they are taken in their final order, for the choice of genes and for writing.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import anndata as ad
@@ -11,101 +17,193 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from core.arrays import Bools
+from core.arrays import Bools, Floats, Ints
 from core.catalog.schema import DatasetSpec
 from core.draws import generator
 from core.errors import UserError, shown
-from core.files import open_h5ad
-from core.harmonising import CONTROL, genes_of, harmonise
+from core.files import read_names, write_by_rows
+from core.harmonising import CONTROL, KEYS, Plan, check_counts, genes_of, plan
+from core.mirror import is_mirror, mirror_plan
+from core.panels import ahead
+from core.raw_matrix import Rows, has_layer, open_rows
+from core.spill import Spill
 from core.splits import draw_folds, draw_halves, fold_columns, sorted_groups
 from core.variable_genes import expression_moments, highly_variable
 
 FILE = "cells.h5ad"
 SMALLEST_CONDITION = 4  # below it a half has fewer than two cells
 FEWEST_CONDITIONS = 10
+MEMORY = 2 << 30
+
+Parts = dict[str, sparse.csr_matrix]  # place in the file ("X", "layers/counts") -> some rows
 
 
-def write_cells(raw: Path, spec: DatasetSpec, provenance: dict[str, Any], folder: Path) -> None:
-    """Write cells.h5ad, prepared from the published file `raw`, into `folder`; `provenance` goes into its uns."""
-    cells = prepare_cells(open_h5ad(raw), spec, str(raw))
-    cells.uns["provenance"] = json.dumps(provenance, sort_keys=True)
-    cells.write_h5ad(folder / FILE, compression="lzf")
+def write_cells(raw: Path, spec: DatasetSpec, provenance: dict[str, Any], folder: Path, memory: int = MEMORY) -> None:
+    """Write cells.h5ad, prepared from the published file `raw`, into `folder`.
+
+    raw: cells x genes, whole-number counts in X (or in `spec.counts_layer`), stored as CSR, CSC or dense; or a file in
+    the layout of the preprocessed mirror, whose cells, halves, folds and expression are taken as they are.
+    The file holds cells x genes sorted by (covariate, condition, cell name) and gene: X log1p of counts normalised to
+    `spec.target_sum` (CSR float32), layers["counts"] (not from a mirror without them), obs `condition`, `covariate`,
+    `half`, `fold_k` and, where given, `library_size`; uns["preparation"], a JSON report of what was dropped and why;
+    uns["provenance"], as given.
+    memory: bytes that the chunks of the matrix may take, beside what a few numbers a cell and a gene do. It changes
+    no bit of the result. Raises UserError where the file or what remains of it cannot be used.
+    """
+    obs, var = read_names(raw)
+    prepare = _from_mirror if is_mirror(obs) else _from_counts
+    with TemporaryDirectory(dir=folder) as scratch:
+        frame, parts = prepare(raw, obs, var, spec, memory, Path(scratch))
+        frame.uns["provenance"] = json.dumps(provenance, sort_keys=True)
+        write_by_rows(folder / FILE, frame, parts)
 
 
 def read_cells(folder: Path) -> ad.AnnData:
-    """The cells that `write_cells` wrote into `folder`."""
-    return ad.read_h5ad(folder / FILE)
+    """The cells that `write_cells` wrote into `folder`; X and layers stay on disk, to be read row by row."""
+    return ad.read_h5ad(folder / FILE, backed="r")
 
 
-def prepare_cells(raw: ad.AnnData, spec: DatasetSpec, where: str) -> ad.AnnData:
-    """The cells of a benchmark from a published file.
-
-    raw: cells x genes, whole-number counts. where: the file's name, for messages.
-    Returns cells x genes sorted by (covariate, condition, cell name) and gene: X log1p of counts normalised to
-    `spec.target_sum` (CSR float32), layers["counts"], obs `condition`, `covariate`, `half`, `fold_k` and, where
-    given, `library_size`; uns["preparation"] is a JSON report of what was dropped and why.
-    Raises UserError where the file or what remains of it cannot be used.
-    """
-    cells, report = harmonise(raw, spec, where)
-    # Rows in the order of their names first: nothing below can then depend on the file's order.
-    cells = cells[np.argsort(cells.obs_names.to_numpy().astype(str), kind="stable")].copy()
-    cells = filter_cells_and_genes(cells, spec.min_genes_per_cell, spec.min_cells_per_gene, report)
-    _require(cells.n_obs > 0 and cells.n_vars > 0, where, "filters", "no cell or no gene left", _LOWER)
-    without = sorted(set(cells.obs["covariate"]) - set(cells.obs.loc[cells.obs["condition"] == CONTROL, "covariate"]))
-    _require(not without, where, "filters", f"no control cell left in {shown(without)}", _LOWER)
-    cells = drop_small_conditions(cells, max(spec.min_cells_per_condition, SMALLEST_CONDITION), report)
-    conditions = set(cells.obs["condition"]) - {CONTROL}
-    _require(
-        len(conditions) >= FEWEST_CONDITIONS,
-        where,
-        f"obs[{spec.labels.column!r}]",
-        f"{len(conditions)} perturbed conditions of at least {spec.min_cells_per_condition} cells; "
-        f"{FEWEST_CONDITIONS} are needed",
-        _LOWER,
+def _from_counts(
+    raw: Path, obs: pd.DataFrame, var: pd.DataFrame, spec: DatasetSpec, memory: int, scratch: Path
+) -> tuple[ad.AnnData, Iterator[Parts]]:
+    where = str(raw)
+    names = plan(obs, var, spec, where)
+    with open_rows(raw, spec.counts_layer, (len(obs), len(var)), memory, scratch) as matrix:
+        n_genes, n_cells = survey(matrix, names, spec.min_genes_per_cell, where)
+        rich, seen = n_genes >= spec.min_genes_per_cell, n_cells >= spec.min_cells_per_gene
+        report = names.report | {
+            "cells dropped for too few genes": int((~rich).sum()),
+            "genes dropped for too few cells": int((~seen).sum()),
+        }
+        _require(bool(rich.any() and seen.any()), where, "filters", "no cell or no gene left", _LOWER)
+        cells, genes = _chosen(names.obs[rich], spec, where, report), names.genes[seen]
+        rank = cells.index.get_indexer(names.obs.index)
+        chosen = np.flatnonzero(rank >= 0)
+        with Spill(scratch, len(genes)) as spill:
+            for own, counts in selected(matrix, names.rows[chosen], names.columns[seen]):
+                spill.add(rank[chosen[own]], counts)
+    sizes = cells["library_size"].to_numpy() if "library_size" in cells else None
+    perturbed = {gene for condition in set(cells["condition"]) for gene in genes_of(condition)}
+    mean, variance = expression_moments(
+        (log_expression for _, log_expression in _normalised(spill, sizes, spec.target_sum)), len(genes)
     )
-    cells = cells[cap(cells.obs, spec.max_control_cells, spec.seed)].copy()
-    report["cells kept after the cap"] = int(cells.n_obs)
-    log_expression = normalise(cells, spec.target_sum)
-    perturbed = {gene for condition in conditions for gene in genes_of(condition)}
-    mean, variance = expression_moments(log_expression)
-    genes = highly_variable(mean, variance, cells.var_names, spec.n_variable_genes) | cells.var_names.isin(perturbed)
-    report["perturbed genes that are not measured"] = sorted(perturbed - set(cells.var_names))
-    report["genes kept"] = int(genes.sum())
+    kept = highly_variable(mean, variance, genes, spec.n_variable_genes) | genes.isin(perturbed)
+    report["perturbed genes that are not measured"] = sorted(perturbed - set(genes))
+    report["genes kept"] = int(kept.sum())
+    parts = (
+        {"X": log_expression[:, kept], "layers/counts": counts[:, kept]}
+        for counts, log_expression in _normalised(spill, sizes, spec.target_sum)
+    )
+    return _frame(cells, genes[kept], report), parts
 
-    obs = cells.obs.copy()
+
+def _normalised(
+    spill: Spill, sizes: Floats | None, target_sum: float
+) -> Iterator[tuple[sparse.csr_matrix, sparse.csr_matrix]]:
+    """(counts, log1p of the normalised counts) of the cells in their final order, a panel at a time."""
+
+    def work(panel: tuple[slice, sparse.csr_matrix]) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
+        span, counts = panel
+        return counts, normalise(counts, None if sizes is None else sizes[span], target_sum)
+
+    return ahead(work, spill.panels())
+
+
+def _from_mirror(
+    raw: Path, obs: pd.DataFrame, var: pd.DataFrame, spec: DatasetSpec, memory: int, scratch: Path
+) -> tuple[ad.AnnData, Iterator[Parts]]:
+    names = mirror_plan(obs, var, str(raw))
+    _require_conditions(names.obs, spec, str(raw))
+    order = np.argsort(names.rows)
+    spills: dict[str, Spill] = {}
+    for place, layer in {"X": None, "layers/counts": "counts"}.items():
+        if layer is None or has_layer(raw, layer):
+            own = scratch / (layer or "X")
+            own.mkdir()
+            with (
+                Spill(own, len(names.genes)) as spill,
+                open_rows(raw, layer, (len(obs), len(var)), memory, own) as matrix,
+            ):
+                for rows, values in selected(matrix, names.rows[order], names.columns):
+                    spill.add(order[rows], values)
+            spills[place] = spill
+    panels = zip(*(spill.panels() for spill in spills.values()), strict=True)
+    parts = ({place: rows for place, (_, rows) in zip(spills, panel, strict=True)} for panel in panels)
+    return _frame(names.obs, names.genes, names.report), parts
+
+
+def selected(matrix: Rows, rows: Ints, columns: Ints) -> Iterator[tuple[slice, sparse.csr_matrix]]:
+    """The wanted rows of a matrix, chunk by chunk, and which of the wanted rows they are.
+
+    rows: their positions, ascending. columns: positions of the wanted columns, in the order in which they come.
+    The parts are CSR with sorted indices and without stored zeros. Chunks without a wanted row are not read.
+    """
+    column_of = np.full(matrix.width, -1, dtype=np.int32)
+    column_of[columns] = np.arange(len(columns), dtype=np.int32)
+    wanted = [(span, slice(*np.searchsorted(rows, (span.start, span.stop)).tolist())) for span in matrix.spans]
+    wanted = [(span, own) for span, own in wanted if own.stop > own.start]
+
+    def read(part: tuple[slice, slice]) -> sparse.csr_matrix:
+        span, own = part
+        block = matrix.read(span)
+        if own.stop - own.start < block.shape[0]:
+            block = block[rows[own] - span.start]
+        indices = column_of[block.indices]
+        kept = (indices >= 0) & (block.data != 0)
+        pointers = np.concatenate([[0], np.cumsum(kept)])[block.indptr]
+        chosen = sparse.csr_matrix((block.data[kept], indices[kept], pointers), shape=(block.shape[0], len(columns)))
+        chosen.sort_indices()
+        return chosen
+
+    return zip((own for _, own in wanted), ahead(read, wanted), strict=True)
+
+
+def survey(matrix: Rows, names: Plan, min_genes: int, where: str) -> tuple[Ints, Ints]:
+    """One pass over the counts: in each planned cell the number of genes, and for each planned gene the number of
+    cells, among those with at least `min_genes` genes, that have it. Raises UserError for counts that are none.
+    """
+    n_genes = np.zeros(len(names.rows), dtype=np.int64)
+    n_cells = np.zeros(len(names.columns), dtype=np.int64)
+    for own, counts in selected(matrix, names.rows, names.columns):
+        check_counts(counts, where)
+        n_genes[own] = np.diff(counts.indptr)
+        in_rich = np.repeat(n_genes[own] >= min_genes, n_genes[own])
+        n_cells += np.bincount(counts.indices[in_rich], minlength=len(n_cells))
+    return n_genes, n_cells
+
+
+def _chosen(obs: pd.DataFrame, spec: DatasetSpec, where: str, report: dict[str, Any]) -> pd.DataFrame:
+    """The cells that stay, in their final order, with halves and folds."""
+    without = sorted(set(obs["covariate"]) - set(obs.loc[obs["condition"] == CONTROL, "covariate"]))
+    _require(not without, where, "filters", f"no control cell left in {shown(without)}", _LOWER)
+    small = small_conditions(obs, max(spec.min_cells_per_condition, SMALLEST_CONDITION))
+    dropped = obs.loc[small, KEYS].drop_duplicates().to_numpy()
+    report["conditions dropped for too few cells"] = sorted(f"{covariate} {name}" for covariate, name in dropped)
+    obs = obs[~small]
+    _require_conditions(obs, spec, where)
+    obs = obs[cap(obs, spec.max_control_cells, spec.seed)].copy()
+    report["cells kept after the cap"] = len(obs)
     obs["half"] = draw_halves(obs, spec.seed)
     obs = obs.join(draw_folds(obs, spec.task, spec.folds, spec.seed))
     _require_training(obs, where)
-    order = np.lexsort([obs.index.to_numpy(str), obs["condition"].to_numpy(str), obs["covariate"].to_numpy(str)])
-    obs = obs.iloc[order]
+    return obs.iloc[
+        np.lexsort([obs.index.to_numpy(str), obs["condition"].to_numpy(str), obs["covariate"].to_numpy(str)])
+    ]
+
+
+def _frame(cells: pd.DataFrame, genes: pd.Index, report: dict[str, Any]) -> ad.AnnData:
+    """cells.h5ad without its matrices."""
+    obs = cells.copy()
     for column in obs.columns.drop("library_size", errors="ignore"):
         obs[column] = pd.Categorical(obs[column], categories=sorted(obs[column].unique()))
-    return ad.AnnData(
-        X=_canonical(log_expression[order][:, genes]),
-        layers={"counts": _canonical(cells.X[order][:, genes])},
-        obs=obs,
-        var=pd.DataFrame(index=cells.var_names[genes]),
-        uns={"preparation": json.dumps(report, sort_keys=True)},
-    )
+    preparation = json.dumps(report, sort_keys=True)
+    return ad.AnnData(obs=obs, var=pd.DataFrame(index=genes), uns={"preparation": preparation})
 
 
-def filter_cells_and_genes(cells: ad.AnnData, min_genes: int, min_cells: int, report: dict[str, Any]) -> ad.AnnData:
-    """Cells with at least `min_genes` genes, then genes in at least `min_cells` of these cells. X: counts."""
-    cells.X.eliminate_zeros()
-    rich = np.diff(cells.X.indptr) >= min_genes
-    seen = np.bincount(cells.X[rich].indices, minlength=cells.n_vars) >= min_cells
-    report["cells dropped for too few genes"] = int((~rich).sum())
-    report["genes dropped for too few cells"] = int((~seen).sum())
-    return cells[rich][:, seen].copy()
-
-
-def drop_small_conditions(cells: ad.AnnData, fewest: int, report: dict[str, Any]) -> ad.AnnData:
-    """Without the (covariate, condition) groups below `fewest` cells; control always stays."""
-    size = cells.obs.groupby(["covariate", "condition"], observed=True)["condition"].transform("size")
-    small = (size < fewest) & (cells.obs["condition"] != CONTROL)
-    dropped = cells.obs.loc[small, ["covariate", "condition"]].drop_duplicates()
-    report["conditions dropped for too few cells"] = sorted(f"{a} {b}" for a, b in dropped.to_numpy())
-    return cells[~small.to_numpy()].copy()
+def small_conditions(obs: pd.DataFrame, fewest: int) -> Bools:
+    """Mask of the cells of (covariate, condition) groups below `fewest` cells; control is never small."""
+    size = obs.groupby(KEYS, observed=True)["condition"].transform("size")
+    return np.asarray((size < fewest) & (obs["condition"] != CONTROL), dtype=bool)
 
 
 def cap(obs: pd.DataFrame, max_control: int, seed: int) -> Bools:
@@ -125,33 +223,29 @@ def cap(obs: pd.DataFrame, max_control: int, seed: int) -> Bools:
     return np.asarray(keep, dtype=bool)
 
 
-def normalise(cells: ad.AnnData, target_sum: float) -> sparse.csr_matrix:
-    """log1p of the counts scaled to `target_sum` per cell, by the cell's own sum or its `library_size`.
+def normalise(counts: sparse.csr_matrix, sizes: Floats | None, target_sum: float) -> sparse.csr_matrix:
+    """log1p of the counts scaled to `target_sum` per cell, by the cell's own sum or by its library size (`sizes`).
 
-    A cell without any count stays zero.
+    A cell without any count stays zero. Float32.
     """
-    counts = cells.X.astype(np.float64)
-    sizes = (
-        cells.obs["library_size"].to_numpy(dtype=np.float64)
-        if "library_size" in cells.obs
-        else np.asarray(counts.sum(axis=1)).ravel()
-    )
-    scale = target_sum / np.where(sizes > 0, sizes, 1.0)
-    counts.data *= np.repeat(scale, np.diff(counts.indptr))
-    np.log1p(counts.data, out=counts.data)
-    return sparse.csr_matrix(counts, dtype=np.float32)
-
-
-def _canonical(matrix: sparse.csr_matrix) -> sparse.csr_matrix:
-    matrix = sparse.csr_matrix(matrix, dtype=np.float32)
-    matrix.sort_indices()
-    return matrix
+    scaled = counts.astype(np.float64)
+    if sizes is None:
+        sizes = np.asarray(scaled.sum(axis=1)).ravel()
+    scaled.data *= np.repeat(target_sum / np.where(sizes > 0, sizes, 1.0), np.diff(scaled.indptr))
+    np.log1p(scaled.data, out=scaled.data)
+    return sparse.csr_matrix(scaled, dtype=np.float32)
 
 
 _LOWER = (
     "lower `min_genes_per_cell`, `min_cells_per_gene` or `min_cells_per_condition` in the catalog entry, "
     "or give more data"
 )
+
+
+def _require_conditions(obs: pd.DataFrame, spec: DatasetSpec, where: str) -> None:
+    n = obs["condition"].nunique() - 1
+    found = f"{n} perturbed conditions of at least {spec.min_cells_per_condition} cells; {FEWEST_CONDITIONS} are needed"
+    _require(n >= FEWEST_CONDITIONS, where, f"obs[{spec.labels.column!r}]", found, _LOWER)
 
 
 def _require_training(obs: pd.DataFrame, where: str) -> None:

@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from core.arrays import Floats, Ints
+from core.arrays import Floats
 from core.draws import generator
 from core.harmonising import genes_of
-from core.moments import group_means
+from core.moments import group_codes
 
 Role = Literal["positive control", "negative control", "baseline"]
 
@@ -48,28 +48,31 @@ def interpolate(duplicate: Floats, dataset_mean: Floats, padj_second: Floats) ->
     return share * duplicate + (1.0 - share) * dataset_mean
 
 
-def sparse_means(
-    X: sparse.csr_matrix, obs: pd.DataFrame, covariate: str, tests: dict[str, int], pool: Ints, seed: int
-) -> Floats:
-    """For each test condition the mean of floor(n/2) cells drawn from the fold's training perturbations.
+def draw_sparse(obs: pd.DataFrame, keys: pd.DataFrame, splits: pd.DataFrame, seed: int) -> sparse.csr_matrix:
+    """The cells of which sparse_mean is the mean: for each test condition floor(n/2) of its fold's training
+    perturbations, in its covariate.
 
-    X, obs: all cells (log1p). tests: condition -> its number of cells n. pool: the positions of the perturbed
-    training cells of the fold and covariate. A condition of which half is more than the pool takes the whole pool.
-    Returns conditions x genes in the order of `tests`.
+    obs: all cells. keys: covariate, condition, n_cells, test_fold. splits: their split in each fold.
+    Returns keys x cells, 1 where a cell was drawn; no cell for a condition that is never test. A condition of which
+    half is more than there are to draw from takes all of them.
     """
-    names = obs.index[pool].astype(str)
-    ranked = pool[np.argsort(names, kind="stable")]
-    chosen = [
-        np.sort(
-            generator(seed, "sparse_mean", covariate, condition).choice(
-                ranked, size=min(n // 2, len(ranked)), replace=False
-            )
-        )
-        for condition, n in tests.items()
-    ]
-    rows = np.concatenate(chosen)
-    codes = np.repeat(np.arange(len(chosen)), [len(c) for c in chosen])
-    return group_means(X[rows], codes, len(chosen))
+    by_name = np.argsort(obs.index.to_numpy(str), kind="stable")
+    row_of_cell = group_codes(obs, keys[["covariate", "condition"]])[by_name]
+    rows, chosen = [], []
+    for (covariate, fold), tests in keys[keys["test_fold"] >= 0].groupby(["covariate", "test_fold"], sort=True):
+        in_training = ((keys["covariate"] == covariate) & (splits[f"fold_{fold}"] == "train")).to_numpy()
+        # Control cells have no row among the keys.
+        pool = by_name[(row_of_cell >= 0) & in_training[row_of_cell]]
+        for row in tests.index:
+            draw = generator(seed, "sparse_mean", str(covariate), keys["condition"][row])
+            n = min(int(keys["n_cells"][row]) // 2, len(pool))
+            chosen.append(pool[draw.choice(len(pool), size=n, replace=False)])
+            rows.append(np.full(n, row))
+    cells = np.concatenate(chosen) if chosen else np.zeros(0, dtype=np.int64)
+    at = np.concatenate(rows) if rows else cells
+    drawn = sparse.csr_matrix((np.ones(len(cells)), (at, cells)), shape=(len(keys), len(obs)))
+    drawn.sort_indices()
+    return drawn
 
 
 def additive(conditions: list[str], single_means: dict[str, Floats], training_control: Floats) -> Floats:

@@ -14,13 +14,17 @@ from core.arrays import Bools, Floats, Ints, one_blas_thread
 from core.controls import CONTROLS
 from core.differential import deg_mask, effect_weights
 from core.errors import UserError
-from core.harmonising import genes_of
+from core.harmonising import KEYS, genes_of
 from core.metrics import FEWEST_DEGS, METRICS, Metric
 from core.moments import group_codes
-from core.reference import HALF_LAYERS, KEYS, control_means, dataset_means
+from core.reference import HALF_LAYERS, control_means, dataset_means
 
 # Rows scored at once: arrays of a block stay in cache, and results do not depend on the number of threads.
-BLOCK = 32
+BLOCK = 16
+RANKED = 256  # the same for rankings, which are products of matrices
+# What a reference must have for a model to be scored against it.
+SCORED_LAYERS = ("truth", "t_first", "padj_first")
+NEGATIVES = ("dataset_mean", "control_mean")
 
 
 class Evaluation(NamedTuple):
@@ -40,28 +44,36 @@ class Evaluation(NamedTuple):
 
     def with_genes(self, kept: Bools) -> Evaluation:
         """The same set on some of the genes."""
+        if kept.all():
+            return self
         arrays = (a[:, kept] for a in (self.truth, self.control_mean, self.dataset_mean, self.t, self.padj))
         return Evaluation(self.keys, self.genes[kept], *arrays)
 
 
 def evaluated_set(reference: ad.AnnData, negatives: ad.AnnData) -> Evaluation:
     """The evaluated set of a reference (or of another half split with the same rows)."""
-    rows = np.flatnonzero(reference.obs["test_fold"].to_numpy() >= 0)
-    keys = reference.obs.iloc[rows][[*KEYS, "test_fold", "n_degs"]].reset_index(drop=True)
+    keys = reference.obs[_tested(reference)][[*KEYS, "test_fold", "n_degs"]].reset_index(drop=True)
     keys = keys.astype({"covariate": str, "condition": str})
-
-    def layer(name: str) -> Floats:
-        return np.asarray(reference.layers[name][rows], dtype=np.float64)
-
+    truth, t, padj = (_tested_profiles(reference, layer) for layer in SCORED_LAYERS)
     return Evaluation(
         keys,
         reference.var_names,
-        layer("truth"),
+        truth,
         control_means(negatives, keys),
         dataset_means(negatives, keys),
-        layer("t_first"),
-        layer("padj_first"),
+        t,
+        padj,
     )
+
+
+def _tested(reference: ad.AnnData) -> Bools:
+    return np.asarray(reference.obs["test_fold"].to_numpy() >= 0)
+
+
+def _tested_profiles(reference: ad.AnnData, layer: str) -> Floats:
+    """The rows of the test conditions of a layer, float64; the layer itself where that is all."""
+    values, tested = np.asarray(reference.layers[layer], dtype=np.float64), _tested(reference)
+    return values if tested.all() else values[tested]
 
 
 def control_scores(
@@ -79,17 +91,16 @@ def control_scores(
     evaluation = evaluated_set(halves, negatives)
     kept = np.ones(len(evaluation.genes), dtype=bool) if genes is None else evaluation.genes.isin(genes)
     evaluation = evaluation.with_genes(kept)
-    profiles = {"dataset_mean": evaluation.dataset_mean, "control_mean": evaluation.control_mean}
-    rows = np.flatnonzero(reference.obs["test_fold"].to_numpy() >= 0)
+    tables = []
     for control in CONTROLS:
         source = halves if control.name in HALF_LAYERS else reference
-        if control.name in source.layers:
-            profiles[control.name] = np.asarray(source.layers[control.name][rows], dtype=np.float64)[:, kept]
-    tables = [
-        score(profiles[control.name], evaluation.keys, evaluation).assign(model=control.name)
-        for control in CONTROLS
-        if control.name in profiles
-    ]
+        if control.name in NEGATIVES:
+            profiles = getattr(evaluation, control.name)
+        elif control.name in source.layers:
+            profiles = _tested_profiles(source, control.name)[:, kept]
+        else:
+            continue
+        tables.append(score(profiles, evaluation.keys, evaluation).assign(model=control.name))
     long = pd.concat(tables, ignore_index=True)
     return long[["model", *KEYS, "fold", "metric", "value"]]
 
@@ -108,12 +119,13 @@ def score(
         raise UserError("predictions", "condition", f"{unknown.iloc[0]!r} is no test condition", "leave it out")
     missing = np.isnan(profiles)
     absent = missing.all(axis=1)
-    if missing[~absent].any():
+    if (missing.any(axis=1) & ~absent).any():
         raise UserError("predictions", "X", "rows that are NaN in part", "predict all genes of a condition, or none")
-    order = np.argsort(rows[~absent], kind="stable")
-    predicted, rows = profiles[~absent][order], rows[~absent][order]
-    values = _profile_values(predicted, rows, evaluation, [m for m in metrics if not m.ranking])
-    values |= _ranking_values(predicted, rows, evaluation, [m for m in metrics if m.ranking])
+    present = np.flatnonzero(~absent)
+    places = present[np.argsort(rows[present], kind="stable")]
+    rows = rows[places]
+    values = _profile_values(profiles, places, rows, evaluation, [m for m in metrics if not m.ranking])
+    values |= _ranking_values(profiles, places, rows, evaluation, [m for m in metrics if m.ranking])
     own = evaluation.keys.iloc[rows].reset_index(drop=True)
     wide = own[KEYS].assign(fold=own["test_fold"].astype(np.int64))
     long = pd.concat([wide.assign(metric=m.name, value=values[m.name]) for m in metrics], ignore_index=True)
@@ -121,14 +133,15 @@ def score(
 
 
 def _profile_values(
-    predicted: Floats, rows: Ints, evaluation: Evaluation, metrics: Sequence[Metric]
+    profiles: Floats, places: Ints, rows: Ints, evaluation: Evaluation, metrics: Sequence[Metric]
 ) -> dict[str, Floats]:
+    """places, rows: where the conditions stand among the profiles and in the evaluated set."""
     values = {metric.name: np.empty(len(rows)) for metric in metrics}
 
     def block(start: int) -> None:
         at = slice(start, start + BLOCK)
         mine = rows[at]
-        x, t = predicted[at], evaluation.truth[mine]
+        x, t = profiles[places[at]], evaluation.truth[mine]
         centres = {
             "control_mean": evaluation.control_mean[mine],
             "dataset_mean": evaluation.dataset_mean[mine],
@@ -151,7 +164,7 @@ def _profile_values(
 
 
 def _ranking_values(
-    predicted: Floats, rows: Ints, evaluation: Evaluation, metrics: Sequence[Metric]
+    profiles: Floats, places: Ints, rows: Ints, evaluation: Evaluation, metrics: Sequence[Metric]
 ) -> dict[str, Floats]:
     """Candidates are the truths of the evaluated set within the covariate, over all folds."""
     values = {metric.name: np.full(len(rows), np.nan) for metric in metrics}
@@ -159,31 +172,36 @@ def _ranking_values(
     for covariate in sorted(set(covariates[rows])):
         candidates = np.flatnonzero(covariates == covariate)
         targets = {gene for c in evaluation.keys["condition"].iloc[candidates] for gene in genes_of(c)}
-        truths = evaluation.truth[candidates]
-        # The control mean is the same in all rows of a covariate; dataset means differ between folds and cannot
-        # centre a ranking over all folds.
-        centres = {"none": np.zeros(truths.shape[1]), "control_mean": evaluation.control_mean[candidates[0]]}
         mine = np.flatnonzero(covariates[rows] == covariate)
         own = np.searchsorted(candidates, rows[mine])
         for metric in metrics:
-            centre = centres[metric.centre]
-            kept = ~(evaluation.genes.isin(targets) & metric.without_targets)
-            centred = (truths - centre)[:, kept]
+            kept = np.flatnonzero(~(evaluation.genes.isin(targets) & metric.without_targets))
+            values[metric.name][mine] = _ranks(metric, profiles, places[mine], own, evaluation, candidates, kept)
+    return values
 
-            def block(
-                start: int,
-                metric: Metric = metric,
-                centred: Floats = centred,
-                centre: Floats = centre,
-                kept: Bools = kept,
-                mine: Ints = mine,
-                own: Ints = own,
-            ) -> None:
-                at = mine[start : start + 8 * BLOCK]
-                x = (predicted[at] - centre)[:, kept]
-                values[metric.name][at] = metric.function(x, centred, own[start : start + 8 * BLOCK])
 
-            _in_threads(block, range(0, len(mine), 8 * BLOCK))
+def _ranks(
+    metric: Metric, profiles: Floats, places: Ints, own: Ints, evaluation: Evaluation, candidates: Ints, kept: Ints
+) -> Floats:
+    """A ranking metric of the profiles at `places` among the truths of one covariate, over the genes `kept`."""
+    # The control mean is the same in all rows of a covariate; dataset means differ between folds and cannot centre a
+    # ranking over all folds.
+    centre = evaluation.control_mean[candidates[0]]
+    truths, values = np.empty((len(candidates), len(kept))), np.empty(len(places))
+
+    def centred(array: Floats, rows: Ints) -> Floats:
+        return np.asarray((array[rows] - centre)[:, kept])
+
+    def take_truths(start: int) -> None:
+        at = slice(start, start + BLOCK)
+        truths[at] = centred(evaluation.truth, candidates[at])
+
+    def rank(start: int) -> None:
+        at = slice(start, start + RANKED)
+        values[at] = metric.function(centred(profiles, places[at]), truths, own[at])
+
+    _in_threads(take_truths, range(0, len(candidates), BLOCK))
+    _in_threads(rank, range(0, len(places), RANKED))
     return values
 
 

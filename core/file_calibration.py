@@ -12,14 +12,16 @@ from scipy import sparse
 
 from core.calibration import calibrate
 from core.catalog.schema import Labels
-from core.cells import FEWEST_CONDITIONS, SMALLEST_CONDITION, drop_small_conditions
+from core.cell_sums import sum_cells
+from core.cells import FEWEST_CONDITIONS, SMALLEST_CONDITION, small_conditions
 from core.errors import UserError
 from core.evaluation import control_scores
 from core.files import open_h5ad
 from core.harmonising import CONTROL, SEPARATOR, condition_labels, require_controls
-from core.mirror import is_mirror, mirror_cells, stored_reference
+from core.mirror import is_mirror, mirror_cells
 from core.reference import build_half_split, build_negatives, build_reference
 from core.splits import Task, draw_folds, draw_halves
+from core.stored_profiles import stored_reference
 
 FOLDS: dict[Task, int] = {"single": 5, "combination": 2}
 
@@ -44,24 +46,27 @@ def calibrate_file(path: Path, options: FileOptions, *, recompute: bool = False)
     data = open_h5ad(path)
     where = str(path)
     check_file(data, where)
-    if is_mirror(data):
-        cells = mirror_cells(data)
+    if is_mirror(data.obs):
+        cells = mirror_cells(data, where)
     elif {"condition", "covariate", "half", "fold_0"} <= set(data.obs.columns):
         cells = data
         cells.X = sparse.csr_matrix(cells.X)
     else:
         cells = any_cells(data, options, where)
     check_log_expression(cells, where)
-    if is_mirror(data) and not recompute:
+    further = range(options.seed + 1, options.seed + options.half_seeds)
+    halves = {options.seed: cells.obs["half"], **{seed: draw_halves(cells.obs, seed) for seed in further}}
+    sums = sum_cells(cells, halves, options.seed)
+    if is_mirror(data.obs) and not recompute:
         reference, negatives = stored_reference(data, cells, where)
     else:
-        negatives = build_negatives(cells)
-        reference = build_reference(cells, negatives, options.seed)
+        negatives = build_negatives(sums)
+        reference = build_reference(sums, negatives, options.seed)
     own = control_scores(reference, negatives)
     tables = [own.assign(half_seed=options.seed)]
-    for seed in range(options.seed + 1, options.seed + options.half_seeds):
-        halves = build_half_split(cells, draw_halves(cells.obs, seed), negatives)
-        tables.append(control_scores(reference, negatives, halves).assign(half_seed=seed))
+    for seed in further:
+        split = build_half_split(sums, seed, negatives)
+        tables.append(control_scores(reference, negatives, split).assign(half_seed=seed))
     return own, calibrate(pd.concat(tables, ignore_index=True), options.seed)
 
 
@@ -104,7 +109,7 @@ def any_cells(data: ad.AnnData, options: FileOptions, where: str) -> ad.AnnData:
     matrix = sparse.csr_matrix(data.X[known], dtype=np.float32)[:, genes]
     cells = ad.AnnData(X=matrix, obs=obs.iloc[known], var=pd.DataFrame(index=data.var_names[genes]))
     require_controls(cells.obs, rules, where)
-    cells = drop_small_conditions(cells, SMALLEST_CONDITION, {})
+    cells = cells[~small_conditions(cells.obs, SMALLEST_CONDITION)].copy()
     conditions = sorted(set(cells.obs["condition"]) - {CONTROL})
     if len(conditions) < FEWEST_CONDITIONS:
         raise UserError(

@@ -1,14 +1,21 @@
-"""Reading h5ad files: the whole, or only the names in them."""
+"""Reading h5ad files, the whole or only the names in them, and writing them some rows at a time."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
 import anndata as ad
+import h5py
 import pandas as pd
+from anndata.io import sparse_dataset, write_elem
+from scipy import sparse
 
 from core.errors import UserError
+
+# Half a megabyte a chunk: HDF5 keeps one such chunk at hand. More than 2^31 values must be countable.
+STORAGE = {"compression": "lzf", "chunks": (1 << 17,), "indptr_dtype": "int64"}
 
 
 def open_h5ad(path: Path) -> ad.AnnData:
@@ -50,3 +57,20 @@ def read_obs(path: Path) -> pd.DataFrame:
 def read_genes(path: Path) -> pd.Index:
     """Only the names of the columns of an h5ad."""
     return read_names(path)[1].index
+
+
+def write_by_rows(path: Path, frame: ad.AnnData, parts: Iterable[Mapping[str, sparse.csr_matrix]]) -> None:
+    """Write an h5ad whose matrices come some rows at a time.
+
+    frame: all but the matrices. parts: the next rows of each matrix by its place in the file, "X" or "layers/<name>",
+    CSR; together as many rows as `frame` has.
+    """
+    frame.write_h5ad(path)
+    matrices = {}
+    with h5py.File(path, "r+") as file:
+        for part in parts:
+            for place, rows in part.items():
+                if place not in matrices:
+                    write_elem(file, place, rows[:0], dataset_kwargs=STORAGE)
+                    matrices[place] = sparse_dataset(file[place])
+                matrices[place].append(rows)

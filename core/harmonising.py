@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import anndata as ad
 import numpy as np
 import pandas as pd
 from scipy import sparse
@@ -20,6 +19,7 @@ from core.errors import UserError, shown
 
 CONTROL = "control"
 SEPARATOR = "+"
+KEYS = ["covariate", "condition"]  # what a group of cells, and a row of every table, is keyed by
 
 COMPARISONS: dict[str, Callable[[pd.Series, Any], pd.Series]] = {
     "==": lambda column, value: column == value,
@@ -54,14 +54,7 @@ def plan(obs: pd.DataFrame, var: pd.DataFrame, spec: DatasetSpec, where: str) ->
     if len(obs) == 0 or len(var) == 0:
         raise UserError(where, "shape", f"{len(obs)} cells x {len(var)} genes", "give a file with cells and genes")
     _require_expected(obs, len(var), spec, where)
-    repeated = obs.index[obs.index.duplicated()]
-    if len(repeated):
-        raise UserError(
-            where,
-            "obs_names",
-            f"{len(repeated)} duplicated cell names ({shown(list(repeated))})",
-            "make the names unique, e.g. by adding the batch: adata.obs_names_make_unique()",
-        )
+    require_unique_cells(obs, where)
     sampled = _sampled(obs, spec, where)
     keep = _filtered(obs, spec.filters, where) & sampled
     kept = obs.loc[keep]
@@ -77,37 +70,44 @@ def plan(obs: pd.DataFrame, var: pd.DataFrame, spec: DatasetSpec, where: str) ->
         table["library_size"] = _library_sizes(kept[labelled], spec.library_size, where)
     require_controls(table, spec.labels, where)
     symbols = pd.Index(var.index if spec.symbol_column is None else _symbols(var, spec.symbol_column, where))
-    ambiguous = symbols.duplicated(keep=False) | symbols.isna()
-    columns = np.flatnonzero(~ambiguous)
-    columns = columns[np.argsort(symbols[columns].to_numpy().astype(str), kind="stable")]
+    columns, genes, dropped = columns_by_symbol(symbols)
     report = {
         "cells in the file": len(obs),
         "cells of conditions that were not sampled": int((~sampled).sum()),
         "cells dropped by the entry's filters": int((sampled & ~keep).sum()),
         "cells without a label": int((~labelled).sum()),
-        "genes in the file": len(var),
+    }
+    return Plan(np.flatnonzero(keep)[labelled], table, columns, genes, report | dropped)
+
+
+def require_unique_cells(obs: pd.DataFrame, where: str) -> None:
+    """Raise UserError where a cell name occurs twice."""
+    repeated = obs.index[obs.index.duplicated()]
+    if len(repeated):
+        raise UserError(
+            where,
+            "obs_names",
+            f"{len(repeated)} duplicated cell names ({shown(list(repeated))})",
+            "make the names unique, e.g. by adding the batch: adata.obs_names_make_unique()",
+        )
+
+
+def columns_by_symbol(symbols: pd.Index) -> tuple[Ints, pd.Index, dict[str, Any]]:
+    """(positions of the genes to keep, sorted by symbol; their symbols; what was dropped, for the report).
+
+    symbols: of all columns of a file. A symbol that is missing, or occurs more than once, names no gene.
+    """
+    ambiguous = symbols.duplicated(keep=False) | symbols.isna()
+    columns = np.flatnonzero(~ambiguous)
+    columns = columns[np.argsort(symbols[columns].to_numpy().astype(str), kind="stable")]
+    report = {
+        "genes in the file": len(symbols),
         "genes dropped because their symbol occurs more than once": sorted(
             set(symbols[ambiguous].dropna().astype(str))
         ),
         "genes dropped because they have no symbol": int(symbols.isna().sum()),
     }
-    return Plan(np.flatnonzero(keep)[labelled], table, columns, symbols[columns].astype(str), report)
-
-
-def harmonise(raw: ad.AnnData, spec: DatasetSpec, where: str) -> tuple[ad.AnnData, dict[str, Any]]:
-    """Counts with harmonised labels, and what was dropped on the way.
-
-    raw: cells x genes as published, X whole-number counts.
-    Returns an AnnData with X CSR float32 counts, genes sorted by symbol, cells in file order, obs and report of
-    `plan`. Raises UserError as `plan` does, and for counts that are not whole numbers >= 0.
-    """
-    names = plan(raw.obs, raw.var, spec, where)
-    if raw.X is None:
-        raise UserError(where, "X", "no matrix", "put the raw counts into X (they may be in a layer, or in .raw)")
-    counts = sparse.csr_matrix(raw.X[names.rows][:, names.columns], dtype=np.float32)
-    counts.sort_indices()
-    check_counts(counts, where)
-    return ad.AnnData(X=counts, obs=names.obs, var=pd.DataFrame(index=names.genes)), names.report
+    return columns, symbols[columns].astype(str), report
 
 
 def sample_conditions(conditions: set[str], sampling: Sampling, seed: int) -> set[str]:

@@ -5,8 +5,8 @@ Adding a metric is one function and one row of METRICS.
 Two kinds of function:
 * a *profile* function takes (prediction, truth, weights), each conditions x genes, and gives one value per condition.
   weights are 1 for all genes, a 0/1 mask of the DEGs, or the DEG weights; the centre is already subtracted.
-* a *ranking* function takes (prediction, candidates, own): conditions x genes, candidates x genes, and the position of
-  each condition's own truth among the candidates.
+* a *ranking* function takes (prediction, candidates, own): conditions x genes, candidates x genes, both without
+  control_mean, and the position of each condition's own truth among the candidates.
 A value that is not defined is NaN, never 0.
 """
 
@@ -44,49 +44,43 @@ class Metric(NamedTuple):
 
 def squared_error(prediction: Floats, truth: Floats, weights: Floats | None) -> Floats:
     """Weighted mean over genes of (x - t)^2; NaN where the weights sum to 0."""
-    return _weighted_mean((prediction - truth) ** 2, weights)
+    error = prediction - truth
+    return _weighted_mean(np.square(error, out=error), weights)
 
 
 def absolute_error(prediction: Floats, truth: Floats, weights: Floats | None) -> Floats:
     """Weighted mean over genes of |x - t|; NaN where the weights sum to 0."""
-    return _weighted_mean(np.abs(prediction - truth), weights)
+    error = prediction - truth
+    return _weighted_mean(np.abs(error, out=error), weights)
 
 
 def pearson(prediction: Floats, truth: Floats, weights: Floats | None) -> Floats:
     """Weighted Pearson correlation; NaN where either side is constant over the genes of positive weight."""
-    x = prediction - _weighted_mean(prediction, weights)[:, None]
-    t = truth - _weighted_mean(truth, weights)[:, None]
-    wt = t if weights is None else t * weights
-    wx = x if weights is None else x * weights
+    of_prediction, of_truth = _spread(prediction, weights), _spread(truth, weights)
     with np.errstate(invalid="ignore", divide="ignore"):
-        value = _dot(x, wt) / np.sqrt(_dot(x, wx) * _dot(t, wt))
-    undefined = _constant(prediction, weights) | _constant(truth, weights)
-    return np.where(undefined, np.nan, np.clip(value, -1.0, 1.0))
+        product = _dot(of_prediction.deviations, of_truth.weighted)
+        value = product / np.sqrt(of_prediction.squares * of_truth.squares)
+    return np.where(of_prediction.constant | of_truth.constant, np.nan, np.clip(value, -1.0, 1.0))
 
 
 def r2(prediction: Floats, truth: Floats, weights: Floats | None) -> Floats:
     """Coefficient of determination with sample weights (scikit-learn's r2_score); NaN where the truth is constant."""
-    t = truth - _weighted_mean(truth, weights)[:, None]
+    of_truth = _spread(truth, weights)
     error = prediction - truth
     with np.errstate(invalid="ignore", divide="ignore"):
-        if weights is None:
-            value = 1.0 - _dot(error, error) / _dot(t, t)
-        else:
-            value = 1.0 - _dot(error, error * weights) / _dot(t, t * weights)
-    return np.where(_constant(truth, weights), np.nan, value)
+        value = 1.0 - _dot(error, error if weights is None else error * weights) / of_truth.squares
+    return np.where(of_truth.constant, np.nan, value)
 
 
 def nir(prediction: Floats, candidates: Floats, own: Ints) -> Floats:
     """Normalised inverse rank: share of the other truths that lie farther (Euclidean, strictly) than the own one.
 
-    NaN where there is no other candidate.
+    The caller subtracts control_mean: distances are the same from everywhere, and cancel least from near. NaN where
+    there is no other candidate, or a distance is not defined.
     """
-    # Distances from a common centre: the expansion below then cancels little.
-    origin = candidates.mean(axis=0)
-    x, t = prediction - origin, candidates - origin
-    x_squared, t_squared = _dot(x, x)[:, None], _dot(t, t)[None, :]
-    distance = x_squared + t_squared - 2.0 * (x @ t.T)
-    return _share_farther(distance, own, ties=0.0, scale=x_squared + t_squared)
+    scale = _dot(prediction, prediction)[:, None] + _dot(candidates, candidates)[None, :]
+    share = _share_farther(scale - 2.0 * (prediction @ candidates.T), own, ties=0.0, scale=scale)
+    return np.where(np.isnan(scale).any(axis=1), np.nan, share)
 
 
 def pds(prediction: Floats, candidates: Floats, own: Ints) -> Floats:
@@ -95,10 +89,10 @@ def pds(prediction: Floats, candidates: Floats, own: Ints) -> Floats:
     The caller subtracts control_mean and removes the target genes of all candidates. NaN where the prediction or the
     own truth does not differ from control_mean, or where there is no other candidate.
     """
+    lengths = np.sqrt(_dot(prediction, prediction))[:, None] * np.sqrt(_dot(candidates, candidates))[None, :]
     with np.errstate(invalid="ignore", divide="ignore"):
-        x = prediction / np.sqrt(_dot(prediction, prediction))[:, None]
-        t = candidates / np.sqrt(_dot(candidates, candidates))[:, None]
-    share = _share_farther(1.0 - x @ t.T, own, ties=0.5, scale=np.ones((1, 1)))
+        cosine = (prediction @ candidates.T) / lengths
+    share = _share_farther(1.0 - cosine, own, ties=0.5, scale=np.ones((1, 1)))
     return np.where(np.abs(prediction).max(axis=1, initial=0.0) <= CONSTANT, np.nan, share)
 
 
@@ -115,6 +109,30 @@ def _share_farther(distance: Floats, own: Ints, ties: float, scale: Floats) -> F
     margin, rounding = distance - mine, CONSTANT * scale
     farther = (margin > rounding).sum(axis=1) + ties * ((np.abs(margin) <= rounding).sum(axis=1) - 1)
     return np.where(np.isnan(mine[:, 0]), np.nan, farther / others)
+
+
+class _Spread(NamedTuple):
+    """How profiles (conditions x genes) vary over genes around their weighted means."""
+
+    deviations: Floats  # conditions x genes
+    weighted: Floats  # the same times the weights
+    squares: Floats  # per condition: sum of weight times squared deviation
+    constant: Bools  # per condition: whether they do not vary over the genes of positive weight
+
+
+def _spread(values: Floats, weights: Floats | None) -> _Spread:
+    mean = _weighted_mean(values, weights)
+    deviations = values - mean[:, None]
+    weighted = deviations if weights is None else deviations * weights
+    squares = _dot(deviations, weighted)
+    total = np.float64(values.shape[1]) if weights is None else weights.sum(axis=1)
+    # Far from constant, as nearly all rows are: no need to look for the least and the largest value.
+    with np.errstate(invalid="ignore", over="ignore"):
+        doubtful = np.flatnonzero(~(squares > 1e-16 * total * (1.0 + mean**2)))
+    constant = np.zeros(len(values), dtype=bool)
+    if len(doubtful):
+        constant[doubtful] = _constant(values[doubtful], None if weights is None else weights[doubtful])
+    return _Spread(deviations, weighted, squares, constant)
 
 
 def _dot(a: Floats, b: Floats) -> Floats:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy import sparse
 
 from core.arrays import Bools, Floats, Ints
+from core.panels import panels
 
 
 class Moments(NamedTuple):
@@ -38,25 +40,51 @@ def group_codes(frame: pd.DataFrame, keys: pd.DataFrame) -> Ints:
     return np.asarray(index.get_indexer(pd.MultiIndex.from_frame(frame[columns].astype(str))), dtype=np.int64)
 
 
-def group_moments(X: sparse.csr_matrix, codes: Ints, n_groups: int) -> Moments:
-    """Sums of x and x^2 of the cells of each group, in float64.
+def add_moments(total: Any, squares: Any, codes: Ints, values: sparse.csr_matrix) -> None:
+    """Add the sums of x and of x^2 of some cells to those of their groups.
 
-    X: cells x genes, CSR, log1p. codes: the group of each cell (0 .. n_groups - 1); -1 belongs to none.
+    total, squares: groups x genes, float64, arrays or HDF5 datasets. codes: the group of each cell, -1 for none.
+    values: cells x genes, float64. Of the arrays only the rows between the first and the last group that occurs are
+    read and written: sorted cells touch few.
     """
-    indicator = _indicator(codes, n_groups)
-    values = X.astype(np.float64)
-    total = (indicator @ values).toarray()
-    values.data **= 2
-    squares = (indicator @ values).toarray()
-    return Moments(np.bincount(codes[codes >= 0], minlength=n_groups).astype(np.int64), total, squares)
+    if (codes < 0).all():
+        return
+    low, high = int(codes[codes >= 0].min()), int(codes.max()) + 1
+    groups = _indicator(np.where(codes < 0, -1, codes - low), high - low)
+    total[low:high] += (groups @ values).toarray()
+    squared = sparse.csr_matrix((values.data**2, values.indices, values.indptr), shape=values.shape)
+    squares[low:high] += (groups @ squared).toarray()
 
 
-def group_means(X: sparse.csr_matrix, codes: Ints, n_groups: int) -> Floats:
-    """Mean of the cells of each group (groups x genes), float64; NaN for an empty group."""
-    n = np.bincount(codes[codes >= 0], minlength=n_groups)
-    total = (_indicator(codes, n_groups) @ X.astype(np.float64)).toarray()
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray(total / n[:, None])
+def add_sums(total: Floats, members: sparse.csc_matrix, values: sparse.csr_matrix) -> None:
+    """Add the sums of x of some cells to those of the groups that hold them; a cell may be in several.
+
+    total: groups x genes. members: groups x cells, 1 for each cell of a group. values: cells x genes, float64.
+    """
+    rows = np.unique(members.indices)
+    total[rows] += (members.tocsr()[rows] @ values).toarray()
+
+
+def group_moments(X: Any, codes: Ints, n_groups: int) -> Moments:
+    """Sums of x and x^2 of the cells of each group, in float64; one pass over the cells.
+
+    X: cells x genes, CSR in memory or on disk, log1p. codes: the group of each cell (0 .. n_groups - 1); -1 belongs
+    to none.
+    """
+    total, squares = np.zeros((n_groups, X.shape[1])), np.zeros((n_groups, X.shape[1]))
+    for span, values in float_panels(X):
+        add_moments(total, squares, codes[span], values)
+    return Moments(group_sizes(codes, n_groups), total, squares)
+
+
+def float_panels(X: Any) -> Iterator[tuple[slice, sparse.csr_matrix]]:
+    """`panels` of a matrix in float64."""
+    return ((span, panel.astype(np.float64)) for span, panel in panels(X))
+
+
+def group_sizes(codes: Ints, n_groups: int) -> Ints:
+    """Number of cells in each group; -1 belongs to none."""
+    return np.bincount(codes[codes >= 0], minlength=n_groups).astype(np.int64)
 
 
 def _indicator(codes: Ints, n_groups: int) -> sparse.csr_matrix:

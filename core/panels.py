@@ -15,13 +15,18 @@ PANEL = 2048
 T = TypeVar("T")
 
 
+def spans(n: int, rows: int = PANEL) -> list[slice]:
+    """The numbers 0 .. n - 1 in consecutive pieces of `rows`; the last may be shorter."""
+    return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
+
+
 def panels(X: Any, rows: int = PANEL) -> Iterator[tuple[slice, sparse.csr_matrix]]:
     """The rows of a matrix, `rows` at a time, in order; the next panel is read while the caller works on this one.
 
     X: cells x genes, CSR in memory or on disk (`X` or a layer of a backed AnnData).
     """
-    spans = [slice(start, min(start + rows, X.shape[0])) for start in range(0, X.shape[0], rows)]
-    return zip(spans, ahead(lambda span: sparse.csr_matrix(X[span]), spans), strict=True)
+    pieces = spans(X.shape[0], rows)
+    return zip(pieces, ahead(lambda span: sparse.csr_matrix(X[span]), pieces), strict=True)
 
 
 def ahead(read: Callable[[Any], T], items: Iterable[Any]) -> Iterator[T]:

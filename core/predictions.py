@@ -15,8 +15,8 @@ from scipy import sparse
 from core.arrays import Floats
 from core.errors import UserError, shown
 from core.files import open_h5ad, read_genes
-from core.harmonising import SEPARATOR
-from core.reference import KEYS, read_keys
+from core.harmonising import KEYS, SEPARATOR
+from core.reference import read_keys
 
 # Room for float32 at the largest value that a mean of log1p can have.
 ROUNDING = 1e-3

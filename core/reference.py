@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
+from anndata.io import read_elem
 
 from core.arrays import Floats, Ints
-from core.controls import additive, interpolate, sparse_means
+from core.cell_sums import CellSums, sum_cells
+from core.controls import additive, interpolate
 from core.differential import against_rest, deg_mask
 from core.files import read_obs
-from core.harmonising import CONTROL, genes_of
+from core.harmonising import KEYS, genes_of
 from core.linear import linear
-from core.moments import Moments, group_codes, group_means, group_moments
-from core.splits import draw_halves, fold_columns
+from core.moments import Moments
+from core.splits import draw_halves
 
-KEYS = ["covariate", "condition"]
 HALF_LAYERS = (
     "truth",
     "technical_duplicate",
@@ -32,20 +36,36 @@ HALF_LAYERS = (
 def write_reference(cells: ad.AnnData, seed: int, half_seeds: int, folder: Path) -> None:
     """Write reference.h5ad, negatives.h5ad and half_splits/seed_<s>.h5ad of the further half splits into `folder`.
 
-    seed: the seed of the cells' own halves and of sparse_mean; the further splits have seed + 1, seed + 2, ...
+    cells: in memory or on disk; they are passed over once. seed: of the cells' own halves and of sparse_mean; the
+    further splits have seed + 1, seed + 2, ...
     """
-    negatives = build_negatives(cells)
-    negatives.write_h5ad(folder / "negatives.h5ad")
-    build_reference(cells, negatives, seed).write_h5ad(folder / "reference.h5ad")
-    (folder / "half_splits").mkdir()
-    for further in range(seed + 1, seed + half_seeds):
-        split = build_half_split(cells, draw_halves(cells.obs, further), negatives)
-        split.write_h5ad(folder / "half_splits" / f"seed_{further}.h5ad")
+    halves = {seed: cells.obs["half"]}
+    halves |= {further: draw_halves(cells.obs, further) for further in range(seed + 1, seed + half_seeds)}
+    with TemporaryDirectory(dir=folder) as scratch, h5py.File(Path(scratch) / "moments.h5", "w") as file:
+        sums = sum_cells(cells, halves, seed, lambda shape: file.create_dataset(None, shape, np.float64))
+        negatives = build_negatives(sums)
+        negatives.write_h5ad(folder / "negatives.h5ad")
+        build_reference(sums, negatives, seed).write_h5ad(folder / "reference.h5ad")
+        (folder / "half_splits").mkdir()
+        for further in list(halves)[1:]:
+            split = build_half_split(sums, further, negatives)
+            split.write_h5ad(folder / "half_splits" / f"seed_{further}.h5ad")
 
 
-def read_reference(folder: Path) -> tuple[ad.AnnData, ad.AnnData]:
-    """(reference, negatives) that `write_reference` wrote into `folder`."""
-    return ad.read_h5ad(folder / "reference.h5ad"), ad.read_h5ad(folder / "negatives.h5ad")
+def read_reference(folder: Path, layers: Collection[str] | None = None) -> tuple[ad.AnnData, ad.AnnData]:
+    """(reference, negatives) that `write_reference` wrote into `folder`; of the reference's layers only these."""
+    return read_layers(folder / "reference.h5ad", layers), ad.read_h5ad(folder / "negatives.h5ad")
+
+
+def read_layers(path: Path, layers: Collection[str] | None = None) -> ad.AnnData:
+    """The reference or half split in `path` with those of its layers that are named; None: all."""
+    with h5py.File(path) as file:
+        wanted = [name for name in file["layers"] if layers is None or name in layers]
+        return ad.AnnData(
+            obs=read_elem(file["obs"]),
+            var=read_elem(file["var"]),
+            layers={name: read_elem(file["layers"][name]) for name in wanted},
+        )
 
 
 def read_keys(folder: Path) -> pd.DataFrame:
@@ -60,121 +80,86 @@ def half_split_files(folder: Path) -> dict[int, Path]:
     return dict(sorted((int(file.stem.removeprefix("seed_")), file) for file in files))
 
 
-def reference_keys(cells: ad.AnnData) -> pd.DataFrame:
-    """(covariate, condition) of all perturbed conditions, sorted, with `n_cells` and `test_fold` (-1: never test)."""
-    obs = cells.obs
-    perturbed = obs[obs["condition"] != CONTROL]
-    groups = perturbed.groupby([perturbed[k].astype(str) for k in KEYS], observed=True, sort=True)
-    table = groups.size().rename("n_cells").to_frame()
-    table["test_fold"] = -1
-    for fold, column in enumerate(fold_columns(obs)):
-        is_test = groups[column].first() == "test"
-        table.loc[is_test[is_test].index, "test_fold"] = fold
-    keys: pd.DataFrame = table.reset_index()
-    return keys
-
-
-def build_negatives(cells: ad.AnnData) -> ad.AnnData:
+def build_negatives(sums: CellSums) -> ad.AnnData:
     """negatives.h5ad: per covariate control_mean (fold -1) and each fold's dataset_mean (rows x genes, log1p).
 
     dataset_mean is the mean over the fold's training perturbations of their mean profiles: every perturbation
     weighs the same, control does not take part.
     """
-    keys = reference_keys(cells)
-    means = group_means(cells.X, group_codes(cells.obs, keys[KEYS]), len(keys))
     rows, profiles = [], []
-    for covariate in sorted(keys["covariate"].unique()):
-        of_covariate = (cells.obs["covariate"] == covariate).to_numpy()
-        controls = of_covariate & (cells.obs["condition"] == CONTROL).to_numpy()
+    for covariate in sorted(sums.control):
         rows.append((covariate, "control_mean", -1))
-        profiles.append(_mean(cells, controls))
-        for fold, column in enumerate(fold_columns(cells.obs)):
-            in_training = (keys["covariate"] == covariate) & condition_split(cells.obs, keys, column).eq("train")
+        profiles.append(sums.control[covariate])
+        for fold, column in enumerate(sums.splits):
             rows.append((covariate, "dataset_mean", fold))
-            profiles.append(means[in_training.to_numpy()].mean(axis=0))
+            profiles.append(sums.mean[_trained(sums, covariate, column)].mean(axis=0))
     obs = pd.DataFrame(rows, columns=["covariate", "kind", "fold"])
     obs.index = pd.Index(obs["covariate"] + "|" + obs["kind"] + "|" + obs["fold"].astype(str))
-    return ad.AnnData(X=np.vstack(profiles), obs=obs, var=pd.DataFrame(index=cells.var_names))
+    return ad.AnnData(X=np.vstack(profiles), obs=obs, var=pd.DataFrame(index=sums.genes))
 
 
-def condition_split(obs: pd.DataFrame, keys: pd.DataFrame, column: str) -> pd.Series:
-    """The split of each row of `keys` in the fold `column`, aligned with `keys`."""
-    by_condition = obs.groupby([obs[k].astype(str) for k in KEYS], observed=True)[column].first()
-    return pd.Series(
-        by_condition.reindex(pd.MultiIndex.from_frame(keys[KEYS])).astype(str).to_numpy(), index=keys.index
-    )
+def _trained(sums: CellSums, covariate: str, column: str) -> Ints:
+    """The rows of the covariate's perturbed conditions that train in a fold."""
+    in_training = (sums.keys["covariate"] == covariate) & (sums.splits[column] == "train")
+    return np.flatnonzero(in_training)
 
 
-def build_half_split(cells: ad.AnnData, half: pd.Series, negatives: ad.AnnData) -> ad.AnnData:
-    """What depends on the halves: truth, duplicates and differential expression of each half.
+def build_half_split(sums: CellSums, seed: int, negatives: ad.AnnData) -> ad.AnnData:
+    """What depends on the halves of one seed: truth, duplicates and differential expression of each half.
 
-    half: `first_half` or `second_half` for each cell. Returns (covariate, condition) x genes with the layers of
-    HALF_LAYERS, float64; interpolated_duplicate is NaN for conditions that are never test.
+    Returns (covariate, condition) x genes with the layers of HALF_LAYERS, float64; interpolated_duplicate is NaN for
+    conditions that are never test.
     """
-    keys = reference_keys(cells)
-    is_first = half.to_numpy() == "first_half"
-    codes = group_codes(cells.obs, keys[KEYS])
-    first = group_moments(cells.X, np.where(is_first, codes, -1), len(keys))
-    second = group_moments(cells.X, np.where(is_first, -1, codes), len(keys))
-    t_first, padj_first = _differential(first, keys)
-    t_second, padj_second = _differential(second, keys)
+    first, second = sums.halves[seed]()
+    t_first, padj_first = _differential(first, sums.keys)
+    t_second, padj_second = _differential(second, sums.keys)
     truth, duplicate = first.mean(), second.mean()
+    obs = sums.keys.assign(n_first=first.n, n_second=second.n, n_degs=deg_mask(padj_first).sum(axis=1))
+    del first, second
     layers = {
         "truth": truth,
         "technical_duplicate": duplicate,
-        "interpolated_duplicate": interpolate(duplicate, dataset_means(negatives, keys), padj_second),
+        "interpolated_duplicate": interpolate(duplicate, dataset_means(negatives, sums.keys), padj_second),
         "t_first": t_first,
         "padj_first": padj_first,
         "t_second": t_second,
         "padj_second": padj_second,
     }
-    obs = keys.assign(n_first=first.n, n_second=second.n, n_degs=deg_mask(padj_first).sum(axis=1))
-    return by_condition(obs, layers, cells.var_names)
+    return by_condition(obs, layers, sums.genes)
 
 
-def build_reference(cells: ad.AnnData, negatives: ad.AnnData, seed: int) -> ad.AnnData:
-    """reference.h5ad of the cells' own halves: HALF_LAYERS and mean, sparse_mean, additive, linear.
+def build_reference(sums: CellSums, negatives: ad.AnnData, seed: int) -> ad.AnnData:
+    """reference.h5ad of the halves of `seed`: HALF_LAYERS and mean, sparse_mean, additive, linear.
 
     Rows without a value in a layer (conditions never test; combinations with an unknown single; genes not
     measured) are NaN.
     """
-    reference = build_half_split(cells, cells.obs["half"], negatives)
-    keys = reference.obs
-    codes = group_codes(cells.obs, keys[KEYS])
-    means = group_means(cells.X, codes, len(keys))
-    layers = {name: np.full(means.shape, np.nan) for name in ("sparse_mean", "additive", "linear")}
-    folds = fold_columns(cells.obs)
-    for covariate in sorted(keys["covariate"].unique()):
-        for fold, column in enumerate(folds):
+    reference = build_half_split(sums, seed, negatives)
+    keys = sums.keys
+    layers = {name: np.full(sums.mean.shape, np.nan) for name in ("additive", "linear")}
+    for covariate in sorted(sums.control):
+        for fold, column in enumerate(sums.splits):
             rows = np.flatnonzero((keys["covariate"] == covariate) & (keys["test_fold"] == fold))
             if len(rows):
-                for name, values in _fold_baselines(cells, keys, means, covariate, column, rows, seed).items():
+                for name, values in _fold_baselines(sums, covariate, fold, column, rows).items():
                     layers[name][rows] = values
-    reference.layers["mean"] = means
+    reference.layers["mean"] = sums.mean
+    reference.layers["sparse_mean"] = sums.sparse_mean
     for name, values in layers.items():
         reference.layers[name] = values
     return reference
 
 
-def _fold_baselines(
-    cells: ad.AnnData, keys: pd.DataFrame, means: Floats, covariate: str, column: str, rows: Ints, seed: int
-) -> dict[str, Floats]:
-    """sparse_mean, additive and linear of the conditions `rows`, tested in the fold `column` of one covariate."""
-    obs = cells.obs
-    in_training = (obs["covariate"] == covariate).to_numpy() & (obs[column] == "train").to_numpy()
-    is_control = (obs["condition"] == CONTROL).to_numpy()
-    training = np.flatnonzero((keys["covariate"] == covariate) & condition_split(obs, keys, column).eq("train"))
-    conditions = keys["condition"].to_numpy()
-    singles = [row for row in training if len(genes_of(conditions[row])) == 1]
-    tests = {conditions[row]: int(keys["n_cells"].iloc[row]) for row in rows}
+def _fold_baselines(sums: CellSums, covariate: str, fold: int, column: str, rows: Ints) -> dict[str, Floats]:
+    """additive and linear of the conditions `rows`, tested in one fold of one covariate."""
+    conditions = sums.keys["condition"].to_numpy()
+    singles = [row for row in _trained(sums, covariate, column) if len(genes_of(conditions[row])) == 1]
+    tests = [conditions[row] for row in rows]
+    # Without a combination to test there is no training control, and additive has no value.
+    control = sums.training_control.get((covariate, fold), np.full(len(sums.genes), np.nan))
     return {
-        "sparse_mean": sparse_means(cells.X, obs, covariate, tests, np.flatnonzero(in_training & ~is_control), seed),
-        "additive": additive(
-            list(tests),
-            {conditions[row]: means[row] for row in singles},
-            _mean(cells, in_training & is_control),
-        ),
-        "linear": linear([conditions[row] for row in singles], means[singles], cells.var_names, list(tests)),
+        "additive": additive(tests, {conditions[row]: sums.mean[row] for row in singles}, control),
+        "linear": linear([conditions[row] for row in singles], sums.mean[singles], sums.genes, tests),
     }
 
 
@@ -203,11 +188,6 @@ def _differential(moments: Moments, keys: pd.DataFrame) -> tuple[Floats, Floats]
         rows = np.flatnonzero(keys["covariate"] == covariate)
         t[rows], padj[rows] = against_rest(moments.of(rows))
     return t, padj
-
-
-def _mean(cells: ad.AnnData, mask: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Floats:
-    mean = group_means(cells.X, np.where(mask, 0, -1), 1)[0]
-    return np.asarray(mean)
 
 
 def by_condition(keys: pd.DataFrame, layers: dict[str, Floats], genes: pd.Index) -> ad.AnnData:

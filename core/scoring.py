@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 
-from core.controls import counterpart
-from core.evaluation import control_scores, evaluated_set, score
+from core.controls import CONTROLS, counterpart
+from core.evaluation import SCORED_LAYERS, control_scores, evaluated_set, score
+from core.harmonising import KEYS
 from core.predictions import require_shared_genes
-from core.reference import KEYS, half_split_files, read_reference
+from core.reference import half_split_files, read_layers, read_reference
 
 COLUMNS = ["model", *KEYS, "fold", "seed", "half_seed", "metric", "value"]
 UNPREDICTED = ["model", *KEYS, "reason"]
@@ -38,10 +39,10 @@ def write_model_scores(
     in missing_genes.json, the names of those that it lacks. Raises UserError where it shares less than 95 %.
     """
     predictions = ad.concat([ad.read_h5ad(fold / "predictions.h5ad") for fold in folds], join="inner")
-    own, negatives = read_reference(reference)
+    own, negatives = read_reference(reference, SCORED_LAYERS)
     require_shared_genes(predictions.var_names, own.var_names, f"predictions of {model}")
     tables = []
-    for split_seed, split in _splits(reference, own, half_seed).items():
+    for split_seed, split in _splits(reference, own, half_seed, SCORED_LAYERS):
         evaluation = evaluated_set(split, negatives)
         evaluation = evaluation.with_genes(evaluation.genes.isin(predictions.var_names))
         profiles = np.asarray(predictions[:, evaluation.genes].X, dtype=np.float64)
@@ -59,17 +60,22 @@ def write_model_scores(
 
 
 def _control_scores(reference: Path, half_seed: int, genes: pd.Index | None = None) -> pd.DataFrame:
-    own, negatives = read_reference(reference)
+    layers = {*SCORED_LAYERS, *(control.name for control in CONTROLS)}
+    own, negatives = read_reference(reference, layers)
     tables = [
         control_scores(own, negatives, split, genes).assign(half_seed=split_seed, seed=-1)
-        for split_seed, split in _splits(reference, own, half_seed).items()
+        for split_seed, split in _splits(reference, own, half_seed, layers)
     ]
     return pd.concat(tables, ignore_index=True)
 
 
-def _splits(reference: Path, own: ad.AnnData, half_seed: int) -> dict[int, ad.AnnData]:
-    further = {seed: ad.read_h5ad(file) for seed, file in half_split_files(reference).items()}
-    return {half_seed: own} | further
+def _splits(
+    reference: Path, own: ad.AnnData, half_seed: int, layers: Collection[str]
+) -> Iterator[tuple[int, ad.AnnData]]:
+    """(half seed, split) of all half splits, the reference's own first; one further split in memory at a time."""
+    yield half_seed, own
+    for seed, file in half_split_files(reference).items():
+        yield seed, read_layers(file, layers)
 
 
 def _write(scores: pd.DataFrame, path: Path) -> None:

@@ -6,44 +6,44 @@ from pathlib import Path
 
 import anndata as ad
 import pandas as pd
+from scipy import sparse
 
+from core.arrays import Bools
 from core.errors import UserError
-from core.harmonising import CONTROL
-from core.reference import KEYS
+from core.files import write_by_rows
+from core.harmonising import CONTROL, KEYS
+from core.panels import ahead, spans
 
 
 def write_fold(cells: ad.AnnData, fold: int, folder: Path) -> None:
-    """Write what a model may see of a fold into `folder`: train.h5ad (train and val cells) and control.h5ad."""
-    training_cells(cells, fold).write_h5ad(folder / "train.h5ad", compression="lzf")
-    training_controls(cells, fold).write_h5ad(folder / "control.h5ad", compression="lzf")
+    """Write what a model may see of a fold into `folder`: train.h5ad (train and val cells) and control.h5ad (the
+    control cells of the train split).
 
-
-def training_cells(cells: ad.AnnData, fold: int) -> ad.AnnData:
-    """The fold's train and val cells, control included: X log1p, layers["counts"], obs covariate, condition, split.
-
-    Nothing else of the cells goes along: no halves, no other fold's splits, no report on the whole data set.
+    Both hold X log1p, layers["counts"] where the cells have it, obs covariate, condition, split; nothing else of the
+    cells goes along: no halves, no other fold's splits, no report on the whole data set. cells: in memory or on disk,
+    read a panel at a time. Raises UserError where a covariate has no control cell to train with.
     """
     split = cells.obs[f"fold_{fold}"].astype(str)
-    return _bare(cells, split, split.isin(["train", "val"]))
-
-
-def training_controls(cells: ad.AnnData, fold: int) -> ad.AnnData:
-    """The control cells of the fold's train split, laid out as `training_cells`.
-
-    Raises UserError where a covariate has none.
-    """
-    split = cells.obs[f"fold_{fold}"].astype(str)
-    controls = _bare(cells, split, (split == "train") & (cells.obs["condition"] == CONTROL))
-    without = sorted(set(cells.obs["covariate"].astype(str)) - set(controls.obs["covariate"]))
+    in_training = split.isin(["train", "val"]).to_numpy()
+    controls = ((split == "train") & (cells.obs["condition"] == CONTROL)).to_numpy()
+    covariates = cells.obs["covariate"].astype(str)
+    without = sorted(set(covariates) - set(covariates[controls]))
     if without:
         raise UserError(
             "cells", f"fold_{fold}", f"no control cell to train with in {without[0]}", "give more control cells"
         )
-    return controls
+    _write(cells, split, in_training, folder / "train.h5ad")
+    _write(cells, split, controls, folder / "control.h5ad")
 
 
-def _bare(cells: ad.AnnData, split: pd.Series, kept: pd.Series) -> ad.AnnData:
-    rows = kept.to_numpy()
-    obs = pd.DataFrame({key: cells.obs[key].astype(str) for key in KEYS}).assign(split=split)[rows]
-    layers = {"counts": cells.layers["counts"][rows]} if "counts" in cells.layers else {}
-    return ad.AnnData(X=cells.X[rows], layers=layers, obs=obs, var=pd.DataFrame(index=cells.var_names))
+def _write(cells: ad.AnnData, split: pd.Series, kept: Bools, path: Path) -> None:
+    obs = pd.DataFrame({key: cells.obs[key].astype(str) for key in KEYS}).assign(split=split)[kept]
+    matrices = {"X": cells.X}
+    if "counts" in cells.layers:
+        matrices["layers/counts"] = cells.layers["counts"]
+    wanted = [span for span in spans(len(kept)) if kept[span].any()]
+
+    def read(span: slice) -> dict[str, sparse.csr_matrix]:
+        return {place: sparse.csr_matrix(matrix[span])[kept[span]] for place, matrix in matrices.items()}
+
+    write_by_rows(path, ad.AnnData(obs=obs, var=pd.DataFrame(index=cells.var_names)), ahead(read, wanted))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import pandas as pd
 from scipy import sparse
@@ -11,18 +13,18 @@ from core.arrays import Bools, Floats
 BINS = 20
 
 
-def expression_moments(log_expression: sparse.csr_matrix) -> tuple[Floats, Floats]:
+def expression_moments(parts: Iterable[sparse.csr_matrix], n_genes: int) -> tuple[Floats, Floats]:
     """Mean and variance (n-1) over cells of each gene's normalised expression.
 
-    log_expression: cells x genes, log1p of the normalised counts; moments are of expm1 of it.
+    parts: cells x genes, log1p of the normalised counts, some cells at a time; moments are of expm1 of it.
     """
-    n = log_expression.shape[0]
-    # In the input's own precision, as scanpy takes it; the sums are float64.
-    values = np.expm1(log_expression.data).astype(np.float64)
-    genes = log_expression.indices
-    width = log_expression.shape[1]
-    total = np.bincount(genes, weights=values, minlength=width)
-    squares = np.bincount(genes, weights=values * values, minlength=width)
+    n, total, squares = 0, np.zeros(n_genes), np.zeros(n_genes)
+    for part in parts:
+        # In the input's own precision, as scanpy takes it; the sums are float64.
+        values = np.expm1(part.data).astype(np.float64)
+        n += part.shape[0]
+        total += np.bincount(part.indices, weights=values, minlength=n_genes)
+        squares += np.bincount(part.indices, weights=values * values, minlength=n_genes)
     mean = total / n
     variance = (squares / n - mean * mean) * (n / (n - 1))
     return mean, variance

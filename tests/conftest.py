@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
+import anndata as ad
+import pandas as pd
 import pytest
+
+from core.catalog.schema import DatasetSpec
+from core.cell_sums import CellSums, sum_cells
+from core.cells import read_cells, write_cells
+from core.splits import draw_halves
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,3 +31,30 @@ def shared() -> Path:
             pytest.fail(reason)
         pytest.skip(reason)
     return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ad.AnnData]:
+    """The cells that are prepared from a raw file, in memory: `prepared(raw, spec, name_of_the_file)`."""
+
+    def prepare(raw: ad.AnnData, spec: DatasetSpec, name: str = "raw.h5ad", **options: int) -> ad.AnnData:
+        folder = tmp_path_factory.mktemp("prepared")
+        raw.write_h5ad(folder / Path(name).name)
+        write_cells(folder / Path(name).name, spec, {}, folder, **options)
+        cells = read_cells(folder)
+        whole = cells.to_memory()
+        cells.file.close()
+        del whole.uns["provenance"]
+        return whole
+
+    return prepare
+
+
+@pytest.fixture(scope="session")
+def sums() -> Callable[..., CellSums]:
+    """The sums of cells in memory, with the halves given, else their own as seed 42 and those drawn with seed 43."""
+
+    def make(cells: ad.AnnData, halves: dict[int, pd.Series] | None = None) -> CellSums:
+        return sum_cells(cells, halves or {42: cells.obs["half"], 43: draw_halves(cells.obs, 43)}, 42)
+
+    return make

@@ -149,12 +149,14 @@ class DatasetSpec(Entry):
     title: Text
     task: Literal["single", "combination"]
     source: Annotated[HttpsSource | S3Source | LocalSource | SimulatedSource, Field(discriminator="kind")]
+    mirror: Annotated[HttpsSource | S3Source, Field(discriminator="kind")] | None = None
     labels: Labels
     filters: Annotated[tuple[Filter, ...], Field(strict=False)] = ()
     sample: Sampling | None = None
     covariate_column: Text | None = None
     covariate: Annotated[str, Field(pattern=r"^[^|]+$")] = "all"
     symbol_column: Text | None = None
+    counts_layer: Text | None = None
     library_size: Text | None = None
     min_genes_per_cell: Floor = 200
     min_cells_per_gene: Floor = 3

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from core.catalog.schema import DatasetSpec
-from core.cells import prepare_cells
 from core.simulate import SimulationSettings, simulate
 
 Entry = Callable[..., DatasetSpec]
+Prepare = Callable[..., ad.AnnData]
 
 LINES = {"covariate_column": "cell_line"}
 PAIRS = {"task": "combination"}
@@ -74,18 +74,18 @@ def lines_raw() -> ad.AnnData:
 
 
 @pytest.fixture(scope="session")
-def single_cells(single_raw: ad.AnnData, entry: Entry) -> ad.AnnData:
-    return prepare_cells(single_raw, entry(), "single.h5ad")
+def single_cells(prepared: Prepare, single_raw: ad.AnnData, entry: Entry) -> ad.AnnData:
+    return prepared(single_raw, entry(), "single.h5ad")
 
 
 @pytest.fixture(scope="session")
-def pairs_cells(pairs_raw: ad.AnnData, entry: Entry) -> ad.AnnData:
-    return prepare_cells(pairs_raw, entry(**PAIRS), "pairs.h5ad")
+def pairs_cells(prepared: Prepare, pairs_raw: ad.AnnData, entry: Entry) -> ad.AnnData:
+    return prepared(pairs_raw, entry(**PAIRS), "pairs.h5ad")
 
 
 @pytest.fixture(scope="session")
-def lines_cells(lines_raw: ad.AnnData, entry: Entry) -> ad.AnnData:
-    return prepare_cells(lines_raw, entry(**LINES), "lines.h5ad")
+def lines_cells(prepared: Prepare, lines_raw: ad.AnnData, entry: Entry) -> ad.AnnData:
+    return prepared(lines_raw, entry(**LINES), "lines.h5ad")
 
 
 @pytest.fixture(scope="session", params=["single", "pairs", "lines"])

@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from scipy import sparse
 
-from core.controls import CONTROLS, additive, interpolate, sparse_means
+from core.controls import CONTROLS, additive, draw_sparse, interpolate
 
 PROFILE = arrays(np.float64, (3, 5), elements=st.floats(0, 9))
 
@@ -46,54 +45,60 @@ def test_interpolation_takes_the_mean_where_nothing_was_tested() -> None:
     assert np.isnan(interpolate(duplicate, np.full((1, 4), np.nan), p)).all()
 
 
+# The cells of sparse_mean
+
+
 @pytest.fixture
-def expression() -> tuple[sparse.csr_matrix, pd.DataFrame]:
+def drawing() -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Cells in no order, conditions and their splits in two folds; x A and x B are tested in fold 0, y A in fold 1."""
+    sizes = {("x", "A"): 20, ("x", "B"): 41, ("x", "C"): 9, ("x", "D"): 8, ("y", "A"): 30, ("y", "C"): 6}
+    labels = [key for key, n in (sizes | {("x", "control"): 50}).items() for _ in range(n)]
     rng = np.random.default_rng(0)
-    obs = pd.DataFrame(index=rng.permutation([f"cell{i:03d}" for i in range(80)]))
-    return sparse.csr_matrix((rng.gamma(1, 1, (80, 6)) * (rng.random((80, 6)) < 0.5)).astype(np.float32)), obs
+    obs = pd.DataFrame(labels, columns=["covariate", "condition"])
+    obs.index = rng.permutation([f"cell{i:03d}" for i in range(len(obs))])
+    keys = pd.DataFrame(list(sizes), columns=["covariate", "condition"]).assign(
+        n_cells=list(sizes.values()), test_fold=[0, 0, -1, -1, 1, -1]
+    )
+    splits = pd.DataFrame(
+        {
+            "fold_0": ["test", "test", "train", "train", "val", "train"],
+            "fold_1": ["train", "val", "train", "train", "test", "train"],
+        }
+    )
+    return obs.iloc[rng.permutation(len(obs))], keys, splits
 
 
-def drawn(obs: pd.DataFrame, pool: np.ndarray, condition: str, size: int) -> np.ndarray:
-    """Positions of the cells of a sparse mean, by hand: a draw of its own from the names in sorted order."""
-    digest = sha256(f"sparse_mean/x/{condition}".encode()).digest()
+def names_drawn(obs: pd.DataFrame, covariate: str, condition: str, pool: list[str], size: int) -> set[str]:
+    """By hand: a draw of its own from the pool's names in sorted order."""
+    digest = sha256(f"sparse_mean/{covariate}/{condition}".encode()).digest()
     rng = np.random.default_rng([42, int.from_bytes(digest[:8], "big")])
-    names = np.array(sorted(obs.index[pool]))
-    return np.array([obs.index.get_loc(name) for name in rng.choice(names, size=size, replace=False)])
+    of_pool = (obs["covariate"] == covariate) & obs["condition"].isin(pool)
+    return set(rng.choice(np.array(sorted(obs.index[of_pool])), size=size, replace=False))
 
 
-def test_sparse_means_are_means_of_half_as_many_cells_of_the_pool(
-    expression: tuple[sparse.csr_matrix, pd.DataFrame],
+def test_half_as_many_cells_are_drawn_from_the_training_perturbations(
+    drawing: tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame],
 ) -> None:
-    X, obs = expression
-    pool = np.arange(10, 70)
-    tests = {"B": 21, "A": 8, "C": 4}
-    found = sparse_means(X, obs, "x", tests, pool, 42)
-    for row, (condition, n) in zip(found, tests.items(), strict=True):
-        cells = drawn(obs, pool, condition, n // 2)
-        assert len(set(cells)) == n // 2
-        np.testing.assert_allclose(row, X[cells].toarray().mean(axis=0, dtype=np.float64), rtol=1e-12)
+    obs, keys, splits = drawing
+    found = draw_sparse(obs, keys, splits, 42).toarray()
+    assert set(np.unique(found)) == {0.0, 1.0}
+    drawn = [set(obs.index[row == 1]) for row in found]
+    assert drawn[0] == names_drawn(obs, "x", "A", ["C", "D"], 10)
+    assert drawn[1] == names_drawn(obs, "x", "B", ["C", "D"], 17)  # half of 41 is more than the 17 there are
+    assert drawn[4] == names_drawn(obs, "y", "A", ["C"], 6)
+    assert [len(drawn[row]) for row in (2, 3, 5)] == [0, 0, 0]  # never test
 
 
-def test_sparse_means_do_not_hang_on_order_or_on_other_conditions(
-    expression: tuple[sparse.csr_matrix, pd.DataFrame],
+def test_draws_do_not_hang_on_order_or_on_other_conditions(
+    drawing: tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame],
 ) -> None:
-    X, obs = expression
-    pool = np.arange(10, 70)
-    found = sparse_means(X, obs, "x", {"A": 20, "B": 30}, pool, 42)
-    np.testing.assert_array_equal(sparse_means(X, obs, "x", {"B": 30}, pool, 42)[0], found[1])
-    order = np.random.default_rng(1).permutation(80)
-    shuffled = sparse_means(X[order], obs.iloc[order], "x", {"A": 20, "B": 30}, np.argsort(order)[pool], 42)
-    np.testing.assert_allclose(shuffled, found, rtol=1e-12)
-    for seed, covariate in ((43, "x"), (42, "y")):
-        assert not np.allclose(sparse_means(X, obs, covariate, {"A": 20}, pool, seed)[0], found[0])
-
-
-def test_a_condition_of_more_cells_than_the_pool_takes_the_pool(
-    expression: tuple[sparse.csr_matrix, pd.DataFrame],
-) -> None:
-    X, obs = expression
-    found = sparse_means(X, obs, "x", {"A": 50}, np.arange(12), 42)
-    np.testing.assert_allclose(found[0], X[:12].toarray().mean(axis=0, dtype=np.float64), rtol=1e-12)
+    obs, keys, splits = drawing
+    found = draw_sparse(obs, keys, splits, 42).toarray()
+    order = np.random.default_rng(1).permutation(len(obs))
+    np.testing.assert_array_equal(draw_sparse(obs.iloc[order], keys, splits, 42).toarray(), found[:, order])
+    fewer = keys.assign(test_fold=[-1, 0, -1, -1, -1, -1])
+    np.testing.assert_array_equal(draw_sparse(obs, fewer, splits, 42).toarray()[1], found[1])
+    assert (draw_sparse(obs, keys, splits, 43).toarray()[0] != found[0]).any()
 
 
 def test_additive_by_hand() -> None:

@@ -10,14 +10,16 @@ import anndata as ad
 import pytest
 
 from core.catalog.schema import DatasetSpec
-from core.cells import prepare_cells
 from core.dataset_check import check_dataset
 from core.errors import UserError
 
 Entry = Callable[..., DatasetSpec]
+Prepare = Callable[..., ad.AnnData]
 
 
-def test_it_tells_what_the_preparation_does(single_raw: ad.AnnData, entry: Entry, tmp_path: Path) -> None:
+def test_it_tells_what_the_preparation_does(
+    prepared: Prepare, single_raw: ad.AnnData, entry: Entry, tmp_path: Path
+) -> None:
     raw = single_raw.copy()
     raw.obs["perturbation"] = raw.obs["perturbation"].astype(str) + "_guide"
     raw.obs.loc[raw.obs["perturbation"] == "control_guide", "perturbation"] = "NT"
@@ -29,7 +31,7 @@ def test_it_tells_what_the_preparation_does(single_raw: ad.AnnData, entry: Entry
         min_cells_per_condition=22,
     )
     check = check_dataset(tmp_path / "raw.h5ad", spec)
-    cells = prepare_cells(raw, spec, "raw")
+    cells = prepared(raw, spec, "raw")
     report = json.loads(cells.uns["preparation"])
     dropped = check.conditions.loc[~check.conditions["kept"]]
     assert [f"all {name}" for name in dropped["condition"]] == report["conditions dropped for too few cells"] != []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import anndata as ad
@@ -16,10 +17,11 @@ from scipy import sparse
 from statsmodels.stats.multitest import multipletests
 
 from core.catalog import dataset
-from core.cells import prepare_cells
 from core.differential import against_rest, benjamini_hochberg, deg_mask, effect_weights
 from core.files import open_h5ad
 from core.moments import group_moments
+
+Prepare = Callable[..., ad.AnnData]
 
 
 def by_scanpy(x: np.ndarray, labels: np.ndarray) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -161,8 +163,8 @@ def test_effect_weights_by_hand() -> None:
 
 @pytest.mark.shared
 @pytest.mark.filterwarnings("ignore:DataFrame is highly fragmented")
-def test_equal_to_scanpy_on_real_data(shared: Path) -> None:
+def test_equal_to_scanpy_on_real_data(prepared: Prepare, shared: Path) -> None:
     raw = open_h5ad(shared / "data" / "papalexi21.h5ad")
-    cells = prepare_cells(raw, dataset("papalexi21_panel"), "papalexi21")
+    cells = prepared(raw, dataset("papalexi21_panel"), "papalexi21")
     first = ((cells.obs["half"] == "first_half") & (cells.obs["condition"] != "control")).to_numpy()
     assert_equal_to_scanpy(cells.X[first].toarray(), cells.obs["condition"].astype(str).to_numpy()[first])

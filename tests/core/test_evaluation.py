@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core import evaluation as module
+from core.cell_sums import CellSums
 from core.controls import CONTROLS
 from core.errors import UserError
 from core.evaluation import (
@@ -27,6 +29,8 @@ from core.evaluation import (
 from core.metrics import METRICS
 from core.reference import build_half_split, build_negatives, build_reference
 from core.splits import draw_halves
+
+Sums = Callable[..., CellSums]
 
 by_definition = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("by_definition.py"))))
 
@@ -210,9 +214,9 @@ def test_fewer_genes_are_those_columns_alone() -> None:
 # From a reference
 
 
-def test_the_evaluated_set_is_all_test_conditions_with_their_own_centres(screen: ad.AnnData) -> None:
-    negatives = build_negatives(screen)
-    reference = build_reference(screen, negatives, 42)
+def test_the_evaluated_set_is_all_test_conditions_with_their_own_centres(sums: Sums, screen: ad.AnnData) -> None:
+    negatives = build_negatives(sums(screen))
+    reference = build_reference(sums(screen), negatives, 42)
     evaluation = evaluated_set(reference, negatives)
     obs = screen.obs
     folds = [column for column in obs.columns if column.startswith("fold_")]
@@ -233,9 +237,9 @@ def test_the_evaluated_set_is_all_test_conditions_with_their_own_centres(screen:
         np.testing.assert_allclose(evaluation.truth[row], first, rtol=1e-9, atol=1e-12)
 
 
-def test_control_scores_are_those_of_the_reference_profiles(pairs_cells: ad.AnnData) -> None:
-    negatives = build_negatives(pairs_cells)
-    reference = build_reference(pairs_cells, negatives, 42)
+def test_control_scores_are_those_of_the_reference_profiles(sums: Sums, pairs_cells: ad.AnnData) -> None:
+    negatives = build_negatives(sums(pairs_cells))
+    reference = build_reference(sums(pairs_cells), negatives, 42)
     evaluation = evaluated_set(reference, negatives)
     found = control_scores(reference, negatives)
     assert list(found["model"].unique()) == [c.name for c in CONTROLS if c.name != "linear"]  # no combination in linear
@@ -248,10 +252,10 @@ def test_control_scores_are_those_of_the_reference_profiles(pairs_cells: ad.AnnD
         assert_same(table, by_definition.scores(profiles[there], evaluation.keys[there], evaluation))
 
 
-def test_another_half_split_brings_its_own_truth_and_duplicates(single_cells: ad.AnnData) -> None:
-    negatives = build_negatives(single_cells)
-    reference = build_reference(single_cells, negatives, 42)
-    split = build_half_split(single_cells, draw_halves(single_cells.obs, 43), negatives)
+def test_another_half_split_brings_its_own_truth_and_duplicates(sums: Sums, single_cells: ad.AnnData) -> None:
+    negatives = build_negatives(sums(single_cells))
+    reference = build_reference(sums(single_cells), negatives, 42)
+    split = build_half_split(sums(single_cells, {43: draw_halves(single_cells.obs, 43)}), 43, negatives)
     found = control_scores(reference, negatives, split)
     evaluation = evaluated_set(split, negatives)
     assert np.abs(evaluation.truth - evaluated_set(reference, negatives).truth).max() > 0.1

@@ -17,6 +17,7 @@ import pytest
 from scipy import sparse
 
 from core.calibration import calibrate
+from core.cell_sums import CellSums
 from core.errors import UserError
 from core.evaluation import control_scores, evaluated_set
 from core.file_calibration import FileOptions, any_cells, calibrate_file
@@ -28,6 +29,7 @@ by_definition = SimpleNamespace(**runpy.run_path(str(HERE.with_name("by_definiti
 mirror_of: Callable[..., ad.AnnData] = runpy.run_path(str(HERE.with_name("mirror_files.py")))["mirror_of"]
 
 TWO = FileOptions(half_seeds=2)
+Sums = Callable[..., CellSums]
 Written = Callable[[ad.AnnData], Path]
 
 
@@ -64,15 +66,15 @@ NOT_UNIQUE = pytest.mark.filterwarnings(
 # What is calibrated
 
 
-def test_our_cells_are_taken_with_their_halves_and_folds(screen: ad.AnnData, written: Written) -> None:
+def test_our_cells_are_taken_with_their_halves_and_folds(sums: Sums, screen: ad.AnnData, written: Written) -> None:
     scores, calibration = calibrate_file(written(screen), FileOptions(half_seeds=3))
-    negatives = build_negatives(screen)
-    reference = build_reference(screen, negatives, 42)
+    negatives = build_negatives(sums(screen))
+    reference = build_reference(sums(screen), negatives, 42)
     own = control_scores(reference, negatives)
     pd.testing.assert_frame_equal(scores, own)
     tables = [own.assign(half_seed=42)]
     for seed in (43, 44):
-        halves = build_half_split(screen, draw_halves(screen.obs, seed), negatives)
+        halves = build_half_split(sums(screen, {seed: draw_halves(screen.obs, seed)}), seed, negatives)
         tables.append(control_scores(reference, negatives, halves).assign(half_seed=seed))
     pd.testing.assert_frame_equal(calibration, calibrate(pd.concat(tables), 42))
 
@@ -100,7 +102,7 @@ def test_a_mirror_is_scored_by_what_it_stores(stored: ad.AnnData, written: Writt
 
 
 def test_a_mirror_without_its_tables_can_be_recomputed(
-    stored: ad.AnnData, pairs_cells: ad.AnnData, written: Written
+    sums: Sums, stored: ad.AnnData, pairs_cells: ad.AnnData, written: Written
 ) -> None:
     mirror = stored.copy()
     mirror.uns.clear()
@@ -108,12 +110,14 @@ def test_a_mirror_without_its_tables_can_be_recomputed(
     with pytest.raises(UserError, match="--recompute"):
         calibrate_file(path, FileOptions(half_seeds=1))
     scores, _ = calibrate_file(path, FileOptions(half_seeds=1), recompute=True)
-    negatives = build_negatives(pairs_cells)
-    expected = control_scores(build_reference(pairs_cells, negatives, 42), negatives)
+    negatives = build_negatives(sums(pairs_cells))
+    expected = control_scores(build_reference(sums(pairs_cells), negatives, 42), negatives)
     pd.testing.assert_frame_equal(scores, expected)
 
 
-def test_any_file_is_scored_by_definition_on_drawn_halves_and_folds(plain: ad.AnnData, written: Written) -> None:
+def test_any_file_is_scored_by_definition_on_drawn_halves_and_folds(
+    sums: Sums, plain: ad.AnnData, written: Written
+) -> None:
     cells = any_cells(plain, LABEL, "file")
     assert list(cells.obs_names) == list(cells.obs.sort_values("condition", kind="stable").index)
     assert list(cells.var_names) == sorted(plain.var_names)
@@ -123,8 +127,8 @@ def test_any_file_is_scored_by_definition_on_drawn_halves_and_folds(plain: ad.An
     np.testing.assert_array_equal(cells.X.toarray(), plain[cells.obs_names, cells.var_names].X.toarray())
 
     scores, calibration = calibrate_file(written(plain), LABEL)
-    negatives = build_negatives(cells)
-    reference = build_reference(cells, negatives, 42)
+    negatives = build_negatives(sums(cells))
+    reference = build_reference(sums(cells), negatives, 42)
     evaluation = evaluated_set(reference, negatives)
     for model in ("technical_duplicate", "interpolated_duplicate", "sparse_mean"):
         found = scores[scores["model"] == model].set_index(["covariate", "condition", "metric"])["value"].sort_index()
@@ -149,6 +153,8 @@ def test_threads_and_the_hash_seed_change_no_byte(plain: ad.AnnData, written: Wr
 import sys
 from pathlib import Path
 from core.file_calibration import FileOptions, calibrate_file
+
+
 
 tables = calibrate_file(Path(sys.argv[1]), FileOptions(column="label", half_seeds=2))
 for table, name in zip(tables, ("scores", "calibration"), strict=True):

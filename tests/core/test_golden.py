@@ -14,10 +14,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from core.cell_sums import CellSums
 from core.evaluation import Evaluation
 from core.file_calibration import FileOptions, calibrate_file
-from core.mirror import mirror_cells, stored_reference
+from core.mirror import mirror_cells
 from core.reference import build_negatives, build_reference
+from core.stored_profiles import stored_reference
 
 HERE = Path(__file__)
 by_definition = SimpleNamespace(**runpy.run_path(str(HERE.with_name("by_definition.py"))))
@@ -134,12 +136,12 @@ def test_the_golden_case_through_the_command_line(shared: Path, golden: pd.Serie
 
 
 @pytest.mark.shared
-def test_the_golden_cells_give_the_stored_halves_and_controls(shared: Path) -> None:
+def test_the_golden_cells_give_the_stored_halves_and_controls(shared: Path, sums: Callable[..., CellSums]) -> None:
     data = ad.read_h5ad(shared / "golden" / "combo_mirror.h5ad")
-    cells = mirror_cells(data)
+    cells = mirror_cells(data, "mirror.h5ad")
     reference, negatives = stored_reference(data, cells, "combo_mirror.h5ad")
-    own_negatives = build_negatives(cells)
-    recomputed = build_reference(cells, own_negatives, 42)
+    own_negatives = build_negatives(sums(cells))
+    recomputed = build_reference(sums(cells), own_negatives, 42)
     for layer in ("truth", "technical_duplicate"):
         np.testing.assert_allclose(recomputed.layers[layer], reference.layers[layer], rtol=2e-6, atol=1e-7)
     control = negatives.obs["kind"] == "control_mean"

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
+
+import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import sparse
 
-from core.moments import group_codes, group_means, group_moments
+from core.moments import add_moments, add_sums, group_codes, group_moments
+from core.panels import panels
 
 
 @pytest.fixture
@@ -29,7 +35,6 @@ def test_sums_means_and_squares(expression: sparse.csr_matrix) -> None:
         np.testing.assert_allclose(moments.squares[group], (own**2).sum(axis=0), rtol=1e-13)
         expected = own.mean(axis=0) if len(own) else np.full(9, np.nan)
         np.testing.assert_allclose(moments.mean()[group], expected, rtol=1e-13)
-    np.testing.assert_array_equal(group_means(expression, CODES, 5), moments.mean())
     assert moments.total.dtype == moments.squares.dtype == np.float64
 
 
@@ -38,7 +43,6 @@ def test_the_matrix_stays_as_it_is(dtype: type, expression: sparse.csr_matrix) -
     x = expression.astype(dtype)
     before = x.data.copy()
     group_moments(x, CODES, 5)
-    group_means(x, CODES, 5)
     np.testing.assert_array_equal(x.data, before)
     assert x.dtype == dtype
 
@@ -58,3 +62,32 @@ def test_codes_are_positions_among_the_keys() -> None:
     assert group_codes(frame, keys).tolist() == [0, 2, 1, -1, -1]
     assert group_codes(frame.astype("category"), keys.astype("category")).tolist() == [0, 2, 1, -1, -1]
     assert group_codes(frame, pd.DataFrame({"condition": ["B"]})).tolist() == [-1, -1, 0, 0, -1]
+
+
+def test_one_pass_in_panels_on_disk(expression: sparse.csr_matrix, tmp_path: Path, monkeypatch) -> None:
+    """Of a matrix and into arrays in files, 7 rows at a time."""
+    ad.AnnData(expression).write_h5ad(tmp_path / "cells.h5ad")
+    X = ad.read_h5ad(tmp_path / "cells.h5ad", backed="r").X
+    whole = group_moments(expression, CODES, 5)
+    monkeypatch.setattr("core.moments.panels", partial(panels, rows=7))
+    pieces = group_moments(X, CODES, 5)
+    np.testing.assert_allclose(pieces.total, whole.total, rtol=1e-13)
+    np.testing.assert_allclose(pieces.squares, whole.squares, rtol=1e-13)
+    np.testing.assert_array_equal(pieces.n, whole.n)
+    with h5py.File(tmp_path / "sums.h5", "w") as file:
+        total, squares = (file.create_dataset(None, (5, 9), "f8") for _ in range(2))
+        for start in range(0, 60, 7):
+            rows = slice(start, start + 7)
+            add_moments(total, squares, CODES[rows], expression[rows].astype(np.float64))
+        np.testing.assert_array_equal(total[:], pieces.total)
+        np.testing.assert_array_equal(squares[:], pieces.squares)
+
+
+def test_sums_of_cells_that_belong_to_several_groups(expression: sparse.csr_matrix) -> None:
+    members = np.random.default_rng(2).random((4, 60)) < 0.3
+    members[2] = False
+    total = np.zeros((4, 9))
+    for start in range(0, 60, 25):
+        rows = slice(start, start + 25)
+        add_sums(total, sparse.csc_matrix(members[:, rows], dtype=np.float64), expression[rows].astype(np.float64))
+    np.testing.assert_allclose(total, members @ expression.toarray().astype(np.float64), rtol=1e-13)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import anndata as ad
@@ -9,14 +10,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from core.cell_sums import CellSums
 from core.energy import edistances, principal_coordinates
 from core.quality import energy_by_covariate, quality, read_edistances, write_quality
 from core.reference import build_negatives, build_reference
 
 
 @pytest.fixture(scope="module")
-def reference(screen: ad.AnnData) -> ad.AnnData:
-    return build_reference(screen, build_negatives(screen), 42)
+def reference(screen: ad.AnnData, sums: Callable[..., CellSums]) -> ad.AnnData:
+    return build_reference(sums(screen), build_negatives(sums(screen)), 42)
 
 
 def test_distances_within_each_covariate(screen: ad.AnnData) -> None:
@@ -58,10 +60,13 @@ def test_written_tables_are_read_back(screen: ad.AnnData, reference: ad.AnnData,
         pd.testing.assert_frame_equal(read[covariate], table, check_names=False)
 
 
-def test_a_single_control_cell_has_no_distance_but_keeps_its_place(single_cells: ad.AnnData, tmp_path: Path) -> None:
+def test_a_single_control_cell_has_no_distance_but_keeps_its_place(
+    sums: Callable[..., CellSums], single_cells: ad.AnnData, tmp_path: Path
+) -> None:
     control = np.flatnonzero(single_cells.obs["condition"] == "control")
     cells = single_cells[np.setdiff1d(np.arange(single_cells.n_obs), control[1:])].copy()
-    write_quality(cells, build_reference(cells, build_negatives(cells), 42), tmp_path)
+    own = sums(cells)
+    write_quality(cells, build_reference(own, build_negatives(own), 42), tmp_path)
     table = read_edistances(tmp_path)["all"]
     assert table.index[0] == table.columns[0] == "control"
     assert table["control"].isna().all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,11 +13,11 @@ import pytest
 from scipy import sparse
 
 from core.catalog import dataset
-from core.cells import prepare_cells
+from core.cell_sums import CellSums
 from core.differential import against_rest
 from core.files import open_h5ad
 from core.linear import linear
-from core.mirror import mirror_cells, stored_reference
+from core.mirror import mirror_cells
 from core.moments import Moments
 from core.reference import (
     HALF_LAYERS,
@@ -31,6 +32,11 @@ from core.reference import (
     write_reference,
 )
 from core.splits import draw_halves, fold_columns
+from core.stored_profiles import stored_reference
+
+Sums = Callable[..., CellSums]
+
+Prepare = Callable[..., ad.AnnData]
 
 
 class Built(NamedTuple):
@@ -57,9 +63,9 @@ class Built(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def built(screen: ad.AnnData) -> Built:
-    negatives = build_negatives(screen)
-    reference = build_reference(screen, negatives, 42)
+def built(sums: Sums, screen: ad.AnnData) -> Built:
+    negatives = build_negatives(sums(screen))
+    reference = build_reference(sums(screen), negatives, 42)
     return Built(screen, screen.X.toarray().astype(np.float64), screen.obs.astype(str), negatives, reference)
 
 
@@ -185,7 +191,7 @@ def test_negatives_of_each_row(built: Built) -> None:
             same(means[row], profile[f"{covariate}|dataset_mean|{fold}"])
 
 
-def test_sparse_mean_is_of_half_as_many_training_cells(built: Built) -> None:
+def test_sparse_mean_is_of_half_as_many_training_cells(sums: Sums, built: Built) -> None:
     """As many cells as half of the condition's, all from the training perturbations of its fold and covariate.
 
     Each cell is marked by a gene of its own, so that the profile tells which cells it is the mean of.
@@ -195,7 +201,7 @@ def test_sparse_mean_is_of_half_as_many_training_cells(built: Built) -> None:
         obs=built.cells.obs,
     )
     keys = built.reference.obs
-    found = build_reference(marks, build_negatives(marks), 42).layers["sparse_mean"]
+    found = build_reference(sums(marks), build_negatives(sums(marks)), 42).layers["sparse_mean"]
     chosen_by_condition = []
     for row, covariate, _, fold in rows_of(built):
         profile = found[row][0]
@@ -252,12 +258,12 @@ def test_linear(built: Built) -> None:
     assert present == 0 if combined else 5 < present < built.reference.n_obs
 
 
-def test_each_covariate_is_computed_as_if_it_were_alone(lines_cells: ad.AnnData) -> None:
-    negatives = build_negatives(lines_cells)
-    both = build_reference(lines_cells, negatives, 42)
+def test_each_covariate_is_computed_as_if_it_were_alone(sums: Sums, lines_cells: ad.AnnData) -> None:
+    negatives = build_negatives(sums(lines_cells))
+    both = build_reference(sums(lines_cells), negatives, 42)
     for line in ("line_1", "line_2"):
         own = lines_cells[(lines_cells.obs["covariate"] == line).to_numpy()].copy()
-        alone = build_reference(own, build_negatives(own), 42)
+        alone = build_reference(sums(own), build_negatives(sums(own)), 42)
         rows = (both.obs["covariate"] == line).to_numpy()
         pd.testing.assert_frame_equal(alone.obs, both.obs[rows])
         for name, layer in both.layers.items():
@@ -270,13 +276,13 @@ def test_each_covariate_is_computed_as_if_it_were_alone(lines_cells: ad.AnnData)
 # Half splits
 
 
-def test_a_half_split_of_another_seed_changes_the_halves_alone(built: Built) -> None:
-    own = build_half_split(built.cells, draw_halves(built.cells.obs, 42), built.negatives)
+def test_a_half_split_of_another_seed_changes_the_halves_alone(sums: Sums, built: Built) -> None:
+    own = build_half_split(sums(built.cells, {42: draw_halves(built.cells.obs, 42)}), 42, built.negatives)
     assert set(own.layers) == set(HALF_LAYERS)
     for name in HALF_LAYERS:
         np.testing.assert_array_equal(own.layers[name], built.reference.layers[name], err_msg=name)
     half = draw_halves(built.cells.obs, 43)
-    other = build_half_split(built.cells, half, built.negatives)
+    other = build_half_split(sums(built.cells, {0: half}), 0, built.negatives)
     pd.testing.assert_frame_equal(other.obs.drop(columns="n_degs"), own.obs.drop(columns="n_degs"))
     for row, covariate, condition, _ in rows_of(built):
         mine = built.of(covariate, condition)
@@ -288,19 +294,19 @@ def test_a_half_split_of_another_seed_changes_the_halves_alone(built: Built) -> 
 # Files
 
 
-def test_written_files_are_read_back(pairs_cells: ad.AnnData, tmp_path: Path) -> None:
+def test_written_files_are_read_back(sums: Sums, pairs_cells: ad.AnnData, tmp_path: Path) -> None:
     write_reference(pairs_cells, 42, 3, tmp_path)
     reference, negatives = read_reference(tmp_path)
-    built = build_reference(pairs_cells, build_negatives(pairs_cells), 42)
+    built = build_reference(sums(pairs_cells), build_negatives(sums(pairs_cells)), 42)
     for name, layer in built.layers.items():
         np.testing.assert_array_equal(reference.layers[name], layer, err_msg=name)
-    np.testing.assert_array_equal(negatives.X, build_negatives(pairs_cells).X)
+    np.testing.assert_array_equal(negatives.X, build_negatives(sums(pairs_cells)).X)
     keys = read_keys(tmp_path)
     pd.testing.assert_frame_equal(keys, built.obs.reset_index(drop=True), check_dtype=False)
     files = half_split_files(tmp_path)
     assert list(files) == [43, 44]
     split = ad.read_h5ad(files[43])
-    again = build_half_split(pairs_cells, draw_halves(pairs_cells.obs, 43), negatives)
+    again = build_half_split(sums(pairs_cells, {43: draw_halves(pairs_cells.obs, 43)}), 43, negatives)
     for name in HALF_LAYERS:
         np.testing.assert_array_equal(split.layers[name], again.layers[name], err_msg=name)
 
@@ -314,13 +320,13 @@ def test_one_half_seed_means_no_further_split(single_cells: ad.AnnData, tmp_path
 
 
 @pytest.mark.shared
-def test_golden_halves_control_and_first_differential_expression(shared: Path) -> None:
+def test_golden_halves_control_and_first_differential_expression(sums: Sums, shared: Path) -> None:
     """Recomputed from the cells of the mirror file these agree with the stored ones, to float32."""
     data = open_h5ad(shared / "golden" / "combo_mirror.h5ad")
-    cells = mirror_cells(data)
+    cells = mirror_cells(data, "mirror.h5ad")
     stored, stored_negatives = stored_reference(data, cells, "combo_mirror.h5ad")
-    negatives = build_negatives(cells)
-    reference = build_reference(cells, negatives, 42)
+    negatives = build_negatives(sums(cells))
+    reference = build_reference(sums(cells), negatives, 42)
     assert list(reference.obs_names) == list(stored.obs_names)
     for name in ("truth", "technical_duplicate"):
         np.testing.assert_allclose(reference.layers[name], stored.layers[name], rtol=2e-6, atol=1e-7, err_msg=name)
@@ -333,10 +339,10 @@ def test_golden_halves_control_and_first_differential_expression(shared: Path) -
 
 
 @pytest.mark.shared
-def test_norman_panel(shared: Path) -> None:
+def test_norman_panel(sums: Sums, prepared: Prepare, shared: Path) -> None:
     raw = open_h5ad(shared / "data" / "norman19_small.h5ad")
-    cells = prepare_cells(raw, dataset("norman19_small"), "norman19_small.h5ad")
-    reference = build_reference(cells, build_negatives(cells), 42)
+    cells = prepared(raw, dataset("norman19_small"), "norman19_small.h5ad")
+    reference = build_reference(sums(cells), build_negatives(sums(cells)), 42)
     keys = reference.obs
     combined = keys["condition"].str.contains("+", regex=False)
     assert (combined.sum(), (~combined).sum()) == (15, 18)

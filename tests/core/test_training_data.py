@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import anndata as ad
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 
 from core.errors import UserError
+from core.panels import spans
 from core.splits import fold_columns
-from core.training_data import training_cells, training_controls, write_fold
+from core.training_data import write_fold
 
 
 def texts_of(path: Path) -> set[str]:
@@ -81,34 +84,48 @@ def test_the_folder_holds_no_test_cell_and_nothing_else_in_any_fold(annotated: a
         assert set(trained.obs.loc[trained.obs["condition"] == "control", "split"]) == {"train", "val"}
 
 
-def test_a_test_condition_is_in_no_split_of_its_fold(screen: ad.AnnData) -> None:
+def written_fold(cells: ad.AnnData, fold: int, folder: Path) -> tuple[ad.AnnData, ad.AnnData]:
+    """(train.h5ad, control.h5ad) of a fold."""
+    folder.mkdir()
+    write_fold(cells, fold, folder)
+    return ad.read_h5ad(folder / "train.h5ad"), ad.read_h5ad(folder / "control.h5ad")
+
+
+def test_a_test_condition_is_in_no_split_of_its_fold(screen: ad.AnnData, tmp_path: Path) -> None:
     obs = screen.obs
     for fold, column in enumerate(fold_columns(obs)):
+        training, controls = written_fold(screen, fold, tmp_path / str(fold))
         perturbed = obs[obs["condition"] != "control"]
         tested = set(perturbed.loc[perturbed[column] == "test", "condition"])
         assert tested
-        assert not tested & set(training_cells(screen, fold).obs["condition"])
-        assert set(training_controls(screen, fold).obs["condition"]) == {"control"}
+        assert not tested & set(training.obs["condition"])
+        assert set(controls.obs["condition"]) == {"control"}
 
 
-def test_cells_without_counts_are_given_without(single_cells: ad.AnnData) -> None:
+def test_cells_on_disk_and_panels_give_the_same(screen: ad.AnnData, tmp_path: Path, monkeypatch) -> None:
+    screen.write_h5ad(tmp_path / "cells.h5ad")
+    whole = written_fold(screen, 1, tmp_path / "whole")
+    monkeypatch.setattr("core.training_data.spans", partial(spans, rows=31))
+    pieces = written_fold(ad.read_h5ad(tmp_path / "cells.h5ad", backed="r"), 1, tmp_path / "pieces")
+    for a, b in zip(whole, pieces, strict=True):
+        pd.testing.assert_frame_equal(a.obs, b.obs)
+        for x, y in ((a.X, b.X), (a.layers["counts"], b.layers["counts"])):
+            assert x.shape == y.shape
+            assert (x != y).nnz == 0
+
+
+def test_cells_without_counts_are_given_without(single_cells: ad.AnnData, tmp_path: Path) -> None:
     cells = single_cells.copy()
     del cells.layers["counts"]
-    assert list(training_cells(cells, 0).layers) == []
+    assert [list(part.layers) for part in written_fold(cells, 0, tmp_path / "fold")] == [[], []]
 
 
-def test_the_cells_stay_as_they_are(single_cells: ad.AnnData) -> None:
-    before = single_cells.copy()
-    training_cells(single_cells, 0).X.data[:] = -1
-    assert (before.X != single_cells.X).nnz == 0
-
-
-def test_no_control_to_train_with_is_refused(lines_cells: ad.AnnData) -> None:
+def test_no_control_to_train_with_is_refused(lines_cells: ad.AnnData, tmp_path: Path) -> None:
     cells = lines_cells.copy()
     controls = (cells.obs["condition"] == "control") & (cells.obs["covariate"] == "line_2")
     cells.obs.loc[controls, "fold_1"] = "test"
-    training_controls(cells, 0)
+    write_fold(cells, 0, tmp_path)
     with pytest.raises(UserError, match=re.escape("no control cell to train with in line_2")) as error:
-        training_controls(cells, 1)
+        write_fold(cells, 1, tmp_path)
     assert (error.value.where, error.value.field) == ("cells", "fold_1")
     assert error.value.remedy == "give more control cells"

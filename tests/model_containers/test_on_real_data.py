@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from core.catalog import dataset
-from core.cells import prepare_cells
+from core.cell_sums import CellSums
 from core.differential import effect_weights
 from core.embedding import pathway_embedding
 from core.files import open_h5ad
@@ -20,21 +20,25 @@ from core.splits import draw_halves
 from core.training_data import write_fold
 from model_containers import contract
 
+Sums = Callable[..., CellSums]
+
 pytestmark = pytest.mark.shared
 
 HALF_SEEDS = range(42, 52)
 Relative = Callable[..., float]
+Prepare = Callable[..., ad.AnnData]
 
 
 @pytest.fixture(scope="module")
-def relative(shared, load, tmp_path_factory) -> Relative:
+def relative(sums: Sums, prepared: Prepare, shared, load, tmp_path_factory) -> Relative:
     """Trains a model with one gene left out; its wmse divided by dataset_mean's, median over the half splits."""
     folder = tmp_path_factory.mktemp("papalexi21")
     raw = shared / "data" / "papalexi21.h5ad"
     spec = dataset("papalexi21_panel").model_copy(update={"folds": "leave-one-out"})
-    cells = prepare_cells(open_h5ad(raw), spec, str(raw))
-    negatives = build_negatives(cells)
-    splits = [build_half_split(cells, draw_halves(cells.obs, seed), negatives) for seed in HALF_SEEDS]
+    cells = prepared(open_h5ad(raw), spec, str(raw))
+    of_cells = sums(cells, {seed: draw_halves(cells.obs, seed) for seed in HALF_SEEDS})
+    negatives = build_negatives(of_cells)
+    splits = [build_half_split(of_cells, seed, negatives) for seed in HALF_SEEDS]
     pathway_embedding(shared / "data" / "ReactomePathways.gmt", 128).to_parquet(folder / "embedding.parquet")
 
     def run(name: str, gene: str, hyperparameters: dict[str, object], output: Path) -> float:

@@ -1,0 +1,119 @@
+"""One pass over the prepared cells for all sums that truth, controls and differential expression are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from core.arrays import Bools, Floats
+from core.controls import draw_sparse
+from core.harmonising import CONTROL, KEYS, genes_of
+from core.moments import Moments, add_moments, add_sums, float_panels, group_codes, group_sizes
+from core.splits import fold_columns
+
+
+class CellSums(NamedTuple):
+    """Sums over cells, float64, of the expression (log1p) of (covariate, condition) groups.
+
+    keys: the perturbed groups, sorted, with `n_cells` and `test_fold` (-1: never test); rows below are these.
+    splits: the split of each row in each fold. genes: the columns. halves: for each seed the moments of the first and
+    second halves, read when called. mean: of all cells of a group. sparse_mean: of the cells drawn for it (the
+    negative control of that name), NaN where it is never test. control: covariate -> mean of its control cells.
+    training_control: (covariate, fold) -> mean of those that train in the fold, where a combination is tested.
+    """
+
+    keys: pd.DataFrame
+    splits: pd.DataFrame
+    genes: pd.Index
+    halves: Mapping[int, Callable[[], tuple[Moments, Moments]]]
+    mean: Floats
+    sparse_mean: Floats
+    control: dict[str, Floats]
+    training_control: dict[tuple[str, int], Floats]
+
+
+def reference_keys(obs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(keys, splits) of the perturbed conditions of some cells, one row each, sorted.
+
+    keys: covariate, condition, `n_cells` and `test_fold` (-1: never test). splits: `train`, `val` or `test` in each
+    fold, as the cells' columns `fold_k` say.
+    """
+    table = obs.loc[obs["condition"] != CONTROL, [*KEYS, *fold_columns(obs)]].astype(str)
+    keys = table.groupby(KEYS, sort=True).size().rename("n_cells").reset_index()
+    # All cells of a condition are in one split: the first tells.
+    splits = table.drop_duplicates(KEYS).sort_values(KEYS, ignore_index=True)[fold_columns(obs)]
+    is_test = splits.to_numpy() == "test"
+    keys["test_fold"] = np.where(is_test.any(axis=1), is_test.argmax(axis=1), -1) if splits.shape[1] else -1
+    return keys, splits
+
+
+def sum_cells(
+    cells: ad.AnnData, halves: Mapping[int, pd.Series], seed: int, room: Callable[[tuple[int, int]], Any] = np.zeros
+) -> CellSums:
+    """Pass once over the cells, in memory or on disk.
+
+    halves: for each seed `first_half` or `second_half` for each cell. seed: of the draws of sparse_mean. room: makes
+    an array of zeros (float64) of a shape; for many seeds on disk.
+    """
+    obs, genes = cells.obs, cells.var_names
+    keys, splits = reference_keys(obs)
+    # Control is a group like the others; sorted by name, so that a panel of sorted cells touches few groups.
+    groups = obs[KEYS].astype(str).drop_duplicates().sort_values(KEYS, ignore_index=True)
+    codes = group_codes(obs, groups)
+    is_first = {number: (half == "first_half").to_numpy() for number, half in halves.items()}
+    half_codes = {number: 2 * codes + np.where(first, 0, 1) for number, first in is_first.items()}
+    shape = 2 * len(groups), len(genes)
+    moments = {number: (room(shape), room(shape)) for number in halves}
+    draws = draw_sparse(obs, keys, splits, seed)
+    training = _training_controls(obs, keys)
+    members = sparse.vstack([draws, *training.values()], format="csc")
+    sums = np.zeros((members.shape[0], len(genes)))
+    for span, values in float_panels(cells.X):
+        for number, (total, squares) in moments.items():
+            add_moments(total, squares, half_codes[number][span], values)
+        add_sums(sums, members[:, span], values)
+
+    def read(number: int) -> Moments:
+        total, squares = (np.asarray(array[:]) for array in moments[number])
+        return Moments(group_sizes(half_codes[number], shape[0]), total, squares)
+
+    perturbed = np.flatnonzero(groups["condition"] != CONTROL)
+
+    def read_halves(number: int) -> tuple[Moments, Moments]:
+        both = read(number)
+        return both.of(2 * perturbed), both.of(2 * perturbed + 1)
+
+    both = read(next(iter(halves)))
+    size = both.n[0::2] + both.n[1::2]
+    mean = (both.total[0::2] + both.total[1::2]) / size[:, None]
+    controls = {str(groups["covariate"][row]): mean[row] for row in np.flatnonzero(groups["condition"] == CONTROL)}
+    drawn = np.asarray(members.sum(axis=1)).ravel()
+    with np.errstate(invalid="ignore"):
+        sums /= drawn[:, None]
+    return CellSums(
+        keys,
+        splits,
+        genes,
+        {number: partial(read_halves, number) for number in halves},
+        mean[perturbed],
+        sums[: len(keys)],
+        controls,
+        dict(zip(training, sums[len(keys) :], strict=True)),
+    )
+
+
+def _training_controls(obs: pd.DataFrame, keys: pd.DataFrame) -> dict[tuple[str, int], sparse.csr_matrix]:
+    """(covariate, fold) -> mask (1 x cells) of its training control cells, where a combination is tested."""
+    combined = keys[(keys["test_fold"] >= 0) & keys["condition"].map(lambda name: len(genes_of(name)) > 1)]
+    is_control = (obs["condition"] == CONTROL).to_numpy()
+    masks: dict[tuple[str, int], Bools] = {}
+    for covariate, fold in sorted(set(zip(combined["covariate"], combined["test_fold"], strict=True))):
+        in_training = (obs[f"fold_{fold}"] == "train").to_numpy() & (obs["covariate"] == covariate).to_numpy()
+        masks[covariate, int(fold)] = is_control & in_training
+    return {key: sparse.csr_matrix(mask[None, :], dtype=np.float64) for key, mask in masks.items()}
