@@ -14,7 +14,9 @@ from scipy import sparse
 from core.arrays import Bools, Floats
 from core.controls import draw_sparse
 from core.harmonising import CONTROL, KEYS, genes_of
-from core.moments import Moments, add_moments, add_sums, float_panels, group_codes, group_sizes
+from core.moments import Moments, add_moments, add_sums, group_codes, group_sizes
+from core.panels import float_panels
+from core.progress import progress
 from core.splits import fold_columns
 
 
@@ -74,7 +76,7 @@ def sum_cells(
     training = _training_controls(obs, keys)
     members = sparse.vstack([draws, *training.values()], format="csc")
     sums = np.zeros((members.shape[0], len(genes)))
-    for span, values in float_panels(cells.X):
+    for span, values in progress("sums of conditions and halves", float_panels(cells.X), cells.n_obs):
         for number, (total, squares) in moments.items():
             add_moments(total, squares, half_codes[number][span], values)
         add_sums(sums, members[:, span], values)

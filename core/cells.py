@@ -25,6 +25,7 @@ from core.files import read_names, write_by_rows
 from core.harmonising import CONTROL, KEYS, Plan, check_counts, genes_of, plan
 from core.mirror import is_mirror, mirror_plan
 from core.panels import ahead
+from core.progress import progress
 from core.raw_matrix import Rows, has_layer, open_rows
 from core.spill import Spill
 from core.splits import draw_folds, draw_halves, fold_columns, sorted_groups
@@ -80,33 +81,34 @@ def _from_counts(
         rank = cells.index.get_indexer(names.obs.index)
         chosen = np.flatnonzero(rank >= 0)
         with Spill(scratch, len(genes)) as spill:
-            for own, counts in selected(matrix, names.rows[chosen], names.columns[seen]):
+            found = selected(matrix, names.rows[chosen], names.columns[seen])
+            for own, counts in progress("sorting the chosen cells", found, len(chosen)):
                 spill.add(rank[chosen[own]], counts)
     sizes = cells["library_size"].to_numpy() if "library_size" in cells else None
     perturbed = {gene for condition in set(cells["condition"]) for gene in genes_of(condition)}
     mean, variance = expression_moments(
-        (log_expression for _, log_expression in _normalised(spill, sizes, spec.target_sum)), len(genes)
+        (log_expression for _, log_expression in _normalised("choosing genes", spill, sizes, spec)), len(genes)
     )
     kept = highly_variable(mean, variance, genes, spec.n_variable_genes) | genes.isin(perturbed)
     report["perturbed genes that are not measured"] = sorted(perturbed - set(genes))
     report["genes kept"] = int(kept.sum())
     parts = (
         {"X": log_expression[:, kept], "layers/counts": counts[:, kept]}
-        for counts, log_expression in _normalised(spill, sizes, spec.target_sum)
+        for counts, log_expression in _normalised("writing cells", spill, sizes, spec)
     )
     return _frame(cells, genes[kept], report), parts
 
 
 def _normalised(
-    spill: Spill, sizes: Floats | None, target_sum: float
+    what: str, spill: Spill, sizes: Floats | None, spec: DatasetSpec
 ) -> Iterator[tuple[sparse.csr_matrix, sparse.csr_matrix]]:
     """(counts, log1p of the normalised counts) of the cells in their final order, a panel at a time."""
 
     def work(panel: tuple[slice, sparse.csr_matrix]) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
         span, counts = panel
-        return counts, normalise(counts, None if sizes is None else sizes[span], target_sum)
+        return counts, normalise(counts, None if sizes is None else sizes[span], spec.target_sum)
 
-    return ahead(work, spill.panels())
+    return ahead(work, progress(what, spill.panels(), len(spill)))
 
 
 def _from_mirror(
@@ -124,7 +126,8 @@ def _from_mirror(
                 Spill(own, len(names.genes)) as spill,
                 open_rows(raw, layer, (len(obs), len(var)), memory, own) as matrix,
             ):
-                for rows, values in selected(matrix, names.rows[order], names.columns):
+                wanted = selected(matrix, names.rows[order], names.columns)
+                for rows, values in progress(f"sorting {place}", wanted, len(order)):
                     spill.add(order[rows], values)
             spills[place] = spill
     panels = zip(*(spill.panels() for spill in spills.values()), strict=True)
@@ -164,7 +167,8 @@ def survey(matrix: Rows, names: Plan, min_genes: int, where: str) -> tuple[Ints,
     """
     n_genes = np.zeros(len(names.rows), dtype=np.int64)
     n_cells = np.zeros(len(names.columns), dtype=np.int64)
-    for own, counts in selected(matrix, names.rows, names.columns):
+    parts = selected(matrix, names.rows, names.columns)
+    for own, counts in progress("counting genes and cells", parts, len(names.rows)):
         check_counts(counts, where)
         n_genes[own] = np.diff(counts.indptr)
         in_rich = np.repeat(n_genes[own] >= min_genes, n_genes[own])

@@ -2,29 +2,90 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from scipy import linalg, sparse
+from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 
 from core.arrays import Floats, Ints, fixed_signs, one_blas_thread
+from core.panels import float_panels
+from core.progress import progress
 
 COMPONENTS = 50
+STRIP = 1024  # columns of the covariance that one thread works on
+# Up to this width all eigenvectors are found at once; beyond it only the leading ones, to the same precision.
+SMALL = 1000
 
 
-def principal_coordinates(X: sparse.csr_matrix, components: int = COMPONENTS) -> Floats:
+def principal_coordinates(X: Any, components: int = COMPONENTS, rows: Ints | None = None) -> Floats:
     """Cells in the first principal components, centred over all cells (cells x min(components, rank bound)).
 
-    X: cells x genes, log1p. Exact: eigenvectors of the genes' covariance, on one thread, signs fixed.
+    X: cells x genes, log1p, CSR in memory or on disk. rows: the cells that take part, by default all. Exact:
+    eigenvectors of the genes' covariance in float64, signs fixed. Two passes over the cells, genes^2 numbers in memory.
     """
-    values = sparse.csr_matrix(X, dtype=np.float64)
-    n, width = values.shape
-    mean = np.asarray(values.mean(axis=0)).ravel()
+    n, width = X.shape[0] if rows is None else len(rows), X.shape[1]
     k = min(components, width, n - 1)
-    with one_blas_thread():
-        covariance = ((values.T @ values).toarray() - n * np.outer(mean, mean)) / max(n - 1, 1)
-        vectors = linalg.eigh(covariance, subset_by_index=(width - k, width - 1))[1][:, ::-1]
-        axes = fixed_signs(vectors.T)
-        return np.asarray(values @ axes.T - axes @ mean)
+    with one_blas_thread(), ThreadPoolExecutor() as threads:
+        total, products = np.zeros(width), _strips(width)
+        for _, panel in progress("principal components", float_panels(X, rows), n):
+            # Sums of whole panels, strip by strip: no bit depends on the number of threads.
+            dense = panel.toarray()
+            total += dense.sum(axis=0)
+            list(threads.map(partial(_add_products, dense), products))
+        mean = total / n
+        axes = fixed_signs(_leading(_covariance(products, mean, n), k).T)
+        coordinates = np.empty((n, k))
+        for span, panel in progress("principal coordinates", float_panels(X, rows), n):
+            coordinates[span] = panel @ axes.T - axes @ mean
+    return coordinates
+
+
+def _strips(width: int) -> list[Floats]:
+    """Room for a symmetric matrix: for each strip of columns the rows down to its diagonal block."""
+    stops = [min(start + STRIP, width) for start in range(0, width, STRIP)]
+    return [np.zeros((stop, stop - start)) for start, stop in zip(range(0, width, STRIP), stops, strict=True)]
+
+
+def _add_products(values: Floats, strip: Floats) -> None:
+    stop, columns = strip.shape
+    strip += values[:, :stop].T @ values[:, stop - columns : stop]
+
+
+def _covariance(products: list[Floats], mean: Floats, n: int) -> Floats:
+    """Genes x genes, from the sums of products; takes the strips out of the list, so that both need not be there."""
+    width = len(mean)
+    covariance = np.empty((width, width))
+    while products:
+        strip = products.pop()
+        stop, columns = strip.shape
+        strip -= n * np.outer(mean[:stop], mean[stop - columns : stop])
+        strip /= max(n - 1, 1)
+        covariance[:stop, stop - columns : stop] = strip
+        covariance[stop - columns : stop, :stop] = strip.T
+    return covariance
+
+
+def _leading(matrix: Floats, k: int) -> Floats:
+    """The eigenvectors of the k largest eigenvalues of a symmetric matrix, as columns, largest first."""
+    if len(matrix) <= max(SMALL, 10 * k):
+        return _decomposed(matrix, k)
+    start = np.random.default_rng(0).standard_normal(len(matrix))
+    try:
+        # Lanczos to machine precision, from a start that is the same everywhere.
+        values, vectors = eigsh(matrix, k, which="LA", v0=start, ncv=4 * k, tol=0)
+    except ArpackNoConvergence:
+        # Many equal eigenvalues: the whole decomposition takes longer, but always ends.
+        return _decomposed(matrix, k)
+    return np.asarray(vectors[:, np.argsort(values)[::-1]])
+
+
+def _decomposed(matrix: Floats, k: int) -> Floats:
+    width = len(matrix)
+    return np.asarray(linalg.eigh(matrix, subset_by_index=(width - k, width - 1))[1][:, ::-1])
 
 
 def edistances(coordinates: Floats, codes: Ints, names: list[str]) -> pd.DataFrame:

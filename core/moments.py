@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +9,7 @@ import pandas as pd
 from scipy import sparse
 
 from core.arrays import Bools, Floats, Ints
-from core.panels import panels
+from core.panels import float_panels
 
 
 class Moments(NamedTuple):
@@ -75,11 +74,6 @@ def group_moments(X: Any, codes: Ints, n_groups: int) -> Moments:
     for span, values in float_panels(X):
         add_moments(total, squares, codes[span], values)
     return Moments(group_sizes(codes, n_groups), total, squares)
-
-
-def float_panels(X: Any) -> Iterator[tuple[slice, sparse.csr_matrix]]:
-    """`panels` of a matrix in float64."""
-    return ((span, panel.astype(np.float64)) for span, panel in panels(X))
 
 
 def group_sizes(codes: Ints, n_groups: int) -> Ints:

@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import numpy as np
 from scipy import sparse
+
+from core.arrays import Ints
 
 # Rows of prepared cells that are summed at once. Sums of floats depend on where they are broken off: a number
 # that is fixed gives the same bits on every machine.
@@ -20,13 +23,27 @@ def spans(n: int, rows: int = PANEL) -> list[slice]:
     return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
 
 
-def panels(X: Any, rows: int = PANEL) -> Iterator[tuple[slice, sparse.csr_matrix]]:
-    """The rows of a matrix, `rows` at a time, in order; the next panel is read while the caller works on this one.
+def panels(X: Any, rows: Ints | None = None) -> Iterator[tuple[slice, sparse.csr_matrix]]:
+    """The rows of a matrix, PANEL at a time, in order; the next panel is read while the caller works on this one.
 
-    X: cells x genes, CSR in memory or on disk (`X` or a layer of a backed AnnData).
+    X: cells x genes, CSR in memory or on disk (`X` or a layer of a backed AnnData). rows: positions, ascending, of
+    those that take part, by default all; the spans count them.
     """
-    pieces = spans(X.shape[0], rows)
-    return zip(pieces, ahead(lambda span: sparse.csr_matrix(X[span]), pieces), strict=True)
+    pieces = spans(X.shape[0] if rows is None else len(rows))
+    return zip(pieces, ahead(lambda span: sparse.csr_matrix(X[_place(span, rows)]), pieces), strict=True)
+
+
+def float_panels(X: Any, rows: Ints | None = None) -> Iterator[tuple[slice, sparse.csr_matrix]]:
+    """`panels` of a matrix in float64."""
+    return ((span, panel.astype(np.float64)) for span, panel in panels(X, rows))
+
+
+def _place(span: slice, rows: Ints | None) -> slice | Ints:
+    if rows is None:
+        return span
+    at = rows[span]
+    # Neighbours on disk are read in one piece.
+    return slice(int(at[0]), int(at[-1]) + 1) if at[-1] - at[0] + 1 == len(at) else at
 
 
 def ahead(read: Callable[[Any], T], items: Iterable[Any]) -> Iterator[T]:

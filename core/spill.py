@@ -34,6 +34,9 @@ class Spill:
         for file in self._files:
             file.close()
 
+    def __len__(self) -> int:
+        return sum(len(ranks) for ranks, _ in self._runs)
+
     def add(self, ranks: Ints, rows: sparse.csr_matrix) -> None:
         """ranks: distinct over all calls, 0 to the number of all rows - 1 in the end. rows: CSR, sorted indices."""
         order = np.argsort(ranks)
@@ -47,7 +50,7 @@ class Spill:
 
     def panels(self) -> Iterator[tuple[slice, sparse.csr_matrix]]:
         """All rows by rank, PANEL at a time, read ahead as `core.panels.panels` does; after the context has ended."""
-        pieces = spans(sum(len(ranks) for ranks, _ in self._runs))
+        pieces = spans(len(self))
         return zip(pieces, ahead(self._panel, pieces), strict=True)
 
     def _panel(self, span: slice) -> sparse.csr_matrix:

@@ -12,7 +12,7 @@ from core.catalog.schema import DatasetSpec
 from tasks.artifacts import checksum, made
 
 # What describes a data set without deciding how its cells are made.
-DESCRIPTIVE = {"title", "licence", "citation", "source", "expected", "half_seeds"}
+DESCRIPTIVE = {"title", "licence", "citation", "source", "mirror", "expected", "half_seeds"}
 
 
 @task(name="prepare-cells", cache_policy=NO_CACHE)
@@ -52,11 +52,11 @@ def measure_quality(cells: Path, reference: Path) -> Path:
     """quality.parquet and edistance.parquet: cells, DEGs and E-distances of every condition."""
     from core.cells import read_cells
     from core.quality import write_quality
-    from core.reference import read_reference
+    from core.reference import read_keys
 
     return made(
         "quality",
-        lambda folder: write_quality(read_cells(cells), read_reference(reference)[0], folder),
+        lambda folder: write_quality(read_cells(cells), read_keys(reference), folder),
         inputs={"cells": cells, "reference": reference},
         parameters={},
         code=code_hash("core.quality"),

@@ -23,7 +23,7 @@ import anndata, numpy, pandas
 from core.catalog.schema import DatasetSpec
 from core.cells import read_cells, write_cells
 from core.quality import write_quality
-from core.reference import read_reference, write_reference
+from core.reference import read_keys, write_reference
 from core.training_data import write_fold
 
 folder = Path(sys.argv[2])
@@ -48,7 +48,7 @@ spec = DatasetSpec.model_validate({
 write_cells(folder / "raw.h5ad", spec, {"made": "here"}, folder)
 cells = read_cells(folder)
 write_reference(cells, spec.seed, 2, folder)
-write_quality(cells, read_reference(folder)[0], folder)
+write_quality(cells, read_keys(folder), folder)
 write_fold(cells, 1, folder)
 draws = cells.obs[["half", "fold_0", "fold_1"]].astype(str).to_csv(lineterminator="\\n")
 files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "raw.h5ad")

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import product
+from pathlib import Path
 
+import anndata as ad
 import numpy as np
 import pytest
 from scipy import sparse
+from scipy.sparse.linalg import ArpackNoConvergence
 from sklearn.decomposition import PCA
 
-from core.energy import COMPONENTS, edistances, principal_coordinates
+from core.energy import COMPONENTS, SMALL, edistances, principal_coordinates
+from core.panels import spans
 
 
 def by_pairs(x: np.ndarray, codes: np.ndarray, n_groups: int) -> np.ndarray:
@@ -79,6 +85,44 @@ def test_there_are_no_more_components_than_the_data_have(expression: sparse.csr_
         dense = x.toarray().astype(np.float64)
         # All of them together keep all distances.
         np.testing.assert_allclose(found @ found.T, (dense - dense.mean(0)) @ (dense - dense.mean(0)).T, atol=1e-9)
+
+
+@pytest.fixture(scope="module")
+def wide() -> sparse.csr_matrix:
+    """More genes than are decomposed at once, and than a strip has."""
+    rng = np.random.default_rng(3)
+    rate = rng.gamma(0.5, 1, SMALL + 300) * np.exp(0.5 * rng.standard_normal((6, SMALL + 300)))
+    return sparse.csr_matrix(np.log1p(rng.poisson(np.repeat(rate, 60, axis=0))).astype(np.float32))
+
+
+def test_many_genes_equal_scikit_learn(wide: sparse.csr_matrix) -> None:
+    dense = wide.toarray().astype(np.float64)
+    found = principal_coordinates(wide, 20)
+    expected = PCA(20, svd_solver="full").fit_transform(dense)
+    np.testing.assert_allclose(found * np.sign((found * expected).sum(axis=0)), expected, rtol=1e-7, atol=1e-9)
+
+
+def test_equal_eigenvalues_end_in_the_whole_decomposition(wide: sparse.csr_matrix, monkeypatch) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise ArpackNoConvergence("no convergence", np.zeros(0), np.zeros((0, 0)))
+
+    expected = principal_coordinates(wide, 20)
+    monkeypatch.setattr("core.energy.eigsh", never)
+    np.testing.assert_allclose(principal_coordinates(wide, 20), expected, rtol=1e-7, atol=1e-9)
+
+
+def test_threads_strips_and_disk_change_nothing(wide: sparse.csr_matrix, monkeypatch, tmp_path: Path) -> None:
+    expected = principal_coordinates(wide, 20)
+    ad.AnnData(wide).write_h5ad(tmp_path / "cells.h5ad")
+    on_disk = ad.read_h5ad(tmp_path / "cells.h5ad", backed="r").X
+    np.testing.assert_array_equal(principal_coordinates(on_disk, 20), expected)
+    with monkeypatch.context() as one:
+        one.setattr("core.energy.ThreadPoolExecutor", partial(ThreadPoolExecutor, 1))
+        np.testing.assert_array_equal(principal_coordinates(wide, 20), expected)
+    monkeypatch.setattr("core.panels.spans", partial(spans, rows=50))
+    np.testing.assert_allclose(principal_coordinates(wide, 20), expected, rtol=1e-9, atol=1e-11)
+    some = np.concatenate([np.arange(50, 200), np.arange(210, 300)])
+    np.testing.assert_array_equal(principal_coordinates(on_disk, 20, some), principal_coordinates(wide[some], 20))
 
 
 def test_the_order_of_cells_and_genes_does_not_matter(expression: sparse.csr_matrix) -> None:

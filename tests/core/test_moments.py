@@ -13,7 +13,7 @@ import pytest
 from scipy import sparse
 
 from core.moments import add_moments, add_sums, group_codes, group_moments
-from core.panels import panels
+from core.panels import spans
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_one_pass_in_panels_on_disk(expression: sparse.csr_matrix, tmp_path: Pat
     ad.AnnData(expression).write_h5ad(tmp_path / "cells.h5ad")
     X = ad.read_h5ad(tmp_path / "cells.h5ad", backed="r").X
     whole = group_moments(expression, CODES, 5)
-    monkeypatch.setattr("core.moments.panels", partial(panels, rows=7))
+    monkeypatch.setattr("core.panels.spans", partial(spans, rows=7))
     pieces = group_moments(X, CODES, 5)
     np.testing.assert_allclose(pieces.total, whole.total, rtol=1e-13)
     np.testing.assert_allclose(pieces.squares, whole.squares, rtol=1e-13)

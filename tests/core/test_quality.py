@@ -37,7 +37,7 @@ def test_distances_within_each_covariate(screen: ad.AnnData) -> None:
 
 def test_one_row_per_condition(screen: ad.AnnData, reference: ad.AnnData) -> None:
     energy = energy_by_covariate(screen)
-    table = quality(reference, energy)
+    table = quality(reference.obs, energy)
     assert list(table.columns) == ["covariate", "condition", "n_cells", "n_degs", "edistance_to_control"]
     assert list(zip(table["covariate"], table["condition"], strict=True)) == list(
         zip(reference.obs["covariate"], reference.obs["condition"], strict=True)
@@ -51,9 +51,9 @@ def test_one_row_per_condition(screen: ad.AnnData, reference: ad.AnnData) -> Non
 
 
 def test_written_tables_are_read_back(screen: ad.AnnData, reference: ad.AnnData, tmp_path: Path) -> None:
-    write_quality(screen, reference, tmp_path)
+    write_quality(screen, reference.obs, tmp_path)
     energy = energy_by_covariate(screen)
-    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "quality.parquet"), quality(reference, energy))
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "quality.parquet"), quality(reference.obs, energy))
     read = read_edistances(tmp_path)
     assert list(read) == list(energy)
     for covariate, table in energy.items():
@@ -66,7 +66,7 @@ def test_a_single_control_cell_has_no_distance_but_keeps_its_place(
     control = np.flatnonzero(single_cells.obs["condition"] == "control")
     cells = single_cells[np.setdiff1d(np.arange(single_cells.n_obs), control[1:])].copy()
     own = sums(cells)
-    write_quality(cells, build_reference(own, build_negatives(own), 42), tmp_path)
+    write_quality(cells, build_reference(own, build_negatives(own), 42).obs, tmp_path)
     table = read_edistances(tmp_path)["all"]
     assert table.index[0] == table.columns[0] == "control"
     assert table["control"].isna().all()

@@ -48,7 +48,7 @@ def parts(single_cells: ad.AnnData, tmp_path_factory: pytest.TempPathFactory) ->
     write_model_scores([fold], "mine", 1, folders["reference"], 42, folders["model"])
     controls = pd.read_parquet(folders["controls"] / "scores.parquet")
     calibrate(controls, 42).to_parquet(folders["calibration"] / "calibration.parquet", index=False)
-    write_quality(single_cells, reference, folders["quality"])
+    write_quality(single_cells, reference.obs, folders["quality"])
     return folders
 
 

@@ -1,0 +1,28 @@
+"""How far a long pass is, as lines of the log."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+LOG = logging.getLogger("calipert")
+EVERY = 30.0  # seconds between two lines
+
+T = TypeVar("T")
+
+
+def progress(what: str, parts: Iterable[tuple[slice, T]], total: int) -> Iterator[tuple[slice, T]]:
+    """Hand the parts of a pass on, and log how many of all `total` cells are behind, at most every half minute.
+
+    parts: cells (a slice of their positions, ascending) and what there is of them.
+    """
+    began = said = time.monotonic()
+    for span, part in parts:
+        yield span, part
+        now = time.monotonic()
+        if now - said > EVERY:
+            said = now
+            LOG.info("%s: %s of %s cells", what, f"{span.stop:,}", f"{total:,}")
+    LOG.debug("%s: %s cells in %.1f s", what, f"{total:,}", time.monotonic() - began)
