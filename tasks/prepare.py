@@ -8,6 +8,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from blocks.code import code_hash
+from blocks.limits import chunk_memory
 from core.catalog.schema import DatasetSpec
 from tasks.artifacts import checksum, made
 
@@ -20,12 +21,13 @@ def prepare_cells(spec: DatasetSpec, raw: Path) -> Path:
     """cells.h5ad of a data set, from the published file `raw`. Raises UserError where it cannot be used."""
     from core.cells import write_cells
 
+    memory = chunk_memory()
     entry = spec.model_dump(mode="json", exclude=DESCRIPTIVE)
     source, code = checksum(raw), code_hash("core.cells")
     provenance = {"entry": entry, "source sha256": source, "code": code}
     return made(
         "cells",
-        lambda folder: write_cells(raw, spec, provenance, folder),
+        lambda folder: write_cells(raw, spec, provenance, folder, memory),
         inputs={"raw": source},
         parameters={"entry": entry},
         code=code,
