@@ -21,8 +21,8 @@ from core.arrays import Bools, Floats, Ints
 from core.catalog.schema import DatasetSpec
 from core.draws import generator
 from core.errors import UserError, shown
-from core.files import read_names, write_by_rows
-from core.harmonising import CONTROL, KEYS, Plan, check_counts, genes_of, plan
+from core.files import read_names, require_space, write_by_rows
+from core.harmonising import CONTROL, KEYS, Plan, count_faults, genes_of, plan, refuse_faults
 from core.mirror import is_mirror, mirror_plan
 from core.panels import ahead
 from core.progress import progress
@@ -80,6 +80,7 @@ def _from_counts(
         cells, genes = _chosen(names.obs[rich], spec, where, report), names.genes[seen]
         rank = cells.index.get_indexer(names.obs.index)
         chosen = np.flatnonzero(rank >= 0)
+        require_space(scratch, bytes_to_write(int(n_genes[chosen].sum())), f"the {len(chosen):,} chosen cells")
         with Spill(scratch, len(genes)) as spill:
             found = selected(matrix, names.rows[chosen], names.columns[seen])
             for own, counts in progress("sorting the chosen cells", found, len(chosen)):
@@ -167,13 +168,22 @@ def survey(matrix: Rows, names: Plan, min_genes: int, where: str) -> tuple[Ints,
     """
     n_genes = np.zeros(len(names.rows), dtype=np.int64)
     n_cells = np.zeros(len(names.columns), dtype=np.int64)
+    faults = []
     parts = selected(matrix, names.rows, names.columns)
     for own, counts in progress("counting genes and cells", parts, len(names.rows)):
-        check_counts(counts, where)
+        faults.append(count_faults(counts.data))
         n_genes[own] = np.diff(counts.indptr)
         in_rich = np.repeat(n_genes[own] >= min_genes, n_genes[own])
         n_cells += np.bincount(counts.indices[in_rich], minlength=len(n_cells))
+    refuse_faults(faults, matrix.field, where)
     return n_genes, n_cells
+
+
+def bytes_to_write(values: int) -> int:
+    """About how many bytes the preparation writes for so many counts of chosen cells: each once to the spill, as they
+    are, and twice to the result, as count and as expression, packed to about half of what they are.
+    """
+    return 16 * values
 
 
 def _chosen(obs: pd.DataFrame, spec: DatasetSpec, where: str, report: dict[str, Any]) -> pd.DataFrame:

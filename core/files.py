@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import TypeVar
 
 import anndata as ad
 import h5py
 import pandas as pd
-from anndata.io import sparse_dataset, write_elem
+from anndata.io import read_elem, sparse_dataset, write_elem
 from scipy import sparse
 
 from core.errors import UserError
@@ -18,35 +19,59 @@ from core.errors import UserError
 STORAGE = {"compression": "lzf", "chunks": (1 << 17,), "indptr_dtype": "int64"}
 
 
+T = TypeVar("T")
+
+
 def open_h5ad(path: Path) -> ad.AnnData:
     """The AnnData in `path`, in memory. Raises UserError where there is no such file or it is not an h5ad."""
-    return _opened(path, backed=None)
+    return _read(path, ad.read_h5ad)
 
 
-def _opened(path: Path, backed: Literal["r"] | None) -> ad.AnnData:
-    if not path.is_file():
-        raise UserError(path, "file", "no such file", "check the path, or name the file as the data set's source")
+def read_names(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Only the tables of the rows (obs) and the columns (var) of an h5ad. Raises UserError as `open_h5ad` does."""
+    return _read(path, _tables)
+
+
+def _tables(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    with h5py.File(path) as file:
+        if all(isinstance(file[name], h5py.Group) for name in ("obs", "var")):
+            return _table(file["obs"]), _table(file["var"])
+    # Older than anndata 0.7: the tables are not told apart from the rest of the file.
+    backed = ad.read_h5ad(path, backed="r")
     try:
-        return ad.read_h5ad(path, backed=backed)
-    except MemoryError:
+        return backed.obs.copy(), backed.var.copy()
+    finally:
+        backed.file.close()
+
+
+def _table(group: h5py.Group) -> pd.DataFrame:
+    table = read_elem(group)
+    if not isinstance(table, pd.DataFrame):
+        raise TypeError(f"{group.name} is no table")
+    table.index = table.index.astype(str)
+    return table
+
+
+def _read(path: Path, read: Callable[[Path], T]) -> T:
+    try:
+        if not path.is_file():
+            raise UserError(path, "file", "no such file", "check the path, or name the file as the data set's source")
+        if path.stat().st_size == 0:
+            raise UserError(path, "file", "not a readable h5ad: an empty file", "write or download it again")
+        return read(path)
+    except (UserError, MemoryError):
         raise
+    except PermissionError as error:
+        remedy = "let the user that calipert runs as read it (chmod), or copy it elsewhere"
+        raise UserError(path, "file", "no permission to read it", remedy) from error
     # A damaged or foreign file makes h5py and anndata raise almost anything, classes of their own included.
     except Exception as error:
         raise UserError(
             path,
             "format",
             f"not a readable h5ad ({type(error).__name__}: {error})",
-            "give an AnnData .h5ad file",
+            "give an AnnData .h5ad file; if it is one, it is damaged: write or download it again",
         ) from error
-
-
-def read_names(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Only the tables of the rows (obs) and the columns (var) of an h5ad. Raises UserError as `open_h5ad` does."""
-    backed = _opened(path, backed="r")
-    try:
-        return backed.obs.copy(), backed.var.copy()
-    finally:
-        backed.file.close()
 
 
 def read_obs(path: Path) -> pd.DataFrame:
@@ -63,10 +88,12 @@ def write_by_rows(path: Path, frame: ad.AnnData, parts: Iterable[Mapping[str, sp
     """Write an h5ad whose matrices come some rows at a time.
 
     frame: all but the matrices. parts: the next rows of each matrix by its place in the file, "X" or "layers/<name>",
-    CSR; together as many rows as `frame` has.
+    CSR; together as many rows as `frame` has, else ValueError. Without a part (a frame without rows) there is no
+    matrix.
     """
     frame.write_h5ad(path)
     matrices = {}
+    written: dict[str, int] = {}
     with h5py.File(path, "r+") as file:
         for part in parts:
             for place, rows in part.items():
@@ -74,3 +101,23 @@ def write_by_rows(path: Path, frame: ad.AnnData, parts: Iterable[Mapping[str, sp
                     write_elem(file, place, rows[:0], dataset_kwargs=STORAGE)
                     matrices[place] = sparse_dataset(file[place])
                 matrices[place].append(rows)
+                written[place] = written.get(place, 0) + rows.shape[0]
+    wrong = {place: n for place, n in written.items() if n != frame.n_obs}
+    if wrong or (frame.n_obs and not written):
+        raise ValueError(f"{frame.n_obs} rows to write, but parts with {wrong or 'none'}")
+
+
+def require_space(folder: Path, needed: int, what: str) -> None:
+    """Raise UserError where fewer than `needed` bytes are free in the file system of `folder`.
+
+    what: needs them, for the message. A check before long work: what else fills the disk meanwhile cannot be known.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            folder,
+            "free disk space",
+            f"{free / 1e9:,.3f} GB free; about {needed / 1e9:,.3f} GB are needed for {what}: "
+            f"{(needed - free) / 1e9:,.3f} GB are missing",
+            "free some space, or move the data folder to a larger disk (environment CALIPERT_DATA)",
+        )

@@ -5,12 +5,12 @@ Everything that can be wrong with a raw file is refused here, before any work st
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import sparse
 
 from core.arrays import Bools, Ints
 from core.catalog.schema import DatasetSpec, Filter, Labels, Sampling
@@ -27,6 +27,31 @@ COMPARISONS: dict[str, Callable[[pd.Series, Any], pd.Series]] = {
     "<=": lambda column, value: column <= value,
     "in": lambda column, value: column.isin(value),
 }
+
+
+MOST = 1 << 24  # up to here float32, which cells.h5ad holds counts in, has every whole number
+
+# What can be wrong with a count: its name, where it is so, the remedy. The first that is found is reported.
+FAULTS: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
+    ("NaN or infinite counts", lambda values: ~np.isfinite(values), "remove or mend these cells"),
+    (
+        "negative counts",
+        lambda values: values < 0,
+        "give raw counts, not scaled or corrected expression",
+    ),
+    (
+        "counts that are not whole numbers",
+        lambda values: np.isfinite(values) & (values != np.floor(values)),
+        "give raw counts in X, or name their layer in the catalog entry (`counts_layer`); normalised or "
+        "log-transformed values cannot be used here",
+    ),
+    (
+        f"counts above {MOST:,}, which 32-bit floats do not hold exactly",
+        lambda values: values > MOST,
+        "give raw counts of molecules: one cell has not that many of one gene",
+    ),
+)
+Faults = dict[str, tuple[int, float]]  # name of a fault -> how many values have it, the first of them
 
 
 class Plan(NamedTuple):
@@ -49,7 +74,8 @@ def plan(obs: pd.DataFrame, var: pd.DataFrame, spec: DatasetSpec, where: str) ->
 
     obs, var: its tables of cells and genes. Conditions are sampled before any filter, where the entry says so.
     Raises UserError for a missing column, duplicated cell names, another size than the entry expects, labels that
-    cannot be read, and data without control cells.
+    cannot be read or that differ in case only, perturbations that `control_contains` would make control of, and data
+    without control cells.
     """
     if len(obs) == 0 or len(var) == 0:
         raise UserError(where, "shape", f"{len(obs)} cells x {len(var)} genes", "give a file with cells and genes")
@@ -58,7 +84,8 @@ def plan(obs: pd.DataFrame, var: pd.DataFrame, spec: DatasetSpec, where: str) ->
     sampled = _sampled(obs, spec, where)
     keep = _filtered(obs, spec.filters, where) & sampled
     kept = obs.loc[keep]
-    conditions = condition_labels(_column(kept, spec.labels.column, where), spec.labels, where)
+    labels = _column(kept, spec.labels.column, where)
+    conditions = condition_labels(labels, spec.labels, where)
     labelled = conditions.notna().to_numpy()
     covariates = (
         pd.Series(spec.covariate, index=kept.index)
@@ -76,6 +103,7 @@ def plan(obs: pd.DataFrame, var: pd.DataFrame, spec: DatasetSpec, where: str) ->
         "cells of conditions that were not sampled": int((~sampled).sum()),
         "cells dropped by the entry's filters": int((sampled & ~keep).sum()),
         "cells without a label": int((~labelled).sum()),
+        "control labels that are also measured genes": _measured_controls(labels, spec.labels, symbols, where),
     }
     return Plan(np.flatnonzero(keep)[labelled], table, columns, genes, report | dropped)
 
@@ -161,42 +189,101 @@ def _require_expected(obs: pd.DataFrame, n_genes: int, spec: DatasetSpec, where:
 
 
 def condition_labels(labels: pd.Series, rules: Labels, where: str) -> pd.Series:
-    """Published labels as conditions; a missing label stays missing.
+    """Published labels as conditions; a missing label stays missing. Spaces around a label or a gene do not count.
 
-    The genes of a combination are sorted, so that `B+A` is `A+B`. A label that holds both the entry's
-    separator and `+` is refused: it could be read in two ways.
+    The genes of a combination are sorted, so that `B+A` is `A+B`. Refused, since each could be read in two ways: a
+    label that holds both the entry's separator and `+`, and names that differ in case only, from a control label or
+    from each other.
     """
     distinct = pd.Index(labels.dropna().astype(str).unique())
     mapping = {label: _condition(label, rules, where) for label in distinct}
+    _require_one_spelling(mapping.values(), rules, where)
     return labels.astype(object).map(lambda label: mapping.get(str(label)), na_action="ignore")
 
 
 def _condition(label: str, rules: Labels, where: str) -> str:
-    name = label.strip()
-    control = {CONTROL, *rules.control}
-    if name in control or (rules.control_contains is not None and rules.control_contains in name):
+    field, name, control = f"obs[{rules.column!r}]", label.strip(), _controls(rules)
+    if _is_control(name, rules):
         return CONTROL
-    if rules.cut_at is not None:
-        name = name.split(rules.cut_at, 1)[0]
-    separator = rules.separator
-    if separator is not None and separator != SEPARATOR and separator in name and SEPARATOR in name:
+    separator, left = rules.separator, _cut(name, rules)
+    if separator is not None and separator != SEPARATOR and separator in left and SEPARATOR in left:
         raise UserError(
             where,
-            f"obs[{rules.column!r}]",
+            field,
             f"the label {label!r} holds both separators, {separator!r} and {SEPARATOR!r}",
             "rename it, or set `labels.separator` in the catalog entry to the one that is meant",
         )
-    genes = name.split(separator) if separator is not None and separator in name else name.split(SEPARATOR)
+    names = _split(left, rules)
+    meant = {control_label.casefold(): control_label for control_label in control}
+    for part in (name, *names):
+        if part not in control and part.casefold() in meant:
+            raise UserError(
+                where,
+                field,
+                f"the label {label!r}: {part!r} differs from the control label {meant[part.casefold()]!r} in case only",
+                f"add {part!r} to `labels.control` in the catalog entry if it is control, else rename it",
+            )
     # A combination with control is the perturbation alone (`A+control` in some files).
-    genes = sorted({gene.strip() for gene in genes} - control)
+    genes = sorted(set(names) - control)
     if not genes or any(not gene for gene in genes):
         raise UserError(
             where,
-            f"obs[{rules.column!r}]",
+            field,
             f"the label {label!r} names no gene, or an empty one",
             "mend the label, or add it to `labels.control` in the catalog entry",
         )
     return SEPARATOR.join(genes)
+
+
+def _controls(rules: Labels) -> set[str]:
+    return {CONTROL, *(label.strip() for label in rules.control)}
+
+
+def _is_control(name: str, rules: Labels) -> bool:
+    return name in _controls(rules) or (rules.control_contains is not None and rules.control_contains in name)
+
+
+def _cut(name: str, rules: Labels) -> str:
+    return name if rules.cut_at is None else name.split(rules.cut_at, 1)[0]
+
+
+def _split(name: str, rules: Labels) -> list[str]:
+    separator = rules.separator if rules.separator is not None and rules.separator in name else SEPARATOR
+    return [part.strip() for part in name.split(separator)]
+
+
+def _require_one_spelling(conditions: Iterable[str], rules: Labels, where: str) -> None:
+    """Raise UserError where two perturbed genes differ in case only: they would become two perturbations."""
+    genes = sorted({gene for condition in conditions for gene in genes_of(condition)}, key=lambda g: (g.casefold(), g))
+    alike = [f"{a} and {b}" for a, b in pairwise(genes) if a.casefold() == b.casefold()]
+    if alike:
+        raise UserError(
+            where,
+            f"obs[{rules.column!r}]",
+            f"perturbed genes that differ in case only: {shown(alike)}",
+            "spell each gene in one way, as among the measured genes: as they are, they would be two perturbations",
+        )
+
+
+def _measured_controls(labels: pd.Series, rules: Labels, symbols: pd.Index, where: str) -> list[str]:
+    """Labels that the entry names as control and that are also genes of the file, sorted.
+
+    Raises UserError where `control_contains` alone makes control of a label that names such a gene.
+    """
+    measured, control = set(symbols.dropna().astype(str)), _controls(rules)
+    names = {label.strip() for label in labels.dropna().astype(str).unique()}
+    parts = {name: {name, *_split(_cut(name, rules), rules)} for name in sorted(names)}
+    swallowed = [name for name in parts if name not in control and _is_control(name, rules) and parts[name] & measured]
+    if swallowed:
+        raise UserError(
+            where,
+            f"obs[{rules.column!r}]",
+            f"{len(swallowed)} labels that name a measured gene and contain {rules.control_contains!r}, which would "
+            f"make control of them: {shown(swallowed)}",
+            "make `labels.control_contains` in the catalog entry longer, or list the control labels in "
+            "`labels.control` instead",
+        )
+    return sorted(control & measured & set[str]().union(*parts.values()))
 
 
 def genes_of(condition: str) -> list[str]:
@@ -204,22 +291,30 @@ def genes_of(condition: str) -> list[str]:
     return [] if condition == CONTROL else condition.split(SEPARATOR)
 
 
-def check_counts(counts: sparse.csr_matrix, where: str) -> None:
-    """Raise UserError unless all stored values are finite whole numbers >= 0."""
-    values = counts.data
-    checks = [
-        ("NaN or infinite counts", ~np.isfinite(values), "remove or mend these cells"),
-        ("negative counts", values < 0, "give raw counts, not scaled or corrected expression"),
-        (
-            "counts that are not whole numbers",
-            np.isfinite(values) & (values != np.floor(values)),
-            "give raw counts in X; normalised or log-transformed values cannot be used here",
-        ),
-    ]
-    for found, wrong, remedy in checks:
-        if wrong.any():
-            example = values[wrong][0]
-            raise UserError(where, "X", f"{int(wrong.sum()):,} {found} (first: {example:g})", remedy)
+def count_faults(values: Any) -> Faults:
+    """What is wrong with some stored counts; nothing, unless they are whole numbers from 0 to MOST.
+
+    values: numbers of any type.
+    """
+    # NaN is neither below nor above anything.
+    if not values.size or (values.min() >= 0 and values.max() <= MOST and _whole(values)):
+        return {}
+    wrong = {name: is_wrong(values) for name, is_wrong, _ in FAULTS}
+    return {name: (int(mask.sum()), float(values[mask][0])) for name, mask in wrong.items() if mask.any()}
+
+
+def _whole(values: Any) -> bool:
+    return values.dtype.kind in "iu" or bool((values == np.floor(values)).all())
+
+
+def refuse_faults(faults: Iterable[Faults], field: str, where: str) -> None:
+    """Raise UserError where there is a fault; `faults` of consecutive pieces, of which the number is told in all."""
+    pieces = list(faults)
+    for name, _, remedy in FAULTS:
+        found = [piece[name] for piece in pieces if name in piece]
+        if found:
+            n, example = sum(n for n, _ in found), found[0][1]
+            raise UserError(where, field, f"{n:,} {name} (first: {example:.12g})", remedy)
 
 
 def require_controls(obs: pd.DataFrame, rules: Labels, where: str) -> None:
