@@ -107,7 +107,8 @@ class ArtifactStore(Block):
         wins and both get its folder. A build that fails or is killed leaves nothing under the key; what a killed
         one left elsewhere is removed when the key is built again.
         Raises ValueError if `key` is not the key of the recipe or `build` leaves anything but regular files,
-        UserError if the disk is full, and whatever `build` raises.
+        UserError if the disk is full or the folder cannot be written (what it already holds can be used all the
+        same), and whatever `build` raises.
         """
         if key != artifact_key(kind, inputs, parameters, code):
             raise ValueError(f"{key} is not the key of this {kind}'s inputs, parameters and code")
@@ -125,15 +126,30 @@ class ArtifactStore(Block):
         try:
             return final if _damage(final, kind, key) is None else self._built(final, manifest, build)
         except Exception as error:
-            if not _out_of_space(error):
-                raise
-            raise UserError(
-                self.root,
-                "free disk space",
-                f"the disk was full before this {kind} was complete; with its unfinished files removed,"
-                f" {shutil.disk_usage(self.root).free / 1e6:,.1f} MB are free",
-                "free some space, or move the data folder to a larger disk (environment CALIPERT_DATA)",
-            ) from error
+            if _out_of_space(error):
+                raise self._full(kind) from error
+            if _no_permission(error, Path(self.root)):
+                raise self._read_only(kind, error) from error
+            raise
+
+    def _full(self, kind: str) -> UserError:
+        free = shutil.disk_usage(_existing(Path(self.root))).free
+        return UserError(
+            self.root,
+            "free disk space",
+            f"the disk was full before this artifact ({kind}) was complete; with its unfinished files removed,"
+            f" {free / 1e6:,.1f} MB are free, and it needs more than that",
+            "free some space, or move the data folder to a larger disk (environment CALIPERT_DATA)",
+        )
+
+    def _read_only(self, kind: str, error: BaseException) -> UserError:
+        return UserError(
+            self.root,
+            "folder of the store",
+            f"no permission to put an artifact ({kind}) there ({error})",
+            "let the user that calipert runs as write there, or name another data folder (environment"
+            " CALIPERT_DATA); what the store already holds can be used as it is",
+        )
 
     def _folder(self, kind: str, key: str) -> Path:
         if not _KIND.fullmatch(kind):
@@ -312,3 +328,16 @@ def _out_of_space(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def _no_permission(error: BaseException, root: Path) -> bool:
+    """Whether the file system, or the rights of a folder, forbade to write in the store or to make it."""
+    if not isinstance(error, OSError) or error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return False
+    place = Path(str(error.filename))
+    return place.is_relative_to(root) or root.is_relative_to(place)
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(place for place in (folder, *folder.parents) if place.exists())

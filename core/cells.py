@@ -22,7 +22,7 @@ from core.catalog.schema import DatasetSpec
 from core.draws import generator
 from core.errors import UserError, shown
 from core.files import read_names, require_space, write_by_rows
-from core.harmonising import CONTROL, KEYS, Plan, count_faults, genes_of, plan, refuse_faults
+from core.harmonising import CONTROL, KEYS, Plan, count_faults, expression_faults, genes_of, plan, refuse_faults
 from core.mirror import is_mirror, mirror_plan
 from core.panels import ahead
 from core.progress import progress
@@ -127,9 +127,11 @@ def _from_mirror(
                 Spill(own, len(names.genes)) as spill,
                 open_rows(raw, layer, (len(obs), len(var)), memory, own) as matrix,
             ):
-                wanted = selected(matrix, names.rows[order], names.columns)
+                wanted, faults = selected(matrix, names.rows[order], names.columns), []
                 for rows, values in progress(f"sorting {place}", wanted, len(order)):
+                    faults.append(expression_faults(values.data))
                     spill.add(order[rows], values)
+                refuse_faults(faults, matrix.field, str(raw))
             spills[place] = spill
     panels = zip(*(spill.panels() for spill in spills.values()), strict=True)
     parts = ({place: rows for place, (_, rows) in zip(spills, panel, strict=True)} for panel in panels)

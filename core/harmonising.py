@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -32,13 +32,10 @@ COMPARISONS: dict[str, Callable[[pd.Series, Any], pd.Series]] = {
 MOST = 1 << 24  # up to here float32, which cells.h5ad holds counts in, has every whole number
 
 # What can be wrong with a count: its name, where it is so, the remedy. The first that is found is reported.
-FAULTS: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
-    ("NaN or infinite counts", lambda values: ~np.isfinite(values), "remove or mend these cells"),
-    (
-        "negative counts",
-        lambda values: values < 0,
-        "give raw counts, not scaled or corrected expression",
-    ),
+Fault: TypeAlias = tuple[str, Callable[[Any], Any], str]
+FAULTS: tuple[Fault, ...] = (
+    ("NaN or infinite values", lambda values: ~np.isfinite(values), "remove or mend these cells"),
+    ("negative values", lambda values: values < 0, "give raw counts, not scaled or corrected expression"),
     (
         "counts that are not whole numbers",
         lambda values: np.isfinite(values) & (values != np.floor(values)),
@@ -51,7 +48,7 @@ FAULTS: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
         "give raw counts of molecules: one cell has not that many of one gene",
     ),
 )
-Faults = dict[str, tuple[int, float]]  # name of a fault -> how many values have it, the first of them
+Faults: TypeAlias = dict[str, tuple[int, float]]  # name of a fault -> how many values have it, the first of them
 
 
 class Plan(NamedTuple):
@@ -296,10 +293,19 @@ def count_faults(values: Any) -> Faults:
 
     values: numbers of any type.
     """
-    # NaN is neither below nor above anything.
+    # One look at right counts: NaN is neither below nor above anything.
     if not values.size or (values.min() >= 0 and values.max() <= MOST and _whole(values)):
         return {}
-    wrong = {name: is_wrong(values) for name, is_wrong, _ in FAULTS}
+    return _faults(values, FAULTS)
+
+
+def expression_faults(values: Any) -> Faults:
+    """What is wrong with stored expression that is taken as it is: nothing, unless it is finite and not negative."""
+    return _faults(values, FAULTS[:2])
+
+
+def _faults(values: Any, faults: tuple[Fault, ...]) -> Faults:
+    wrong = {name: is_wrong(values) for name, is_wrong, _ in faults}
     return {name: (int(mask.sum()), float(values[mask][0])) for name, mask in wrong.items() if mask.any()}
 
 
