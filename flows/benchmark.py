@@ -11,7 +11,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
 from tasks.embed import make_embeddings
-from tasks.inputs import check_sources, chosen_dataset, chosen_models
+from tasks.inputs import Origin, check_sources, chosen_dataset, chosen_models
 from tasks.prepare import build_reference, measure_quality, prepare_cells
 from tasks.record import (
     end_interrupted,
@@ -40,18 +40,20 @@ def benchmark(
     models: list[str] = ["demo"],  # noqa: B006 - shown in the form of the UI, never changed
     folds: int | Literal["leave-one-out"] | None = None,
     seed: Annotated[int, Field(ge=0)] = 42,
+    origin: Origin = "raw",
     sources: dict[str, str] = {},  # noqa: B006
 ) -> Path:
     """Calibrate the metrics on a data set and judge models by them.
 
     dataset: a name of the catalog, or the path of your own YAML entry.
     models: names or groups of the catalog. Controls, the additive and the linear baseline always take part.
-    folds: instead of the data set's own number of folds.
+    folds: instead of the data set's own number of folds; a mirror has its own.
     seed: of the models' training.
+    origin: the authors' raw file, or the preprocessed mirror. A file in `sources` comes before either.
     sources: files to use for data sets and embeddings, by name.
     Returns the folder of the results: tables, report.html and figures.
     """
-    spec = chosen_dataset(dataset, folds)
+    spec = chosen_dataset(dataset, folds, origin)
     chosen = chosen_models(models)
     check_sources([spec, *(model.embedding for model in chosen if model.embedding)], sources)
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from prefect import flow
 
-from core import catalog
-from tasks.inputs import check_sources
+from tasks.inputs import Origin, check_sources, chosen_dataset
 from tasks.prepare import build_reference, prepare_cells
 from tasks.record import end_interrupted, record_calibration
 from tasks.score import calibrate_metrics, score_controls
@@ -20,14 +19,19 @@ from tasks.sources import described, fetch_source
     on_cancellation=[end_interrupted],
     on_crashed=[end_interrupted],
 )
-def calibrate(dataset: str = "demo", sources: dict[str, str] = {}) -> Path:  # noqa: B006
+def calibrate(
+    dataset: str = "demo",
+    origin: Origin = "raw",
+    sources: dict[str, str] = {},  # noqa: B006 - shown in the form of the UI, never changed
+) -> Path:
     """Measure which metrics can tell a replicate from an uninformative average on a data set.
 
     dataset: a name of the catalog, or the path of your own YAML entry.
+    origin: the authors' raw file, or the preprocessed mirror. A file in `sources` comes before either.
     sources: files to use, by data set.
     Returns the folder of calibration.parquet in the store.
     """
-    spec = catalog.dataset(dataset)
+    spec = chosen_dataset(dataset, origin=origin)
     check_sources([spec], sources)
     raw = fetch_source(spec, sources)
     reference = build_reference(spec, prepare_cells(spec, raw))

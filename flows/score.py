@@ -8,7 +8,7 @@ from typing import Literal
 from prefect import flow
 
 from tasks.artifacts import key_of
-from tasks.inputs import check_model_name, check_sources, chosen_dataset
+from tasks.inputs import Origin, check_model_name, check_sources, chosen_dataset
 from tasks.prepare import build_reference, measure_quality, prepare_cells
 from tasks.record import (
     Recipe,
@@ -35,15 +35,18 @@ def score(
     predictions: Path,
     name: str = "predictions",
     folds: int | Literal["leave-one-out"] | None = None,
+    origin: Origin = "raw",
     sources: dict[str, str] = {},  # noqa: B006
 ) -> Path:
     """Score a file of predicted profiles against a data set and its calibrated metrics.
 
     predictions: h5ad of conditions x genes, X predicted mean log1p(CP10k), obs `condition` (and `covariate`).
-    name: what to call the model. folds: instead of the data set's own number of folds.
+    name: what to call the model.
+    folds: instead of the data set's own number of folds; a mirror has its own.
+    origin: the authors' raw file, or the preprocessed mirror. A file in `sources` comes before either.
     Returns the folder of the results.
     """
-    spec = chosen_dataset(dataset, folds)
+    spec = chosen_dataset(dataset, folds, origin)
     check_model_name(name)
     check_sources([spec], sources)
     raw = fetch_source(spec, sources)

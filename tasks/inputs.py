@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from pydantic import ValidationError
 
@@ -17,6 +17,9 @@ from core.errors import UserError
 
 VARIABLE = "CALIPERT_SOURCE_"
 BASELINES = ("additive", "linear")  # core computes them in every benchmark
+
+# Which published file of a data set: the one of its authors, or its preprocessed copy.
+Origin: TypeAlias = Literal["raw", "mirror"]
 
 
 def named_source(name: str, sources: Mapping[str, str]) -> Path | None:
@@ -37,6 +40,10 @@ def check_sources(specs: Iterable[DatasetSpec | EmbeddingSpec], sources: Mapping
     needed = list(specs)
     for spec in needed:
         _check_source(spec, sources)
+    _check_unused(needed, sources)
+
+
+def _check_unused(needed: list[DatasetSpec | EmbeddingSpec], sources: Mapping[str, str]) -> None:
     unused = sorted(set(sources) - {spec.name for spec in needed})
     if unused:
         raise UserError(
@@ -57,12 +64,17 @@ def _check_source(spec: DatasetSpec | EmbeddingSpec, sources: Mapping[str, str])
         )
 
 
-def chosen_dataset(dataset: str, folds: int | Literal["leave-one-out"] | None) -> DatasetSpec:
-    """The entry of a data set, with another number of folds where one is given.
+def chosen_dataset(
+    dataset: str, folds: int | Literal["leave-one-out"] | None = None, origin: Origin = "raw"
+) -> DatasetSpec:
+    """The entry of a data set, with another number of folds where one is given; its `source` is the file of `origin`.
 
-    Raises UserError for an unknown data set, or a number of folds that its task does not allow.
+    Raises UserError for an unknown data set, a number of folds that its task does not allow, a mirror that it does not
+    have, and another number of folds than a mirror comes with.
     """
     spec = catalog.dataset(dataset)
+    if origin == "mirror":
+        return _mirrored(spec, folds)
     if folds is None:
         return spec
     try:
@@ -70,6 +82,37 @@ def chosen_dataset(dataset: str, folds: int | Literal["leave-one-out"] | None) -
     except ValidationError as error:
         remedy = "combination data have 2 folds" if spec.task == "combination" else "at least 2, or leave-one-out"
         raise UserError("--folds", "folds", str(folds), remedy) from error
+
+
+def _mirrored(spec: DatasetSpec, folds: int | Literal["leave-one-out"] | None) -> DatasetSpec:
+    if spec.mirror is None:
+        remedy = "take the raw file (origin raw), or give the entry a `mirror` (docs/catalog.md)"
+        raise UserError(f"catalog entry {spec.name}", "mirror", "none, but the origin is to be mirror", remedy)
+    if folds is not None:
+        remedy = "leave the folds out: a mirror has its own. Or take the raw file (origin raw)"
+        raise UserError("--folds", "folds", f"{folds}, with origin mirror", remedy)
+    return spec.model_copy(update={"source": spec.mirror})
+
+
+def study() -> list[str]:
+    """The names of the study's data sets: those of the catalog that have a preprocessed mirror."""
+    return [name for name in catalog.names("dataset") if catalog.dataset(name).mirror is not None]
+
+
+def chosen_study(
+    datasets: Iterable[str], models: Iterable[str], origin: Origin, sources: Mapping[str, str]
+) -> dict[str, DatasetSpec]:
+    """The entries of the data sets to reproduce, by what they are asked for with; none asked for: the study's.
+
+    Raises UserError where the request itself is at fault: an unknown data set or model, an entry without a mirror, an
+    embedding without its file, a file for nothing. A data set whose own file is missing is no such fault.
+    """
+    specs = {dataset: chosen_dataset(dataset, origin=origin) for dataset in list(datasets) or study()}
+    embeddings = [model.embedding for model in chosen_models(models) if model.embedding]
+    for embedding in embeddings:
+        _check_source(embedding, sources)
+    _check_unused([*specs.values(), *embeddings], sources)
+    return specs
 
 
 def chosen_models(names: Iterable[str]) -> list[ResolvedModel]:

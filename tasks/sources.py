@@ -14,17 +14,25 @@ from blocks.code import code_hash
 from blocks.paths import downloads_folder, store_folder
 from core.catalog.schema import DatasetSpec, EmbeddingSpec, HttpsSource, S3Source, SimulatedSource
 from core.errors import UserError
-from tasks.artifacts import checksum, made
+from tasks.artifacts import LOG, checksum, made
 from tasks.downloads import MAY_PASS, download
 from tasks.inputs import check_sources, named_source
 
 
 def passing(task_: object, run: object, state: object) -> bool:
     """Whether a failure may pass: a broken connection may, bad input never does."""
-    error = state.result(raise_on_failure=False)  # type: ignore[attr-defined]
+    return may_pass(state.result(raise_on_failure=False))  # type: ignore[attr-defined]
+
+
+def may_pass(error: object) -> bool:
+    """Whether an error is one of the connection, over HTTPS or to S3."""
+    # Costs time, and nobody needs it as long as nothing fails.
+    from botocore import exceptions as s3  # type: ignore[import-untyped]
+
     if isinstance(error, httpx.HTTPStatusError):
         return error.response.status_code >= 500 or error.response.status_code in MAY_PASS
-    return isinstance(error, httpx.TransportError | ConnectionError | TimeoutError)
+    broken = (httpx.TransportError, ConnectionError, TimeoutError, s3.ConnectionError, s3.HTTPClientError)
+    return isinstance(error, broken)
 
 
 @task(name="fetch-source", retries=4, retry_delay_seconds=[2, 10, 30, 60], retry_condition_fn=passing)
@@ -41,6 +49,8 @@ def fetch_source(spec: DatasetSpec | EmbeddingSpec, sources: dict[str, str]) -> 
         return simulated(spec.source)
     if not isinstance(spec.source, HttpsSource | S3Source):
         raise UserError(f"catalog entry {spec.name}", "source", "none", "give the entry a source")
+    if not _target(spec.name, spec.source).exists():
+        LOG.info("%s: to fetch %s; licence: %s; to cite: %s", spec.name, spec.source.url, spec.licence, spec.citation)
     return downloaded(spec.name, spec.source)
 
 

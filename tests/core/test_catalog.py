@@ -71,6 +71,15 @@ def test_the_catalog_holds_the_fourteen_screens_of_the_study():
     assert {name for name, spec in specs.items() if spec.task == "combination"} == combinations
     assert all(spec.source.kind == "https" for spec in specs.values())
     assert len({spec.source.url for spec in specs.values()}) == 14
+    mirrors = {name: catalog.dataset(name).mirror for name in catalog.names("dataset")}
+    for name, mirror in mirrors.items():
+        if name in specs:
+            key = f"cellsimbench-data/data/{name}/{name}_processed_complete.h5ad"
+            assert (mirror.kind, mirror.anonymous) == ("s3", True)
+            assert mirror.url == f"s3://public-access-bucket-i9sdj34j/{key}"
+        else:
+            # `calipert reproduce` takes whatever has a mirror for a data set of the study.
+            assert mirror is None
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What is refused before any work: models that cannot be trained, names that predictions cannot have."""
+"""What is refused before any work: models that cannot be trained, names that predictions cannot have, mirrors."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from core import catalog
 from core.errors import UserError
-from tasks.inputs import BASELINES, check_model_name, chosen_models
+from tasks.inputs import BASELINES, check_model_name, chosen_dataset, chosen_models, chosen_study, study
 
 
 def test_baselines_take_part_without_training() -> None:
@@ -40,3 +41,72 @@ def test_names_that_predictions_cannot_have(name: str) -> None:
 
 def test_a_plain_name_is_taken() -> None:
     check_model_name("my_model_2")
+
+
+def test_the_origin_decides_the_source_and_nothing_else() -> None:
+    entry = catalog.dataset("norman19")
+    assert chosen_dataset("norman19", origin="raw") == entry
+    mirrored = chosen_dataset("norman19", origin="mirror")
+    assert mirrored.source == entry.mirror
+    assert mirrored.model_copy(update={"source": entry.source}) == entry
+
+
+def test_a_mirror_that_an_entry_has_not_is_refused() -> None:
+    with pytest.raises(UserError) as caught:
+        chosen_dataset("papalexi21", origin="mirror")
+    assert (caught.value.where, caught.value.field) == ("catalog entry papalexi21", "mirror")
+    assert "origin raw" in caught.value.remedy
+
+
+def test_a_mirror_has_its_own_folds() -> None:
+    with pytest.raises(UserError) as caught:
+        chosen_dataset("replogle22rpe1", 3, "mirror")
+    assert (caught.value.where, caught.value.found) == ("--folds", "3, with origin mirror")
+
+
+STUDY = [
+    "adamson16",
+    "frangieh21",
+    "kaden25fibroblast",
+    "kaden25rpe1",
+    "nadig25hepg2",
+    "nadig25jurkat",
+    "norman19",
+    "replogle22k562",
+    "replogle22k562gwps",
+    "replogle22rpe1",
+    "sunshine23",
+    "tian21crispra",
+    "tian21crispri",
+    "wessels23",
+]
+
+
+def test_the_study_is_reproduced_unless_data_sets_are_named() -> None:
+    assert study() == STUDY
+    assert list(chosen_study([], [], "mirror", {})) == STUDY
+    assert list(chosen_study(["demo", "norman19"], [], "raw", {})) == ["demo", "norman19"]
+
+
+def test_a_data_set_without_its_file_can_still_be_asked_for() -> None:
+    assert list(chosen_study(["papalexi21_panel"], [], "raw", {"papalexi21_panel": "/no/such.h5ad"})) == [
+        "papalexi21_panel"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("datasets", "models", "sources", "found"),
+    [
+        (["dmeo"], [], {}, "'dmeo', which is not known"),
+        (["papalexi21"], [], {}, "none, but the origin is to be mirror"),
+        (["norman19"], ["ridge_reactom"], {}, "'ridge_reactom', which is not known"),
+        (["norman19"], [], {"demo": "x.h5ad"}, "'demo' takes no part in this run"),
+        (["norman19"], ["ridge_reactome"], {"reactome": "/no/such.gmt"}, "no such file"),
+    ],
+)
+def test_a_request_that_no_data_set_can_fulfil_is_refused(
+    datasets: list[str], models: list[str], sources: dict[str, str], found: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        chosen_study(datasets, models, "mirror", sources)
+    assert caught.value.found == found

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,12 +17,14 @@ import pytest
 from prefect import Flow
 
 from core import catalog
-from core.catalog.schema import HttpsSource
+from core.catalog.schema import HttpsSource, S3Source
 from core.errors import UserError
+from flows.benchmark import benchmark
 from flows.calibrate import calibrate
 from flows.prepare import prepare
 from tasks.inputs import check_sources, chosen_dataset, named_source
-from tasks.sources import described, downloaded, fetch_source
+from tasks.prepare import DESCRIPTIVE
+from tasks.sources import described, downloaded, fetch_source, may_pass
 
 CONTENT = b"\x89HDF\r\n\x1a\n" + b"counts" * 1000
 CHANGED = CONTENT + b"!"
@@ -190,3 +193,75 @@ def test_a_file_for_nothing_is_refused_before_any_work(flow: Flow[..., object], 
     with pytest.raises(UserError, match="'dmeo' takes no part"):
         flow.fn(dataset="demo", sources={"dmeo": str(file)})
     assert not data.exists()
+
+
+def test_the_mirror_is_downloaded_and_named_but_a_named_file_comes_first(
+    server: str, tmp_path: Path, users_entry: Callable[..., str]
+) -> None:
+    name = users_entry(server)
+    mirror, raw = (chosen_dataset(name, origin=origin) for origin in ("mirror", "raw"))
+    file = fetch_source.fn(mirror, {})
+    assert file.read_bytes() == CHANGED
+    assert fetch_source.fn(raw, {}).read_bytes() == CONTENT
+    assert described(mirror, file) == f"{server}/new/whole.h5ad?download=1"
+    assert described(raw, fetch_source.fn(raw, {})) == f"{server}/whole.h5ad"
+    mine = tmp_path / "mine.h5ad"
+    mine.touch()
+    assert fetch_source.fn(mirror, {"screen": str(mine)}) == mine.resolve()
+    assert described(mirror, mine.resolve()) == "mine.h5ad"
+
+
+@pytest.fixture
+def users_entry(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Puts an entry `screen` with a mirror, both on the test's server, into the catalog."""
+
+    def put(server: str) -> str:
+        entry = catalog.dataset("norman19").model_copy(
+            update={
+                "name": "screen",
+                "source": source(f"{server}/whole.h5ad"),
+                "mirror": source(f"{server}/new/whole.h5ad?download=1"),
+            }
+        )
+        monkeypatch.setattr(catalog, "dataset", lambda name: entry)
+        return "screen"
+
+    return put
+
+
+def test_the_cells_of_a_file_are_the_same_artifact_whatever_it_was_asked_for_as() -> None:
+    raw, mirror = (chosen_dataset("norman19", origin=origin) for origin in ("raw", "mirror"))
+    assert raw.model_dump(exclude=DESCRIPTIVE) == mirror.model_dump(exclude=DESCRIPTIVE)
+    assert "mirror" not in raw.model_dump(exclude=DESCRIPTIVE)
+
+
+def test_file_licence_and_citation_are_said_before_a_download_and_not_again(
+    server: str, users_entry: Callable[..., str], caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = chosen_dataset(users_entry(server))
+    with caplog.at_level(logging.INFO, "calipert"):
+        fetch_source.fn(spec, {})
+        first, *rest = caplog.messages
+        for text in (f"{server}/whole.h5ad", spec.licence, spec.citation):
+            assert text in first
+        assert any(message.startswith("downloading") for message in rest)
+        caplog.clear()
+        fetch_source.fn(spec, {})
+        assert caplog.messages == []
+
+
+@pytest.mark.parametrize("flow", [prepare, calibrate, benchmark])
+def test_a_mirror_that_is_not_there_is_refused_before_any_work(flow: Flow[..., object], data: Path) -> None:
+    with pytest.raises(UserError, match="none, but the origin is to be mirror"):
+        flow.fn(dataset="demo", origin="mirror")
+    assert not data.exists()
+
+
+def test_a_lost_connection_may_pass_over_https_and_to_s3(data: Path) -> None:
+    nowhere = S3Source(kind="s3", url="s3://screens/a.h5ad", anonymous=True, endpoint="http://127.0.0.1:9")
+    for place in (nowhere, source("http://127.0.0.1:9/a.h5ad")):
+        with pytest.raises(Exception) as caught:  # noqa: PT011 - which one it is depends on the client
+            downloaded("set", place)
+        assert may_pass(caught.value)
+    assert not may_pass(UserError("a", "b", "c", "d"))
+    assert not may_pass(ValueError("no"))
