@@ -5,12 +5,13 @@ import json
 import logging
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,11 @@ from hypothesis import strategies as st
 import blocks.store
 from blocks.paths import PROJECT_ROOT
 from blocks.store import ArtifactStore, artifact_key
+from core.catalog.schema import DatasetSpec
+from core.cells import write_cells
 from core.errors import UserError
+from core.simulate import SimulationSettings, simulate
+from tasks.artifacts import made
 
 INPUTS = {"cells": "ab12"}
 PARAMETERS = {"seed": 42, "rate": 0.1, "names": ["a", "b"]}
@@ -274,6 +279,213 @@ def test_a_disk_that_fills_up_while_the_manifest_is_written(
     with pytest.raises(UserError, match="free disk space"):
         obtain(store)
     assert everything(store) == [".temporary", ".temporary/reference"]
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Mounts a file system of so many bytes and files, and gives its folder; skips where that is not permitted."""
+    mounted: list[Path] = []
+
+    def mount(size: int, files: int = 10_000) -> Path:
+        folder = tmp_path / f"disk{len(mounted)}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size},nr_inodes={files}", "tmpfs", str(folder)]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            pytest.skip("no right to mount a file system")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_is_really_full(disk: Callable[..., Path]) -> None:
+    store = ArtifactStore(root=str(disk(1 << 20) / "store"))
+
+    def build(folder: Path) -> None:
+        (folder / "large.bin").write_bytes(b"\1" * (2 << 20))
+
+    with pytest.raises(UserError) as caught:
+        obtain(store, build)
+    assert (caught.value.where, caught.value.field) == (store.root, "free disk space")
+    assert "1.0 MB are free, and it needs more than that" in caught.value.found
+    assert everything(store) == [".temporary", ".temporary/reference"]
+    assert obtain(store).is_dir()
+
+
+def test_a_disk_without_room_for_the_folder_of_the_store(disk: Callable[..., Path]) -> None:
+    store = ArtifactStore(root=str(disk(1 << 20, files=1) / "store"))
+    with pytest.raises(UserError, match="free disk space"):
+        obtain(store, refuse)
+    assert not Path(store.root).exists()
+
+
+@pytest.fixture(scope="module")
+def screen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DatasetSpec]:
+    """A small raw file, and its entry. About 1.2 MB to the spill and as much to the result."""
+    path = tmp_path_factory.mktemp("raw") / "raw.h5ad"
+    settings = SimulationSettings(genes=300, singles=12, cells_per_condition=60, control_cells=200)
+    simulate(settings).cells.write_h5ad(path)
+    entry = {
+        "name": "screen",
+        "title": "a small screen",
+        "task": "single",
+        "source": {"kind": "local", "hint": "made by a test"},
+        "labels": {"column": "perturbation"},
+        "min_genes_per_cell": 0,
+    }
+    return path, DatasetSpec.model_validate(entry)
+
+
+def prepare(screen: tuple[Path, DatasetSpec], memory: int = 1 << 20) -> Path:
+    raw, spec = screen
+
+    def build(folder: Path) -> None:
+        write_cells(raw, spec, {}, folder, memory)
+
+    return made("cells", build, inputs={"raw": "ab12"}, parameters={}, code=CODE)
+
+
+def nothing_published(store: ArtifactStore) -> bool:
+    return everything(store) == [".temporary", ".temporary/cells"]
+
+
+def test_a_preparation_that_will_not_fit_is_refused_before_it_writes(
+    screen: tuple[Path, DatasetSpec], disk: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = disk(1 << 20)
+    monkeypatch.setenv("CALIPERT_DATA", str(folder))
+    monkeypatch.setattr("core.cells.Spill", refuse)
+    with pytest.raises(UserError) as caught:
+        prepare(screen)
+    assert caught.value.where.startswith(f"{folder}/store")
+    assert re.fullmatch(
+        r"0\.001 GB free; about 0\.00\d GB are needed for the \d+ chosen cells: 0\.00\d GB are missing",
+        caught.value.found,
+    )
+    assert nothing_published(ArtifactStore())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # HDF5, which cannot close its file
+@pytest.mark.parametrize(("room", "full"), [(0.3, "spill"), (0.7, "cells.h5ad"), (0.9, "cells.h5ad")])
+def test_a_disk_that_fills_up_under_a_preparation(
+    room: float,
+    full: str,
+    screen: tuple[Path, DatasetSpec],
+    disk: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """As where others write to it too: the check beforehand knows nothing of them."""
+    monkeypatch.setenv("CALIPERT_DATA", str(tmp_path))
+    whole = prepare(screen)
+    values = json.loads((whole / "manifest.json").read_text(encoding="utf-8"))["files"]["cells.h5ad"]["size"]
+    spilt: list[int] = []
+    monkeypatch.setattr("core.cells.bytes_to_write", lambda n: spilt.append(8 * n) or 0)
+    shutil.rmtree(tmp_path / "store")
+    prepare(screen)
+    most = spilt[0] + values
+    folder = disk(int(most * room) >> 12 << 12)
+    assert (most * room < spilt[0]) == (full == "spill")
+    monkeypatch.setenv("CALIPERT_DATA", str(folder))
+    with pytest.raises(UserError) as caught:
+        prepare(screen)
+    assert (caught.value.where, caught.value.field) == (str(folder / "store"), "free disk space")
+    free = shutil.disk_usage(folder).free
+    assert f"{free / 1e6:,.1f} MB are free, and it needs more than that" in caught.value.found
+    assert free > most * room - 100_000
+    assert nothing_published(ArtifactStore())
+
+
+# A store that cannot be written
+
+
+@pytest.fixture
+def locked(disk: Callable[..., Path], tmp_path: Path) -> Iterator[Callable[[ArtifactStore], None]]:
+    """Makes a store read-only: by the rights of its folders, or, for root, whom they do not stop, by its mount."""
+    shut: list[Path] = []
+
+    def lock(store: ArtifactStore) -> None:
+        root = Path(store.root)
+        if os.geteuid() == 0:
+            subprocess.run(["mount", "-o", "remount,ro", str(root.parent)], check=True, capture_output=True)
+        else:
+            shut.extend(folder for folder in (root, *root.rglob("*")) if folder.is_dir())
+            for folder in shut:
+                folder.chmod(0o555)
+
+    yield lock
+    for folder in shut:
+        folder.chmod(0o755)
+
+
+@pytest.fixture
+def on_a_disk(disk: Callable[..., Path], tmp_path: Path) -> ArtifactStore:
+    return ArtifactStore(root=str((disk(8 << 20) if os.geteuid() == 0 else tmp_path) / "store"))
+
+
+def test_a_read_only_store_is_used_but_not_added_to(
+    on_a_disk: ArtifactStore, locked: Callable[[ArtifactStore], None]
+) -> None:
+    store = on_a_disk
+    folder = obtain(store)
+    locked(store)
+    whole = everything(store)
+    # What is there can be had.
+    assert obtain(store, refuse) == folder
+    assert (folder / "table.txt").read_text(encoding="utf-8") == "0123456789"
+    # What is not, cannot, and the work is not begun.
+    for kind in ("reference", "other"):
+        with pytest.raises(UserError) as caught:
+            store.obtain(kind, artifact_key(kind, {}, {}, CODE), refuse, inputs={}, parameters={}, code=CODE)
+        assert (caught.value.where, caught.value.field) == (store.root, "folder of the store")
+        assert f"no permission to put an artifact ({kind}) there" in caught.value.found
+        assert "CALIPERT_DATA" in caught.value.remedy
+    assert everything(store) == whole
+
+
+def test_a_store_that_cannot_be_made(disk: Callable[..., Path], on_a_disk: ArtifactStore, locked) -> None:
+    Path(on_a_disk.root).mkdir()
+    locked(on_a_disk)
+    store = ArtifactStore(root=f"{on_a_disk.root}/below/store")
+    with pytest.raises(UserError, match="folder of the store"):
+        obtain(store, refuse)
+    assert not Path(store.root).exists()
+
+
+def test_a_damaged_artifact_in_a_read_only_store_is_not_used(
+    on_a_disk: ArtifactStore, locked: Callable[[ArtifactStore], None]
+) -> None:
+    truncate(obtain(on_a_disk))
+    locked(on_a_disk)
+    with pytest.raises(UserError, match="folder of the store"):
+        obtain(on_a_disk, refuse)
+
+
+def test_a_preparation_into_a_read_only_store(
+    screen: tuple[Path, DatasetSpec],
+    on_a_disk: ArtifactStore,
+    locked: Callable[[ArtifactStore], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CALIPERT_DATA", str(Path(on_a_disk.root).parent))
+    obtain(on_a_disk)
+    locked(on_a_disk)
+    with pytest.raises(UserError) as caught:
+        prepare(screen)
+    assert (caught.value.where, caught.value.field) == (on_a_disk.root, "folder of the store")
+    assert not (Path(on_a_disk.root) / "cells").exists()
+
+
+def test_a_right_that_is_missing_elsewhere_is_not_blamed_on_the_store(store: ArtifactStore) -> None:
+    def build(folder: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "/somewhere/raw.h5ad")
+
+    with pytest.raises(PermissionError, match=r"/somewhere/raw\.h5ad"):
+        obtain(store, build)
 
 
 # Damage
