@@ -1,10 +1,12 @@
-"""The table of deployments: one row for every flow and data set of the catalog."""
+"""The table of deployments: one row for every flow and data set of the catalog, and one for the whole study."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from core import catalog
+from tasks.inputs import study
 
 POOL = "cpu"
 
@@ -17,7 +19,7 @@ class Deployment:
     name: str
     entrypoint: str
     pool: str
-    parameters: dict[str, str]
+    parameters: dict[str, Any]
     tags: tuple[str, ...]
     description: str
 
@@ -27,7 +29,7 @@ class Deployment:
         return f"{self.flow}/{self.name}"
 
 
-# Flow, dotted path, what it does with a data set.
+# Flow of one data set, dotted path, what it does with it.
 FLOWS = (
     ("benchmark", "flows.benchmark.benchmark", "Prepares, trains, predicts, scores, compares and reports on"),
     ("prepare", "flows.prepare.prepare", "Makes the cells, the reference and the quality tables of"),
@@ -36,7 +38,7 @@ FLOWS = (
 
 
 def table() -> list[Deployment]:
-    """All deployments: every flow with every data set of the catalog, the user's own included.
+    """All deployments: every flow with every data set of the catalog, the user's own included, and `reproduce/all`.
 
     Raises UserError for a catalog entry that does not fit the schema.
     """
@@ -54,4 +56,17 @@ def table() -> list[Deployment]:
         )
         for flow, entrypoint, does in FLOWS
         for dataset in datasets
-    ]
+    ] + [_whole_study()]
+
+
+def _whole_study() -> Deployment:
+    return Deployment(
+        flow="reproduce",
+        name="all",
+        entrypoint="flows.reproduce.reproduce",
+        pool=POOL,
+        parameters={"datasets": study()},
+        tags=("calipert", "study"),
+        description="Prepares and calibrates the data sets of the study one after the other, and benchmarks the models "
+        "that are named. What one data set lacks does not stop the others; a second run goes on from the store.",
+    )

@@ -16,6 +16,7 @@ from core.errors import UserError
 
 if TYPE_CHECKING:
     from blocks.settings import Services
+    from flows.reproduce import Outcome
 
 Folds = int | Literal["leave-one-out"] | None
 
@@ -37,6 +38,10 @@ Sources = Annotated[
     list[str] | None,
     typer.Option("--source", help="NAME=FILE: the file to use for a data set or embedding; may be repeated."),
 ]
+Origin = Annotated[
+    Literal["raw", "mirror"],
+    typer.Option(help="Download the authors' raw file, or the preprocessed mirror; --source comes before either."),
+]
 
 
 @app.command()
@@ -45,17 +50,45 @@ def run(
     models: Annotated[str, typer.Option(help="Models or groups of the catalog, separated by commas.")] = "demo",
     folds: Annotated[str | None, typer.Option(help="Number of folds, or leave-one-out.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the models' training.")] = 42,
+    origin: Origin = "raw",
     source: Sources = None,
 ) -> None:
     """Benchmark models on a data set: prepare, train every fold, score, calibrate, report."""
-    names = [name.strip() for name in models.split(",") if name.strip()]
-    sources, number = _named(source), _folds(folds)
-    _check_benchmark(dataset, number, names, sources)
+    names, sources, number = _names(models), _named(source), _folds(folds)
+    _check_benchmark(dataset, number, origin, names, sources)
     services = _servers()
     from flows.benchmark import benchmark
 
-    results = _flow(benchmark, dataset=dataset, models=names, folds=number, seed=seed, sources=sources)
+    results: Path = _flow(
+        benchmark, dataset=dataset, models=names, folds=number, seed=seed, origin=origin, sources=sources
+    )
     _show(results, services)
+
+
+@app.command()
+def reproduce(
+    datasets: Annotated[str, typer.Option(help="Data sets, separated by commas; by default those of the study.")] = "",
+    models: Annotated[str, typer.Option(help="Models or groups to benchmark too, separated by commas.")] = "",
+    origin: Origin = "raw",
+    source: Sources = None,
+) -> None:
+    """Prepare and calibrate all data sets of the study; what one of them lacks does not stop the others."""
+    from tasks.inputs import chosen_study
+
+    wanted, names, sources = _names(datasets), _names(models), _named(source)
+    chosen_study(wanted, names, origin, sources)
+    services = _servers()
+    from flows.console import outcome_table
+    from flows.reproduce import NoneDone
+    from flows.reproduce import reproduce as reproduce_flow
+
+    try:
+        outcomes: list[Outcome] = _flow(reproduce_flow, datasets=wanted, models=names, origin=origin, sources=sources)
+    except NoneDone as error:
+        CONSOLE.print(outcome_table(error.outcomes))
+        raise
+    CONSOLE.print(outcome_table(outcomes))
+    CONSOLE.print(_addresses(services), soft_wrap=True)
 
 
 @app.command()
@@ -93,21 +126,28 @@ def score(
     dataset: Annotated[str, typer.Option(help="The data set that was predicted.")],
     name: Annotated[str, typer.Option(help="What to call the model.")] = "predictions",
     folds: Annotated[str | None, typer.Option(help="Number of folds, or leave-one-out.")] = None,
+    origin: Origin = "raw",
     source: Sources = None,
 ) -> None:
     """Score predictions made elsewhere against a data set and its calibrated metrics."""
     from tasks.inputs import check_model_name
 
     sources, number = _named(source), _folds(folds)
-    _check_benchmark(dataset, number, [], sources)
+    _check_benchmark(dataset, number, origin, [], sources)
     check_model_name(name)
     if not predictions.is_file():
         raise UserError(predictions, "file", "no such file", "check the path")
     services = _servers()
     from flows.score import score as score_flow
 
-    results = _flow(
-        score_flow, dataset=dataset, predictions=predictions.resolve(), name=name, folds=number, sources=sources
+    results: Path = _flow(
+        score_flow,
+        dataset=dataset,
+        predictions=predictions.resolve(),
+        name=name,
+        folds=number,
+        origin=origin,
+        sources=sources,
     )
     _show(results, services)
 
@@ -176,6 +216,10 @@ def main() -> None:
         sys.exit(2)
 
 
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def _named(source: list[str] | None) -> dict[str, str]:
     pairs = [text.partition("=") for text in source or []]
     for name, equals, file in pairs:
@@ -194,11 +238,13 @@ def _folds(text: str | None) -> Folds:
     raise UserError("--folds", "value", repr(text), "a number of at least 2, or leave-one-out")
 
 
-def _check_benchmark(dataset: str, folds: Folds, models: list[str], sources: dict[str, str]) -> None:
+def _check_benchmark(
+    dataset: str, folds: Folds, origin: Literal["raw", "mirror"], models: list[str], sources: dict[str, str]
+) -> None:
     """What can be refused before anything is started."""
     from tasks.inputs import check_sources, chosen_dataset, chosen_models
 
-    spec = chosen_dataset(dataset, folds)
+    spec = chosen_dataset(dataset, folds, origin)
     embeddings = [model.embedding for model in chosen_models(models) if model.embedding]
     check_sources([spec, *embeddings], sources)
 
@@ -215,7 +261,7 @@ def _servers() -> Services:
     return services
 
 
-def _flow(flow: Any, **parameters: object) -> Path:
+def _flow(flow: Any, **parameters: object) -> Any:
     """Run a flow in this process: our own progress on the console, Prefect's log in its UI."""
     ours = logging.getLogger("calipert")
     ours.setLevel(logging.INFO)
@@ -223,11 +269,10 @@ def _flow(flow: Any, **parameters: object) -> Path:
     from blocks.engines import ModelFailed
 
     try:
-        result: Path = flow(**parameters)
+        return flow(**parameters)
     except ModelFailed as error:
         remedy = "mend the model, or leave it out with --models; the whole log is in Prefect"
         raise UserError("model", "output", str(error), remedy) from error
-    return result
 
 
 def _write_csv(table: Any, path: Path) -> None:
@@ -246,11 +291,13 @@ def _show(results: Path, services: Services) -> None:
     unpredicted = pd.read_parquet(results / "unpredicted.parquet")
     for model, rows in unpredicted.groupby("model", observed=True):
         CONSOLE.print(f"{model} did not predict {len(rows)} conditions: {rows['reason'].iloc[0]}", style="yellow")
-    CONSOLE.print(
-        f"\nReport:  {results / 'report.html'}\nPrefect: {services.prefect}\n"
-        f"MLflow:  {services.mlflow} (choose “Model training”)\n"
-        "Both servers keep running on this machine only; `make down` stops them.",
-        soft_wrap=True,
+    CONSOLE.print(f"\nReport:  {results / 'report.html'}{_addresses(services)}", soft_wrap=True)
+
+
+def _addresses(services: Services) -> str:
+    return (
+        f"\nPrefect: {services.prefect}\nMLflow:  {services.mlflow} (choose “Model training”)\n"
+        "Both servers keep running on this machine only; `make down` stops them."
     )
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from core.dataset_check import DatasetCheck
+    from flows.reproduce import Outcome
 
 _WORDS = {
     "pearson": "r",
@@ -143,6 +144,20 @@ def check_table(check: DatasetCheck, name: str) -> RenderableType:
     facts.add_row("conditions dropped for too few cells", f"{dropped:,}")
     note = "Not applied yet, since they need the counts: the least genes per cell and the least cells per gene."
     return Group(table, "", facts, "", Text(note, style="dim"))
+
+
+def outcome_table(outcomes: list[Outcome]) -> RenderableType:
+    """What became of each data set: the numbers of those that were done, the reason of those that were not."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
+    table.add_column("data set", no_wrap=True)
+    for head in ("cells", "conditions", "genes", "calibrated\nmetrics"):
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("outcome", overflow="fold")
+    for name, outcome, reason, *numbers in outcomes:
+        cells = ["" if number is None else f"{number:,}" for number in numbers]
+        text = f"{outcome}: {_cut(reason)}" if reason else outcome
+        table.add_row(name, *cells, Text(text, style="yellow" if reason else "green"))
+    return table
 
 
 def error_panel(error: UserError) -> Panel:

@@ -35,6 +35,13 @@ def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
         (["run", "missing.yaml"], ["missing.yaml"]),
         (["score", "/no/such.h5ad", "--dataset", "demo"], ["no such file"]),
         (["list", "things"], ["datasets"]),
+        (["run", "demo", "--origin", "mirror"], ["catalog entry demo", "origin raw"]),
+        (["run", "norman19", "--origin", "mirror", "--folds", "2"], ["a mirror has its own"]),
+        (["score", "/no/such.h5ad", "--dataset", "papalexi21", "--origin", "mirror"], ["catalog entry papalexi21"]),
+        (["reproduce", "--datasets", "norman19,dmeo"], ["did you mean demo"]),
+        (["reproduce", "--datasets", "norman19,demo", "--origin", "mirror"], ["catalog entry demo"]),
+        (["reproduce", "--models", "ridge_reactom"], ["did you mean ridge_reactome"]),
+        (["reproduce", "--source", "demo=x.h5ad"], ["takes no part"]),
     ],
 )
 def test_refused_before_any_server_starts(
@@ -76,7 +83,7 @@ def test_calibrate_refuses_what_is_no_h5ad_and_writes_nothing(calipert: Run, tmp
 def test_help_says_what_each_command_does(calipert: Run) -> None:
     done = calipert("--help")
     assert done.returncode == 0
-    for command in ("run", "calibrate", "score", "list", "env"):
+    for command in ("run", "reproduce", "calibrate", "score", "list", "env"):
         assert command in done.stdout
 
 

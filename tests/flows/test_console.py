@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from core.errors import UserError
-from flows.console import error_panel, result_table, verdict_table
+from flows.console import error_panel, outcome_table, result_table, verdict_table
+from flows.reproduce import Outcome
 
 TABLES = Path(__file__).parents[1] / "core" / "report_tables.py"
 build = runpy.run_path(str(TABLES))["build"]
@@ -122,3 +123,16 @@ def test_a_long_error_stays_on_one_screen():
     text = printed(error_panel(error), 80)
     assert len(text.splitlines()) <= 24
     assert "use other genes" in text
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_an_outcome_has_the_numbers_of_what_was_done_and_the_whole_reason_of_what_was_not(width):
+    reason = (
+        "https://zenodo.org/records/7041849/files/FrangiehIzar2021_RNA.h5ad, address: HTTP 404 (check [the] address)"
+    )
+    done = Outcome("replogle22k562gwps", "done", "", 1_234_567, 2_500, 8_300, 11)
+    text = printed(outcome_table([done, Outcome("frangieh21", "could not be got", reason)]), width)
+    assert max(map(len, text.splitlines())) <= width
+    lines = [line.split() for line in text.splitlines()]
+    assert ["replogle22k562gwps", "1,234,567", "2,500", "8,300", "11", "done"] in lines
+    assert "".join(reason.split()) in "".join(text.split())

@@ -1,0 +1,156 @@
+"""All data sets of the study, one after the other: what one of them lacks does not stop the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from textwrap import shorten
+from typing import Any, NamedTuple
+
+from prefect import flow
+from prefect.artifacts import create_table_artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlowRunId
+
+from core.catalog.schema import DatasetSpec
+from core.errors import UserError
+from flows.benchmark import benchmark
+from flows.calibrate import calibrate
+from flows.prepare import prepare
+from tasks.artifacts import LOG
+from tasks.inputs import Origin, chosen_models, chosen_study
+from tasks.record import end_interrupted, tracking_server
+from tasks.sources import fetch_source, may_pass
+
+LONGEST = 500  # characters of a reason
+
+
+class Outcome(NamedTuple):
+    """What became of one data set: `done` with its numbers, or how far it did not get, and why."""
+
+    dataset: str
+    outcome: str
+    reason: str = ""
+    cells: int | None = None
+    conditions: int | None = None
+    genes: int | None = None
+    calibrated_metrics: int | None = None
+
+
+class NoneDone(UserError):
+    """Not one data set was done: `outcomes` says why."""
+
+    outcomes: list[Outcome]
+
+
+def end_interrupted_subflows(flow: object, flow_run: Any, state: Any) -> None:
+    """Hook of a reproduction that was cancelled or has crashed: end the MLflow runs that its subflows left running."""
+    mine = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[flow_run.id]))
+    with get_client(sync_client=True) as client:
+        subflows = client.read_flow_runs(flow_run_filter=mine)
+    for subflow in subflows:
+        end_interrupted(flow, subflow, state)
+
+
+@flow(
+    name="reproduce",
+    flow_run_name="reproduce-{origin}",
+    on_cancellation=[end_interrupted_subflows],
+    on_crashed=[end_interrupted_subflows],
+)
+def reproduce(
+    datasets: list[str] = [],  # noqa: B006 - shown in the form of the UI, never changed
+    models: list[str] = [],  # noqa: B006
+    origin: Origin = "raw",
+    sources: dict[str, str] = {},  # noqa: B006
+) -> list[Outcome]:
+    """Prepare and calibrate the data sets of the study, and benchmark models on each of them.
+
+    datasets: names of the catalog, or paths of your own YAML entries. None: all data sets of the study.
+    models: names or groups of the catalog to benchmark. None: no benchmark, the metrics are calibrated only.
+    origin: the authors' raw files, or the preprocessed mirror. A file in `sources` comes before either.
+    sources: files to use for data sets and embeddings, by name.
+    A second run goes on from what the first one finished. Returns what became of each data set.
+    """
+    specs = chosen_study(datasets, models, origin, sources)
+    tracking_server()
+    outcomes: list[Outcome] = []
+    connected = True
+    for dataset, spec in specs.items():
+        outcome, connected = _reproduced(dataset, spec, models, origin, sources, connected)
+        outcomes.append(outcome)
+        _say(outcome)
+    _show(outcomes, origin)
+    done = [outcome.dataset for outcome in outcomes if outcome.outcome == "done"]
+    LOG.info("%d of %d data sets done, %d not", len(done), len(outcomes), len(outcomes) - len(done))
+    if not done:
+        found = f"none of {len(outcomes)} was done; {outcomes[0].dataset} {outcomes[0].outcome}: {outcomes[0].reason}"
+        error = NoneDone("reproduce", "datasets", found, "mend what the reasons say and run again")
+        error.outcomes = outcomes
+        raise error
+    return outcomes
+
+
+def _reproduced(
+    dataset: str, spec: DatasetSpec, models: list[str], origin: Origin, sources: dict[str, str], connected: bool
+) -> tuple[Outcome, bool]:
+    """What became of a data set, and whether the network was there.
+
+    connected: whether it was there for the last one. Without it, one try is enough.
+    """
+    own = {name: file for name, file in sources.items() if name == spec.name}
+    fetch = fetch_source if connected else fetch_source.with_options(retries=0)
+    LOG.info("%s: %s", spec.name, spec.title)
+    failing = "could not be got"
+    try:
+        fetch(spec, own)
+        failing = "could not be prepared"
+        cells = prepare(dataset, origin, own)["cells"]
+        failing = "could not be calibrated"
+        calibration = calibrate(dataset, origin, own)
+        if models:
+            failing = "could not be benchmarked"
+            embeddings = {model.embedding.name for model in chosen_models(models) if model.embedding}
+            taking_part = {name: file for name, file in sources.items() if name in {spec.name, *embeddings}}
+            benchmark(dataset, models, origin=origin, sources=taking_part)
+        return _done(spec.name, cells, calibration), True
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other data sets can still be done
+        return Outcome(spec.name, failing, _one_line(error)), not may_pass(error)
+
+
+def _done(name: str, cells: Path, calibration: Path) -> Outcome:
+    import pandas as pd
+
+    from core.cells import read_cells
+    from core.harmonising import CONTROL
+    from core.views import verdicts
+
+    table = verdicts(pd.read_parquet(calibration / "calibration.parquet"))
+    data = read_cells(cells)
+    conditions = set(data.obs["condition"]) - {CONTROL}
+    data.file.close()
+    calibrated = int((table["verdict"] == "calibrated").sum())
+    return Outcome(name, "done", "", data.n_obs, len(conditions), data.n_vars, calibrated)
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, UserError):
+        text = f"{error.where}, {error.field}: {error.found} ({error.remedy})"
+    else:
+        text = f"{type(error).__name__}: {error}"
+    return shorten(text, LONGEST, placeholder=" ...")
+
+
+def _say(outcome: Outcome) -> None:
+    if outcome.outcome == "done":
+        LOG.info("%s: done; %d cells, %d conditions, %d genes, %d calibrated metrics", outcome.dataset, *outcome[3:])
+    else:
+        LOG.warning("%s %s: %s", outcome.dataset, outcome.outcome, outcome.reason)
+
+
+def _show(outcomes: list[Outcome], origin: Origin) -> None:
+    heads = ("data set", "outcome", "reason", "cells", "conditions", "genes", "calibrated metrics")
+    create_table_artifact(
+        key="reproduce",
+        table=[dict(zip(heads, outcome, strict=True)) for outcome in outcomes],
+        description=f"What became of each data set, origin {origin}",
+    )
