@@ -33,9 +33,7 @@ def frame_of(data: ad.AnnData) -> ad.AnnData:
 
 def parts_of(data: ad.AnnData, cuts: list[int]) -> list[dict[str, sparse.csr_matrix]]:
     ends = [0, *cuts, data.n_obs]
-    return [
-        {"X": data.X[a:b], "layers/counts": data.layers["counts"][a:b]} for a, b in pairwise(ends)
-    ]
+    return [{"X": data.X[a:b], "layers/counts": data.layers["counts"][a:b]} for a, b in pairwise(ends)]
 
 
 @pytest.mark.parametrize("cuts", [[], [5], [0, 5], [5, 5, 11], [12], list(range(1, 12))])
