@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,7 @@ from threadpoolctl import threadpool_limits
 Floats: TypeAlias = npt.NDArray[np.float64]
 Bools: TypeAlias = npt.NDArray[np.bool_]
 Ints: TypeAlias = npt.NDArray[np.int64]
+T = TypeVar("T")
 
 
 _limit_lock = threading.Lock()
@@ -38,6 +40,15 @@ def one_blas_thread() -> Iterator[None]:
             _limit.pop()
             if len(_limit) == 1:
                 _limit.pop().restore_original_limits()
+
+
+def in_threads(work: Callable[[T], object], items: Iterable[T]) -> None:
+    """Do `work` for every item in as many threads as there are cores, BLAS on one; returns when all is done.
+
+    An item's result must not depend on when it is done. Raises what the work raises.
+    """
+    with one_blas_thread(), ThreadPoolExecutor() as pool:
+        list(pool.map(work, items))
 
 
 def fixed_signs(components: Floats) -> Floats:

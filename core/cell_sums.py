@@ -81,20 +81,23 @@ def sum_cells(
             add_moments(total, squares, half_codes[number][span], values)
         add_sums(sums, members[:, span], values)
 
-    def read(number: int) -> Moments:
-        total, squares = (np.asarray(array[:]) for array in moments[number])
-        return Moments(group_sizes(half_codes[number], shape[0]), total, squares)
-
     perturbed = np.flatnonzero(groups["condition"] != CONTROL)
 
-    def read_halves(number: int) -> tuple[Moments, Moments]:
-        both = read(number)
-        return both.of(2 * perturbed), both.of(2 * perturbed + 1)
+    def read_half(number: int, half: int) -> Moments:
+        n = group_sizes(half_codes[number], shape[0])
+        total, squares = (np.asarray(array[half::2]) for array in moments[number])
+        return Moments(n[half::2], total, squares).of(perturbed)
 
-    both = read(next(iter(halves)))
-    size = both.n[0::2] + both.n[1::2]
-    mean = (both.total[0::2] + both.total[1::2]) / size[:, None]
-    controls = {str(groups["covariate"][row]): mean[row] for row in np.flatnonzero(groups["condition"] == CONTROL)}
+    def read_halves(number: int) -> tuple[Moments, Moments]:
+        return read_half(number, 0), read_half(number, 1)
+
+    of_any = next(iter(halves))
+    sizes = group_sizes(half_codes[of_any], shape[0]).reshape(-1, 2).sum(axis=1)
+    mean = np.array(moments[of_any][0][0::2])
+    mean += moments[of_any][0][1::2]
+    mean /= sizes[:, None]
+    control = np.setdiff1d(np.arange(len(groups)), perturbed)
+    controls = {str(covariate): mean[row].copy() for row, covariate in groups["covariate"].iloc[control].items()}
     drawn = np.asarray(members.sum(axis=1)).ravel()
     with np.errstate(invalid="ignore"):
         sums /= drawn[:, None]

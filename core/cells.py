@@ -13,8 +13,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
+from anndata.io import read_elem, sparse_dataset
 from scipy import sparse
 
 from core.arrays import Bools, Floats, Ints
@@ -60,8 +62,19 @@ def write_cells(raw: Path, spec: DatasetSpec, provenance: dict[str, Any], folder
 
 
 def read_cells(folder: Path) -> ad.AnnData:
-    """The cells that `write_cells` wrote into `folder`; X and layers stay on disk, to be read row by row."""
-    return ad.read_h5ad(folder / FILE, backed="r")
+    """The cells that `write_cells` wrote into `folder`; X and layers stay on disk, to be read row by row.
+
+    The file is open for as long as the cells are in use.
+    """
+    file = h5py.File(folder / FILE)
+    # What anndata calls backed would read the layers.
+    return ad.AnnData(
+        X=sparse_dataset(file["X"]),
+        layers={name: sparse_dataset(layer) for name, layer in file["layers"].items()},
+        obs=read_elem(file["obs"]),
+        var=read_elem(file["var"]),
+        uns=read_elem(file["uns"]),
+    )
 
 
 def _from_counts(

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 
-from core.arrays import Bools, Floats, Ints, one_blas_thread
+from core.arrays import Bools, Floats, Ints, in_threads
 from core.controls import CONTROLS
 from core.differential import deg_mask, effect_weights
 from core.errors import UserError
@@ -159,7 +158,7 @@ def _profile_values(
             value = metric.function(*centred[metric.centre], weights[metric.weighting])
             values[metric.name][at] = np.where(undefined[metric.weighting], np.nan, value)
 
-    _in_threads(block, range(0, len(rows), BLOCK))
+    in_threads(block, range(0, len(rows), BLOCK))
     return values
 
 
@@ -200,11 +199,6 @@ def _ranks(
         at = slice(start, start + RANKED)
         values[at] = metric.function(centred(profiles, places[at]), truths, own[at])
 
-    _in_threads(take_truths, range(0, len(candidates), BLOCK))
-    _in_threads(rank, range(0, len(places), RANKED))
+    in_threads(take_truths, range(0, len(candidates), BLOCK))
+    in_threads(rank, range(0, len(places), RANKED))
     return values
-
-
-def _in_threads(work: Callable[[int], None], starts: range) -> None:
-    with one_blas_thread(), ThreadPoolExecutor() as pool:
-        list(pool.map(work, starts))

@@ -41,9 +41,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ad.AnnDa
         folder = tmp_path_factory.mktemp("prepared")
         raw.write_h5ad(folder / Path(name).name)
         write_cells(folder / Path(name).name, spec, {}, folder, **options)
-        cells = read_cells(folder)
-        whole = cells.to_memory()
-        cells.file.close()
+        whole = read_cells(folder).to_memory()
         del whole.uns["provenance"]
         return whole
 

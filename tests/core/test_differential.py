@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import anndata as ad
@@ -19,7 +21,7 @@ from statsmodels.stats.multitest import multipletests
 from core.catalog import dataset
 from core.differential import against_rest, benjamini_hochberg, deg_mask, effect_weights
 from core.files import open_h5ad
-from core.moments import group_moments
+from core.moments import Moments, group_moments
 
 Prepare = Callable[..., ad.AnnData]
 
@@ -168,3 +170,18 @@ def test_equal_to_scanpy_on_real_data(prepared: Prepare, shared: Path) -> None:
     cells = prepared(raw, dataset("papalexi21_panel"), "papalexi21")
     first = ((cells.obs["half"] == "first_half") & (cells.obs["condition"] != "control")).to_numpy()
     assert_equal_to_scanpy(cells.X[first].toarray(), cells.obs["condition"].astype(str).to_numpy()[first])
+
+
+def test_blocks_and_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(4)
+    n = rng.integers(2, 9, 40)
+    total = rng.gamma(2.0, 1.0, (40, 30)) * n[:, None]
+    groups = Moments(n, total, total**2 / n[:, None] + rng.gamma(1.0, 1.0, (40, 30)))
+    whole = against_rest(groups)
+    assert np.isnan(whole[0]).any()
+    assert not np.isnan(whole[0]).all()
+    for block, workers in ((1, 3), (7, 1), (1000, 2)):
+        monkeypatch.setattr("core.differential.BLOCK", block)
+        monkeypatch.setattr("core.arrays.ThreadPoolExecutor", partial(ThreadPoolExecutor, max_workers=workers))
+        for found, expected in zip(against_rest(groups), whole, strict=True):
+            np.testing.assert_array_equal(found, expected)

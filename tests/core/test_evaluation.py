@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from core import arrays
 from core import evaluation as module
 from core.cell_sums import CellSums
 from core.controls import CONTROLS
@@ -169,7 +170,7 @@ def test_blocks_and_threads_change_no_bit(conditions: int, monkeypatch: pytest.M
     assert plain["value"].notna().mean() > 0.9
     for block, workers in ((1, 1), (7, 3), (conditions, 1), (1000, 16)):
         monkeypatch.setattr(module, "BLOCK", block)
-        monkeypatch.setattr(module, "ThreadPoolExecutor", partial(ThreadPoolExecutor, max_workers=workers))
+        monkeypatch.setattr(arrays, "ThreadPoolExecutor", partial(ThreadPoolExecutor, max_workers=workers))
         pd.testing.assert_frame_equal(score(profiles, evaluation.keys, evaluation), plain, check_exact=True)
 
 
