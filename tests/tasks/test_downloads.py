@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,6 +20,7 @@ from core.errors import UserError
 from tasks import downloads
 from tasks.downloads import HDF5, download
 
+ROOT = Path(__file__).resolve().parents[2]
 CONTENT = HDF5 + bytes(range(256)) * 40
 
 
@@ -59,7 +63,7 @@ def server() -> Iterator[tuple[HttpsSource, Behaviour]]:
             self.wfile.write(does.content[start : does.cut])
             self.wfile.flush()
             if does.stalls:
-                does.stall.wait(5)
+                does.stall.wait(20)
 
         def log_message(self, *_: object) -> None:
             """Say nothing."""
@@ -91,6 +95,35 @@ def test_a_download_cut_at_any_byte_goes_on_from_there(
     assert target.read_bytes() == CONTENT
     assert does.asked == [None, f"bytes={cut}-"]
     assert [path.name for path in tmp_path.iterdir()] == ["file.h5ad"]
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from core.catalog.schema import HttpsSource
+from tasks.downloads import download
+download(HttpsSource.model_construct(kind="https", url=sys.argv[1], sha256=None), Path(sys.argv[2]))
+"""
+
+
+def test_a_process_killed_while_it_downloads_loses_nothing_that_was_written(
+    server: tuple[HttpsSource, Behaviour], tmp_path: Path
+) -> None:
+    source, does = server
+    does.content = HDF5 + bytes(range(256)) * 8000
+    does.cut, does.stalls = 1_500_000, True
+    target, part = tmp_path / "file.h5ad", tmp_path / "file.h5ad.part"
+    with subprocess.Popen([sys.executable, "-c", KILLED, source.url, str(target)], cwd=ROOT) as running:
+        deadline = time.monotonic() + 60
+        while not (part.exists() and part.stat().st_size > 1_000_000):
+            assert time.monotonic() < deadline, "nothing arrived"
+            time.sleep(0.05)
+        running.kill()
+    kept = part.stat().st_size
+    does.cut, does.stalls = None, False
+    download(source, target)
+    assert target.read_bytes() == does.content
+    assert does.asked == [None, f"bytes={kept}-"]
 
 
 def test_killed_between_the_last_byte_and_the_name(server: tuple[HttpsSource, Behaviour], tmp_path: Path) -> None:
