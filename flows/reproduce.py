@@ -19,7 +19,7 @@ from flows.prepare import prepare
 from tasks.artifacts import LOG
 from tasks.inputs import Origin, chosen_models, chosen_study
 from tasks.record import end_interrupted, tracking_server
-from tasks.sources import fetch_source, may_pass
+from tasks.sources import ConnectionLost, fetch_source
 
 LONGEST = 500  # characters of a reason
 
@@ -114,7 +114,7 @@ def _reproduced(
             benchmark(dataset, models, origin=origin, sources=taking_part)
         return _done(spec.name, cells, calibration), True
     except Exception as error:  # noqa: BLE001 - whatever it is, the other data sets can still be done
-        return Outcome(spec.name, failing, _one_line(error)), not may_pass(error)
+        return Outcome(spec.name, failing, _one_line(error)), not isinstance(error, ConnectionLost)
 
 
 def _done(name: str, cells: Path, calibration: Path) -> Outcome:

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 import filelock
 import httpx
-from prefect import task
+from prefect import runtime, task
 
 from blocks.code import code_hash
 from blocks.paths import downloads_folder, store_folder
@@ -19,9 +19,17 @@ from tasks.downloads import MAY_PASS, download
 from tasks.inputs import check_sources, named_source
 
 
+class ConnectionLost(UserError):
+    """A server that is out of reach, or broke off: this may pass."""
+
+
 def passing(task_: object, run: object, state: object) -> bool:
-    """Whether a failure may pass: a broken connection may, bad input never does."""
-    return may_pass(state.result(raise_on_failure=False))  # type: ignore[attr-defined]
+    """Whether a failed try to fetch a file is worth another: a lost connection is, bad input never."""
+    error = state.result(raise_on_failure=False)  # type: ignore[attr-defined]
+    again = isinstance(error, ConnectionLost)
+    if again:
+        LOG.warning("%s: %s; trying again", error.where, error.found)
+    return again
 
 
 def may_pass(error: object) -> bool:
@@ -39,7 +47,8 @@ def may_pass(error: object) -> bool:
 def fetch_source(spec: DatasetSpec | EmbeddingSpec, sources: dict[str, str]) -> Path:
     """The raw file of a data set or embedding, on this machine.
 
-    Raises UserError where it must be named and is not, or does not have the entry's checksum.
+    Raises UserError where it must be named and is not, or does not have the entry's checksum; ConnectionLost where
+    another try may help.
     """
     check_sources([spec], {name: file for name, file in sources.items() if name == spec.name})
     named = named_source(spec.name, sources)
@@ -49,9 +58,15 @@ def fetch_source(spec: DatasetSpec | EmbeddingSpec, sources: dict[str, str]) -> 
         return simulated(spec.source)
     if not isinstance(spec.source, HttpsSource | S3Source):
         raise UserError(f"catalog entry {spec.name}", "source", "none", "give the entry a source")
-    if not _target(spec.name, spec.source).exists():
+    if not _target(spec.name, spec.source).exists() and runtime.task_run.run_count <= 1:
         LOG.info("%s: to fetch %s; licence: %s; to cite: %s", spec.name, spec.source.url, spec.licence, spec.citation)
-    return downloaded(spec.name, spec.source)
+    try:
+        return downloaded(spec.name, spec.source)
+    except Exception as error:
+        if not may_pass(error):
+            raise
+        remedy = f"run again: it goes on where it broke off. Or name the file yourself: --source {spec.name}=FILE"
+        raise ConnectionLost(spec.source.url, "connection", f"{type(error).__name__}: {error}", remedy) from error
 
 
 def simulated(source: SimulatedSource) -> Path:

@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 from prefect import Flow
+from prefect.states import Failed
 
 from core import catalog
 from core.catalog.schema import HttpsSource, S3Source
@@ -24,7 +25,7 @@ from flows.calibrate import calibrate
 from flows.prepare import prepare
 from tasks.inputs import check_sources, chosen_dataset, named_source
 from tasks.prepare import DESCRIPTIVE
-from tasks.sources import described, downloaded, fetch_source, may_pass
+from tasks.sources import ConnectionLost, described, downloaded, fetch_source, passing
 
 CONTENT = b"\x89HDF\r\n\x1a\n" + b"counts" * 1000
 CHANGED = CONTENT + b"!"
@@ -257,11 +258,26 @@ def test_a_mirror_that_is_not_there_is_refused_before_any_work(flow: Flow[..., o
     assert not data.exists()
 
 
-def test_a_lost_connection_may_pass_over_https_and_to_s3(data: Path) -> None:
-    nowhere = S3Source(kind="s3", url="s3://screens/a.h5ad", anonymous=True, endpoint="http://127.0.0.1:9")
-    for place in (nowhere, source("http://127.0.0.1:9/a.h5ad")):
-        with pytest.raises(Exception) as caught:  # noqa: PT011 - which one it is depends on the client
-            downloaded("set", place)
-        assert may_pass(caught.value)
-    assert not may_pass(UserError("a", "b", "c", "d"))
-    assert not may_pass(ValueError("no"))
+@pytest.mark.parametrize("kind", ["https", "s3"])
+def test_a_lost_connection_is_tried_again_and_named(
+    kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    nowhere = {
+        "https": source("http://127.0.0.1:9/a.h5ad"),
+        "s3": S3Source(kind="s3", url="s3://screens/a.h5ad", anonymous=True, endpoint="http://127.0.0.1:9"),
+    }[kind]
+    spec = catalog.dataset("norman19").model_copy(update={"source": nowhere})
+    with pytest.raises(ConnectionLost) as caught:
+        fetch_source.fn(spec, {})
+    assert caught.value.where == nowhere.url
+    assert "--source norman19=FILE" in caught.value.remedy
+    assert passing(None, None, Failed(data=caught.value))
+    assert nowhere.url in caplog.messages[-1]
+
+
+def test_what_does_not_pass_is_not_tried_again(server: str) -> None:
+    spec = catalog.dataset("norman19").model_copy(update={"source": source(f"{server}/missing.h5ad")})
+    with pytest.raises(UserError, match="HTTP 404") as caught:
+        fetch_source.fn(spec, {})
+    assert not passing(None, None, Failed(data=caught.value))
+    assert not passing(None, None, Failed(data=ValueError("no")))
