@@ -10,11 +10,10 @@ import platform
 import re
 import shutil
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from hashlib import file_digest, sha256
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,6 +21,7 @@ import filelock
 from prefect.blocks.core import Block
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from blocks.checksums import file_checksum
 from blocks.paths import store_folder
 from core.errors import UserError
 
@@ -36,10 +36,6 @@ _KEY = re.compile(r"[0-9a-f]{64}")
 # Beside the kinds, so that publishing is a rename within one file system. The dot keeps them apart.
 _TEMPORARY = ".temporary"
 _LOCKS = ".locks"
-
-# (path, size, mtime in ns, inode) -> SHA-256 of every file that this process has read to check it.
-_known: dict[tuple[str, int, int, int], str] = {}
-_known_lock = threading.Lock()
 
 
 def artifact_key(kind: str, inputs: Mapping[str, str], parameters: Mapping[str, JSON], code: str) -> str:
@@ -255,24 +251,11 @@ def _damage(folder: Path, kind: str, key: str) -> str | None:
             status = path.stat()
             if status.st_size != expected.size:
                 return f"{name} has {status.st_size} bytes, not {expected.size}"
-            if _checksum(path, status) != expected.sha256:
+            if file_checksum(path) != expected.sha256:
                 return f"{name} has changed"
         except OSError as error:
             return f"{name}: {error.strerror}"
     return None
-
-
-def _checksum(path: Path, status: os.stat_result, place: Path | None = None) -> str:
-    """SHA-256 of a file, read once per process as long as its place, size, time and inode stay the same.
-
-    place: where the file will lie, if it is about to be renamed.
-    """
-    identity = (str(place or path), status.st_size, status.st_mtime_ns, status.st_ino)
-    with _known_lock:
-        if identity not in _known:
-            with path.open("rb") as file:
-                _known[identity] = file_digest(file, "sha256").hexdigest()
-        return _known[identity]
 
 
 def _seal(content: Path, manifest: Manifest, final: Path) -> None:
@@ -289,7 +272,7 @@ def _seal(content: Path, manifest: Manifest, final: Path) -> None:
         path.chmod(0o444)
         _sync(path)
         status = path.stat()
-        files[name] = ManifestFile(size=status.st_size, sha256=_checksum(path, status, final / name))
+        files[name] = ManifestFile(size=status.st_size, sha256=file_checksum(path, final / name))
     sealed = manifest.model_copy(update={"files": files})
     path = content / MANIFEST
     path.write_text(sealed.model_dump_json(indent=1), encoding="utf-8")

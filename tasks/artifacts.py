@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
+from blocks.checksums import file_checksum
 from blocks.store import ArtifactStore, artifact_key
+from core.errors import UserError
 
 LOG = logging.getLogger("calipert")
 
@@ -44,6 +45,9 @@ def key_of(artifact: Path) -> str:
 
 
 def checksum(path: Path) -> str:
-    """SHA-256 (hex) of a file."""
-    with path.open("rb") as file:
-        return file_digest(file, "sha256").hexdigest()
+    """SHA-256 (hex) of a file that goes in. Raises UserError for one that cannot be read."""
+    try:
+        return file_checksum(path)
+    except OSError as error:
+        remedy = "check the path, and let the user that calipert runs as read it"
+        raise UserError(path, "file", error.strerror or str(error), remedy) from error

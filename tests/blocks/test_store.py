@@ -20,6 +20,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import blocks.checksums
 import blocks.store
 from blocks.paths import PROJECT_ROOT
 from blocks.store import ArtifactStore, artifact_key
@@ -560,13 +561,13 @@ def test_each_file_is_read_once_per_process_until_it_changes(
     store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
-    digest = blocks.store.file_digest
+    digest = blocks.checksums.file_digest
 
     def counted(file: Any, name: str) -> Any:
         read.append(Path(file.name).name)
         return digest(file, name)
 
-    monkeypatch.setattr(blocks.store, "file_digest", counted)
+    monkeypatch.setattr(blocks.checksums, "file_digest", counted)
     folder = obtain(store)
     assert sorted(read) == ["layer.bin", "table.txt"]
     obtain(store, refuse)
