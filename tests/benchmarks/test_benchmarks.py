@@ -1,0 +1,97 @@
+"""Each benchmark runs, at toy size, and finds that its results and the peer's agree; no time is judged."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import typer
+
+ROOT = Path(__file__).parents[2]
+comparison = SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks" / "comparison.py")))
+
+
+def run(name: str, *options: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"COLUMNS": "120"}
+    command = [sys.executable, "-m", f"benchmarks.{name}", *options]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def needs(package: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(find_spec(package) is None, reason=f"{package} is not installed (the extra `bench`)")
+
+
+BENCHMARKS = [
+    pytest.param(
+        "differential_expression",
+        "--conditions 12 --cells 1300 --genes 40 --repeats 1",
+        "adjusted p",
+        id="differential",
+    ),
+    pytest.param("metrics", "--conditions 20 --genes 80 --sample 5 --repeats 1", "pds", id="metrics"),
+    pytest.param(
+        "edistance",
+        "--conditions 6 --cells 12 --more-conditions 9 --repeats 1",
+        "E-distances",
+        id="edistance",
+        marks=needs("scperturb"),
+    ),
+    pytest.param(
+        "calibration",
+        "--conditions 12 --cells 20 --genes 150 --repeats 1",
+        "pearson_deltapert: DRF",
+        id="calibration",
+        marks=[needs("scperteval"), pytest.mark.slow],
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "compared"), BENCHMARKS)
+def test_results_agree_with_the_peers(name: str, options: str, compared: str) -> None:
+    done = run(name, *options.split())
+    assert done.returncode == 0, done.stdout + done.stderr
+    times, _, agreement = done.stdout.partition("\nAgreement\n")
+    assert re.search(r"\d cores, BLAS threads \d+, .*numpy \d", times)
+    assert re.search(r"\d\.\d{3} +\d[\d,]*\.\dx", times)
+    assert re.search(rf"^{re.escape(compared)} .* yes$", agreement, re.MULTILINE)
+    assert "NO" not in agreement.split()
+    if name == "differential_expression":
+        passes = re.findall(r"^(\d+) +(\d+\.\d\d) +\d", times, re.MULTILINE)
+        assert passes == [("100", "1.00"), ("300", "1.00")]
+
+
+def test_help_names_the_sizes() -> None:
+    done = run("metrics", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "--conditions" in done.stdout
+    assert "--genes" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "largest"),
+    [
+        ([1.0, np.nan, np.inf, 0.0], [1.0, np.nan, np.inf, 0.0], 0.0),
+        ([1.0, 1.1], [1.0, 1.0], 0.1),
+        ([1.0, np.nan], [1.0, 1.0], np.inf),
+        ([1.0, 1.0], [1.0, np.nan], np.inf),
+        ([1.0, 1.0], [1.0, 0.0], np.inf),
+        ([1.0, -np.inf], [1.0, np.inf], np.inf),
+    ],
+)
+def test_disagreements_are_seen_and_fail(ours: list[float], theirs: list[float], largest: float) -> None:
+    found = comparison.agreement("x", ours, theirs, 1e-6, "relative")
+    assert found.largest == pytest.approx(largest)
+    if largest == 0:
+        comparison.show_agreement([found])
+    else:
+        with pytest.raises(typer.Exit) as stopped:
+            comparison.show_agreement([found])
+        assert stopped.value.exit_code == 1
