@@ -654,9 +654,9 @@ def _write_dataset(client: MlflowClient, run_id: str, name: str, digest: str, so
     """The data set as the run's input; MLflow keeps 36 characters of the digest."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    web = source.startswith("https://")
-    place = json.dumps({"url" if web else "uri": source})
-    data = Dataset(name, digest[:36], "http" if web else "local", place)
+    kind = {"https": "http", "s3": "s3"}.get(source.partition("://")[0], "local")
+    place = json.dumps({"url" if kind == "http" else "uri": source})
+    data = Dataset(name, digest[:36], kind, place)
     client.log_inputs(run_id, datasets=[DatasetInput(data, [InputTag("mlflow.data.context", "benchmark")])])
 
 

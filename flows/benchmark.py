@@ -82,7 +82,9 @@ def benchmark(
             score_model(spec, reference, name, seed, [training.result() for training in of_model])
             for name, of_model in trainings.items()
         ]
-        results = make_results(spec, [control_scores, *scores], calibration, quality.result(), runs.benchmark_id)
+        results = make_results(
+            spec, source, [control_scores, *scores], calibration, quality.result(), runs.benchmark_id
+        )
         record_results(runs, results)
     record_calibration(spec, calibration, source, results)
     page = publish_results(spec.name, results)

@@ -120,16 +120,16 @@ def _reproduced(
 def _done(name: str, cells: Path, calibration: Path) -> Outcome:
     import pandas as pd
 
-    from core.cells import read_cells
+    from core.cells import FILE
+    from core.files import read_names
     from core.harmonising import CONTROL
     from core.views import verdicts
 
     table = verdicts(pd.read_parquet(calibration / "calibration.parquet"))
-    data = read_cells(cells)
-    conditions = set(data.obs["condition"]) - {CONTROL}
-    data.file.close()
+    obs, var = read_names(cells / FILE)
+    conditions = set(obs["condition"]) - {CONTROL}
     calibrated = int((table["verdict"] == "calibrated").sum())
-    return Outcome(name, "done", "", data.n_obs, len(conditions), data.n_vars, calibrated)
+    return Outcome(name, "done", "", len(obs), len(conditions), len(var), calibrated)
 
 
 def _one_line(error: Exception) -> str:

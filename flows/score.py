@@ -61,7 +61,7 @@ def score(
     runs = open_runs(spec, control_scores, recipes, [], source)
     with failing_with_the_flow(runs):
         scores = score_model(spec, reference, name, -1, [accepted])
-        results = make_results(spec, [control_scores, scores], calibration, quality, runs.benchmark_id)
+        results = make_results(spec, source, [control_scores, scores], calibration, quality, runs.benchmark_id)
         record_results(runs, results)
     record_calibration(spec, calibration, source, results)
     page = publish_results(f"{spec.name}.{name}", results)

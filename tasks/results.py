@@ -37,15 +37,24 @@ def perturbed_genes(reference: Path) -> list[str]:
 
 
 @task(name="make-results", cache_policy=NO_CACHE)
-def make_results(spec: DatasetSpec, scores: list[Path], calibration: Path, quality: Path, benchmark_id: str) -> Path:
-    """Tables, report.html and figures of a benchmark (`docs/outputs.md`)."""
+def make_results(
+    spec: DatasetSpec, source: str, scores: list[Path], calibration: Path, quality: Path, benchmark_id: str
+) -> Path:
+    """Tables, report.html and figures of a benchmark (`docs/outputs.md`).
+
+    source: where the data come from, for the report. scores: of the controls, then of the models.
+    """
+    import pandas as pd
+
     from core.results import write_results
 
     provenance = {
         "data set": spec.name,
+        "source": source,
         "benchmark": benchmark_id,
         "data seed": str(spec.seed),
-        "folds": str(spec.folds),
+        # Those of the cells: a preprocessed mirror brings its own.
+        "folds": str(pd.read_parquet(scores[0] / "scores.parquet", columns=["fold"])["fold"].nunique()),
         "half splits": str(spec.half_seeds),
         "calibration": key_of(calibration),
         "quality": key_of(quality),
