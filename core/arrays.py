@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from os import cpu_count
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -47,7 +48,7 @@ def in_threads(work: Callable[[T], object], items: Iterable[T]) -> None:
 
     An item's result must not depend on when it is done. Raises what the work raises.
     """
-    with one_blas_thread(), ThreadPoolExecutor() as pool:
+    with one_blas_thread(), ThreadPoolExecutor(cpu_count()) as pool:
         list(pool.map(work, items))
 
 

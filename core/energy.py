@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -11,7 +10,7 @@ import pandas as pd
 from scipy import linalg, sparse
 from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 
-from core.arrays import Floats, Ints, fixed_signs, one_blas_thread
+from core.arrays import Floats, Ints, fixed_signs, in_threads, one_blas_thread
 from core.panels import float_panels
 from core.progress import progress
 
@@ -29,13 +28,13 @@ def principal_coordinates(X: Any, components: int = COMPONENTS, rows: Ints | Non
     """
     n, width = X.shape[0] if rows is None else len(rows), X.shape[1]
     k = min(components, width, n - 1)
-    with one_blas_thread(), ThreadPoolExecutor() as threads:
+    with one_blas_thread():
         total, products = np.zeros(width), _strips(width)
         for _, panel in progress("principal components", float_panels(X, rows), n):
             # Sums of whole panels, strip by strip: no bit depends on the number of threads.
             dense = panel.toarray()
             total += dense.sum(axis=0)
-            list(threads.map(partial(_add_products, dense), products))
+            in_threads(partial(_add_products, dense), products)
         mean = total / n
         axes = fixed_signs(_leading(_covariance(products, mean, n), k).T)
         coordinates = np.empty((n, k))

@@ -14,7 +14,7 @@ from core.controls import CONTROLS
 from core.differential import deg_mask, effect_weights
 from core.errors import UserError
 from core.harmonising import KEYS, genes_of
-from core.metrics import FEWEST_DEGS, METRICS, Metric
+from core.metrics import FEWEST_DEGS, METRICS, Metric, joined, products
 from core.moments import group_codes
 from core.reference import HALF_LAYERS, control_means, dataset_means
 
@@ -168,36 +168,44 @@ def _ranking_values(
     """Candidates are the truths of the evaluated set within the covariate, over all folds."""
     values = {metric.name: np.full(len(rows), np.nan) for metric in metrics}
     covariates = evaluation.keys["covariate"].to_numpy()
-    for covariate in sorted(set(covariates[rows])):
+    for covariate in sorted(set(covariates[rows])) if metrics else ():
         candidates = np.flatnonzero(covariates == covariate)
-        targets = {gene for c in evaluation.keys["condition"].iloc[candidates] for gene in genes_of(c)}
         mine = np.flatnonzero(covariates[rows] == covariate)
         own = np.searchsorted(candidates, rows[mine])
-        for metric in metrics:
-            kept = np.flatnonzero(~(evaluation.genes.isin(targets) & metric.without_targets))
-            values[metric.name][mine] = _ranks(metric, profiles, places[mine], own, evaluation, candidates, kept)
+        for name, found in _ranks(profiles, places[mine], own, evaluation, candidates, metrics).items():
+            values[name][mine] = found
     return values
 
 
 def _ranks(
-    metric: Metric, profiles: Floats, places: Ints, own: Ints, evaluation: Evaluation, candidates: Ints, kept: Ints
-) -> Floats:
-    """A ranking metric of the profiles at `places` among the truths of one covariate, over the genes `kept`."""
+    profiles: Floats, places: Ints, own: Ints, evaluation: Evaluation, candidates: Ints, metrics: Sequence[Metric]
+) -> dict[str, Floats]:
+    """Ranking metrics of the profiles at `places` among the truths `candidates`, all of one covariate."""
     # The control mean is the same in all rows of a covariate; dataset means differ between folds and cannot centre a
     # ranking over all folds.
     centre = evaluation.control_mean[candidates[0]]
-    truths, values = np.empty((len(candidates), len(kept))), np.empty(len(places))
+    is_target = evaluation.genes.isin(
+        {gene for c in evaluation.keys["condition"].iloc[candidates] for gene in genes_of(c)}
+    )
+    parts = np.flatnonzero(~is_target), np.flatnonzero(is_target)
+    truths = tuple(np.empty((len(candidates), len(part))) for part in parts)
+    values = {metric.name: np.empty(len(places)) for metric in metrics}
 
-    def centred(array: Floats, rows: Ints) -> Floats:
-        return np.asarray((array[rows] - centre)[:, kept])
+    def centred(array: Floats, rows: Ints) -> tuple[Floats, Floats]:
+        whole = array[rows] - centre
+        return whole[:, parts[0]], whole[:, parts[1]]
 
     def take_truths(start: int) -> None:
         at = slice(start, start + BLOCK)
-        truths[at] = centred(evaluation.truth, candidates[at])
+        for truth, values in zip(truths, centred(evaluation.truth, candidates[at]), strict=True):
+            truth[at] = values
 
     def rank(start: int) -> None:
         at = slice(start, start + RANKED)
-        values[at] = metric.function(centred(profiles, places[at]), truths, own[at])
+        without, targets = map(products, centred(profiles, places[at]), truths)
+        everything = joined(without, targets)
+        for metric in metrics:
+            values[metric.name][at] = metric.function(without if metric.without_targets else everything, own[at])
 
     in_threads(take_truths, range(0, len(candidates), BLOCK))
     in_threads(rank, range(0, len(places), RANKED))

@@ -5,8 +5,8 @@ Adding a metric is one function and one row of METRICS.
 Two kinds of function:
 * a *profile* function takes (prediction, truth, weights), each conditions x genes, and gives one value per condition.
   weights are 1 for all genes, a 0/1 mask of the DEGs, or the DEG weights; the centre is already subtracted.
-* a *ranking* function takes (prediction, candidates, own): conditions x genes, candidates x genes, both without
-  control_mean, and the position of each condition's own truth among the candidates.
+* a *ranking* function takes (products, own): what distances between predictions and candidate truths are made of,
+  both without control_mean, and the position of each condition's own truth among the candidates.
 A value that is not defined is NaN, never 0.
 """
 
@@ -72,28 +72,49 @@ def r2(prediction: Floats, truth: Floats, weights: Floats | None) -> Floats:
     return np.where(of_truth.constant, np.nan, value)
 
 
-def nir(prediction: Floats, candidates: Floats, own: Ints) -> Floats:
+class Products(NamedTuple):
+    """Sums over genes of products of predictions and candidates: all that their distances are made of.
+
+    inner: conditions x candidates. prediction, candidates: squared lengths of each.
+    """
+
+    inner: Floats
+    prediction: Floats
+    candidates: Floats
+
+
+def products(prediction: Floats, candidates: Floats) -> Products:
+    """prediction: conditions x genes. candidates: candidates x genes."""
+    return Products(prediction @ candidates.T, _dot(prediction, prediction), _dot(candidates, candidates))
+
+
+def joined(some: Products, others: Products) -> Products:
+    """The products over two disjoint sets of genes together."""
+    return Products(*(a + b for a, b in zip(some, others, strict=True)))
+
+
+def nir(of: Products, own: Ints) -> Floats:
     """Normalised inverse rank: share of the other truths that lie farther (Euclidean, strictly) than the own one.
 
-    The caller subtracts control_mean: distances are the same from everywhere, and cancel least from near. NaN where
-    there is no other candidate, or a distance is not defined.
+    Distances are the same from everywhere, and cancel least from near: hence without control_mean. NaN where there is
+    no other candidate, or a distance is not defined.
     """
-    scale = _dot(prediction, prediction)[:, None] + _dot(candidates, candidates)[None, :]
-    share = _share_farther(scale - 2.0 * (prediction @ candidates.T), own, ties=0.0, scale=scale)
+    scale = of.prediction[:, None] + of.candidates[None, :]
+    share = _share_farther(scale - 2.0 * of.inner, own, ties=0.0, scale=scale)
     return np.where(np.isnan(scale).any(axis=1), np.nan, share)
 
 
-def pds(prediction: Floats, candidates: Floats, own: Ints) -> Floats:
+def pds(of: Products, own: Ints) -> Floats:
     """Perturbation discrimination: nir with cosine distance, ties at mid-rank.
 
-    The caller subtracts control_mean and removes the target genes of all candidates. NaN where the prediction or the
-    own truth does not differ from control_mean, or where there is no other candidate.
+    The caller removes the target genes of all candidates. NaN where the prediction or the own truth does not differ
+    from control_mean, or where there is no other candidate.
     """
-    lengths = np.sqrt(_dot(prediction, prediction))[:, None] * np.sqrt(_dot(candidates, candidates))[None, :]
+    lengths = np.sqrt(of.prediction)
     with np.errstate(invalid="ignore", divide="ignore"):
-        cosine = (prediction @ candidates.T) / lengths
+        cosine = of.inner / (lengths[:, None] * np.sqrt(of.candidates)[None, :])
     share = _share_farther(1.0 - cosine, own, ties=0.5, scale=np.ones((1, 1)))
-    return np.where(np.abs(prediction).max(axis=1, initial=0.0) <= CONSTANT, np.nan, share)
+    return np.where(lengths <= CONSTANT, np.nan, share)
 
 
 def _share_farther(distance: Floats, own: Ints, ties: float, scale: Floats) -> Floats:

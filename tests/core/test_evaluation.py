@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import runpy
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +15,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core import arrays
 from core import evaluation as module
 from core.cell_sums import CellSums
 from core.controls import CONTROLS
@@ -170,7 +168,7 @@ def test_blocks_and_threads_change_no_bit(conditions: int, monkeypatch: pytest.M
     assert plain["value"].notna().mean() > 0.9
     for block, workers in ((1, 1), (7, 3), (conditions, 1), (1000, 16)):
         monkeypatch.setattr(module, "BLOCK", block)
-        monkeypatch.setattr(arrays, "ThreadPoolExecutor", partial(ThreadPoolExecutor, max_workers=workers))
+        monkeypatch.setattr("core.arrays.cpu_count", partial(int, workers))
         pd.testing.assert_frame_equal(score(profiles, evaluation.keys, evaluation), plain, check_exact=True)
 
 

@@ -12,13 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from core.metrics import BY_NAME, METRICS, absolute_error, nir, pds, pearson, r2, squared_error
+from core.metrics import BY_NAME, METRICS, absolute_error, joined, nir, pds, pearson, products, r2, squared_error
 
 by_definition = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("by_definition.py"))))
 
 ROWS, GENES = 9, 23
 PROFILES = arrays(np.float64, (ROWS, GENES), elements=st.floats(0, 9, width=16))
 FUNCTIONS = {"squared": squared_error, "absolute": absolute_error, "pearson": pearson, "r2": r2}
+
+
+def value_of(metric: Metric, x: np.ndarray, t: np.ndarray, second: np.ndarray | None) -> np.ndarray:
+    """second: the weights, or where each condition's own truth stands."""
+    return metric.function(products(x, t), second) if metric.ranking else metric.function(x, t, second)
+
 
 # docs/science.md, section 4: better, perfect, negative control, centre (of "x - c"), weights.
 TABLE = {
@@ -98,7 +104,7 @@ def test_profile_functions_equal_scipy_and_scikit_learn(kind: str, profiles: tup
 def test_a_perfect_prediction_is_perfect(kind: str, profiles: tuple[np.ndarray, np.ndarray]) -> None:
     _, t = profiles
     for metric in METRICS:
-        value = metric.function(t, t, np.arange(ROWS) if metric.ranking else weights_of(kind))
+        value = value_of(metric, t, t, np.arange(ROWS) if metric.ranking else weights_of(kind))
         np.testing.assert_allclose(value, metric.perfect, rtol=0, atol=1e-15, err_msg=metric.name)
 
 
@@ -155,14 +161,14 @@ def test_nir_by_hand() -> None:
     truths = np.array([[0.0], [1.0], [3.0], [7.0]])
     prediction = np.array([[0.2], [2.5], [3.0], [-9.0]])
     # 0.2: 0 is nearest. 2.5: 3 is nearer than 1 (0.5 < 1.5), 0 and 7 are farther. 3: exact. -9: 7 is the farthest.
-    np.testing.assert_array_equal(nir(prediction, truths, np.arange(4)), [1.0, 2 / 3, 1.0, 0.0])
+    np.testing.assert_array_equal(nir(products(prediction, truths), np.arange(4)), [1.0, 2 / 3, 1.0, 0.0])
 
 
 def test_nir_counts_no_tie_and_pds_counts_half() -> None:
     truths = np.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
     prediction = np.array([[1.0, 1.0]])
-    np.testing.assert_array_equal(nir(prediction, truths, np.array([0])), [0.5])
-    np.testing.assert_array_equal(pds(prediction, truths, np.array([0])), [0.75])
+    np.testing.assert_array_equal(nir(products(prediction, truths), np.array([0])), [0.5])
+    np.testing.assert_array_equal(pds(products(prediction, truths), np.array([0])), [0.75])
 
 
 def test_identical_truths_tie_wherever_they_stand() -> None:
@@ -175,30 +181,40 @@ def test_identical_truths_tie_wherever_they_stand() -> None:
         own = np.full(len(truths), one)
         distance = ((predictions[:, None] - truths) ** 2).sum(axis=2)
         expected = (distance > distance[:, [one]]).sum(axis=1) / (len(truths) - 1)
-        np.testing.assert_array_equal(nir(predictions, truths, own), expected)
+        np.testing.assert_array_equal(nir(products(predictions, truths), own), expected)
         centred = truths - predictions.mean(axis=0)
-        shares = pds(predictions - predictions.mean(axis=0), centred, own) * (len(truths) - 1)
+        of = products(predictions - predictions.mean(axis=0), centred)
+        shares = pds(of, own) * (len(truths) - 1)
         np.testing.assert_array_equal(np.round(shares, 9) % 1, 0.5)  # one tie, with the twin
+
+
+def test_products_over_parts_of_the_genes_join_to_those_over_all() -> None:
+    rng = np.random.default_rng(1)
+    x, t = rng.standard_normal((4, 9)), rng.standard_normal((6, 9))
+    found = joined(products(x[:, :2], t[:, :2]), products(x[:, 2:], t[:, 2:]))
+    for part, expected in zip(found, (x @ t.T, (x**2).sum(axis=1), (t**2).sum(axis=1)), strict=True):
+        np.testing.assert_allclose(part, expected, rtol=1e-12)
 
 
 def test_rankings_without_another_candidate_are_undefined() -> None:
     one = np.ones((1, 3))
-    assert np.isnan(nir(one, 2 * one, np.array([0]))).all()
-    assert np.isnan(pds(one, 2 * one, np.array([0]))).all()
+    assert np.isnan(nir(products(one, 2 * one), np.array([0]))).all()
+    assert np.isnan(pds(products(one, 2 * one), np.array([0]))).all()
 
 
 def test_pds_is_undefined_without_a_predicted_effect() -> None:
     truths = np.eye(3)
-    value = pds(np.array([[0.0, 0.0, 0.0], [1e-15, -1e-15, 0.0], [0.0, 1.0, 0.1]]), truths, np.arange(3))
+    prediction = np.array([[0.0, 0.0, 0.0], [1e-15, -1e-15, 0.0], [0.0, 1.0, 0.1]])
+    value = pds(products(prediction, truths), np.arange(3))
     np.testing.assert_array_equal(np.isnan(value), [True, True, False])
 
 
 def test_an_undefined_distance_to_the_own_truth_is_no_score() -> None:
     truths = np.eye(3)
     truths[0] = 0.0  # no effect: no direction either
-    assert np.isnan(pds(np.ones((1, 3)), truths, np.array([0]))).all()
+    assert np.isnan(pds(products(np.ones((1, 3)), truths), np.array([0]))).all()
     truths[0] = np.nan
-    assert np.isnan(nir(np.ones((2, 3)), truths, np.array([0, 1]))).all()
+    assert np.isnan(nir(products(np.ones((2, 3)), truths), np.array([0, 1]))).all()
 
 
 @given(PROFILES, PROFILES, st.randoms(use_true_random=False))
@@ -207,15 +223,15 @@ def test_the_order_of_genes_and_of_conditions_does_not_matter(x: np.ndarray, t: 
     genes, rows = random.sample(range(GENES), GENES), random.sample(range(ROWS), ROWS)
     for metric in METRICS:
         if metric.ranking:
-            plain = metric.function(x, t, np.arange(ROWS))
+            plain = value_of(metric, x, t, np.arange(ROWS))
             place = np.argsort(rows)  # the candidates in another order, the own one named anew
-            moved = metric.function(x[:, genes], t[rows][:, genes], place)
-            again = metric.function(x[rows], t, np.array(rows))
+            moved = value_of(metric, x[:, genes], t[rows][:, genes], place)
+            again = value_of(metric, x[rows], t, np.array(rows))
         else:
             w = weights_of(metric.weighting)
-            plain = metric.function(x, t, w)
-            moved = metric.function(x[:, genes], t[:, genes], None if w is None else w[:, genes])
-            again = metric.function(x[rows], t[rows], None if w is None else w[rows])
+            plain = value_of(metric, x, t, w)
+            moved = value_of(metric, x[:, genes], t[:, genes], None if w is None else w[:, genes])
+            again = value_of(metric, x[rows], t[rows], None if w is None else w[rows])
         # A correlation of nearly constant vectors is ill conditioned.
         np.testing.assert_allclose(moved, plain, rtol=1e-9, atol=1e-7, err_msg=metric.name)
         np.testing.assert_array_equal(again, plain[rows], err_msg=metric.name)
@@ -226,7 +242,7 @@ def test_the_order_of_genes_and_of_conditions_does_not_matter(x: np.ndarray, t: 
 def test_nothing_beats_the_truth(x: np.ndarray, t: np.ndarray) -> None:
     for metric in METRICS:
         second = np.arange(ROWS) if metric.ranking else weights_of(metric.weighting)
-        value, best = metric.function(x, t, second), metric.function(t, t, second)
+        value, best = value_of(metric, x, t, second), value_of(metric, t, t, second)
         both = ~np.isnan(value) & ~np.isnan(best)
         assert np.isnan(value[both] - best[both]).sum() == 0
         margin = best - value if metric.higher_is_better else value - best
@@ -237,6 +253,6 @@ def test_nothing_beats_the_truth(x: np.ndarray, t: np.ndarray) -> None:
 @settings(max_examples=40, deadline=None)
 def test_a_ranking_does_not_hang_on_the_other_predictions(x: np.ndarray, t: np.ndarray) -> None:
     for metric in (BY_NAME["nir"], BY_NAME["pds"]):
-        together = metric.function(x, t, np.arange(ROWS))
-        alone = [metric.function(x[[row]], t, np.array([row]))[0] for row in range(ROWS)]
+        together = value_of(metric, x, t, np.arange(ROWS))
+        alone = [value_of(metric, x[[row]], t, np.array([row]))[0] for row in range(ROWS)]
         np.testing.assert_array_equal(together, alone)
