@@ -12,7 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from core.metrics import BY_NAME, METRICS, absolute_error, joined, nir, pds, pearson, products, r2, squared_error
+from core.metrics import (
+    BY_NAME,
+    METRICS,
+    Metric,
+    absolute_error,
+    joined,
+    nir,
+    pds,
+    pearson,
+    products,
+    r2,
+    squared_error,
+)
 
 by_definition = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("by_definition.py"))))
 
