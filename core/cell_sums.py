@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from core.arrays import Bools, Floats
+from core.arrays import Bools, Floats, in_threads
 from core.controls import draw_sparse
 from core.harmonising import CONTROL, KEYS, genes_of
-from core.moments import Moments, add_moments, add_sums, group_codes, group_sizes
+from core.moments import Moments, add_moments, add_sums, group_codes, group_sizes, square
 from core.panels import float_panels
 from core.progress import progress
 from core.splits import fold_columns
@@ -77,10 +77,9 @@ def sum_cells(
     members = sparse.vstack([draws, *training.values()], format="csc")
     sums = np.zeros((members.shape[0], len(genes)))
     for span, values in progress("sums of conditions and halves", float_panels(cells.X), cells.n_obs):
-        for number, (total, squares) in moments.items():
-            add_moments(total, squares, half_codes[number][span], values)
-        add_sums(sums, members[:, span], values)
-
+        squared = square(values)
+        works = [partial(add_moments, *moments[number], half_codes[number][span], values, squared) for number in halves]
+        in_threads(_call, [*works, partial(add_sums, sums, members[:, span], values)])
     perturbed = np.flatnonzero(groups["condition"] != CONTROL)
 
     def read_half(number: int, half: int) -> Moments:
@@ -111,6 +110,10 @@ def sum_cells(
         controls,
         dict(zip(training, sums[len(keys) :], strict=True)),
     )
+
+
+def _call(work: Callable[[], None]) -> None:
+    work()
 
 
 def _training_controls(obs: pd.DataFrame, keys: pd.DataFrame) -> dict[tuple[str, int], sparse.csr_matrix]:

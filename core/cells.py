@@ -167,10 +167,11 @@ def selected(matrix: Rows, rows: Ints, columns: Ints) -> Iterator[tuple[slice, s
         block = matrix.read(span)
         if own.stop - own.start < block.shape[0]:
             block = block[rows[own] - span.start]
-        indices = column_of[block.indices]
-        kept = (indices >= 0) & (block.data != 0)
-        pointers = np.concatenate([[0], np.cumsum(kept)])[block.indptr]
-        chosen = sparse.csr_matrix((block.data[kept], indices[kept], pointers), shape=(block.shape[0], len(columns)))
+        data, indices, pointers = block.data, column_of[block.indices], block.indptr
+        kept = (indices >= 0) & (data != 0)
+        if not kept.all():
+            data, indices, pointers = data[kept], indices[kept], np.concatenate([[0], np.cumsum(kept)])[pointers]
+        chosen = sparse.csr_matrix((data, indices, pointers), shape=(block.shape[0], len(columns)))
         chosen.sort_indices()
         return chosen
 

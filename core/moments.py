@@ -39,29 +39,35 @@ def group_codes(frame: pd.DataFrame, keys: pd.DataFrame) -> Ints:
     return np.asarray(index.get_indexer(pd.MultiIndex.from_frame(frame[columns].astype(str))), dtype=np.int64)
 
 
-def add_moments(total: Any, squares: Any, codes: Ints, values: sparse.csr_matrix) -> None:
+def add_moments(total: Any, squares: Any, codes: Ints, values: sparse.csr_matrix, squared: sparse.csr_matrix) -> None:
     """Add the sums of x and of x^2 of some cells to those of their groups.
 
     total, squares: groups x genes, float64, arrays or HDF5 datasets. codes: the group of each cell, -1 for none.
-    values: cells x genes, float64. Of the arrays only the rows between the first and the last group that occurs are
-    read and written: sorted cells touch few.
+    values: cells x genes, float64. squared: their squares. Of the arrays only the rows between the first and the last
+    group that occurs are read and written: sorted cells touch few.
     """
     if (codes < 0).all():
         return
     low, high = int(codes[codes >= 0].min()), int(codes.max()) + 1
     groups = _indicator(np.where(codes < 0, -1, codes - low), high - low)
     total[low:high] += (groups @ values).toarray()
-    squared = sparse.csr_matrix((values.data**2, values.indices, values.indptr), shape=values.shape)
     squares[low:high] += (groups @ squared).toarray()
 
 
 def add_sums(total: Floats, members: sparse.csc_matrix, values: sparse.csr_matrix) -> None:
     """Add the sums of x of some cells to those of the groups that hold them; a cell may be in several.
 
-    total: groups x genes. members: groups x cells, 1 for each cell of a group. values: cells x genes, float64.
+    total: groups x genes, contiguous. members: groups x cells, 1 for each cell of a group. values: cells x genes,
+    float64.
     """
-    rows = np.unique(members.indices)
-    total[rows] += (members.tocsr()[rows] @ values).toarray()
+    sums = (members.tocsr() @ values).tocoo()
+    # Many groups have few of these cells: only what is not zero is touched.
+    total.reshape(-1)[sums.row.astype(np.int64) * total.shape[1] + sums.col] += sums.data
+
+
+def square(values: sparse.csr_matrix) -> sparse.csr_matrix:
+    """x^2, of the same shape."""
+    return sparse.csr_matrix((values.data**2, values.indices, values.indptr), shape=values.shape)
 
 
 def group_moments(X: Any, codes: Ints, n_groups: int) -> Moments:
@@ -72,7 +78,7 @@ def group_moments(X: Any, codes: Ints, n_groups: int) -> Moments:
     """
     total, squares = np.zeros((n_groups, X.shape[1])), np.zeros((n_groups, X.shape[1]))
     for span, values in float_panels(X):
-        add_moments(total, squares, codes[span], values)
+        add_moments(total, squares, codes[span], values, square(values))
     return Moments(group_sizes(codes, n_groups), total, squares)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,7 +13,7 @@ import numpy as np
 import pandas as pd
 from anndata.io import read_elem
 
-from core.arrays import Floats, Ints
+from core.arrays import Floats, Ints, in_threads
 from core.cell_sums import CellSums, sum_cells
 from core.controls import additive, interpolate
 from core.differential import against_rest, deg_mask
@@ -137,12 +138,15 @@ def build_reference(sums: CellSums, negatives: ad.AnnData, seed: int) -> ad.AnnD
     reference = build_half_split(sums, seed, negatives)
     keys = sums.keys
     layers = {name: np.full(sums.mean.shape, np.nan) for name in ("additive", "linear")}
-    for covariate in sorted(sums.control):
-        for fold, column in enumerate(sums.splits):
-            rows = np.flatnonzero((keys["covariate"] == covariate) & (keys["test_fold"] == fold))
-            if len(rows):
-                for name, values in _fold_baselines(sums, covariate, fold, column, rows).items():
-                    layers[name][rows] = values
+
+    def add_baselines(part: tuple[str, int]) -> None:
+        covariate, fold = part
+        rows = np.flatnonzero((keys["covariate"] == covariate) & (keys["test_fold"] == fold))
+        if len(rows):
+            for name, values in _fold_baselines(sums, covariate, fold, rows).items():
+                layers[name][rows] = values
+
+    in_threads(add_baselines, product(sorted(sums.control), range(sums.splits.shape[1])))
     reference.layers["mean"] = sums.mean
     reference.layers["sparse_mean"] = sums.sparse_mean
     for name, values in layers.items():
@@ -150,10 +154,12 @@ def build_reference(sums: CellSums, negatives: ad.AnnData, seed: int) -> ad.AnnD
     return reference
 
 
-def _fold_baselines(sums: CellSums, covariate: str, fold: int, column: str, rows: Ints) -> dict[str, Floats]:
+def _fold_baselines(sums: CellSums, covariate: str, fold: int, rows: Ints) -> dict[str, Floats]:
     """additive and linear of the conditions `rows`, tested in one fold of one covariate."""
     conditions = sums.keys["condition"].to_numpy()
-    singles = [row for row in _trained(sums, covariate, column) if len(genes_of(conditions[row])) == 1]
+    singles = [
+        row for row in _trained(sums, covariate, sums.splits.columns[fold]) if len(genes_of(conditions[row])) == 1
+    ]
     tests = [conditions[row] for row in rows]
     # Without a combination to test there is no training control, and additive has no value.
     control = sums.training_control.get((covariate, fold), np.full(len(sums.genes), np.nan))
