@@ -31,6 +31,12 @@ VARIANTS = (
     Variant("drf_mean", "technical_duplicate", None),
     Variant("drf_ctrl", "technical_duplicate", "control_mean"),
 )
+# The controls whose scores a calibration needs, of every half split.
+CALIBRATING = (
+    {variant.positive for variant in VARIANTS}
+    | {variant.negative for variant in VARIANTS if variant.negative}
+    | {metric.negative_control for metric in BY_NAME.values()}
+)
 
 
 def dynamic_range_fraction(positive: Floats, negative: Floats, metric: Metric) -> Floats:

@@ -24,7 +24,17 @@ from core.catalog.schema import DatasetSpec
 from core.draws import generator
 from core.errors import UserError, shown
 from core.files import read_names, require_space, write_by_rows
-from core.harmonising import CONTROL, KEYS, Plan, count_faults, expression_faults, genes_of, plan, refuse_faults
+from core.harmonising import (
+    CONTROL,
+    KEYS,
+    Plan,
+    count_faults,
+    expression_faults,
+    final_order,
+    genes_of,
+    plan,
+    refuse_faults,
+)
 from core.mirror import is_mirror, mirror_plan
 from core.panels import ahead
 from core.progress import progress
@@ -216,9 +226,7 @@ def _chosen(obs: pd.DataFrame, spec: DatasetSpec, where: str, report: dict[str, 
     obs["half"] = draw_halves(obs, spec.seed)
     obs = obs.join(draw_folds(obs, spec.task, spec.folds, spec.seed))
     _require_training(obs, where)
-    return obs.iloc[
-        np.lexsort([obs.index.to_numpy(str), obs["condition"].to_numpy(str), obs["covariate"].to_numpy(str)])
-    ]
+    return obs.iloc[final_order(obs)]
 
 
 def _frame(cells: pd.DataFrame, genes: pd.Index, report: dict[str, Any]) -> ad.AnnData:

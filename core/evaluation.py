@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import anndata as ad
@@ -80,8 +80,9 @@ def control_scores(
     negatives: ad.AnnData,
     half_split: ad.AnnData | None = None,
     genes: pd.Index | None = None,
+    controls: Collection[str] | None = None,
 ) -> pd.DataFrame:
-    """Scores of all controls and baselines; long table with `model` first, then as `score`.
+    """Scores of all controls and baselines, or of those named; long table with `model` first, then as `score`.
 
     reference: reference.h5ad. half_split: another split of the cells into halves, to score against instead of the
     reference's own; its duplicates take the place of the reference's. genes: score on these of its genes only.
@@ -92,6 +93,8 @@ def control_scores(
     evaluation = evaluation.with_genes(kept)
     tables = []
     for control in CONTROLS:
+        if controls is not None and control.name not in controls:
+            continue
         source = halves if control.name in HALF_LAYERS else reference
         if control.name in NEGATIVES:
             profiles = getattr(evaluation, control.name)

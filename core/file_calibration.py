@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from core.calibration import calibrate
+from core.calibration import CALIBRATING, calibrate
 from core.catalog.schema import Labels
 from core.cell_sums import sum_cells
 from core.cells import FEWEST_CONDITIONS, SMALLEST_CONDITION, small_conditions
@@ -66,7 +66,7 @@ def calibrate_file(path: Path, options: FileOptions, *, recompute: bool = False)
     tables = [own.assign(half_seed=options.seed)]
     for seed in further:
         split = build_half_split(sums, seed, negatives)
-        tables.append(control_scores(reference, negatives, split).assign(half_seed=seed))
+        tables.append(control_scores(reference, negatives, split, controls=CALIBRATING).assign(half_seed=seed))
     return own, calibrate(pd.concat(tables, ignore_index=True), options.seed)
 
 
@@ -97,20 +97,11 @@ def any_cells(data: ad.AnnData, options: FileOptions, where: str) -> ad.AnnData:
             f"{lost:,} cells without a covariate",
             "fill the column, or leave them out",
         )
-    obs = pd.DataFrame(
-        {
-            "condition": labels,
-            "covariate": data.obs[options.covariate].astype(str) if options.covariate else "all",
-        },
-        index=data.obs_names,
-    )
-    genes = np.argsort(data.var_names.to_numpy().astype(str), kind="stable")
-    known = np.flatnonzero(labels.notna())
-    matrix = sparse.csr_matrix(data.X[known], dtype=np.float32)[:, genes]
-    cells = ad.AnnData(X=matrix, obs=obs.iloc[known], var=pd.DataFrame(index=data.var_names[genes]))
-    require_controls(cells.obs, rules, where)
-    cells = cells[~small_conditions(cells.obs, SMALLEST_CONDITION)].copy()
-    conditions = sorted(set(cells.obs["condition"]) - {CONTROL})
+    covariate = data.obs[options.covariate].astype(str) if options.covariate else "all"
+    obs = pd.DataFrame({"condition": labels, "covariate": covariate}, index=data.obs_names)[labels.notna().to_numpy()]
+    require_controls(obs, rules, where)
+    obs = obs[~small_conditions(obs, SMALLEST_CONDITION)]
+    conditions = sorted(set(obs["condition"]) - {CONTROL})
     if len(conditions) < FEWEST_CONDITIONS:
         raise UserError(
             where,
@@ -127,12 +118,16 @@ def any_cells(data: ad.AnnData, options: FileOptions, where: str) -> ad.AnnData:
             "leave its cells out, or give at least two combinations",
         )
     task: Task = "combination" if combinations else "single"
-    obs = cells.obs.assign(half=draw_halves(cells.obs, options.seed))
-    obs = obs.join(draw_folds(obs, task, FOLDS[task], options.seed))
-    order = np.lexsort([obs.index.to_numpy(str), obs["condition"].to_numpy(str), obs["covariate"].to_numpy(str)])
-    cells = ad.AnnData(X=cells.X[order], obs=obs.iloc[order], var=cells.var)
-    cells.X.sort_indices()
-    return cells
+    obs = obs.assign(half=draw_halves(obs, options.seed)).join(draw_folds(obs, task, FOLDS[task], options.seed))
+    obs = obs.iloc[
+        np.lexsort([obs.index.to_numpy(str), obs["condition"].to_numpy(str), obs["covariate"].to_numpy(str)])
+    ]
+    matrix = sparse.csr_matrix(data.X)[data.obs_names.get_indexer(obs.index)]
+    genes = np.argsort(data.var_names.to_numpy().astype(str), kind="stable")
+    if (np.diff(genes) < 0).any():
+        matrix = matrix[:, genes]
+    matrix.sort_indices()
+    return ad.AnnData(X=matrix.astype(np.float32), obs=obs, var=pd.DataFrame(index=data.var_names[genes]))
 
 
 def check_file(data: ad.AnnData, where: str) -> None:

@@ -135,6 +135,12 @@ def columns_by_symbol(symbols: pd.Index) -> tuple[Ints, pd.Index, dict[str, Any]
     return columns, symbols[columns].astype(str), report
 
 
+def final_order(obs: pd.DataFrame) -> Ints:
+    """Positions that sort cells as cells.h5ad has them: by covariate, condition and cell name, as text."""
+    names = (obs.index, obs["condition"], obs["covariate"])
+    return np.asarray(np.lexsort([name.to_numpy().astype(str) for name in names]))
+
+
 def sample_conditions(conditions: set[str], sampling: Sampling, seed: int) -> set[str]:
     """`sampling.conditions` of the perturbed conditions: those in `priority`, the rest drawn with the seed.
 

@@ -11,7 +11,7 @@ import pandas as pd
 from scipy import sparse
 
 from core.errors import UserError, shown
-from core.harmonising import CONTROL, KEYS, Plan, columns_by_symbol, require_unique_cells
+from core.harmonising import CONTROL, KEYS, Plan, columns_by_symbol, final_order, require_unique_cells
 
 FOLD_PREFIX = "split_fold_"
 REQUIRED_OBS = ("condition", "donor_id", "tech_dup_split", FOLD_PREFIX + "0")
@@ -40,7 +40,7 @@ def mirror_plan(obs: pd.DataFrame, var: pd.DataFrame, where: str) -> Plan:
     cells["half"] = _known(own["tech_dup_split"], HALVES, where)
     for fold in folds(obs):
         cells[f"fold_{fold}"] = _known(own[f"{FOLD_PREFIX}{fold}"], SPLITS, where)
-    order = np.lexsort([own.index.to_numpy(str), cells["condition"].to_numpy(str), cells["covariate"].to_numpy(str)])
+    order = final_order(cells)
     cells = cells.iloc[order]
     _require_whole_conditions(cells, where)
     without = sorted(set(cells["covariate"]) - set(cells.loc[cells["condition"] == CONTROL, "covariate"]))
