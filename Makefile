@@ -49,5 +49,5 @@ endif
 	touch $@
 
 $(TOOLS): $(RUNTIME)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,bench]'
 	touch $@
