@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import anndata as ad
@@ -63,8 +64,6 @@ def main(
         with CONSOLE.status(f"generating {raw.name}"):
             generate(raw.with_suffix(".partial"), cells, genes, conditions, filled, compression)
             raw.with_suffix(".partial").replace(raw)
-    out = folder / f"prepared_{os.getpid()}"
-    out.mkdir()
     spec = DatasetSpec.model_validate(
         {
             "name": "generated",
@@ -75,12 +74,14 @@ def main(
             "half_seeds": half_seeds,
         }
     )
-    work = multiprocessing.get_context("spawn").Process(target=watched, args=(raw, spec, out, int(memory_gb * GB)))
-    work.start()
-    work.join()
-    if work.exitcode:
-        raise SystemExit(f"the preparation failed with exit code {work.exitcode}")
-    show(raw, out, json.loads((out / "measured.json").read_text(encoding="utf-8")))
+    with TemporaryDirectory(dir=folder) as scratch:
+        out = Path(scratch)
+        work = multiprocessing.get_context("spawn").Process(target=watched, args=(raw, spec, out, int(memory_gb * GB)))
+        work.start()
+        work.join()
+        if work.exitcode:
+            raise SystemExit(f"the preparation failed with exit code {work.exitcode}")
+        show(raw, out, json.loads((out / "measured.json").read_text(encoding="utf-8")))
 
 
 def generate(path: Path, cells: int, genes: int, conditions: int, filled: float, compression: str) -> None:
@@ -112,10 +113,10 @@ def _blocks(rng: np.random.Generator, share: Any, raised: Any, of_cell: Any) -> 
     counts = np.concatenate([[1] * 180, [2] * 45, [3] * 16, [4] * 8, range(5, 12)]).astype(np.float32)
     for start in range(0, len(of_cell), AT_ONCE):
         own = of_cell[start : start + AT_ONCE]
-        limit = np.tile(share * 65536, (len(own), 1)).astype(np.uint16)
+        chance = np.tile(share.astype(np.float32), (len(own), 1))
         rows = np.flatnonzero(own < len(raised))
-        limit[rows[:, None], raised[own[rows]]] *= 2
-        there = sparse.csr_matrix(rng.integers(0, 65536, limit.shape, dtype=np.uint16) < limit)
+        chance[rows[:, None], raised[own[rows]]] *= 2
+        there = sparse.csr_matrix(rng.random(chance.shape, dtype=np.float32) < chance)
         there.sort_indices()
         values = counts[rng.integers(0, len(counts), there.nnz)]
         yield sparse.csr_matrix((values, there.indices, there.indptr), shape=there.shape)
@@ -144,7 +145,7 @@ def watched(raw: Path, spec: DatasetSpec, out: Path, memory: int) -> None:
                 stage["resident"] = max(stage["resident"], process.memory_info().rss)
                 stage["disk"] = max(stage["disk"], _size(out))
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     steps = {
         "cells": lambda: write_cells(raw, spec, {}, out, memory),

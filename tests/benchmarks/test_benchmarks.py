@@ -68,6 +68,18 @@ def test_results_agree_with_the_peers(name: str, options: str, compared: str) ->
         assert passes == [("100", "1.00"), ("300", "1.00")]
 
 
+def test_the_preparation_says_where_time_memory_and_disk_went(tmp_path: Path) -> None:
+    sizes = "--cells 3000 --genes 300 --conditions 20 --filled 0.8 --half-seeds 2"
+    done = run("prepare", "--folder", str(tmp_path), *sizes.split())
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3,000 cells x 300 genes" in done.stdout
+    for stage in ("cells", "reference", "quality"):
+        assert re.search(rf"{stage} +\S? *\d+\.\d", done.stdout), stage
+    for name in ("counting genes and cells", "writing cells", "principal coordinates"):
+        assert name in done.stdout
+    assert [path.suffix for path in tmp_path.iterdir()] == [".h5ad"]  # the raw file, to be used again
+
+
 def test_help_names_the_sizes() -> None:
     done = run("metrics", "--help")
     assert done.returncode == 0, done.stderr
