@@ -129,7 +129,7 @@ def watched(raw: Path, spec: DatasetSpec, out: Path, memory: int) -> None:
     class Passes(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             if record.levelno == logging.DEBUG and isinstance(record.args, tuple):
-                passes.append((str(record.args[0]), float(record.args[2])))
+                passes.append((str(record.args[0]), float(record.args[3])))
 
     logger = logging.getLogger("calipert")
     logger.setLevel(logging.DEBUG)

@@ -8,7 +8,7 @@ from core.errors import UserError
 
 VARIABLE = "CALIPERT_MEMORY_GB"
 DEFAULT_GB = 2.0
-LEAST_GB = 0.05
+LEAST_GB = 0.25
 
 
 def chunk_memory() -> int:

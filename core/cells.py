@@ -34,6 +34,8 @@ from core.harmonising import (
     genes_of,
     plan,
     refuse_faults,
+    require_log_expression,
+    whole_numbers,
 )
 from core.mirror import is_mirror, mirror_plan
 from core.panels import ahead
@@ -46,7 +48,7 @@ from core.variable_genes import expression_moments, highly_variable
 FILE = "cells.h5ad"
 SMALLEST_CONDITION = 4  # below it a half has fewer than two cells
 FEWEST_CONDITIONS = 10
-MEMORY = 2 << 30
+MEMORY = 2_000_000_000
 
 Parts = dict[str, sparse.csr_matrix]  # place in the file ("X", "layers/counts") -> some rows
 
@@ -139,7 +141,9 @@ def _from_mirror(
     raw: Path, obs: pd.DataFrame, var: pd.DataFrame, spec: DatasetSpec, memory: int, scratch: Path
 ) -> tuple[ad.AnnData, Iterator[Parts]]:
     names = mirror_plan(obs, var, str(raw))
-    _require_conditions(names.obs, spec, str(raw))
+    where = str(raw)
+    _require_conditions(names.obs, spec, where)
+    _require_training(names.obs, where)
     order = np.argsort(names.rows)
     spills: dict[str, Spill] = {}
     for place, layer in {"X": None, "layers/counts": "counts"}.items():
@@ -150,11 +154,16 @@ def _from_mirror(
                 Spill(own, len(names.genes)) as spill,
                 open_rows(raw, layer, (len(obs), len(var)), memory, own) as matrix,
             ):
-                wanted, faults = selected(matrix, names.rows[order], names.columns), []
+                wanted = selected(matrix, names.rows[order], names.columns)
+                faults, whole, largest = [], True, 0.0
                 for rows, values in progress(f"sorting {place}", wanted, len(order)):
-                    faults.append(expression_faults(values.data))
+                    faults.append((count_faults if layer else expression_faults)(values.data))
+                    whole &= whole_numbers(values.data)
+                    largest = max(largest, values.data.max(initial=0.0))
                     spill.add(order[rows], values)
-                refuse_faults(faults, matrix.field, str(raw))
+                refuse_faults(faults, matrix.field, where)
+                if layer is None:
+                    require_log_expression(whole, largest, where)
             spills[place] = spill
     panels = zip(*(spill.panels() for spill in spills.values()), strict=True)
     parts = ({place: rows for place, (_, rows) in zip(spills, panel, strict=True)} for panel in panels)
@@ -207,9 +216,9 @@ def survey(matrix: Rows, names: Plan, min_genes: int, where: str) -> tuple[Ints,
 
 def bytes_to_write(values: int) -> int:
     """About how many bytes the preparation writes for so many counts of chosen cells: each once to the spill, as they
-    are, and twice to the result, as count and as expression, packed to about half of what they are.
+    are, and twice to the result, as count and as expression, packed to a little more than half of what they are.
     """
-    return 16 * values
+    return 18 * values
 
 
 def _chosen(obs: pd.DataFrame, spec: DatasetSpec, where: str, report: dict[str, Any]) -> pd.DataFrame:

@@ -11,6 +11,7 @@ from core.catalog.schema import DatasetSpec
 from core.cells import FEWEST_CONDITIONS, SMALLEST_CONDITION
 from core.files import read_names
 from core.harmonising import CONTROL, SEPARATOR, genes_of, plan
+from core.mirror import is_mirror, mirror_plan
 
 
 class DatasetCheck(NamedTuple):
@@ -27,18 +28,20 @@ class DatasetCheck(NamedTuple):
 
 
 def check_dataset(path: Path, spec: DatasetSpec) -> DatasetCheck:
-    """Read the names in the published file `path` as the entry says.
+    """Read the names in the published file `path` as the entry says, or as its own, if it has a mirror's layout.
 
     The filters that need the counts (genes per cell, cells per gene) are not applied: conditions may still lose cells
     to them. Raises UserError for a file or labels that cannot be used.
     """
     obs, var = read_names(path)
-    names = plan(obs, var, spec, str(path))
+    mirror = is_mirror(obs)
+    names = mirror_plan(obs, var, str(path)) if mirror else plan(obs, var, spec, str(path))
     groups = names.obs.groupby(["covariate", "condition"], observed=True, sort=True).size()
     conditions = groups.rename("cells").reset_index()
-    fewest = max(spec.min_cells_per_condition, SMALLEST_CONDITION)
+    # A mirror's cells are taken as they are.
+    fewest = 0 if mirror else max(spec.min_cells_per_condition, SMALLEST_CONDITION)
     conditions["kept"] = (conditions["condition"] == CONTROL) | (conditions["cells"] >= fewest)
-    label = obs[spec.labels.column].iloc[names.rows].astype(str)
+    label = obs["condition" if mirror else spec.labels.column].iloc[names.rows].astype(str)
     labels = pd.DataFrame({"label": label.to_numpy(), "condition": names.obs["condition"].to_numpy()})
     labels = labels.groupby(["condition", "label"], sort=True).size().rename("cells").reset_index()
     perturbed = {gene for condition in conditions["condition"] for gene in genes_of(condition)}

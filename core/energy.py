@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from scipy import linalg, sparse
-from scipy.sparse.linalg import ArpackNoConvergence, eigsh
+from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
 from core.arrays import Floats, Ints, fixed_signs, in_threads, one_blas_thread
 from core.panels import float_panels
@@ -72,12 +72,17 @@ def _leading(matrix: Floats, k: int) -> Floats:
     """The eigenvectors of the k largest eigenvalues of a symmetric matrix, as columns, largest first."""
     if len(matrix) <= max(SMALL, 10 * k):
         return _decomposed(matrix, k)
-    start = np.random.default_rng(0).standard_normal(len(matrix))
+    start, another = np.random.default_rng(0).standard_normal((2, len(matrix)))
     try:
         # Lanczos to machine precision, from a start that is the same everywhere.
         values, vectors = eigsh(matrix, k, which="LA", v0=start, ncv=4 * k, tol=0)
+        # It can miss a copy of an eigenvalue that occurs several times: nothing as large may be left.
+        rest = LinearOperator(matrix.shape, lambda x: matrix @ x - vectors @ (values * (vectors.T @ x)))
+        left = eigsh(rest, 1, which="LA", v0=another, tol=1e-6, return_eigenvectors=False)
     except ArpackNoConvergence:
-        # Many equal eigenvalues: the whole decomposition takes longer, but always ends.
+        # Many nearly equal eigenvalues: the whole decomposition takes longer, but always ends.
+        return _decomposed(matrix, k)
+    if left.max() > values.min():
         return _decomposed(matrix, k)
     return np.asarray(vectors[:, np.argsort(values)[::-1]])
 

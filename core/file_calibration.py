@@ -17,7 +17,15 @@ from core.cells import FEWEST_CONDITIONS, SMALLEST_CONDITION, small_conditions
 from core.errors import UserError
 from core.evaluation import control_scores
 from core.files import open_h5ad
-from core.harmonising import CONTROL, SEPARATOR, condition_labels, require_controls
+from core.harmonising import (
+    CONTROL,
+    SEPARATOR,
+    condition_labels,
+    final_order,
+    require_controls,
+    require_log_expression,
+    whole_numbers,
+)
 from core.mirror import is_mirror, mirror_cells
 from core.reference import build_half_split, build_negatives, build_reference
 from core.splits import Task, draw_folds, draw_halves
@@ -119,9 +127,7 @@ def any_cells(data: ad.AnnData, options: FileOptions, where: str) -> ad.AnnData:
         )
     task: Task = "combination" if combinations else "single"
     obs = obs.assign(half=draw_halves(obs, options.seed)).join(draw_folds(obs, task, FOLDS[task], options.seed))
-    obs = obs.iloc[
-        np.lexsort([obs.index.to_numpy(str), obs["condition"].to_numpy(str), obs["covariate"].to_numpy(str)])
-    ]
+    obs = obs.iloc[final_order(obs)]
     matrix = sparse.csr_matrix(data.X)[data.obs_names.get_indexer(obs.index)]
     genes = np.argsort(data.var_names.to_numpy().astype(str), kind="stable")
     if (np.diff(genes) < 0).any():
@@ -147,11 +153,4 @@ def check_log_expression(cells: ad.AnnData, where: str) -> None:
         raise UserError(where, "X", "NaN or infinite values", "remove or mend these cells")
     if (values < 0).any():
         raise UserError(where, "X", "negative values", "give log1p of normalised counts, not scaled or centred values")
-    if len(values) and values.max() > 1 and (values == np.floor(values)).all():
-        raise UserError(
-            where,
-            "X",
-            "whole numbers only: these are counts",
-            "give log1p of normalised counts (scanpy.pp.normalize_total, scanpy.pp.log1p), or write a catalog entry "
-            "for the file and use `calipert run`",
-        )
+    require_log_expression(whole_numbers(values), values.max(initial=0.0), where)

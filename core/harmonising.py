@@ -19,6 +19,8 @@ from core.errors import UserError, shown
 
 CONTROL = "control"
 SEPARATOR = "+"
+# Missing labels that were written as text: as perturbations they would be wrong.
+NO_LABEL = ("nan", "NaN", "None", "none", "NA", "N/A", "<NA>")
 KEYS = ["covariate", "condition"]  # what a group of cells, and a row of every table, is keyed by
 
 COMPARISONS: dict[str, Callable[[pd.Series, Any], pd.Series]] = {
@@ -192,13 +194,14 @@ def _require_expected(obs: pd.DataFrame, n_genes: int, spec: DatasetSpec, where:
 
 
 def condition_labels(labels: pd.Series, rules: Labels, where: str) -> pd.Series:
-    """Published labels as conditions; a missing label stays missing. Spaces around a label or a gene do not count.
+    """Published labels as conditions; missing: no label, or one that is dropped. Spaces around a label or a gene do not
+    count.
 
     The genes of a combination are sorted, so that `B+A` is `A+B`. Refused, since each could be read in two ways: a
     label that holds both the entry's separator and `+`, and names that differ in case only, from a control label or
     from each other.
     """
-    distinct = pd.Index(labels.dropna().astype(str).unique())
+    distinct = [label for label in labels.dropna().astype(str).unique() if label.strip() not in rules.dropped]
     mapping = {label: _condition(label, rules, where) for label in distinct}
     _require_one_spelling(mapping.values(), rules, where)
     return labels.astype(object).map(lambda label: mapping.get(str(label)), na_action="ignore")
@@ -208,6 +211,13 @@ def _condition(label: str, rules: Labels, where: str) -> str:
     field, name, control = f"obs[{rules.column!r}]", label.strip(), _controls(rules)
     if _is_control(name, rules):
         return CONTROL
+    if name in NO_LABEL:
+        raise UserError(
+            where,
+            field,
+            f"the label {label!r}, text that stands for no label",
+            "add it to `labels.dropped` in the catalog entry (or to `labels.control`), or leave these labels empty",
+        )
     separator, left = rules.separator, _cut(name, rules)
     if separator is not None and separator != SEPARATOR and separator in left and SEPARATOR in left:
         raise UserError(
@@ -300,7 +310,7 @@ def count_faults(values: Any) -> Faults:
     values: numbers of any type.
     """
     # One look at right counts: NaN is neither below nor above anything.
-    if not values.size or (values.min() >= 0 and values.max() <= MOST and _whole(values)):
+    if not values.size or (values.min() >= 0 and values.max() <= MOST and whole_numbers(values)):
         return {}
     return _faults(values, FAULTS)
 
@@ -310,12 +320,25 @@ def expression_faults(values: Any) -> Faults:
     return _faults(values, FAULTS[:2])
 
 
+def require_log_expression(whole: bool, largest: float, where: str) -> None:
+    """Raise UserError for expression of whole numbers only, of which one is above 1: that is what counts look like."""
+    if whole and largest > 1:
+        raise UserError(
+            where,
+            "X",
+            "whole numbers only: these are counts",
+            "give log1p of normalised counts (scanpy.pp.normalize_total, scanpy.pp.log1p), or write a catalog entry "
+            "for the file and use `calipert run`",
+        )
+
+
 def _faults(values: Any, faults: tuple[Fault, ...]) -> Faults:
     wrong = {name: is_wrong(values) for name, is_wrong, _ in faults}
     return {name: (int(mask.sum()), float(values[mask][0])) for name, mask in wrong.items() if mask.any()}
 
 
-def _whole(values: Any) -> bool:
+def whole_numbers(values: Any) -> bool:
+    """Whether all of some stored values are whole."""
     return values.dtype.kind in "iu" or bool((values == np.floor(values)).all())
 
 

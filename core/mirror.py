@@ -30,7 +30,7 @@ def mirror_plan(obs: pd.DataFrame, var: pd.DataFrame, where: str) -> Plan:
     obs, var: its tables of cells and genes. The plan's `obs` has condition, covariate, half and fold_k as the file
     gives them, and its rows (unlike those of a raw file) are in the final order: by covariate, condition, cell name.
     Raises UserError for duplicated cell names, a missing or unknown half or split, perturbed conditions whose cells
-    are in several splits of a fold, and covariates without control.
+    are in several splits of a fold or in one half only, and covariates without control.
     """
     require_unique_cells(obs, where)
     labels = obs["condition"].astype(str)
@@ -47,6 +47,12 @@ def mirror_plan(obs: pd.DataFrame, var: pd.DataFrame, where: str) -> Plan:
     if without:
         remedy = "give a complete mirror file"
         raise UserError(where, "obs['condition']", f"no {CONTROL!r} cell in {shown(without)}", remedy)
+    halves = cells[cells["condition"] != CONTROL].groupby(KEYS)["half"].nunique()
+    if (halves < len(HALVES)).any():
+        found = f"no cell of {halves.index[halves < len(HALVES)][0]} in one of the halves"
+        raise UserError(
+            where, "obs['tech_dup_split']", found, "leave the condition out: it has no truth or no duplicate"
+        )
     columns, genes, dropped = columns_by_symbol(pd.Index(var.index))
     report = {"cells in the file": len(obs), "synthetic control cells left out": int(synthetic.sum())}
     return Plan(np.flatnonzero(~synthetic)[order], cells, columns, genes, report | dropped)

@@ -13,10 +13,10 @@ EVERY = 30.0  # seconds between two lines
 T = TypeVar("T")
 
 
-def progress(what: str, parts: Iterable[tuple[slice, T]], total: int) -> Iterator[tuple[slice, T]]:
+def progress(what: str, parts: Iterable[tuple[slice, T]], total: int, of: str = "cells") -> Iterator[tuple[slice, T]]:
     """Hand the parts of a pass on, and log how many of all `total` cells are behind, at most every half minute.
 
-    parts: cells (a slice of their positions, ascending) and what there is of them.
+    parts: cells (a slice of their positions, ascending) and what there is of them. of: what else the slices count.
     """
     began = said = time.monotonic()
     for span, part in parts:
@@ -24,5 +24,5 @@ def progress(what: str, parts: Iterable[tuple[slice, T]], total: int) -> Iterato
         now = time.monotonic()
         if now - said > EVERY:
             said = now
-            LOG.info("%s: %s of %s cells", what, f"{span.stop:,}", f"{total:,}")
-    LOG.debug("%s: %s cells in %.1f s", what, f"{total:,}", time.monotonic() - began)
+            LOG.info("%s: %s of %s %s", what, f"{span.stop:,}", f"{total:,}", of)
+    LOG.debug("%s: %s %s in %.1f s", what, f"{total:,}", of, time.monotonic() - began)

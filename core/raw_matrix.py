@@ -15,6 +15,7 @@ from core.arrays import Ints
 from core.errors import UserError, shown
 from core.files import require_space
 from core.panels import spans
+from core.progress import progress
 
 # What a stored value takes on its way, in bytes: two chunks in flight, their numbers and indices of up to eight
 # bytes each, and the copies that selecting rows and columns makes.
@@ -150,8 +151,8 @@ def _by_columns(place: h5py.Group, shape: tuple[int, int], values: int, scratch:
     copied = int(pointers[-1]) * (dtype.itemsize + 4) + len(blocks) * (shape[0] + 1) * 8
     require_space(scratch, copied, f"a copy of {wrong.field} by rows, since {wrong.path.name} stores it by columns")
     with files["data"].open("wb") as data, files["indices"].open("wb") as indices, files["indptr"].open("wb") as indptr:
-        for block in blocks:
-            columns = _block(place, pointers[block.start : block.stop + 1], shape[0], wrong)
+        parts = ((block, _block(place, pointers[block.start : block.stop + 1], shape[0], wrong)) for block in blocks)
+        for _, columns in progress("turning columns into rows", parts, shape[1], "genes"):
             # The rows of the transpose are the columns that were stored.
             turned = columns.T.tocsr()
             data.write(turned.data.data)

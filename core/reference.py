@@ -14,10 +14,10 @@ import pandas as pd
 from anndata.io import read_elem
 
 from core.arrays import Floats, Ints, in_threads
-from core.cell_sums import CellSums, sum_cells
+from core.cell_sums import CellSums, reference_keys, sum_cells
 from core.controls import additive, interpolate
 from core.differential import against_rest, deg_mask
-from core.files import read_obs
+from core.files import read_obs, require_space
 from core.harmonising import KEYS, genes_of
 from core.linear import linear
 from core.moments import Moments
@@ -42,6 +42,11 @@ def write_reference(cells: ad.AnnData, seed: int, half_seeds: int, folder: Path)
     """
     halves = {seed: cells.obs["half"]}
     halves |= {further: draw_halves(cells.obs, further) for further in range(seed + 1, seed + half_seeds)}
+    keys, _ = reference_keys(cells.obs)
+    n = len(keys), cells.n_vars
+    # Sums of four kinds for each half split, and the layers.
+    needed = 8 * n[0] * n[1] * (4 * half_seeds + 11 + 7 * (half_seeds - 1))
+    require_space(folder, needed, f"the sums and profiles of {n[0]:,} conditions x {n[1]:,} genes")
     with TemporaryDirectory(dir=folder) as scratch, h5py.File(Path(scratch) / "moments.h5", "w") as file:
         sums = sum_cells(cells, halves, seed, lambda shape: file.create_dataset(None, shape, np.float64))
         negatives = build_negatives(sums)

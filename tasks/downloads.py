@@ -39,13 +39,20 @@ def download(source: HttpsSource | S3Source, target: Path) -> None:
     Raises ConnectionError if bytes are missing (the next try goes on from there), UserError where the file is not to
     be had, or is no HDF5 though it is named .h5ad.
     """
+    # Costs time, and nothing is downloaded in most runs.
+    from core.files import require_space
+
     part, state = target.with_name(f"{target.name}.part"), target.with_name(f"{target.name}.part.json")
-    version = json.loads(state.read_text(encoding="utf-8"))["version"] if state.exists() else None
+    version = _version(state)
     start = part.stat().st_size if part.exists() and version else 0
     with OPEN[source.kind](source, start, version) as stream:
-        state.write_text(json.dumps({"version": stream.version}), encoding="utf-8")
+        if stream.total is not None:
+            require_space(target.parent, stream.total - stream.start, source.url)
         with part.open("r+b" if part.exists() else "wb") as file:
+            # First the bytes of another version go, then comes the new one's name: killed in between, nothing is mixed.
             file.truncate(stream.start)
+            os.fsync(file.fileno())
+            write_whole(state, json.dumps({"version": stream.version}))
             file.seek(stream.start)
             _receive(stream, file, source.url)
             file.flush()
@@ -59,6 +66,25 @@ def download(source: HttpsSource | S3Source, target: Path) -> None:
         _require_hdf5(part, source.url)
     part.replace(target)
     state.unlink()
+
+
+def _version(state: Path) -> str | None:
+    """Which version of the file the kept bytes are of; None where that is not known."""
+    try:
+        version = json.loads(state.read_text(encoding="utf-8"))["version"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    return version if isinstance(version, str) else None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file that is there whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
 
 
 def _receive(stream: Stream, file: Any, url: str) -> None:
@@ -92,8 +118,11 @@ def _https(source: HttpsSource, start: int, version: str | None) -> Iterator[Str
         if answer.status_code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE:
             # Nothing is left to ask for: the part is whole, or longer than the file.
             total = answer.headers.get("content-range", "").rpartition("/")[2]
-            size = int(total) if total.isdigit() else 0
-            yield Stream(start if size == start else 0, size, version, iter(()))
+            if not total.isdigit() or int(total) != start:
+                # Without a version the next try begins at the first byte.
+                yield Stream(0, None, None, _broken(f"{source.url}: the server has no bytes from {start:,} on"))
+            else:
+                yield Stream(start, start, version, iter(()))
             return
         _require_success(answer, source.url)
         found = answer.headers.get("etag", "")
@@ -105,8 +134,18 @@ def _https(source: HttpsSource, start: int, version: str | None) -> Iterator[Str
             if not answer.headers.get("content-range", "").startswith(f"bytes {start}-"):
                 raise ConnectionError(f"{source.url}: the server sent another range than bytes {start}-")
             begin = start
+            if found and found != version:
+                # A server, or a cache on the way, that does not understand If-Range.
+                yield Stream(0, None, None, _broken(f"{source.url}: the file has changed since its first part came"))
+                return
         total_size = begin + int(length) if length is not None else None
         yield Stream(begin, total_size, found, answer.iter_raw())
+
+
+def _broken(why: str) -> Iterator[bytes]:
+    """No bytes, but a failure after which the next try begins anew."""
+    raise ConnectionError(why)
+    yield b""
 
 
 def _require_safe(answer: httpx.Response, url: str) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
@@ -15,12 +18,22 @@ from blocks.paths import downloads_folder, store_folder
 from core.catalog.schema import DatasetSpec, EmbeddingSpec, HttpsSource, S3Source, SimulatedSource
 from core.errors import UserError
 from tasks.artifacts import LOG, checksum, made
-from tasks.downloads import MAY_PASS, download
+from tasks.downloads import MAY_PASS, download, write_whole
 from tasks.inputs import check_sources, named_source
 
 
 class ConnectionLost(UserError):
     """A server that is out of reach, or broke off: this may pass."""
+
+
+# What s3fs makes of "slow down", "internal error" and the like.
+S3_MAY_PASS = (errno.EBUSY, errno.EREMOTEIO, errno.EIO)
+DISK = {
+    errno.ENOSPC: "no space left",
+    errno.EDQUOT: "quota used up",
+    errno.EACCES: "no permission to write",
+    errno.EROFS: "read-only",
+}
 
 
 def passing(task_: object, run: object, state: object) -> bool:
@@ -35,11 +48,14 @@ def passing(task_: object, run: object, state: object) -> bool:
 def may_pass(error: object) -> bool:
     """Whether an error is one of the connection, over HTTPS or to S3."""
     # Costs time, and nobody needs it as long as nothing fails.
+    from aiohttp import ClientError
     from botocore import exceptions as s3  # type: ignore[import-untyped]
 
     if isinstance(error, httpx.HTTPStatusError):
         return error.response.status_code >= 500 or error.response.status_code in MAY_PASS
-    broken = (httpx.TransportError, ConnectionError, TimeoutError, s3.ConnectionError, s3.HTTPClientError)
+    if type(error) is OSError:
+        return error.errno in S3_MAY_PASS
+    broken = (httpx.TransportError, ConnectionError, TimeoutError, s3.ConnectionError, s3.HTTPClientError, ClientError)
     return isinstance(error, broken)
 
 
@@ -95,19 +111,44 @@ def downloaded(name: str, source: HttpsSource | S3Source) -> Path:
     target = _target(name, source)
     recorded = target.with_name(f"{target.name}.sha256")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(target.parent / ".lock"):
+    with _alone(target):
         if not target.exists():
             # A record without its file is that of a former one.
             recorded.unlink(missing_ok=True)
-            download(source, target)
+            _download(source, target)
         found = checksum(target)
-        if not recorded.exists():
-            recorded.write_text(f"{found}  {target.name}\n", encoding="utf-8")
+        if not recorded.exists() or not recorded.read_text(encoding="utf-8").strip():
+            write_whole(recorded, f"{found}  {target.name}\n")
     expected = source.sha256 or recorded.read_text(encoding="utf-8").split()[0]
     if found != expected:
         whose = "the entry expects" if source.sha256 else "at its first download it had"
         raise UserError(target, "sha256", found, f"{whose} {expected}: delete the file and run again")
     return target
+
+
+def _download(source: HttpsSource | S3Source, target: Path) -> None:
+    try:
+        download(source, target)
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        remedy = "mend that, or name another data folder (environment CALIPERT_DATA); what has arrived is kept"
+        raise UserError(target.parent, "folder of downloads", DISK[error.errno], remedy) from error
+
+
+@contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """A context that one caller at a time is in, on this machine."""
+    lock = filelock.FileLock(target.parent / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        LOG.info("%s is being fetched or checked elsewhere: waiting for it", target.name)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def described(spec: DatasetSpec | EmbeddingSpec, raw: Path) -> str:

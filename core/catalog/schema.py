@@ -97,8 +97,9 @@ class SimulatedSource(Entry):
 class Labels(Entry):
     """How a label of the published file becomes a condition: `control`, `A` or `A+B`.
 
-    A label in `control`, or one that contains `control_contains`, is control. Of any other label only what stands
-    before the first `cut_at` counts; it is split at `separator` (`+` is always understood).
+    A label in `control`, or one that contains `control_contains`, is control; cells with a label in `dropped` are left
+    out. Of any other label only what stands before the first `cut_at` counts; it is split at `separator` (`+` is always
+    understood).
     """
 
     column: Text
@@ -106,6 +107,7 @@ class Labels(Entry):
     control: Texts = ("control",)
     control_contains: Text | None = None
     cut_at: Text | None = None
+    dropped: Texts = ()
 
 
 class Filter(Entry):

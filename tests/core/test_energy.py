@@ -13,7 +13,7 @@ from scipy import sparse
 from scipy.sparse.linalg import ArpackNoConvergence
 from sklearn.decomposition import PCA
 
-from core.energy import COMPONENTS, SMALL, edistances, principal_coordinates
+from core.energy import COMPONENTS, SMALL, _leading, edistances, principal_coordinates
 from core.panels import spans
 
 
@@ -108,6 +108,16 @@ def test_equal_eigenvalues_end_in_the_whole_decomposition(wide: sparse.csr_matri
     expected = principal_coordinates(wide, 20)
     monkeypatch.setattr("core.energy.eigsh", never)
     np.testing.assert_allclose(principal_coordinates(wide, 20), expected, rtol=1e-7, atol=1e-9)
+
+
+def test_an_eigenvalue_that_occurs_many_times_is_found_as_often() -> None:
+    """Lanczos alone converges with some copies missing, and says nothing."""
+    width = SMALL + 200
+    basis = np.linalg.qr(np.random.default_rng(5).standard_normal((width, width)))[0]
+    values = np.concatenate([np.full(30, 10.0), np.linspace(1, 0.1, width - 30)])
+    matrix = (basis * values) @ basis.T
+    found = _leading((matrix + matrix.T) / 2, 30)
+    np.testing.assert_allclose(np.einsum("ij,ij->j", found, matrix @ found), 10.0, rtol=1e-10)
 
 
 def test_threads_strips_and_disk_change_nothing(wide: sparse.csr_matrix, monkeypatch, tmp_path: Path) -> None:

@@ -471,6 +471,28 @@ def test_long_lists_of_names_are_cut() -> None:
     assert shown(list("abc"), 2) == "a, b and 1 more"
 
 
+@pytest.mark.parametrize("label", ["nan", "None", "NA", " <NA> "])
+def test_text_that_stands_for_no_label_is_no_perturbation(label: str) -> None:
+    with pytest.raises(UserError, match=r"stands for no label") as error:
+        read(["A", label])
+    assert "`labels.dropped`" in error.value.remedy
+    assert read(["A", label], dropped=(label.strip(),)) == ["A", None]
+    assert read(["A", label], control=(label.strip(),)) == ["A", "control"]
+
+
+def test_dropped_labels_are_those_of_no_condition(entry: Entry) -> None:
+    assert read(["A", "*", " * ", "B"], dropped=("*",)) == ["A", None, None, "B"]
+    raw = published()
+    names = plan(
+        raw.obs,
+        raw.var,
+        entry(labels={"column": "label", "separator": "_", "control": ["ctrl"], "dropped": ["c"]}),
+        "x",
+    )
+    assert "".join(names.obs.index) == "fecb"
+    assert names.report["cells without a label"] == 2
+
+
 # Sampling of conditions
 
 

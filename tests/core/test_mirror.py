@@ -53,6 +53,9 @@ def test_cells_are_ours_again(mirror: ad.AnnData, pairs_cells: ad.AnnData) -> No
 
 def test_conditions_that_only_look_like_controls_stay(mirror: ad.AnnData) -> None:
     labels = mirror.obs["condition"].astype(str)
+    mirror.obs.loc[labels == "ctrl_synthetic_mean", "tech_dup_split"] = ["first_half", "second_half"] * 2 + [
+        "first_half"
+    ]
     mirror.obs["condition"] = labels.replace(
         {"ctrl_synthetic_mean": "CTRL1", labels[labels != "control"].iloc[0]: "CTR9"}
     )
@@ -75,6 +78,43 @@ def test_a_mirror_that_contradicts_itself_is_refused(mirror: ad.AnnData, column:
         mirror_cells(mirror, "mirror.h5ad")
     assert found in error.value.found
     assert column in error.value.field
+
+
+def test_a_condition_with_cells_in_one_half_only_is_refused(mirror: ad.AnnData) -> None:
+    condition = mirror.obs["condition"][_first_training_cell(mirror)].iloc[0]
+    half = mirror.obs["tech_dup_split"].astype(str)
+    mirror.obs["tech_dup_split"] = half.where(mirror.obs["condition"] != condition, "second_half")
+    with pytest.raises(UserError, match=f"no cell of .*{condition}.* in one of the halves"):
+        mirror_cells(mirror, "mirror.h5ad")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "found"),
+    [
+        ("counts", "whole numbers only: these are counts"),
+        ("negative", "negative"),
+        ("layer", "not whole numbers"),
+        ("training", "no perturbation to train with"),
+    ],
+)
+def test_a_mirror_that_cannot_be_used_is_refused(
+    mirror: ad.AnnData, entry: Callable[..., Any], tmp_path: Path, spoil: str, found: str
+) -> None:
+    if spoil == "counts":
+        mirror.X = np.ceil(mirror.X * 2)
+    elif spoil == "negative":
+        mirror.X[3, 4] = -1
+    elif spoil == "layer":
+        mirror.layers["counts"] = mirror.X + 0.5
+    else:
+        perturbed = (mirror.obs["condition"] != "control").to_numpy()
+        mirror.obs["split_fold_0"] = mirror.obs["split_fold_0"].astype(str)
+        mirror.obs.loc[perturbed & (mirror.obs["split_fold_0"] == "train").to_numpy(), "split_fold_0"] = "val"
+    mirror.write_h5ad(tmp_path / "mirror.h5ad")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match=found):
+        write_cells(tmp_path / "mirror.h5ad", entry(task="combination"), {}, tmp_path / "out", 100_000)
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_mirror_without_control_is_refused(mirror: ad.AnnData) -> None:

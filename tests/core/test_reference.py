@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from scipy import sparse
 from core.catalog import dataset
 from core.cell_sums import CellSums
 from core.differential import against_rest
+from core.errors import UserError
 from core.files import open_h5ad
 from core.linear import linear
 from core.mirror import mirror_cells
@@ -353,3 +355,14 @@ def test_norman_panel(sums: Sums, prepared: Prepare, shared: Path) -> None:
     assert set(present) == {c for c in keys["condition"][combined] if set(c.split("+")) <= singles}
     # One target is measured, and single genes are never test.
     assert np.isnan(reference.layers["linear"]).all()
+
+
+def test_a_disk_too_small_for_the_profiles_is_found_first(
+    single_cells: ad.AnnData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(UserError, match="are missing") as error:
+        write_reference(single_cells, 42, 2, tmp_path)
+    assert "conditions x" in error.value.found
+    assert not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -34,6 +35,8 @@ class Behaviour:
         self.lie = 0
         self.stall = threading.Event()
         self.stalls = False
+        self.understands_if_range = True
+        self.tells_size = True
         self.asked: list[str | None] = []
 
 
@@ -46,12 +49,14 @@ def server() -> Iterator[tuple[HttpsSource, Behaviour]]:
             wanted = self.headers.get("Range")
             does.asked.append(wanted)
             start = 0
-            if does.ranges and wanted and self.headers.get("If-Range") == does.tag:
+            same = self.headers.get("If-Range") == does.tag or not does.understands_if_range
+            if does.ranges and wanted and same:
                 start = int(wanted.removeprefix("bytes=").removesuffix("-"))
             size = len(does.content)
             if start >= size:
                 self.send_response(416)
-                self.send_header("Content-Range", f"bytes */{size}")
+                if does.tells_size:
+                    self.send_header("Content-Range", f"bytes */{size}")
                 self.end_headers()
                 return
             self.send_response(206 if start else 200)
@@ -148,6 +153,74 @@ def test_it_starts_again_where_the_rest_cannot_be_had(
     does.ranges = change != "no ranges"
     download(source, tmp_path / "file.h5ad")
     assert (tmp_path / "file.h5ad").read_bytes() == does.content
+
+
+def test_the_old_bytes_go_before_the_new_version_is_named(
+    server: tuple[HttpsSource, Behaviour], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the two, a later try does not take bytes of the one file for those of the other."""
+    source, does = server
+    target, part = tmp_path / "file.h5ad", tmp_path / "file.h5ad.part"
+    does.cut = 3000
+    broken(source, target)
+    does.cut, does.content, does.tag = None, HDF5 + b"other" * 1000, '"two"'
+
+    class Killed(BaseException):
+        pass
+
+    def killed(path: Path, text: str) -> None:
+        assert part.stat().st_size == 0
+        raise Killed
+
+    with monkeypatch.context() as dying:
+        dying.setattr(downloads, "write_whole", killed)
+        with pytest.raises(Killed):
+            download(source, target)
+    download(source, target)
+    assert target.read_bytes() == does.content
+
+
+def test_a_cache_that_does_not_understand_if_range_mixes_nothing(
+    server: tuple[HttpsSource, Behaviour], tmp_path: Path
+) -> None:
+    source, does = server
+    does.cut = 3000
+    broken(source, tmp_path / "file.h5ad")
+    does.cut, does.understands_if_range = None, False
+    does.content, does.tag = HDF5 + b"other" * 1000, '"two"'
+    broken(source, tmp_path / "file.h5ad")
+    download(source, tmp_path / "file.h5ad")
+    assert (tmp_path / "file.h5ad").read_bytes() == does.content
+
+
+def test_no_bytes_left_and_no_size_told_begins_anew(server: tuple[HttpsSource, Behaviour], tmp_path: Path) -> None:
+    source, does = server
+    (tmp_path / "file.gmt.part").write_bytes(CONTENT)
+    (tmp_path / "file.gmt.part.json").write_text('{"version": "\\"one\\""}')
+    does.tells_size = False
+    broken(source, tmp_path / "file.gmt")
+    download(source, tmp_path / "file.gmt")
+    assert (tmp_path / "file.gmt").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("state", ["", "{", "[]", '{"version": 3}'])
+def test_a_state_that_cannot_be_read_is_none(server: tuple[HttpsSource, Behaviour], tmp_path: Path, state: str) -> None:
+    source, does = server
+    (tmp_path / "file.h5ad.part").write_bytes(b"x" * 100)
+    (tmp_path / "file.h5ad.part.json").write_text(state)
+    download(source, tmp_path / "file.h5ad")
+    assert (tmp_path / "file.h5ad").read_bytes() == CONTENT
+    assert does.asked == [None]
+
+
+def test_a_disk_that_is_too_small_is_found_before_the_download(
+    server: tuple[HttpsSource, Behaviour], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=len(CONTENT) - 1))
+    with pytest.raises(UserError, match="are missing") as error:
+        download(server[0], tmp_path / "file.h5ad")
+    assert server[0].url in error.value.found
 
 
 def test_a_length_that_lies_is_no_whole_file(server: tuple[HttpsSource, Behaviour], tmp_path: Path) -> None:

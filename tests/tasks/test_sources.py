@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 import time
@@ -25,7 +26,7 @@ from flows.calibrate import calibrate
 from flows.prepare import prepare
 from tasks.inputs import check_sources, chosen_dataset, named_source
 from tasks.prepare import DESCRIPTIVE
-from tasks.sources import ConnectionLost, described, downloaded, fetch_source, passing
+from tasks.sources import ConnectionLost, described, downloaded, fetch_source, may_pass, passing
 
 CONTENT = b"\x89HDF\r\n\x1a\n" + b"counts" * 1000
 CHANGED = CONTENT + b"!"
@@ -281,3 +282,19 @@ def test_what_does_not_pass_is_not_tried_again(server: str) -> None:
         fetch_source.fn(spec, {})
     assert not passing(None, None, Failed(data=caught.value))
     assert not passing(None, None, Failed(data=ValueError("no")))
+
+
+@pytest.mark.parametrize(("number", "passes"), [(errno.EBUSY, True), (errno.EREMOTEIO, True), (errno.ENOSPC, False)])
+def test_what_s3_says_in_numbers_may_pass_but_a_full_disk_does_not(number: int, passes: bool) -> None:
+    assert may_pass(OSError(number, "x")) == passes
+
+
+def test_a_folder_that_cannot_be_written_is_the_users_to_mend(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tasks.sources.download", full)
+    source = HttpsSource.model_construct(kind="https", url=f"{server}/other.h5ad", sha256=None)
+    with pytest.raises(UserError, match="no space left") as error:
+        downloaded("other", source)
+    assert "CALIPERT_DATA" in error.value.remedy
