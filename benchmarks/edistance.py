@@ -13,7 +13,11 @@ from typing import Annotated
 import anndata as ad
 import numpy as np
 import pandas as pd
-import scperturb
+
+try:
+    import scperturb
+except ModuleNotFoundError:
+    raise SystemExit("scperturb is not installed: pip install -e '.[bench]' -c constraints.txt") from None
 import typer
 
 from benchmarks.comparison import CONSOLE, Timing, agreement, machine, show_agreement, show_times, timed

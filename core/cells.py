@@ -27,6 +27,7 @@ from core.files import read_names, require_space, write_by_rows
 from core.harmonising import (
     CONTROL,
     KEYS,
+    SEPARATOR,
     Plan,
     count_faults,
     expression_faults,
@@ -37,9 +38,9 @@ from core.harmonising import (
     require_log_expression,
     whole_numbers,
 )
-from core.mirror import is_mirror, mirror_plan
+from core.mirror import REQUIRED_OBS, is_mirror, mirror_plan
 from core.panels import ahead
-from core.progress import progress
+from core.progress import LOG, progress
 from core.raw_matrix import Rows, has_layer, open_rows
 from core.spill import Spill
 from core.splits import draw_folds, draw_halves, fold_columns, sorted_groups
@@ -93,6 +94,9 @@ def _from_counts(
     raw: Path, obs: pd.DataFrame, var: pd.DataFrame, spec: DatasetSpec, memory: int, scratch: Path
 ) -> tuple[ad.AnnData, Iterator[Parts]]:
     where = str(raw)
+    partly = [column for column in REQUIRED_OBS[2:] if column in obs]
+    if partly:
+        LOG.warning("%s has %s, but not all columns of a preprocessed mirror: read as raw counts", raw.name, partly[0])
     names = plan(obs, var, spec, where)
     with open_rows(raw, spec.counts_layer, (len(obs), len(var)), memory, scratch) as matrix:
         n_genes, n_cells = survey(matrix, names, spec.min_genes_per_cell, where)
@@ -144,6 +148,8 @@ def _from_mirror(
     where = str(raw)
     _require_conditions(names.obs, spec, where)
     _require_training(names.obs, where)
+    _require_entry(names.obs, spec, where)
+    LOG.info("%s has the layout of a preprocessed mirror: its cells, halves and folds are taken as they are", raw.name)
     order = np.argsort(names.rows)
     spills: dict[str, Spill] = {}
     for place, layer in {"X": None, "layers/counts": "counts"}.items():
@@ -281,6 +287,20 @@ def normalise(counts: sparse.csr_matrix, sizes: Floats | None, target_sum: float
     scaled.data *= np.repeat(target_sum / np.where(sizes > 0, sizes, 1.0), np.diff(scaled.indptr))
     np.log1p(scaled.data, out=scaled.data)
     return sparse.csr_matrix(scaled, dtype=np.float32)
+
+
+def _require_entry(obs: pd.DataFrame, spec: DatasetSpec, where: str) -> None:
+    """Raise UserError where a mirror is not what the entry says: another task, or other folds."""
+    found = len(fold_columns(obs))
+    remedy = "use the entry that belongs to this file, without a number of folds of your own"
+    _require(
+        found == spec.folds, where, "folds", f"{found} folds in a mirror file; the entry says {spec.folds}", remedy
+    )
+    combined = int(obs["condition"].str.contains(SEPARATOR, regex=False).any())
+    task = "combination" if combined else "single"
+    _require(
+        task == spec.task, where, "task", f"a mirror file of {task} conditions; the entry says {spec.task}", remedy
+    )
 
 
 _LOWER = (

@@ -19,6 +19,8 @@ from core.errors import UserError, shown
 
 CONTROL = "control"
 SEPARATOR = "+"
+# What control is called elsewhere, in lower case: no gene's symbol.
+LIKE_CONTROL = ("control", "ctrl", "nt", "ntc", "non-targeting", "nontargeting", "non_targeting", "safe-targeting")
 # Missing labels that were written as text: as perturbations they would be wrong.
 NO_LABEL = ("nan", "NaN", "None", "none", "NA", "N/A", "<NA>")
 KEYS = ["covariate", "condition"]  # what a group of cells, and a row of every table, is keyed by
@@ -97,6 +99,12 @@ def plan(obs: pd.DataFrame, var: pd.DataFrame, spec: DatasetSpec, where: str) ->
     require_controls(table, spec.labels, where)
     symbols = pd.Index(var.index if spec.symbol_column is None else _symbols(var, spec.symbol_column, where))
     columns, genes, dropped = columns_by_symbol(symbols)
+    if not len(columns):
+        field = "var_names" if spec.symbol_column is None else f"var[{spec.symbol_column!r}]"
+        found = f"no gene with a symbol of its own among {len(var):,}"
+        raise UserError(
+            where, field, found, "name the column with the gene symbols in the catalog entry (`symbol_column`)"
+        )
     report = {
         "cells in the file": len(obs),
         "cells of conditions that were not sampled": int((~sampled).sum()),
@@ -194,14 +202,14 @@ def _require_expected(obs: pd.DataFrame, n_genes: int, spec: DatasetSpec, where:
 
 
 def condition_labels(labels: pd.Series, rules: Labels, where: str) -> pd.Series:
-    """Published labels as conditions; missing: no label, or one that is dropped. Spaces around a label or a gene do not
-    count.
+    """Published labels as conditions; missing where there is no label, an empty one, or one that is dropped.
+    Spaces around a label or a gene do not count.
 
     The genes of a combination are sorted, so that `B+A` is `A+B`. Refused, since each could be read in two ways: a
     label that holds both the entry's separator and `+`, and names that differ in case only, from a control label or
     from each other.
     """
-    distinct = [label for label in labels.dropna().astype(str).unique() if label.strip() not in rules.dropped]
+    distinct = [label for label in labels.dropna().astype(str).unique() if label.strip() not in ("", *rules.dropped)]
     mapping = {label: _condition(label, rules, where) for label in distinct}
     _require_one_spelling(mapping.values(), rules, where)
     return labels.astype(object).map(lambda label: mapping.get(str(label)), na_action="ignore")
@@ -235,6 +243,14 @@ def _condition(label: str, rules: Labels, where: str) -> str:
                 field,
                 f"the label {label!r}: {part!r} differs from the control label {meant[part.casefold()]!r} in case only",
                 f"add {part!r} to `labels.control` in the catalog entry if it is control, else rename it",
+            )
+    for part in names:
+        if part not in control and part.casefold() in LIKE_CONTROL:
+            raise UserError(
+                where,
+                field,
+                f"the label {label!r}: {part!r} is no gene, but a name of control",
+                f"add {part!r} to `labels.control` in the catalog entry, or the label to `labels.dropped`",
             )
     # A combination with control is the perturbation alone (`A+control` in some files).
     genes = sorted(set(names) - control)

@@ -5,7 +5,10 @@ Labels that start with `ctrl` are synthetic mean cells, not perturbations, and a
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 from scipy import sparse
@@ -22,6 +25,18 @@ SPLITS = ("train", "val", "test")
 def is_mirror(obs: pd.DataFrame) -> bool:
     """Whether a file's table of cells has the mirror's columns."""
     return all(column in obs for column in REQUIRED_OBS)
+
+
+def has_mirror_layout(path: Path) -> bool:
+    """Whether a file has the mirror's columns, told from their names alone; False for a file that cannot be read."""
+    try:
+        with h5py.File(path) as file:
+            obs = file["obs"]
+            return all(
+                column in (obs.dtype.names or () if isinstance(obs, h5py.Dataset) else obs) for column in REQUIRED_OBS
+            )
+    except (OSError, KeyError):
+        return False
 
 
 def mirror_plan(obs: pd.DataFrame, var: pd.DataFrame, where: str) -> Plan:

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from core.errors import UserError
+from core.errors import UserError, shown
 
 if TYPE_CHECKING:
     from blocks.settings import Services
@@ -89,6 +89,8 @@ def reproduce(
         raise
     CONSOLE.print(outcome_table(outcomes))
     CONSOLE.print(_addresses(services), soft_wrap=True)
+    if any(outcome.outcome != "done" for outcome in outcomes):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -290,7 +292,8 @@ def _show(results: Path, services: Services) -> None:
     CONSOLE.print(result_table(pd.read_parquet(results / "leaderboard.parquet"), CONSOLE.width))
     unpredicted = pd.read_parquet(results / "unpredicted.parquet")
     for model, rows in unpredicted.groupby("model", observed=True):
-        CONSOLE.print(f"{model} did not predict {len(rows)} conditions: {rows['reason'].iloc[0]}", style="yellow")
+        reasons = shown(sorted(set(rows["reason"])), 3)
+        CONSOLE.print(f"{model} did not predict {len(rows)} conditions: {reasons}", style="yellow")
     CONSOLE.print(f"\nReport:  {results / 'report.html'}{_addresses(services)}", soft_wrap=True)
 
 

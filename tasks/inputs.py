@@ -38,9 +38,9 @@ def named_source(name: str, sources: Mapping[str, str]) -> Path | None:
 def check_sources(specs: Iterable[DatasetSpec | EmbeddingSpec], sources: Mapping[str, str]) -> None:
     """Raise UserError, before any work, where a needed file is not named or not there, or nothing needs it."""
     needed = list(specs)
+    _check_unused(needed, sources)
     for spec in needed:
         _check_source(spec, sources)
-    _check_unused(needed, sources)
 
 
 def _check_unused(needed: list[DatasetSpec | EmbeddingSpec], sources: Mapping[str, str]) -> None:

@@ -158,7 +158,9 @@ def described(spec: DatasetSpec | EmbeddingSpec, raw: Path) -> str:
         return spec.source.url
     if isinstance(spec.source, SimulatedSource) and raw.is_relative_to(store_folder()):
         return "simulated"
-    return raw.name
+    from core.mirror import has_mirror_layout
+
+    return f"{raw.name} (layout of a preprocessed mirror)" if has_mirror_layout(raw) else raw.name
 
 
 def _target(name: str, source: HttpsSource | S3Source) -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import anndata as ad
@@ -93,3 +95,16 @@ def screen(request: pytest.FixtureRequest) -> ad.AnnData:
     """The cells of each small screen in turn; not to be changed."""
     cells: ad.AnnData = request.getfixturevalue(f"{request.param}_cells")
     return cells
+
+
+@pytest.fixture(scope="session")
+def stored_mirror(pairs_cells: ad.AnnData) -> ad.AnnData:
+    """The combination data as a file in the layout of the preprocessed mirror."""
+    mirror: ad.AnnData = runpy.run_path(str(Path(__file__).with_name("mirror_files.py")))["mirror_of"](pairs_cells)
+    return mirror
+
+
+@pytest.fixture
+def mirror(stored_mirror: ad.AnnData) -> ad.AnnData:
+    """A copy for each test to change."""
+    return stored_mirror.copy()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,8 +15,6 @@ from core.errors import UserError
 
 Entry = Callable[..., DatasetSpec]
 Prepare = Callable[..., ad.AnnData]
-
-mirror_of: Callable[..., ad.AnnData] = runpy.run_path(str(Path(__file__).with_name("mirror_files.py")))["mirror_of"]
 
 
 def test_it_tells_what_the_preparation_does(
@@ -66,8 +63,10 @@ def test_a_file_that_is_none_is_refused(entry: Entry, tmp_path: Path) -> None:
         check_dataset(tmp_path / "absent.h5ad", entry())
 
 
-def test_of_a_mirror_it_tells_what_is_in_it(pairs_cells: ad.AnnData, entry: Entry, tmp_path: Path) -> None:
-    mirror_of(pairs_cells).write_h5ad(tmp_path / "mirror.h5ad")
+def test_of_a_mirror_it_tells_what_is_in_it(
+    mirror: ad.AnnData, pairs_cells: ad.AnnData, entry: Entry, tmp_path: Path
+) -> None:
+    mirror.write_h5ad(tmp_path / "mirror.h5ad")
     check = check_dataset(tmp_path / "mirror.h5ad", entry(task="combination", min_cells_per_condition=10_000))
     assert check.conditions["kept"].all()
     found = check.conditions.set_index("condition")["cells"].to_dict()

@@ -480,6 +480,23 @@ def test_text_that_stands_for_no_label_is_no_perturbation(label: str) -> None:
     assert read(["A", label], control=(label.strip(),)) == ["A", "control"]
 
 
+@pytest.mark.parametrize("label", ["A+ctrl", "NT", "non-targeting"])
+def test_a_name_of_control_that_the_entry_does_not_list_is_no_gene(label: str) -> None:
+    with pytest.raises(UserError, match="is no gene, but a name of control") as error:
+        read(["A", label])
+    assert "`labels.control`" in error.value.remedy
+    assert read(["A", label], control=("ctrl", "NT", "non-targeting")) == ["A", "A" if "A" in label else "control"]
+
+
+def test_a_file_without_gene_symbols_is_refused(entry: Entry) -> None:
+    raw = published()
+    raw.var["symbol"] = "G"
+    labels = {"column": "label", "separator": "_", "control": ["ctrl"]}
+    with pytest.raises(UserError, match="no gene with a symbol of its own among 6") as error:
+        plan(raw.obs, raw.var, entry(labels=labels, symbol_column="symbol"), "x")
+    assert error.value.field == "var['symbol']"
+
+
 def test_dropped_labels_are_those_of_no_condition(entry: Entry) -> None:
     assert read(["A", "*", " * ", "B"], dropped=("*",)) == ["A", None, None, "B"]
     raw = published()

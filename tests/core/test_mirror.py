@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,20 +14,7 @@ import pytest
 
 from core.cells import read_cells, write_cells
 from core.errors import UserError
-from core.mirror import is_mirror, mirror_cells
-
-mirror_of: Callable[..., ad.AnnData] = runpy.run_path(str(Path(__file__).with_name("mirror_files.py")))["mirror_of"]
-
-
-@pytest.fixture(scope="module")
-def stored(pairs_cells: ad.AnnData) -> ad.AnnData:
-    return mirror_of(pairs_cells)
-
-
-@pytest.fixture
-def mirror(stored: ad.AnnData) -> ad.AnnData:
-    """A copy for each test to change."""
-    return stored.copy()
+from core.mirror import has_mirror_layout, is_mirror, mirror_cells
 
 
 def test_a_mirror_is_known_by_its_columns(mirror: ad.AnnData, pairs_cells: ad.AnnData) -> None:
@@ -115,6 +101,39 @@ def test_a_mirror_that_cannot_be_used_is_refused(
     with pytest.raises(UserError, match=found):
         write_cells(tmp_path / "mirror.h5ad", entry(task="combination"), {}, tmp_path / "out", 100_000)
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "found"),
+    [({"task": "single", "folds": 2}, "task", "combination in this"), ({}, "folds", "1 in this mirror file; 2 in")],
+)
+def test_a_mirror_that_is_not_what_the_entry_says_is_refused(
+    mirror: ad.AnnData, entry: Callable[..., Any], tmp_path: Path, fields: dict[str, Any], field: str, found: str
+) -> None:
+    if not fields:
+        del mirror.obs["split_fold_1"]
+    mirror.write_h5ad(tmp_path / "mirror.h5ad")
+    with pytest.raises(UserError, match=found) as error:
+        write_cells(tmp_path / "mirror.h5ad", entry(**({"task": "combination"} | fields)), {}, tmp_path)
+    assert error.value.field == field
+
+
+def test_the_layout_is_said_and_told_from_the_columns_alone(
+    mirror: ad.AnnData, entry: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "mirror.h5ad"
+    mirror.write_h5ad(path)
+    assert has_mirror_layout(path)
+    with caplog.at_level("INFO", "calipert"):
+        write_cells(path, entry(task="combination"), {}, tmp_path)
+    assert "mirror.h5ad has the layout of a preprocessed mirror" in caplog.text
+    del mirror.obs["tech_dup_split"]
+    mirror.write_h5ad(path)
+    assert not has_mirror_layout(path)
+    assert not has_mirror_layout(tmp_path / "absent.h5ad")
+    with pytest.raises(UserError):
+        write_cells(path, entry(task="combination", labels={"column": "condition"}), {}, tmp_path)
+    assert "not all columns of a preprocessed mirror" in caplog.text
 
 
 def test_a_mirror_without_control_is_refused(mirror: ad.AnnData) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import runpy
 from collections.abc import Callable
-from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -18,19 +16,6 @@ from core.reference import build_negatives, build_reference, control_means, data
 from core.stored_profiles import stored_reference
 
 Sums = Callable[..., CellSums]
-
-mirror_of: Callable[..., ad.AnnData] = runpy.run_path(str(Path(__file__).with_name("mirror_files.py")))["mirror_of"]
-
-
-@pytest.fixture(scope="module")
-def stored(pairs_cells: ad.AnnData) -> ad.AnnData:
-    return mirror_of(pairs_cells)
-
-
-@pytest.fixture
-def mirror(stored: ad.AnnData) -> ad.AnnData:
-    """A copy for each test to change."""
-    return stored.copy()
 
 
 def reference_of(mirror: ad.AnnData) -> tuple[ad.AnnData, ad.AnnData]:
