@@ -14,7 +14,7 @@ from scipy import sparse
 from core.arrays import Bools, Floats, in_threads
 from core.controls import draw_sparse
 from core.harmonising import CONTROL, KEYS, genes_of
-from core.moments import Moments, add_moments, add_sums, group_codes, group_sizes, square
+from core.moments import Moments, add_group_sums, add_sums, group_codes, group_sizes, square
 from core.panels import float_panels
 from core.progress import progress
 from core.splits import fold_columns
@@ -77,9 +77,14 @@ def sum_cells(
     members = sparse.vstack([draws, *training.values()], format="csc")
     sums = np.zeros((members.shape[0], len(genes)))
     for span, values in progress("sums of conditions and halves", float_panels(cells.X), cells.n_obs):
-        squared = square(values)
-        works = [partial(add_moments, *moments[number], half_codes[number][span], values, squared) for number in halves]
+        parts = values, square(values)
+        works = [
+            partial(add_group_sums, room_of, half_codes[number][span], part)
+            for number in halves
+            for room_of, part in zip(moments[number], parts, strict=True)
+        ]
         in_threads(_call, [*works, partial(add_sums, sums, members[:, span], values)])
+
     perturbed = np.flatnonzero(groups["condition"] != CONTROL)
 
     def read_half(number: int, half: int) -> Moments:

@@ -57,7 +57,8 @@ def _against(own: Moments, whole: Moments) -> tuple[Floats, Floats]:
 def benjamini_hochberg(p: Floats) -> Floats:
     """p-values adjusted for the false discovery rate along the last axis (Benjamini and Hochberg 1995)."""
     n = p.shape[-1]
-    order = np.argsort(p, axis=-1, kind="stable")
+    # Equal p-values get the same adjusted one, in whatever order they come.
+    order = np.argsort(p, axis=-1)
     scaled = np.take_along_axis(p, order, axis=-1) * (n / np.arange(1, n + 1))
     monotone = np.minimum(np.minimum.accumulate(scaled[..., ::-1], axis=-1)[..., ::-1], 1.0)
     adjusted = np.empty_like(p)

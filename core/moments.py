@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from core.arrays import Bools, Floats, Ints
+from core.arrays import Bools, Floats, Ints, in_threads
 from core.panels import float_panels
 
 
@@ -39,19 +39,18 @@ def group_codes(frame: pd.DataFrame, keys: pd.DataFrame) -> Ints:
     return np.asarray(index.get_indexer(pd.MultiIndex.from_frame(frame[columns].astype(str))), dtype=np.int64)
 
 
-def add_moments(total: Any, squares: Any, codes: Ints, values: sparse.csr_matrix, squared: sparse.csr_matrix) -> None:
-    """Add the sums of x and of x^2 of some cells to those of their groups.
+def add_group_sums(total: Any, codes: Ints, values: sparse.csr_matrix) -> None:
+    """Add the sums of some cells to those of their groups.
 
-    total, squares: groups x genes, float64, arrays or HDF5 datasets. codes: the group of each cell, -1 for none.
-    values: cells x genes, float64. squared: their squares. Of the arrays only the rows between the first and the last
-    group that occurs are read and written: sorted cells touch few.
+    total: groups x genes, float64, an array or an HDF5 dataset. codes: the group of each cell, -1 for none. values:
+    cells x genes, float64. Of the groups only the rows between the first and the last one that occurs are read and
+    written: sorted cells touch few.
     """
     if (codes < 0).all():
         return
     low, high = int(codes[codes >= 0].min()), int(codes.max()) + 1
     groups = _indicator(np.where(codes < 0, -1, codes - low), high - low)
     total[low:high] += (groups @ values).toarray()
-    squares[low:high] += (groups @ squared).toarray()
 
 
 def add_sums(total: Floats, members: sparse.csc_matrix, values: sparse.csr_matrix) -> None:
@@ -78,7 +77,10 @@ def group_moments(X: Any, codes: Ints, n_groups: int) -> Moments:
     """
     total, squares = np.zeros((n_groups, X.shape[1])), np.zeros((n_groups, X.shape[1]))
     for span, values in float_panels(X):
-        add_moments(total, squares, codes[span], values, square(values))
+        in_threads(
+            lambda work: add_group_sums(work[0], codes[span], work[1]),  # noqa: B023 - done before the next panel
+            [(total, values), (squares, square(values))],
+        )
     return Moments(group_sizes(codes, n_groups), total, squares)
 
 
