@@ -17,7 +17,7 @@ from core.errors import UserError
 
 # Half a megabyte a chunk: HDF5 keeps one such chunk at hand. More than 2^31 values must be countable.
 STORAGE = {"compression": "lzf", "chunks": (1 << 17,), "indptr_dtype": "int64"}
-
+MARGIN = 1 << 16  # bytes that HDF5 writes beside the values
 
 T = TypeVar("T")
 
@@ -96,6 +96,9 @@ def write_by_rows(path: Path, frame: ad.AnnData, parts: Iterable[Mapping[str, sp
     written: dict[str, int] = {}
     with h5py.File(path, "r+") as file:
         for part in parts:
+            # HDF5 that meets a full disk cannot close its file, and may end the whole process later.
+            needed = sum(rows.data.nbytes + rows.indices.nbytes + rows.indptr.nbytes for rows in part.values())
+            require_space(path.parent, needed + MARGIN, f"the next rows of {path.name}")
             for place, rows in part.items():
                 if place not in matrices:
                     write_elem(file, place, rows[:0], dataset_kwargs=STORAGE)

@@ -370,7 +370,6 @@ def test_a_preparation_that_will_not_fit_is_refused_before_it_writes(
     assert nothing_published(ArtifactStore())
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # HDF5, which cannot close its file
 @pytest.mark.parametrize(("room", "full"), [(0.3, "spill"), (0.7, "cells.h5ad"), (0.9, "cells.h5ad")])
 def test_a_disk_that_fills_up_under_a_preparation(
     room: float,
@@ -394,9 +393,14 @@ def test_a_disk_that_fills_up_under_a_preparation(
     monkeypatch.setenv("CALIPERT_DATA", str(folder))
     with pytest.raises(UserError) as caught:
         prepare(screen)
-    assert (caught.value.where, caught.value.field) == (str(folder / "store"), "free disk space")
+    assert caught.value.where.startswith(str(folder / "store"))
+    assert caught.value.field == "free disk space"
     free = shutil.disk_usage(folder).free
-    assert f"{free / 1e6:,.1f} MB are free, and it needs more than that" in caught.value.found
+    if full == "spill":
+        assert f"{free / 1e6:,.1f} MB are free, and it needs more than that" in caught.value.found
+    else:
+        # Seen before HDF5 meets it, which would not survive.
+        assert re.search(r"GB are needed for the next rows of cells\.h5ad: .* are missing", caught.value.found)
     assert free > most * room - 100_000
     assert nothing_published(ArtifactStore())
 

@@ -126,7 +126,7 @@ class TestWithServers:
         self, calipert: Run, data: Path, study: Study, servers: settings.Services
     ) -> None:
         done = calipert("reproduce", *study.options("absent", "damaged", "tiny"), data=data)
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.returncode == 1, done.stdout + done.stderr
         assert "1 of 3 data sets done, 2 not" in done.stdout
         rows = {row["data set"]: row for row in table(servers)}
         assert list(rows) == ["absent", "damaged", "tiny"]
@@ -167,7 +167,7 @@ class TestWithServers:
     def test_a_second_run_goes_on_from_the_first(
         self, calipert: Run, data: Path, study: Study, servers: settings.Services
     ) -> None:
-        assert calipert("reproduce", *study.options("damaged", "tiny"), data=data).returncode == 0
+        assert calipert("reproduce", *study.options("damaged", "tiny"), data=data).returncode == 1
         before = manifests(data)
         study.files["damaged"].write_bytes(study.files["tiny"].read_bytes())
         done = calipert("reproduce", *study.options("damaged", "tiny"), data=data)
