@@ -378,7 +378,7 @@ def require_controls(obs: pd.DataFrame, rules: Labels, where: str) -> None:
             where,
             f"obs[{rules.column!r}]",
             f"no control cells in {shown(without) or 'any covariate'}; labels there: {shown(labels, 8)}",
-            f"set `labels.control` in the catalog entry (now {rules.control}), or --control",
+            f"set `labels.control` in the catalog entry (now {shown(list(rules.control))}), or --control",
         )
 
 
