@@ -291,16 +291,13 @@ def normalise(counts: sparse.csr_matrix, sizes: Floats | None, target_sum: float
 
 def _require_entry(obs: pd.DataFrame, spec: DatasetSpec, where: str) -> None:
     """Raise UserError where a mirror is not what the entry says: another task, or other folds."""
-    found = len(fold_columns(obs))
+    combined = obs["condition"].str.contains(SEPARATOR, regex=False).any()
+    task, folds = "combination" if combined else "single", len(fold_columns(obs))
     remedy = "use the entry that belongs to this file, without a number of folds of your own"
-    _require(
-        found == spec.folds, where, "folds", f"{found} folds in a mirror file; the entry says {spec.folds}", remedy
-    )
-    combined = int(obs["condition"].str.contains(SEPARATOR, regex=False).any())
-    task = "combination" if combined else "single"
-    _require(
-        task == spec.task, where, "task", f"a mirror file of {task} conditions; the entry says {spec.task}", remedy
-    )
+    found = f"a mirror file of {task} conditions; the entry says {spec.task}"
+    _require(task == spec.task, where, "task", found, remedy)
+    found = f"{folds} folds in a mirror file; the entry says {spec.folds}"
+    _require(folds == spec.folds, where, "folds", found, remedy)
 
 
 _LOWER = (

@@ -105,7 +105,10 @@ def test_a_mirror_that_cannot_be_used_is_refused(
 
 @pytest.mark.parametrize(
     ("fields", "field", "found"),
-    [({"task": "single", "folds": 2}, "task", "of combination conditions; the entry says single"), ({}, "folds", "1 folds in a mirror file; the entry says 2")],
+    [
+        ({"task": "single", "folds": 2}, "task", "of combination conditions; the entry says single"),
+        ({}, "folds", "1 folds in a mirror file; the entry says 2"),
+    ],
 )
 def test_a_mirror_that_is_not_what_the_entry_says_is_refused(
     mirror: ad.AnnData, entry: Callable[..., Any], tmp_path: Path, fields: dict[str, Any], field: str, found: str
