@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import httpx
 
+from blocks.secrets import S3_KEY, S3_SECRET, s3_credentials
 from core.catalog.schema import HttpsSource, S3Source
 from core.errors import UserError
 from tasks.artifacts import LOG
@@ -164,14 +165,22 @@ def _require_success(answer: httpx.Response, url: str) -> None:
 @contextmanager
 def _s3(source: S3Source, start: int, version: str | None) -> Iterator[Stream]:
     import s3fs
+    from botocore.exceptions import NoCredentialsError, PartialCredentialsError  # type: ignore[import-untyped]
 
     bucket = s3fs.S3FileSystem(
-        anon=source.anonymous, endpoint_url=source.endpoint, skip_instance_cache=True, use_listings_cache=False
+        anon=source.anonymous,
+        endpoint_url=source.endpoint,
+        skip_instance_cache=True,
+        use_listings_cache=False,
+        **({} if source.anonymous else s3_credentials()),
     )
     try:
         found = bucket.info(source.url)
-    except (FileNotFoundError, PermissionError) as error:
-        remedy = "check the address; `anonymous: true` is for public files, others need AWS credentials"
+    except (FileNotFoundError, PermissionError, NoCredentialsError, PartialCredentialsError) as error:
+        remedy = (
+            "check the address; `anonymous: true` is for public files, others need AWS credentials or the Secret "
+            f"blocks {S3_KEY} and {S3_SECRET}"
+        )
         raise UserError(source.url, "address", f"{type(error).__name__}: {error}", remedy) from error
     total, etag = int(found["size"]), str(found["ETag"])
     begin = start if etag == version and start <= total else 0
