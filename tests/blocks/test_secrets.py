@@ -148,7 +148,7 @@ def test_a_pair_is_there_whole_or_not_at_all(
 def test_the_environment_comes_before_the_blocks_of_mlflow(
     api: StandIn, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    put(api, calipert_mlflow_username="block", calipert_mlflow_password="block")
+    put(api, **{block.replace("-", "_"): "block" for block in secrets.MLFLOW.values()})
     monkeypatch.setenv(name, "environment")
     assert secrets.mlflow_credentials() == {}
     assert not api.asked
