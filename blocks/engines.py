@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import selectors
@@ -13,7 +14,8 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
 from time import monotonic
@@ -22,8 +24,22 @@ from typing import Any, Literal
 from prefect.blocks.core import Block
 from pydantic import Field
 
+from blocks.cancellation import Stopped, killed_by_stop, models_end_with, raise_if_stopped, stop_all
+from blocks.gpus import VISIBLE, Gpu
 from blocks.paths import PROJECT_ROOT
 from model_containers.contract import THREAD_VARIABLES, ContractError, Description
+
+__all__ = [
+    "ENGINES",
+    "ModelFailed",
+    "ProcessEngine",
+    "Stopped",
+    "Usage",
+    "models_end_with",
+    "stop_all",
+]
+
+LOG = logging.getLogger("calipert.engines")
 
 Stage = Literal["describe", "train", "predict"]
 Event = Mapping[str, Any]
@@ -33,10 +49,23 @@ SUPERVISOR = Path(__file__).with_name("supervisor.py")
 LAST_LINES = 30
 LONGEST_LINE = 2**20
 DESCRIBE_LIMIT_S = 120.0
-# A cancellation of the flow reaches this thread only between two waits.
+# An exception that another thread raises in this one (a task's time limit) arrives only between two waits.
 WAIT_S = 0.5
 # All that a model's process gets of this one's environment: no setting, no credential, no proxy.
-KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
+KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a model's stage took.
+
+    seconds: wall clock. cpu_seconds: of its processes, those excepted that it never waited for. peak_memory_bytes: of
+    its largest process, not the sum over processes.
+    """
+
+    seconds: float
+    cpu_seconds: float
+    peak_memory_bytes: int
 
 
 class ModelFailed(Exception):
@@ -79,17 +108,22 @@ class ProcessEngine(Block):
         *,
         on_event: Callable[[Event], None],
         timeout_s: float | None = None,
-    ) -> None:
+        gpu: Gpu | None = None,
+    ) -> Usage:
         """Run `model.py STAGE SPEC.json` of a model and wait for its end.
 
         spec: the stage's JSON (docs/models.md). on_event: called in this thread with each event that the model prints;
-        any other line becomes a log event. timeout_s: wall-clock limit in seconds.
-        Raises ModelFailed if the model exits with an error, is killed, or takes longer. Whatever ends this call, be it
-        the model's own end, an exception of `on_event`, a cancellation or the death of this process by any signal,
-        ends all processes of the model too.
+        any other line becomes a log event. timeout_s: wall-clock limit in seconds. gpu: the leased one that the model
+        may use (blocks.gpus); it sees no other, and none without a lease.
+        Raises ModelFailed if the model exits with an error, is killed, or takes longer, and Stopped if its flow ends
+        meanwhile or has ended (blocks.cancellation). Whatever ends this call, be it the model's own end, an exception
+        of `on_event`, a cancellation or the death of this process by any signal, ends all processes of the model too;
+        the GPU stays leased until the last of them is gone.
         """
         deadline = float("inf") if timeout_s is None else monotonic() + timeout_s
         last: deque[str] = deque(maxlen=LAST_LINES)
+        name = f"{model_folder.name} {stage}"
+        raise_if_stopped(name)
         with tempfile.TemporaryDirectory(prefix="calipert-") as folder:
             scratch = Path(folder)
             status, spec_file = scratch / "status", scratch / "spec.json"
@@ -101,24 +135,35 @@ class ProcessEngine(Block):
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 cwd=scratch,
-                env=self._environment(scratch, int(spec.get("threads", 1))),
+                env=self._environment(scratch, int(spec.get("threads", 1)), gpu),
+                pass_fds=() if gpu is None else (gpu.descriptor,),
                 start_new_session=True,
             ) as process:
                 try:
-                    for stream, line in _lines(process, deadline):
-                        if stream is process.stdout:
-                            on_event(_event(line))
-                        else:
-                            last.append(line)
-                except TimeoutError:
-                    raise ModelFailed(
-                        model_folder.name, stage, f"was stopped after {timeout_s:g} s, its limit", None, tuple(last)
-                    ) from None
+                    with killed_by_stop(name, partial(_kill_group, process)):
+                        for stream, line in _lines(process, deadline):
+                            raise_if_stopped(name)
+                            if stream is process.stdout:
+                                on_event(_event(line))
+                            else:
+                                last.append(line)
+                except _LimitReached:
+                    ending = f"was stopped after {timeout_s:g} s, its limit{_where_to_change(stage)}"
+                    raise ModelFailed(model_folder.name, stage, ending, None, tuple(last)) from None
                 finally:
                     _kill_group(process)
-            exit_code = int(status.read_text(encoding="ascii")) if status.exists() else -signal.SIGKILL
-        if exit_code:
+            exit_code, usage = _report(status, process.returncode)
+        if exit_code or usage is None:
             raise ModelFailed(model_folder.name, stage, _ending(exit_code), exit_code, tuple(last))
+        LOG.debug(
+            "%s took %.1f s, %.1f s of CPU and at most %.2f GB, on %s",
+            name,
+            usage.seconds,
+            usage.cpu_seconds,
+            usage.peak_memory_bytes / 1e9,
+            "the CPU" if gpu is None else f"GPU {gpu.id}",
+        )
+        return usage
 
     def describe(self, model_folder: Path) -> Description:
         """What a model says that it can do and needs. Raises ModelFailed unless it says so as the contract wants."""
@@ -145,7 +190,7 @@ class ProcessEngine(Block):
         whole.update(_versions(self.python, required, model_folder.name).encode())
         return whole.hexdigest()
 
-    def _environment(self, scratch: Path, threads: int) -> dict[str, str]:
+    def _environment(self, scratch: Path, threads: int, gpu: Gpu | None) -> dict[str, str]:
         kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
         return kept | {
             "PATH": os.pathsep.join([str(Path(self.python).parent), kept.get("PATH", os.defpath)]),
@@ -155,6 +200,7 @@ class ProcessEngine(Block):
             "PYTHONHASHSEED": "0",
             "PYTHONUNBUFFERED": "1",
             "PYTHONDONTWRITEBYTECODE": "1",
+            VISIBLE: "" if gpu is None else gpu.id,
             **dict.fromkeys(THREAD_VARIABLES, str(threads)),
         }
 
@@ -162,8 +208,12 @@ class ProcessEngine(Block):
 ENGINES: dict[str, type[ProcessEngine]] = {"process": ProcessEngine}
 
 
+class _LimitReached(Exception):
+    """The model took longer than it may. Not TimeoutError, which `on_event` may raise for reasons of its own."""
+
+
 def _lines(process: subprocess.Popen[bytes], deadline: float) -> Iterator[tuple[object, str]]:
-    """(stream, line) as the model writes them, until both streams end. Raises TimeoutError at the deadline.
+    """(stream, line) as the model writes them, until both streams end. Raises _LimitReached at the deadline.
 
     The supervisor holds both streams to its own end, so they end when all is over. A carriage return ends a line too:
     progress bars write many on one line.
@@ -174,7 +224,7 @@ def _lines(process: subprocess.Popen[bytes], deadline: float) -> Iterator[tuple[
                 selector.register(stream, selectors.EVENT_READ, data=b"")
         while selector.get_map():
             if monotonic() >= deadline:
-                raise TimeoutError
+                raise _LimitReached
             ready = selector.select(min(WAIT_S, max(0.0, deadline - monotonic())))
             if not ready and process.poll() is not None:
                 return  # the supervisor was killed from outside: whoever holds the streams is left without one
@@ -214,6 +264,22 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
     # Nobody may be left in the group (which macOS calls a permission error while zombies are).
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def _report(status: Path, supervisor_code: int) -> tuple[int, Usage | None]:
+    """The model's exit code and usage as its supervisor wrote them; where it could not, its own exit code alone."""
+    if not status.exists():
+        return supervisor_code, None
+    report = json.loads(status.read_text(encoding="ascii"))
+    return report.pop("exit_code"), Usage(**report)
+
+
+def _where_to_change(stage: Stage) -> str:
+    if stage == "describe":
+        return ": a model has to describe itself at once (docs/models.md)"
+    return (
+        f": to change it, set `time_limits: {{{stage}: SECONDS}}` in the model's entry of the catalog (docs/models.md)"
+    )
 
 
 def _ending(exit_code: int) -> str:

@@ -1,30 +1,56 @@
 """Runs one command and ends together with it, with whatever it started, and with whoever started this.
 
 `python supervisor.py STATUS COMMAND...`, as the leader of a process group of its own, with the read end of a pipe as
-stdin whose write end only the starter holds. The command's exit code (minus the signal's number for one killed) is
-written to the file STATUS; then the whole group is killed, this process included. The group is killed, too, as soon
-as the starter is gone, however it died: the pipe ends, or, where a fork of the starter's still holds the pipe, this
-process gets another parent. The command joins the group before it runs: there is no moment at which it could be left.
+stdin whose write end only the starter holds. How the command ended is written to the file STATUS (`_report`); then the
+whole group is killed, this process included. The group is killed, too, as soon as the starter is gone, however it died:
+the pipe ends, or, where a fork of the starter's still holds the pipe, this process gets another parent. The command
+joins the group before it runs: there is no moment at which it could be left. What else this process was given to hold
+(the lock of a GPU) the command gets too.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    import resource
 
 CHECK_S = 1.0
 
 
 def main(status: str, *command: str) -> NoReturn:
     threading.Thread(target=_end_with_starter, args=(os.getppid(),), daemon=True).start()
-    Path(status).write_text(str(subprocess.call(command, stdin=subprocess.DEVNULL)), encoding="ascii")
+    began = time.monotonic()
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, close_fds=False)
+    _, ending, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(ending)
+    partial = Path(f"{status}.partial")
+    partial.write_text(_report(process.returncode, time.monotonic() - began, usage), encoding="ascii")
+    partial.replace(status)
     _kill_group()
+
+
+def _report(exit_code: int, seconds: float, usage: resource.struct_rusage) -> str:
+    """JSON: exit_code (minus the signal's number for a command that was killed), seconds of wall clock, cpu_seconds of
+    the command and of the children that it waited for, peak_memory_bytes of the largest of these processes."""
+    kilobyte = 1 if sys.platform == "darwin" else 1024
+    return json.dumps(
+        {
+            "exit_code": exit_code,
+            "seconds": seconds,
+            "cpu_seconds": usage.ru_utime + usage.ru_stime,
+            "peak_memory_bytes": usage.ru_maxrss * kilobyte,
+        }
+    )
 
 
 def _end_with_starter(starter: int) -> None:
