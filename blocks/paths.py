@@ -52,3 +52,8 @@ def logs_folder() -> Path:
 def reports_folder(dataset: str) -> Path:
     """Where a copy of the latest report of one data set lies."""
     return data_folder() / "reports" / dataset
+
+
+def scratch_folder() -> Path:
+    """Parent of the folders that live no longer than the process that made them (blocks.scratch)."""
+    return data_folder() / "scratch"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from filelock import FileLock
 from prefect import task
@@ -12,6 +11,7 @@ from prefect.cache_policies import NO_CACHE
 
 from blocks.code import code_hash
 from blocks.paths import reports_folder
+from blocks.scratch import scratch
 from core.catalog.schema import DatasetSpec
 from tasks.artifacts import key_of, made
 
@@ -77,9 +77,9 @@ def publish_results(name: str, results: Path) -> Path:
     target = reports_folder(name)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Two runs of one data set may end at once: one after the other puts its copy there, whole.
-    with FileLock(target.with_name(f".{name}.lock")), TemporaryDirectory(dir=target.parent, prefix=".") as scratch:
-        fresh = shutil.copytree(results, Path(scratch) / "new", copy_function=shutil.copyfile)
+    with FileLock(target.with_name(f".{name}.lock")), scratch(target.parent, ".publishing") as temporary:
+        fresh = shutil.copytree(results, temporary / "new", copy_function=shutil.copyfile)
         if target.exists():
-            target.rename(Path(scratch) / "old")
+            target.rename(temporary / "old")
         fresh.rename(target)
     return target / "report.html"
