@@ -4,44 +4,41 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
 
 from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
-from pydantic import Field
 
-from tasks.embed import make_embeddings
-from tasks.inputs import Origin, check_sources, chosen_dataset, chosen_models
+from flows.folds import cancel_folds, folds_of, plan_folds, recipes_of, train_folds
+from flows.parameters import Dataset, Folds, Models, Origin, Seed, Sources
+from tasks.inputs import check_sources, chosen_dataset, chosen_models
 from tasks.prepare import build_reference, measure_quality, prepare_cells
 from tasks.record import (
     end_interrupted,
     failing_with_the_flow,
     open_runs,
-    recipe,
     record_calibration,
     record_results,
     show_results,
 )
-from tasks.results import make_results, perturbed_genes, publish_results, test_conditions
+from tasks.results import make_results, publish_results
 from tasks.score import calibrate_metrics, score_controls, score_model
 from tasks.sources import described, fetch_source
-from tasks.train import split_fold, train_fold
 
 
 @flow(
     name="benchmark",
     flow_run_name="benchmark-{dataset}",
     task_runner=ThreadPoolTaskRunner(max_workers=os.cpu_count()),  # type: ignore[arg-type]
-    on_cancellation=[end_interrupted],
-    on_crashed=[end_interrupted],
+    on_cancellation=[end_interrupted, cancel_folds],
+    on_crashed=[end_interrupted, cancel_folds],
 )
 def benchmark(
-    dataset: str = "demo",
-    models: list[str] = ["demo"],  # noqa: B006 - shown in the form of the UI, never changed
-    folds: int | Literal["leave-one-out"] | None = None,
-    seed: Annotated[int, Field(ge=0)] = 42,
+    dataset: Dataset = "demo",
+    models: Models = ["demo"],  # noqa: B006 - shown in the form of the UI, never changed
+    folds: Folds = None,
+    seed: Seed = 42,
     origin: Origin = "raw",
-    sources: dict[str, str] = {},  # noqa: B006
+    sources: Sources = {},  # noqa: B006
 ) -> Path:
     """Calibrate the metrics on a data set and judge models by them.
 
@@ -64,24 +61,12 @@ def benchmark(
     control_scores = score_controls(spec, reference)
     calibration = calibrate_metrics(spec, control_scores)
 
-    asked = test_conditions(reference) if chosen else {}
-    data = {fold: split_fold(cells, fold) for fold in asked}
-    embedded = make_embeddings(chosen, data, sources, perturbed_genes(reference))
-    recipes = {model.name: recipe(model, seed, [embedded[model.name, fold] for fold in asked]) for model in chosen}
+    jobs = plan_folds(spec, chosen, cells, reference, seed, sources)
     source = described(spec, raw)
-    runs = open_runs(spec, control_scores, recipes, list(asked), source)
+    runs = open_runs(spec, control_scores, recipes_of(jobs), folds_of(jobs), source)
     with failing_with_the_flow(runs):
-        trainings = {
-            model.name: [
-                train_fold.submit(spec, model, fold, data[fold], embedded[model.name, fold], seed, asked[fold], runs)
-                for fold in asked
-            ]
-            for model in chosen
-        }
-        scores = [
-            score_model(spec, reference, name, seed, [training.result() for training in of_model])
-            for name, of_model in trainings.items()
-        ]
+        predictions = train_folds(jobs, runs)
+        scores = [score_model(spec, reference, name, seed, of_model) for name, of_model in predictions.items()]
         results = make_results(
             spec, source, [control_scores, *scores], calibration, quality.result(), runs.benchmark_id
         )

@@ -9,14 +9,18 @@ from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import UUID
 
 import pandas as pd
 from prefect import runtime, task
 from prefect.artifacts import create_link_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowRunFilterState, FlowRunFilterStateType
+from prefect.client.schemas.objects import StateType
 
 from blocks.code import code_hash
-from blocks.tracking import MLflowTracking
+from blocks.tracking import MLflowTracking, ModelRun
 from core.catalog.schema import DatasetSpec, ResolvedModel
 from core.controls import CONTROLS
 from core.errors import UserError
@@ -42,11 +46,11 @@ class Runs(NamedTuple):
     folds: dict[str, dict[int, str]]
 
 
-def recipe(model: ResolvedModel, seed: int, embeddings: Iterable[Path | None]) -> Recipe:
-    """The recipe of a model of the catalog under the engine in use. embeddings: the artifacts that its folds get."""
+def recipe(model: ResolvedModel, seed: int, embeddings: Iterable[str | None]) -> Recipe:
+    """The recipe of a model of the catalog under the engine in use. embeddings: the keys of those of its folds."""
     embedding = model.embedding
     about = {"embedding": embedding.name, "dimensions": embedding.dimensions} if embedding else {}
-    inputs = list(dict.fromkeys(key_of(path) for path in embeddings if path))
+    inputs = list(dict.fromkeys(key for key in embeddings if key))
     return Recipe({**model.hyperparameters, **about}, engine_identity(model), seed, inputs)
 
 
@@ -76,35 +80,56 @@ def benchmark_id(control_scores: Path, recipes: Mapping[str, Recipe]) -> str:
 
 @task(name="open-runs", cache_policy=NO_CACHE)
 def open_runs(
-    spec: DatasetSpec, control_scores: Path, recipes: dict[str, Recipe], folds: list[int], source: str
+    spec: DatasetSpec,
+    control_scores: Path,
+    recipes: dict[str, Recipe],
+    folds: list[int],
+    source: str,
+    controls: bool = True,
 ) -> Runs:
     """The MLflow runs of a benchmark, found again or created: one per model and control, and one per model and fold.
 
-    control_scores: of them only controls with a value get a run. source: where the raw file comes from.
+    control_scores: of them only controls with a value get a run. source: where the raw file comes from. controls:
+    false where nothing is scored.
     """
     scored = set(pd.read_parquet(control_scores / "scores.parquet", columns=["model"])["model"])
     identity = benchmark_id(control_scores, recipes)
-    server = tracking_server()
     kinds = dict.fromkeys(recipes, "model") | {control.name: control.role for control in CONTROLS}
-    controls = {control.name: Recipe({}, "", -1, []) for control in CONTROLS if control.name in scored}
-    runs = Runs(identity, {}, {})
-    for name, own in (recipes | controls).items():
-        runs.models[name] = server.open_model_run(
-            spec.name,
+    compared = {control.name: Recipe({}, "", -1, []) for control in CONTROLS if control.name in scored and controls}
+    about = {"folds": spec.folds, "half_seeds": spec.half_seeds, "data_seed": spec.seed}
+    wanted = [
+        ModelRun(
             name,
             own.seed,
             key=f"{identity}/{name}",
             kind=kinds[name],
-            benchmark_id=identity,
-            digest=key_of(control_scores)[:32],
-            source=source,
-            params={"folds": spec.folds, "half_seeds": spec.half_seeds, "data_seed": spec.seed, **own.params},
+            params=about | own.params,
             engine=own.engine or None,
-            flow_run_id=_flow_run(),
+            folds=folds if name in recipes else (),
         )
-        if name in recipes and folds:
-            runs.folds[name] = server.open_fold_runs(runs.models[name], folds)
-    return runs
+        for name, own in (recipes | compared).items()
+    ]
+    server = tracking_server()
+    server.end_stale(spec.name, active_flow_runs)
+    opened = server.open_runs(
+        spec.name, identity, wanted, digest=key_of(control_scores)[:32], source=source, flow_run_id=_flow_run()
+    )
+    return Runs(
+        identity,
+        {name: run.run_id for name, run in opened.items()},
+        {name: run.folds for name, run in opened.items() if run.folds},
+    )
+
+
+def active_flow_runs(ids: list[str]) -> set[str]:
+    """Those of some flow runs that have not ended, as far as Prefect knows."""
+    ended = [StateType.COMPLETED, StateType.FAILED, StateType.CRASHED, StateType.CANCELLED]
+    mine = FlowRunFilter(
+        id=FlowRunFilterId(any_=[UUID(one) for one in ids]),
+        state=FlowRunFilterState(type=FlowRunFilterStateType(not_any_=ended)),
+    )
+    with get_client(sync_client=True) as client:
+        return {str(run.id) for run in client.read_flow_runs(flow_run_filter=mine, limit=200)}
 
 
 @contextmanager
@@ -151,6 +176,12 @@ def record_calibration(spec: DatasetSpec, calibration: Path, source: str, result
     )
 
 
+@task(name="end-trainings", cache_policy=NO_CACHE)
+def end_trainings(runs: Runs) -> None:
+    """End the MLflow runs of models that were trained, but not scored."""
+    tracking_server().finish(*runs.models.values())
+
+
 @task(name="record-results", cache_policy=NO_CACHE)
 def record_results(runs: Runs, results: Path) -> None:
     """Write the leaderboard and the scores to the benchmark's MLflow runs, and end them."""
@@ -158,9 +189,8 @@ def record_results(runs: Runs, results: Path) -> None:
     board = pd.read_parquet(results / "leaderboard.parquet")
     scored = set(board["model"])
     server.log_leaderboard(board, {name: run_id for name, run_id in runs.models.items() if name in scored})
-    for run_id in runs.models.values():
-        server.log_files(run_id, [results / "leaderboard.parquet", results / "scores.parquet"])
-        server.finish(run_id)
+    server.log_scores(results / "scores.parquet", runs.models)
+    server.finish(*runs.models.values())
 
 
 @task(name="show-results", cache_policy=NO_CACHE)

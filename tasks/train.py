@@ -5,21 +5,71 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from pydantic import BaseModel, ConfigDict
 
 from blocks.code import code_hash
-from core.catalog.schema import DatasetSpec, ResolvedModel
+from blocks.engines import Usage
+from blocks.gpus import Gpu, lease
+from blocks.store import ArtifactStore, artifact_key
+from core.catalog.schema import ResolvedModel
+from core.errors import UserError
 from tasks.artifacts import LOG, made
 from tasks.engine import container, engine, engine_identity
-from tasks.record import Runs, end_failed, tracking_server
+from tasks.progress import shown_progress
+from tasks.record import end_failed, tracking_server
 
 THREADS = 1  # a model's bits may change with the number of threads; folds run beside each other instead
 
 Event = Mapping[str, Any]
+
+
+class FoldJob(BaseModel):
+    """One training: a model, a fold and a seed. All in it is JSON, so that it travels to another machine.
+
+    data: key of the fold's artifact (`split_fold`), which holds no test cell. embedding: key of its embedding, or None.
+    asked: covariate and condition of each test condition. target_sum: to which counts were scaled before the log.
+    run_id: of the MLflow run of this fold, empty until it is opened.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dataset: str
+    model: ResolvedModel
+    fold: int
+    seed: int
+    data: str
+    embedding: str | None
+    asked: list[dict[str, str]]
+    target_sum: float
+    run_id: str = ""
+
+    @property
+    def name(self) -> str:
+        """What logs and pages call it."""
+        return f"{self.dataset}, {self.model.name}, fold {self.fold}"
+
+
+class _Recipe(NamedTuple):
+    """What one of a fold's artifacts follows from."""
+
+    kind: str
+    inputs: dict[str, str]
+    parameters: dict[str, Any]
+    code: str
+
+    @property
+    def key(self) -> str:
+        return artifact_key(self.kind, self.inputs, self.parameters, self.code)
+
+    def made(self, build: Callable[[Path], None], label: str) -> Path:
+        return made(self.kind, build, inputs=self.inputs, parameters=self.parameters, code=self.code, label=label)
 
 
 @task(name="split-fold", task_run_name="split fold {fold}", cache_policy=NO_CACHE)
@@ -38,133 +88,153 @@ def split_fold(cells: Path, fold: int) -> Path:
     )
 
 
-def trained(
-    model: ResolvedModel,
-    fold: Path,
-    embedding: Path | None,
-    seed: int,
-    on_event: Callable[[Event], None],
-    label: str,
-) -> Path:
-    """The model directory of one fold: weights and training.jsonl (the events that the model sent)."""
-    folder_of_model = container(model)
+def predictions_key(job: FoldJob) -> str:
+    """The key of the predictions that a job gives on this machine, with its code and its models' packages."""
+    return _predictions(job).key
+
+
+def finished(job: FoldJob) -> Path | None:
+    """The artifact's folder of a job's predictions, if the store has them."""
+    return ArtifactStore().find("predictions", predictions_key(job))
+
+
+def trained(job: FoldJob, on_event: Callable[[Event], None], on_usage: Callable[[Usage], None]) -> Path:
+    """The model directory of one fold: weights and training.jsonl (the events that the model sent).
+
+    on_event, on_usage: called only where the model is trained now, not where the store has it.
+    """
+    data, embedding = _stored("fold", job.data), _embedding(job)
 
     def build(folder: Path) -> None:
         spec = {
-            "cells": str(fold / "train.h5ad"),
-            "embedding": _file(embedding),
-            "hyperparameters": model.hyperparameters,
-            "seed": seed,
+            "cells": str(data / "train.h5ad"),
+            "embedding": embedding,
+            "hyperparameters": job.model.hyperparameters,
+            "seed": job.seed,
             "threads": THREADS,
             "output": str(folder),
         }
-        with (folder / "training.jsonl").open("w", encoding="utf-8") as curve:
+        with (folder / "training.jsonl").open("w", encoding="utf-8") as curve, _device(job) as gpu:
 
             def keep(event: Event) -> None:
                 curve.write(json.dumps(dict(event), sort_keys=True) + "\n")
                 on_event(event)
 
-            engine().run("train", folder_of_model, spec, on_event=keep)
+            limit = job.model.time_limits.train
+            on_usage(engine().run("train", container(job.model), spec, on_event=keep, timeout_s=limit, gpu=gpu))
 
-    return made(
-        "model",
-        build,
-        inputs={"fold": fold} | ({"embedding": embedding} if embedding else {}),
-        parameters={"hyperparameters": model.hyperparameters, "seed": seed, "threads": THREADS},
-        code=engine_identity(model),
-        label=label,
-    )
+    return _model(job).made(build, f"the model of {job.name}")
 
 
-def predicted(
-    model: ResolvedModel,
-    directory: Path,
-    fold: Path,
-    embedding: Path | None,
-    seed: int,
-    asked: list[dict[str, str]],
-    target_sum: float,
-    on_event: Callable[[Event], None],
-    label: str,
-) -> Path:
+def predicted(job: FoldJob, directory: Path, on_event: Callable[[Event], None]) -> Path:
     """predictions.h5ad (checked, rows sorted) and unpredicted.json of one fold's test conditions.
 
-    asked: covariate and condition of each. Raises UserError where the predictions break the contract.
+    directory: of the trained model. Raises UserError where the predictions break the contract.
     """
     from core.files import read_genes
     from core.predictions import check_model_output
 
-    folder_of_model = container(model)
+    control = _stored("fold", job.data) / "control.h5ad"
 
     def build(folder: Path) -> None:
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        with tempfile.TemporaryDirectory(dir=folder) as scratch, _device(job) as gpu:
             spec = {
                 "model": str(directory),
-                "control": str(fold / "control.h5ad"),
-                "conditions": asked,
-                "embedding": _file(embedding),
-                "seed": seed,
+                "control": str(control),
+                "conditions": job.asked,
+                "embedding": _embedding(job),
+                "seed": job.seed,
                 "threads": THREADS,
                 "output": scratch,
             }
-            engine().run("predict", folder_of_model, spec, on_event=on_event)
-            genes = read_genes(fold / "control.h5ad")
-            profiles, unpredicted = check_model_output(Path(scratch), asked, genes, model.name, target_sum)
+            limit = job.model.time_limits.predict
+            engine().run("predict", container(job.model), spec, on_event=on_event, timeout_s=limit, gpu=gpu)
+            profiles, unpredicted = check_model_output(
+                Path(scratch), job.asked, read_genes(control), job.model.name, job.target_sum
+            )
         profiles.write_h5ad(folder / "predictions.h5ad")
         (folder / "unpredicted.json").write_text(json.dumps(unpredicted, sort_keys=True), encoding="utf-8")
 
-    return made(
-        "predictions",
-        build,
-        inputs={"model": directory, "fold": fold} | ({"embedding": embedding} if embedding else {}),
-        parameters={"conditions": asked, "seed": seed, "threads": THREADS, "target_sum": target_sum},
-        code=engine_identity(model) + code_hash("core.predictions"),
-        label=label,
-    )
+    return _predictions(job).made(build, f"the predictions of {job.name}")
 
 
-@task(name="train-fold", task_run_name="{model.name} fold {fold}", cache_policy=NO_CACHE)
-def train_fold(
-    spec: DatasetSpec,
-    model: ResolvedModel,
-    fold: int,
-    data: Path,
-    embedding: Path | None,
-    seed: int,
-    asked: list[dict[str, str]],
-    runs: Runs,
-) -> Path:
+@task(name="train-fold", task_run_name="{job.model.name} fold {job.fold}", cache_policy=NO_CACHE)
+def train_fold(job: FoldJob) -> Path:
     """Train a model on one fold and predict its test conditions; the artifact's folder of the predictions.
 
-    data: the fold's artifact (`split_fold`). The fold's MLflow run among `runs` shows the curve while it grows.
+    The fold's MLflow run shows the curve while it grows, a progress artifact how far the training is.
     """
-    run_id = runs.folds[model.name][fold]
     tracking = tracking_server()
-    live = tracking.live_curve(run_id)
-    name = f"{model.name}, fold {fold}"
+    live = tracking.live_curve(job.run_id)
+    progress = shown_progress(f"training {job.name}")
 
     def say(event: Event) -> None:
         if event.get("event") == "log":
-            LOG.info("%s: %s", name, event["message"])
+            LOG.info("%s: %s", job.name, event["message"])
 
     def learn(event: Event) -> None:
         live(event)
+        progress(event)
         say(event)
 
+    usages: list[Usage] = []
     try:
-        directory = trained(model, data, embedding, seed, learn, f"the model {name}")
-        predictions = predicted(
-            model, directory, data, embedding, seed, asked, spec.target_sum, say, f"the predictions of {name}"
-        )
+        directory = trained(job, learn, usages.append)
+        predictions = predicted(job, directory, say)
     except BaseException as error:
-        end_failed([run_id], error)
+        end_failed([job.run_id], error)
         raise
-    tracking.log_curve(run_id, directory / "training.jsonl")
-    tracking.finish(run_id)
+    for usage in usages:
+        tracking.log_usage(job.run_id, usage)
+    tracking.log_curve(job.run_id, directory / "training.jsonl")
+    tracking.finish(job.run_id)
     lacking = len(json.loads((predictions / "unpredicted.json").read_text(encoding="utf-8")))
-    LOG.info("%s: %d of %d conditions predicted", name, len(asked) - lacking, len(asked))
+    LOG.info("%s: %d of %d conditions predicted", job.name, len(job.asked) - lacking, len(job.asked))
     return predictions
 
 
-def _file(embedding: Path | None) -> str | None:
-    return str(embedding / "embedding.parquet") if embedding else None
+def _model(job: FoldJob) -> _Recipe:
+    parameters = {"hyperparameters": job.model.hyperparameters, "seed": job.seed, "threads": THREADS}
+    return _Recipe("model", _inputs(job), parameters, engine_identity(job.model))
+
+
+def _predictions(job: FoldJob) -> _Recipe:
+    parameters = {"conditions": job.asked, "seed": job.seed, "threads": THREADS, "target_sum": job.target_sum}
+    code = engine_identity(job.model) + code_hash("core.predictions")
+    return _Recipe("predictions", {"model": _model(job).key, **_inputs(job)}, parameters, code)
+
+
+def _inputs(job: FoldJob) -> dict[str, str]:
+    return {"fold": job.data} | ({"embedding": job.embedding} if job.embedding else {})
+
+
+def _stored(kind: str, key: str) -> Path:
+    store = ArtifactStore()
+    found = store.find(kind, key)
+    if found is None:
+        remedy = (
+            "machines that train for each other need one store: set CALIPERT_STORE to the same place on all of them"
+        )
+        raise UserError(store.root, kind, f"nothing under the key {key}", remedy)
+    return found
+
+
+def _embedding(job: FoldJob) -> str | None:
+    return str(_stored("embedding", job.embedding) / "embedding.parquet") if job.embedding else None
+
+
+def _device(job: FoldJob) -> AbstractContextManager[Gpu | None]:
+    """A GPU of this machine for a model that uses one; None where there is none, and for other models."""
+    return lease(job.name) if _uses_gpu(job.model) else nullcontext()
+
+
+def _uses_gpu(model: ResolvedModel) -> bool:
+    folder_of_model = container(model)
+
+    def build(folder: Path) -> None:
+        description = engine().describe(folder_of_model)
+        (folder / "describe.json").write_text(json.dumps(asdict(description), sort_keys=True), encoding="utf-8")
+
+    recipe = _Recipe("description", {}, {"model": model.template}, engine_identity(model))
+    found = recipe.made(build, f"the description of {model.template}")
+    return bool(json.loads((found / "describe.json").read_text(encoding="utf-8"))["gpu"])

@@ -104,6 +104,7 @@ def _resolved() -> dict[str, ResolvedModel]:
                 embedding=None if choice is None else embeddings[choice],
                 hyperparameters=spec.hyperparameters,
                 container=spec.container,
+                time_limits=spec.time_limits,
                 citation=spec.citation,
             )
     return found

@@ -208,6 +208,13 @@ class EmbeddingSpec(Entry):
         return self
 
 
+class TimeLimits(Entry):
+    """The longest time, in seconds, that a stage of a model may take on one fold; then it is stopped."""
+
+    train: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 24 * 3600
+    predict: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3600
+
+
 class ModelSpec(Entry):
     """A model; with `embedding: true` a template that gives one model per embedding, `<name>_<embedding>`.
 
@@ -219,6 +226,7 @@ class ModelSpec(Entry):
     container: Name | None = None
     embedding: bool = False
     hyperparameters: Settings = {}
+    time_limits: TimeLimits = TimeLimits()
     citation: Text = "not stated"
 
     @field_validator("name")
@@ -246,4 +254,5 @@ class ResolvedModel(Entry):
     embedding: EmbeddingSpec | None
     hyperparameters: dict[str, JsonValue]
     container: Name | None
+    time_limits: TimeLimits = TimeLimits()
     citation: Text

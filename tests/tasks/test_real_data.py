@@ -14,11 +14,12 @@ from core.calibration import calibrate
 from core.evaluation import evaluated_set, score
 from core.metrics import BY_NAME
 from core.reference import half_split_files, read_reference
+from tasks.artifacts import key_of
 from tasks.embed import embed
 from tasks.prepare import build_reference, prepare_cells
 from tasks.results import test_conditions as conditions_by_fold
 from tasks.score import score_controls
-from tasks.train import predicted, split_fold, trained
+from tasks.train import FoldJob, predicted, split_fold, trained
 
 pytestmark = [pytest.mark.shared, pytest.mark.slow]
 
@@ -69,11 +70,17 @@ def test_knowledge_beats_the_dataset_mean_on_held_out_perturbations(shared: Path
     profiles = []
     for fold, asked in conditions_by_fold(reference).items():
         if asked[0]["condition"] in wanted:
-            data = split_fold.fn(cells, fold)
-            directory = trained(model, data, embedding, 42, lambda _: None, "model")
-            predictions = predicted(
-                model, directory, data, embedding, 42, asked, spec.target_sum, lambda _: None, "predictions"
+            job = FoldJob(
+                dataset=spec.name,
+                model=model,
+                fold=fold,
+                seed=42,
+                data=key_of(split_fold.fn(cells, fold)),
+                embedding=key_of(embedding),
+                asked=asked,
+                target_sum=spec.target_sum,
             )
+            predictions = predicted(job, trained(job, lambda _: None, lambda _: None), lambda _: None)
             profiles.append(ad.read_h5ad(predictions / "predictions.h5ad"))
     assert len(profiles) == len(wanted)
     ratios = _wmse_ratios(ad.concat(profiles), reference)

@@ -1,0 +1,251 @@
+"""The trainings of a benchmark: one for each model and fold, on other machines where there are any, else here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from prefect import runtime
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterId,
+    FlowRunFilterParentFlowRunId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import FlowRun, StateType, WorkerStatus
+from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound
+from prefect.futures import PrefectFuture, as_completed
+from prefect.states import Cancelled, Cancelling
+
+from blocks.cancellation import models_end_with
+from blocks.pools import GPU
+from core.catalog.schema import DatasetSpec, ResolvedModel
+from core.errors import UserError
+from tasks.artifacts import LOG, key_of
+from tasks.embed import make_embeddings
+from tasks.progress import shown_progress
+from tasks.record import Recipe, Runs, recipe
+from tasks.results import perturbed_genes, test_conditions
+from tasks.train import FoldJob, finished, predictions_key, split_fold, train_fold
+
+DEPLOYMENT = "train-fold/any"
+POLL_S = 1.0
+PAGE = 200  # flow runs that the server gives at once
+REPEATS = 2  # of a training whose machine failed under it
+SILENCE_S = 60.0  # between two warnings that nobody takes the trainings
+
+WAITING = (StateType.SCHEDULED, StateType.PENDING)
+ACTIVE = (*WAITING, StateType.RUNNING, StateType.PAUSED)
+
+
+def plan_folds(
+    spec: DatasetSpec, models: list[ResolvedModel], cells: Path, reference: Path, seed: int, sources: dict[str, str]
+) -> list[FoldJob]:
+    """One job for each model and fold, model after model, with the folds' cells and the models' embeddings made."""
+    asked = test_conditions(reference) if models else {}
+    data = {fold: split_fold(cells, fold) for fold in asked}
+    embedded = make_embeddings(models, data, sources, perturbed_genes(reference))
+    return [
+        FoldJob(
+            dataset=spec.name,
+            model=model,
+            fold=fold,
+            seed=seed,
+            data=key_of(data[fold]),
+            embedding=key_of(embedding) if (embedding := embedded[model.name, fold]) else None,
+            asked=asked[fold],
+            target_sum=spec.target_sum,
+        )
+        for model in models
+        for fold in asked
+    ]
+
+
+def recipes_of(jobs: Iterable[FoldJob]) -> dict[str, Recipe]:
+    """What the scores of each model follow from."""
+    by_model: dict[str, list[FoldJob]] = {}
+    for job in jobs:
+        by_model.setdefault(job.model.name, []).append(job)
+    return {name: recipe(own[0].model, own[0].seed, [job.embedding for job in own]) for name, own in by_model.items()}
+
+
+def folds_of(jobs: Iterable[FoldJob]) -> list[int]:
+    """The folds of some jobs, sorted."""
+    return sorted({job.fold for job in jobs})
+
+
+def train_folds(jobs: Iterable[FoldJob], runs: Runs) -> dict[str, list[Path]]:
+    """The predictions' artifacts of every model, in the order of its folds.
+
+    What the store lacks goes to the work pool `gpu`, a flow run for each fold, where this flow itself was started by a
+    worker and that pool has workers; else it is done here. Either way one fold's failure does not stop the others: the
+    error comes at the end, and what was finished stays in the store. A cancellation stops them all.
+    """
+    opened = [job.model_copy(update={"run_id": runs.folds[job.model.name][job.fold]}) for job in jobs]
+    away = [job for job in opened if finished(job) is None] if opened and _has_workers() else []
+    here = [job for job in opened if job not in away]
+    failures: dict[str, BaseException | str] = {}
+    with models_end_with("the training of folds"):
+        futures = {train_fold.submit(job): job for job in here}
+        if away:
+            failures |= _done_elsewhere(away)
+        failures |= _done_here(futures)
+    if failures:
+        raise _failed(failures, len(opened))
+    predictions: dict[str, list[Path]] = {}
+    for job in opened:
+        found = finished(job)
+        if found is None:
+            raise UserError(job.name, "predictions", "gone from the store", "run again")
+        predictions.setdefault(job.model.name, []).append(found)
+    return predictions
+
+
+def cancel_folds(flow: object, flow_run: Any, state: Any) -> None:
+    """Hook of a flow that was cancelled or has crashed: cancel the trainings that it left with other workers."""
+    mine = FlowRunFilter(
+        parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[flow_run.id]),
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(ACTIVE))),
+    )
+    with get_client(sync_client=True) as client:
+        while left := client.read_flow_runs(flow_run_filter=mine, limit=PAGE):
+            _cancel(client, left)
+
+
+def _has_workers() -> bool:
+    """Whether somebody takes trainings: this flow runs under a worker itself, and the pool has one that is alive."""
+    if not runtime.deployment.id:
+        return False
+    with get_client(sync_client=True) as client:
+        try:
+            client.read_deployment_by_name(DEPLOYMENT)
+            workers = client.read_workers_for_work_pool(GPU)
+        except ObjectNotFound:
+            return False
+    online = any(worker.status == WorkerStatus.ONLINE for worker in workers)
+    if not online:
+        LOG.info("the work pool %s has no worker online: training here", GPU)
+    return online
+
+
+def _done_here(futures: dict[PrefectFuture[Path], FoldJob]) -> dict[str, BaseException | str]:
+    """Failures by name, after all have ended."""
+    failures: dict[str, BaseException | str] = {}
+    for future in as_completed(list(futures)):
+        found = future.result(raise_on_failure=False)
+        if isinstance(found, BaseException):
+            failures[futures[future].name] = found
+    return failures
+
+
+def _done_elsewhere(jobs: list[FoldJob]) -> dict[str, BaseException | str]:
+    """Send jobs to the work pool and wait for all of them; failures by name. Whatever ends the wait cancels them."""
+    LOG.info("%d trainings go to the work pool %s", len(jobs), GPU)
+    progress = shown_progress(f"folds of {jobs[0].dataset}")
+    repeats = dict.fromkeys((job.name for job in jobs), REPEATS)
+    failures: dict[str, BaseException | str] = {}
+    with _cancelled_in_the_end() as waiting:
+        for job in jobs:
+            waiting[_sent(job)] = job
+        said = time.monotonic()
+        with get_client(sync_client=True) as client:
+            while waiting:
+                time.sleep(POLL_S)
+                ended = [run for run in _read(client, waiting) if run.state and run.state.is_final()]
+                for run in ended:
+                    job = waiting.pop(run.id)
+                    why = _why(run)
+                    if why and run.state_type == StateType.CRASHED and repeats[job.name]:
+                        repeats[job.name] -= 1
+                        LOG.warning("%s: %s; once more", job.name, why)
+                        waiting[_sent(job)] = job
+                    elif why:
+                        LOG.error("%s: %s", job.name, why)
+                        failures[job.name] = why
+                if ended:
+                    said = time.monotonic()
+                    done = len(jobs) - len(waiting)
+                    progress({"event": "progress", "done": done, "total": len(jobs), "unit": "fold"})
+                elif time.monotonic() - said > SILENCE_S:
+                    said = time.monotonic()
+                    _say_if_nobody_works(client, len(waiting))
+    return failures
+
+
+@contextmanager
+def _cancelled_in_the_end() -> Iterator[dict[UUID, FoldJob]]:
+    """Flow runs that are waited for; those that are still there when the context ends are cancelled."""
+    waiting: dict[UUID, FoldJob] = {}
+    try:
+        yield waiting
+    finally:
+        if waiting:
+            with get_client(sync_client=True) as client:
+                _cancel(client, _read(client, waiting))
+
+
+def _sent(job: FoldJob) -> UUID:
+    run = run_deployment(
+        DEPLOYMENT,
+        parameters={"job": job.model_dump(mode="json"), "expected": predictions_key(job)},
+        flow_run_name=job.name,
+        tags=["calipert", job.dataset, job.model.name],
+        timeout=0,
+    )
+    if not isinstance(run, FlowRun):
+        raise TypeError(f"a flow run was awaited, not {run!r}")
+    return run.id
+
+
+def _read(client: SyncPrefectClient, ids: Iterable[UUID]) -> list[FlowRun]:
+    wanted = list(ids)
+    return [
+        run
+        for start in range(0, len(wanted), PAGE)
+        for run in client.read_flow_runs(
+            flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=wanted[start : start + PAGE])), limit=PAGE
+        )
+    ]
+
+
+def _cancel(client: SyncPrefectClient, runs: Iterable[FlowRun]) -> None:
+    """A run that nobody has taken is cancelled at once; a worker stops one that runs, and says so when it has."""
+    for run in runs:
+        if run.state and not run.state.is_final():
+            taken = run.state_type not in WAITING
+            client.set_flow_run_state(run.id, Cancelling() if taken else Cancelled(), force=not taken)
+
+
+def _why(run: FlowRun) -> str | None:
+    """Why a run did not end well; None where it did."""
+    state = run.state
+    if state is None or state.is_completed():
+        return None
+    return f"{state.type.value.lower()}: {state.message or 'no reason given'}"
+
+
+def _say_if_nobody_works(client: SyncPrefectClient, waiting: int) -> None:
+    workers = client.read_workers_for_work_pool(GPU)
+    if not any(worker.status == WorkerStatus.ONLINE for worker in workers):
+        LOG.warning("%d trainings wait: the work pool %s has no worker online; start one, or cancel", waiting, GPU)
+
+
+def _failed(failures: dict[str, BaseException | str], jobs: int) -> Exception:
+    """One error for all folds that failed; the first one's own, where it says what the user can mend."""
+    first = next(iter(failures.values()))
+    if len(failures) == 1 and isinstance(first, Exception):
+        return first
+    reasons = "\n".join(
+        f"{name}: {reason if isinstance(reason, str) else f'{type(reason).__name__}: {reason}'}"
+        for name, reason in failures.items()
+    )
+    error = RuntimeError(f"{len(failures)} of {jobs} trainings failed; the others are in the store.\n{reasons}")
+    error.__cause__ = first if isinstance(first, Exception) else None
+    return error

@@ -1,0 +1,290 @@
+"""SIGKILL at random moments: of a benchmark's processes, of the worker, of Prefect's and of MLflow's server.
+
+`make fault` makes 30 rounds (CALIPERT_FAULT_ROUNDS), the ordinary tests 5. After each round the benchmark is started
+again to its end, and must leave what an undisturbed one leaves. CALIPERT_FAULT_SEED repeats a sequence of moments.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+import yaml
+
+from blocks import services
+from blocks.paths import PROJECT_ROOT
+
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+
+ROUNDS = int(os.environ.get("CALIPERT_FAULT_ROUNDS", "5"))
+SEED = int(os.environ.get("CALIPERT_FAULT_SEED", str(secrets.randbits(32))))
+MODELS = ("ridge_coexpression", "knn_coexpression")
+SAME = ("scores.parquet", "calibration.parquet", "leaderboard.parquet", "report.html")
+# Every third round of a benchmark in one process, then each of the others in turn.
+VICTIMS = ("benchmark", "worker-cpu", "worker-gpu", "prefect", "mlflow")
+
+ENTRY = {
+    "name": "tiny",
+    "title": "a simulated screen for tests",
+    "task": "single",
+    "source": {
+        "kind": "simulated",
+        "settings": {"seed": 7, "genes": 250, "singles": 12, "cells_per_condition": 40, "control_cells": 120},
+    },
+    "labels": {"column": "perturbation", "control": ["control"]},
+    "min_genes_per_cell": 20,
+    "half_seeds": 2,
+    "folds": 2,
+}
+
+
+class Place:
+    """A data folder with servers of its own, and all that runs there. folder: holds `data` and `tmp`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.data = folder / "data"
+        (folder / "tmp").mkdir(parents=True)
+        (folder / "catalog" / "datasets").mkdir(parents=True)
+        (folder / "catalog" / "datasets" / "tiny.yaml").write_text(yaml.safe_dump(ENTRY), encoding="utf-8")
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return os.environ | {
+            "CALIPERT_DATA": str(self.data),
+            "CALIPERT_CATALOG": str(self.folder / "catalog"),
+            "CALIPERT_GPUS": "none",
+            "TMPDIR": str(self.folder / "tmp"),
+            "COLUMNS": "120",
+        }
+
+    def start(self, *command: str) -> subprocess.Popen[bytes]:
+        log = (self.folder / "log").open("ab")
+        return subprocess.Popen(
+            [sys.executable, *command],
+            cwd=PROJECT_ROOT,
+            env=self.environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+    def call(self, *command: str) -> None:
+        code = self.start(*command).wait(timeout=600)
+        assert code == 0, (self.folder / "log").read_text(encoding="utf-8", errors="replace")[-5000:]
+
+    def benchmark(self) -> subprocess.Popen[bytes]:
+        return self.start("-m", "flows.cli", "run", "tiny", "--models", ",".join(MODELS))
+
+    def up(self) -> None:
+        self.call("-m", "deployments.local", "up")
+
+    def down(self) -> None:
+        self.call("-m", "deployments.local", "down")
+
+    def services(self) -> dict[str, psutil.Process]:
+        rows = json.loads((self.data / "services.json").read_text(encoding="utf-8"))
+        found = {}
+        for row in rows:
+            with suppress(psutil.NoSuchProcess):
+                found[row["name"]] = psutil.Process(row["pid"])
+        return found
+
+    def ports(self) -> dict[str, int]:
+        rows = json.loads((self.data / "services.json").read_text(encoding="utf-8"))
+        return {row["name"]: row["port"] for row in rows}
+
+    def manifests(self) -> dict[str, tuple[int, bytes]]:
+        """Every finished artifact: its inode (another one if it was made again) and manifest."""
+        return {
+            str(path): (path.stat().st_ino, path.read_bytes())
+            for path in self.data.glob("store/[a-z]*/*/manifest.json")
+        }
+
+    def results(self) -> dict[str, bytes]:
+        return {name: (self.data / "reports" / "tiny" / name).read_bytes() for name in SAME}
+
+    def litter(self) -> list[str]:
+        """What a killed process left: temporary files anywhere, and nothing else is in these places."""
+        places = [self.folder / "tmp", self.data / "scratch", self.data / "store" / ".temporary"]
+        left = [path for place in places if place.exists() for path in place.rglob("*") if path.is_file()]
+        left += [path for path in (self.data / "reports").glob(".*") if path.is_dir()]
+        left += list(self.data.rglob("*.partial"))
+        # A lock is a file that stays, held or not.
+        return sorted(str(path.relative_to(self.folder)) for path in left if path.suffix != ".lock")
+
+    def processes(self) -> list[psutil.Process]:
+        """All that runs with this data folder but the services and what they started."""
+        mine = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                known = process.environ()
+                if known.get("CALIPERT_DATA") == str(self.data) and services.MARK not in known:
+                    mine.append(process)
+        return mine
+
+    def orphans(self) -> list[psutil.Process]:
+        """Model processes and flow runs that still run though nothing should."""
+        return [p for p in self.processes() if p.status() != psutil.STATUS_ZOMBIE]
+
+    def mlflow_runs(self) -> list[dict[str, str]]:
+        url = f"http://127.0.0.1:{self.ports()['mlflow']}/api/2.0/mlflow"
+        found = httpx.get(f"{url}/experiments/get-by-name", params={"experiment_name": "calipert/tiny"}).json()
+        query = {"experiment_ids": [found["experiment"]["experiment_id"]], "max_results": 1000}
+        runs = httpx.post(f"{url}/runs/search", json=query).json()["runs"]
+        return [
+            {tag["key"]: tag["value"] for tag in run["data"]["tags"]} | {"status": run["info"]["status"]}
+            for run in runs
+        ]
+
+    def flow_runs(self, **states: list[str]) -> list[dict[str, str]]:
+        url = f"http://127.0.0.1:{self.ports()['prefect']}/api/flow_runs/filter"
+        return httpx.post(url, json={"flow_runs": {"state": {"type": states}}} if states else {}, timeout=30).json()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, bytes], float]]:
+    """The results of a benchmark that nobody disturbs, and how many seconds it took."""
+    place = Place(tmp_path_factory.mktemp("undisturbed"))
+    try:
+        place.call("-m", "flows.cli", "env")
+        began = time.monotonic()
+        assert place.benchmark().wait(timeout=600) == 0, (place.folder / "log").read_text(encoding="utf-8")[-5000:]
+        yield place.results(), time.monotonic() - began
+    finally:
+        place.down()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """Where the killing goes on: the whole local stack."""
+    place = Place(tmp_path_factory.mktemp("disturbed"))
+    try:
+        place.up()
+        yield place
+    finally:
+        place.down()
+        assert place.orphans() == []
+
+
+def tree(process: psutil.Process) -> list[psutil.Process]:
+    with suppress(psutil.NoSuchProcess):
+        return [process, *process.children(recursive=True)]
+    return []
+
+
+def kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=30)
+
+
+def fresh(place: Place) -> None:
+    """Forget all artifacts, so that a round begins at the beginning. MLflow and Prefect keep theirs: nothing may be
+    told twice there over all rounds."""
+    import shutil
+
+    for name in ("store", "reports"):
+        shutil.rmtree(place.data / name, ignore_errors=True)
+
+
+def require_as_undisturbed(place: Place, results: dict[str, bytes], finished: dict[str, tuple[int, bytes]]) -> None:
+    """The state after a disturbed benchmark has come to its end."""
+    assert place.results() == results
+    now = place.manifests()
+    assert {path: now.get(path) for path in finished} == finished, "a finished artifact was made again"
+    runs = place.mlflow_runs()
+    keys = [run["calipert.key"] for run in runs]
+    assert len(keys) == len(set(keys)), "a run is in MLflow twice"
+    assert {run["status"] for run in runs} == {"FINISHED"}
+    assert place.litter() == []
+    deadline = time.monotonic() + 15
+    while place.orphans() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert place.orphans() == []
+
+
+@pytest.mark.parametrize("number", range(ROUNDS))
+def test_a_benchmark_whose_process_tree_is_killed_goes_on(
+    place: Place, undisturbed: tuple[dict[str, bytes], float], number: int
+) -> None:
+    results, seconds = undisturbed
+    draw = random.Random(f"{SEED}/{number}")
+    fresh(place)
+    finished: dict[str, tuple[int, bytes]] = {}
+    for _ in range(draw.randint(1, 3)):
+        process = place.benchmark()
+        moment = draw.uniform(0.1, 1.0) * seconds
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(moment)
+        victims = tree(psutil.Process(process.pid))
+        # Also the flow's process alone: what it started must end by itself.
+        kill(victims if draw.random() < 0.5 else victims[:1])
+        process.wait()
+        print(f"round {number} (seed {SEED}): killed after {moment:.1f} s")
+        deadline = time.monotonic() + 15
+        while place.orphans() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert place.orphans() == [], "the models of a killed benchmark live on"
+        # What was finished in an earlier attempt must be the same to the end.
+        assert {path: place.manifests().get(path) for path in finished} == finished
+        finished = place.manifests()
+    last = place.benchmark()
+    assert last.wait(timeout=600) == 0, (place.folder / "log").read_text(encoding="utf-8", errors="replace")[-5000:]
+    require_as_undisturbed(place, results, finished)
+
+
+def submit(place: Place) -> str:
+    """A run of the deployment; its id."""
+    url = f"http://127.0.0.1:{place.ports()['prefect']}/api"
+    deployment = httpx.get(f"{url}/deployments/name/benchmark/tiny", timeout=30).json()["id"]
+    query = {"parameters": {"models": list(MODELS)}, "state": {"type": "SCHEDULED"}}
+    return httpx.post(f"{url}/deployments/{deployment}/create_flow_run", json=query, timeout=30).json()["id"]
+
+
+def ended(place: Place, run: str, seconds: float) -> str | None:
+    """The state that a run ended in; None if it has not ended after some seconds."""
+    url = f"http://127.0.0.1:{place.ports()['prefect']}/api/flow_runs/{run}"
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with suppress(httpx.HTTPError):
+            state = httpx.get(url, timeout=30).json()["state"]["type"]
+            if state in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"):
+                return str(state)
+        time.sleep(0.5)
+    return None
+
+
+@pytest.mark.parametrize("number", range(max(1, ROUNDS // 5) * (len(VICTIMS) - 1)))
+def test_a_deployments_run_survives_the_death_of_a_service(
+    place: Place, undisturbed: tuple[dict[str, bytes], float], number: int
+) -> None:
+    results, seconds = undisturbed
+    draw = random.Random(f"{SEED}/service/{number}")
+    victim = VICTIMS[1 + number % (len(VICTIMS) - 1)]
+    place.up()
+    fresh(place)
+    first = submit(place)
+    moment = draw.uniform(0.5, 2.0) * seconds
+    time.sleep(moment)
+    kill(tree(place.services()[victim]))
+    print(f"round {number} (seed {SEED}): {victim} killed after {moment:.1f} s")
+    finished = place.manifests()
+    place.up()
+    ended(place, first, 30.0)
+    # Whatever became of it, the next one must come to its end, and with it all that the first one left.
+    second = submit(place)
+    assert ended(place, second, 300.0) == "COMPLETED"
+    require_as_undisturbed(place, results, finished)
