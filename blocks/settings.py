@@ -58,6 +58,8 @@ def environment(services: Services) -> dict[str, str]:
         # Without a server Prefect would start one for each process and lose most of its records.
         "PREFECT_SERVER_EPHEMERAL_ENABLED": "false",
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        # The second version of the pages asks a company for statistics what to report, even where nothing is reported.
+        "PREFECT_SERVER_UI_V2_ENABLED": "false",
         "no_proxy": _without_proxy("no_proxy"),
     }
 
