@@ -10,7 +10,6 @@ import selectors
 import signal
 import subprocess
 import sys
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -26,7 +25,8 @@ from pydantic import Field
 
 from blocks.cancellation import Stopped, killed_by_stop, models_end_with, raise_if_stopped, stop_all
 from blocks.gpus import VISIBLE, Gpu
-from blocks.paths import PROJECT_ROOT
+from blocks.paths import PROJECT_ROOT, scratch_folder
+from blocks.scratch import scratch
 from model_containers.contract import THREAD_VARIABLES, ContractError, Description
 
 __all__ = [
@@ -124,9 +124,8 @@ class ProcessEngine(Block):
         last: deque[str] = deque(maxlen=LAST_LINES)
         name = f"{model_folder.name} {stage}"
         raise_if_stopped(name)
-        with tempfile.TemporaryDirectory(prefix="calipert-") as folder:
-            scratch = Path(folder)
-            status, spec_file = scratch / "status", scratch / "spec.json"
+        with scratch(scratch_folder(), "model") as folder:
+            status, spec_file = folder / "status", folder / "spec.json"
             spec_file.write_text(json.dumps(spec), encoding="utf-8")
             model = [self.python, str(model_folder.resolve() / "model.py"), stage, str(spec_file)]
             with subprocess.Popen(
@@ -134,8 +133,8 @@ class ProcessEngine(Block):
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                cwd=scratch,
-                env=self._environment(scratch, int(spec.get("threads", 1)), gpu),
+                cwd=folder,
+                env=self._environment(folder, int(spec.get("threads", 1)), gpu),
                 pass_fds=() if gpu is None else (gpu.descriptor,),
                 start_new_session=True,
             ) as process:
@@ -167,11 +166,11 @@ class ProcessEngine(Block):
 
     def describe(self, model_folder: Path) -> Description:
         """What a model says that it can do and needs. Raises ModelFailed unless it says so as the contract wants."""
-        with tempfile.TemporaryDirectory(prefix="calipert-") as output:
-            spec = {"output": output}
+        with scratch(scratch_folder(), "description") as output:
+            spec = {"output": str(output)}
             self.run("describe", model_folder, spec, on_event=lambda event: None, timeout_s=DESCRIBE_LIMIT_S)
             try:
-                return Description(**json.loads((Path(output) / "describe.json").read_text(encoding="utf-8")))
+                return Description(**json.loads((output / "describe.json").read_text(encoding="utf-8")))
             except (OSError, ValueError, TypeError, ContractError) as error:
                 ending = f"did not write the describe.json of docs/models.md: {error}"
                 raise ModelFailed(model_folder.name, "describe", ending, 0, ()) from error
@@ -190,12 +189,12 @@ class ProcessEngine(Block):
         whole.update(_versions(self.python, required, model_folder.name).encode())
         return whole.hexdigest()
 
-    def _environment(self, scratch: Path, threads: int, gpu: Gpu | None) -> dict[str, str]:
+    def _environment(self, home: Path, threads: int, gpu: Gpu | None) -> dict[str, str]:
         kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
         return kept | {
             "PATH": os.pathsep.join([str(Path(self.python).parent), kept.get("PATH", os.defpath)]),
-            "HOME": str(scratch),
-            "TMPDIR": str(scratch),
+            "HOME": str(home),
+            "TMPDIR": str(home),
             "PYTHONPATH": str(CONTRACT.parent),
             "PYTHONHASHSEED": "0",
             "PYTHONUNBUFFERED": "1",

@@ -8,8 +8,10 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
+from contextvars import Context, copy_context
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -17,8 +19,11 @@ from typing import Any
 import psutil
 import pytest
 
-from blocks import engines
-from blocks.engines import ENGINES, LAST_LINES, ModelFailed, ProcessEngine
+from blocks import cancellation, engines
+from blocks.cancellation import Stopped, models_end_with, stop_all
+from blocks.engines import ENGINES, LAST_LINES, ModelFailed, ProcessEngine, Usage
+from blocks.gpus import lease
+from blocks.paths import scratch_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,6 +36,13 @@ child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 (output / "part").rename(output / "pids")
 print("asleep", flush=True)
 """
+
+
+@pytest.fixture(autouse=True)
+def process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A data folder of the test's own, in a process where nothing was stopped yet."""
+    monkeypatch.setenv("CALIPERT_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(cancellation, "_STOPS", [])
 
 
 @pytest.fixture
@@ -140,10 +152,222 @@ def test_timeout_ends_the_whole_process_tree(model, tmp_path, monkeypatch):
         clock[0] += 7200
 
     folder = model(SLEEPER + "time.sleep(600)")
-    with pytest.raises(ModelFailed, match=r"toy train was stopped after 3600 s, its limit") as caught:
+    with pytest.raises(
+        ModelFailed, match=r"toy train was stopped after 3600 s, its limit: .*`time_limits: {train: SEC"
+    ):
         run(folder, {"output": str(tmp_path)}, on_event=two_hours_later, timeout_s=3600)
-    assert caught.value.exit_code is None
     assert all_gone(tmp_path)
+
+
+def test_a_model_that_says_nothing_is_stopped_at_its_limit(model):
+    folder = model("import time; time.sleep(600)")
+    with pytest.raises(ModelFailed, match=r"toy train was stopped after 0\.1 s, its limit") as caught:
+        run(folder, timeout_s=0.1)
+    assert caught.value.exit_code is None
+
+
+def test_the_limit_of_describe_is_no_setting(model, monkeypatch):
+    monkeypatch.setattr(engines, "DESCRIBE_LIMIT_S", 0.1)
+    folder = model("import time; time.sleep(600)")
+    with pytest.raises(ModelFailed, match=r"toy describe was stopped after 0\.1 s, its limit: a model has to describe"):
+        ProcessEngine().describe(folder)
+
+
+def test_a_timeout_of_the_caller_is_not_the_models(model):
+    def refuse(event: Mapping[str, Any]) -> None:
+        raise TimeoutError("the server does not answer")
+
+    with pytest.raises(TimeoutError, match="server"):
+        run(model("print('a')"), on_event=refuse, timeout_s=60)
+
+
+def test_a_python_that_is_not_there_is_no_lack_of_memory(model):
+    with pytest.raises(ModelFailed, match=r"ended with exit code 1") as caught:
+        ProcessEngine(python="/nowhere/python").run("train", model(""), {}, on_event=print)
+    assert "/nowhere/python" in caught.value.last_lines[-1]
+
+
+def test_usage_tells_time_processor_and_memory(model):
+    """The memory is touched, the processor is kept busy in a child: what the model waits for counts as its own."""
+    usage = ProcessEngine().run(
+        "train",
+        model("""
+        import os, subprocess, sys, time
+        block = b"x" * 200_000_000
+        burn = "import time\\nwhile time.process_time() < 0.4: pass"
+        subprocess.run([sys.executable, "-c", burn], check=True)
+        time.sleep(0.2)
+    """),
+        {},
+        on_event=print,
+    )
+    assert usage.seconds >= 0.6
+    assert usage.cpu_seconds >= 0.4
+    assert 200e6 <= usage.peak_memory_bytes < 400e6
+
+
+def test_usage_is_the_models_not_the_callers(model):
+    """A process that was forked from a large one would count the large one's memory as its own."""
+    ballast = b"x" * 300_000_000
+    usage = ProcessEngine().run("train", model(""), {}, on_event=print)
+    assert isinstance(usage, Usage)
+    assert 1e6 < usage.peak_memory_bytes < 100e6 < len(ballast)
+
+
+def test_a_model_sees_its_gpu_alone(model, monkeypatch):
+    folder = model("import os; print(os.environ['CUDA_VISIBLE_DEVICES'])")
+    monkeypatch.setenv("CALIPERT_GPUS", "fake-0,fake-1,fake-2")
+    monkeypatch.setenv("CALIPERT_LOCKS", str(folder))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "fake-1,fake-2")
+    with lease("one") as gpu:
+        assert [event["message"] for event in run(folder, gpu=gpu)] == ["fake-1"]
+
+
+def test_without_a_lease_a_model_sees_no_gpu(model, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    folder = model("import os; print(repr(os.environ['CUDA_VISIBLE_DEVICES']))")
+    assert [event["message"] for event in run(folder)] == ["''"]
+
+
+class Running:
+    """A model that sleeps, in a thread of its own with a copy of this context; `error` is what ended it."""
+
+    def __init__(self, folder: Path, output: Path, on_event: Callable[[Mapping[str, Any]], None] = print) -> None:
+        self.error: BaseException | None = None
+        self.output = output
+        self.output.mkdir()
+        context = copy_context()
+        self.thread = threading.Thread(target=lambda: context.run(self._run, folder, on_event), daemon=True)
+        self.thread.start()
+        pids_in(output)
+
+    def _run(self, folder: Path, on_event: Callable[[Mapping[str, Any]], None]) -> None:
+        try:
+            run(folder, {"output": str(self.output)}, on_event=on_event)
+        except BaseException as error:  # noqa: BLE001
+            self.error = error
+
+    def ended(self) -> BaseException | None:
+        """What ended it, after its end. A model sleeps ten minutes: nothing but a stop ends it before the wait does."""
+        self.thread.join(60)
+        assert not self.thread.is_alive()
+        assert all_gone(self.output)
+        return self.error
+
+
+def test_stop_all_ends_models_in_all_threads_and_those_that_would_begin(model, tmp_path):
+    folder = model(SLEEPER + "time.sleep(600)")
+    running = [Running(folder, tmp_path / str(number)) for number in range(2)]
+    stop_all("the flow run was cancelled")
+    for one in running:
+        assert isinstance(error := one.ended(), Stopped)
+        assert str(error) == "toy train was stopped: the flow run was cancelled"
+        assert str(pickle.loads(pickle.dumps(error))) == str(error)  # noqa: S301
+    with pytest.raises(Stopped, match="cancelled"):
+        run(folder, {"output": str(tmp_path)})
+    assert not (tmp_path / "pids").exists(), "it did not even start"
+    assert list(scratch_folder().iterdir()) == []
+
+
+def test_stop_all_does_not_wait_for_the_thread_of_a_model(model, tmp_path):
+    """The thread may hang in the middle of telling somebody about an event."""
+    hanging, released = threading.Event(), threading.Event()
+
+    def hang(event: Mapping[str, Any]) -> None:
+        hanging.set()
+        released.wait()
+
+    one = Running(model(SLEEPER + "time.sleep(600)"), tmp_path / "one", on_event=hang)
+    try:
+        assert hanging.wait(60)
+        stop_all("cancelled")
+        assert all_gone(tmp_path / "one")
+    finally:
+        released.set()
+    assert isinstance(one.ended(), Stopped)
+
+
+def test_stop_all_may_be_called_by_a_signal_handler_of_the_thread_that_runs_the_model(model, tmp_path):
+    before = signal.signal(signal.SIGUSR1, lambda *_: stop_all("SIGUSR1"))
+    try:
+        with pytest.raises(Stopped, match="SIGUSR1"):
+            run(
+                model(SLEEPER + "time.sleep(600)"),
+                {"output": str(tmp_path)},
+                on_event=lambda event: signal.raise_signal(signal.SIGUSR1),
+            )
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert all_gone(tmp_path)
+
+
+def test_models_end_with_the_error_of_their_flow_and_no_others(model, tmp_path):
+    folder = model(SLEEPER + "time.sleep(600)")
+    late: list[Context] = []
+    with models_end_with("another flow"):
+        other = Running(folder, tmp_path / "other")
+
+    def flow() -> None:
+        with models_end_with("the benchmark of norman19"), models_end_with("an inner flow"):
+            late.append(copy_context())
+            Running(folder, tmp_path / "one", on_event=lambda event: None)
+            running.append(Running(folder, tmp_path / "two"))
+            raise KeyboardInterrupt
+
+    running: list[Running] = []
+    with pytest.raises(KeyboardInterrupt):
+        flow()
+    assert "an inner flow ended with KeyboardInterrupt" in str(running[0].ended())
+    assert all_gone(tmp_path / "one")
+    with pytest.raises(Stopped, match="an inner flow"):
+        late[0].run(run, folder, {"output": str(tmp_path)})
+    assert other.error is None
+    assert is_alive(pids_in(tmp_path / "other")[0])
+    stop_all("the end of the test")
+    assert isinstance(other.ended(), Stopped)
+
+
+def test_the_end_of_an_outer_flow_ends_the_models_of_an_inner_one_that_went_well(model, tmp_path):
+    folder = model(SLEEPER + "time.sleep(600)")
+
+    def flow() -> None:
+        with models_end_with("outer"):
+            with models_end_with("inner"):
+                running.append(Running(folder, tmp_path / "one"))
+            assert running[0].error is None
+            raise RuntimeError
+
+    running: list[Running] = []
+    with pytest.raises(RuntimeError):
+        flow()
+    assert "outer ended with RuntimeError" in str(running[0].ended())
+
+
+def test_a_flow_after_a_stopped_one_runs_its_models(model):
+    folder = model("print('a')")
+    with models_end_with("first"):
+        stop_all("cancelled")
+        with pytest.raises(Stopped), models_end_with("a part of the first"):
+            run(folder)
+        with pytest.raises(Stopped):
+            run(folder)
+    with models_end_with("second"):
+        assert [event["message"] for event in run(folder)] == ["a"]
+
+
+def test_what_a_killed_caller_left_is_swept_by_the_next(model, tmp_path):
+    folder = model("import os; os.kill(os.getppid(), 0); print(os.getcwd())")
+    script = f"""
+import os, signal
+from pathlib import Path
+from blocks.engines import ProcessEngine
+ProcessEngine().run("train", Path({str(folder)!r}), {{}}, on_event=lambda event: os.kill(os.getpid(), signal.SIGKILL))
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False)
+    left = {path for path in scratch_folder().iterdir() if path.is_dir()}
+    assert len(left) == 1
+    run(folder)
+    assert list(scratch_folder().iterdir()) == []
 
 
 def test_an_exception_in_the_caller_ends_the_whole_process_tree(model, tmp_path):
