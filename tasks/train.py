@@ -21,7 +21,7 @@ from blocks.store import ArtifactStore, artifact_key
 from core.catalog.schema import ResolvedModel
 from core.errors import UserError
 from tasks.artifacts import LOG, made
-from tasks.engine import container, engine, engine_identity
+from tasks.engine import container, engine, engine_identity, runs_elsewhere
 from tasks.progress import shown_progress
 from tasks.record import end_failed, tracking_server
 
@@ -137,7 +137,7 @@ def predicted(job: FoldJob, directory: Path, on_event: Callable[[Event], None]) 
     control = _stored("fold", job.data) / "control.h5ad"
 
     def build(folder: Path) -> None:
-        with tempfile.TemporaryDirectory(dir=folder) as scratch, _device(job) as gpu:
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
             spec = {
                 "model": str(directory),
                 "control": str(control),
@@ -148,7 +148,8 @@ def predicted(job: FoldJob, directory: Path, on_event: Callable[[Event], None]) 
                 "output": scratch,
             }
             limit = job.model.time_limits.predict
-            engine().run("predict", container(job.model), spec, on_event=on_event, timeout_s=limit, gpu=gpu)
+            with _device(job) as gpu:
+                engine().run("predict", container(job.model), spec, on_event=on_event, timeout_s=limit, gpu=gpu)
             profiles, unpredicted = check_model_output(
                 Path(scratch), job.asked, read_genes(control), job.model.name, job.target_sum
             )
@@ -224,8 +225,8 @@ def _embedding(job: FoldJob) -> str | None:
 
 
 def _device(job: FoldJob) -> AbstractContextManager[Gpu | None]:
-    """A GPU of this machine for a model that uses one; None where there is none, and for other models."""
-    return lease(job.name) if _uses_gpu(job.model) else nullcontext()
+    """A GPU of this machine for a model that runs here and uses one; None where there is none, and for others."""
+    return nullcontext() if runs_elsewhere() or not _uses_gpu(job.model) else lease(job.name)
 
 
 def _uses_gpu(model: ResolvedModel) -> bool:
