@@ -1,4 +1,7 @@
-"""The artifact store: folders of files, each named by the hash of what produced it, whole or not there."""
+"""The artifact store: folders of files, each named by the hash of what produced it, whole or not there.
+
+docs/store.md says how it lies on the disk and in a bucket, and what is certain of it.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,10 @@ import errno
 import json
 import logging
 import os
-import platform
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
@@ -22,7 +23,9 @@ from prefect.blocks.core import Block
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from blocks.checksums import file_checksum
+from blocks.object_store import DamagedFolder, ObjectStore, StoredFile
 from blocks.paths import store_folder
+from blocks.scratch import scratch, sweep
 from core.errors import UserError
 
 JSON: TypeAlias = "str | int | float | bool | list[JSON] | tuple[JSON, ...] | Mapping[str, JSON] | None"
@@ -36,6 +39,10 @@ _KEY = re.compile(r"[0-9a-f]{64}")
 # Beside the kinds, so that publishing is a rename within one file system. The dot keeps them apart.
 _TEMPORARY = ".temporary"
 _LOCKS = ".locks"
+_SCRATCH = "artifact"
+# What this process (by its id) has done: the stores that it swept, and what it knows to be in which bucket.
+_swept: set[tuple[int, str]] = set()
+_shared: set[tuple[int, str | None, str]] = set()
 
 
 def artifact_key(kind: str, inputs: Mapping[str, str], parameters: Mapping[str, JSON], code: str) -> str:
@@ -51,14 +58,6 @@ def artifact_key(kind: str, inputs: Mapping[str, str], parameters: Mapping[str, 
     return sha256(text.encode()).hexdigest()
 
 
-class ManifestFile(BaseModel):
-    """One file of an artifact."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    size: int
-    sha256: str
-
-
 class Manifest(BaseModel):
     """What an artifact is made of and from. Two equal artifacts differ in `created` (UTC) at most."""
 
@@ -69,21 +68,27 @@ class Manifest(BaseModel):
     inputs: dict[str, str]
     parameters: dict[str, Any]
     code: str
-    files: dict[str, ManifestFile]
+    files: dict[str, StoredFile]
     created: datetime
 
 
 class ArtifactStore(Block):
-    """Content-addressed artifacts in a folder: <root>/<kind>/<key>/ with a manifest.json and read-only files.
+    """Content-addressed artifacts in a folder: <root>/<kind>/<key>/ with a manifest.json and read-only files; and in a
+    bucket that machines share, if there is one, of which the folder then is the cache.
 
-    An artifact appears by one atomic rename after everything in it has reached the disk; one with a valid
-    manifest is never computed again. Callers touch only the folder that they are handed.
+    An artifact appears by one atomic rename after everything in it has reached the disk, in the bucket by its index,
+    uploaded last; one with a valid manifest is never computed again. Callers touch only the folder that they are
+    handed.
     """
 
     _block_type_name = "Calipert artifact store"
     _block_type_slug = "calipert-artifact-store"
 
     root: str = Field(default_factory=lambda: str(store_folder()), description="Folder of the store.")
+    remote: str | None = Field(
+        default_factory=lambda: os.environ.get("CALIPERT_STORE") or None,
+        description="s3://bucket/prefix that several machines share; without it the store is this machine's alone.",
+    )
 
     def obtain(
         self,
@@ -95,20 +100,21 @@ class ArtifactStore(Block):
         parameters: Mapping[str, JSON],
         code: str,
     ) -> Path:
-        """The folder of an artifact; `build` is called with an empty folder to fill if there is none yet.
+        """The folder of an artifact; `build` is called with an empty folder to fill if there is none yet, here or in
+        the bucket.
 
         Every file is checked against its checksum (once per process, as long as it does not change). A
         damaged artifact is removed and built again, with a warning. Who asks for a key that another process
-        or thread of this host is building waits for it; should two hosts build one key, the first to publish
-        wins and both get its folder. A build that fails or is killed leaves nothing under the key; what a killed
-        one left elsewhere is removed when the key is built again.
+        or thread of this host is building waits for it; should two hosts build one key, each keeps its own folder,
+        and the first to upload has its artifact in the bucket. A build that fails or is killed leaves nothing under
+        the key; what a killed process left elsewhere is removed by the next one.
         Raises ValueError if `key` is not the key of the recipe or `build` leaves anything but regular files,
-        UserError if the disk is full or the folder cannot be written (what it already holds can be used all the
-        same), and whatever `build` raises.
+        UserError if the disk is full, the folder cannot be written (what it already holds can be used all the
+        same) or the bucket cannot be used (what was built stays, and is uploaded the next time), and whatever `build`
+        raises.
         """
         if key != artifact_key(kind, inputs, parameters, code):
             raise ValueError(f"{key} is not the key of this {kind}'s inputs, parameters and code")
-        final = self._folder(kind, key)
         manifest = Manifest(
             schema_version=SCHEMA,
             kind=kind,
@@ -119,8 +125,40 @@ class ArtifactStore(Block):
             files={},
             created=datetime.now(UTC),
         )
+        final = self._folder(kind, key)
+
+        def make(content: Path) -> None:
+            build(content)
+            _seal(content, manifest, final)
+
+        with self._explained(kind):
+            self._sweep()
+            if _damage(final, kind, key) is not None:
+                self._place(kind, key, make)
+            elif not self._is_shared(kind, key):
+                with self._lock(kind, key) if os.access(self.root, os.W_OK) else nullcontext():
+                    self._share(kind, key)
+        return final
+
+    def find(self, kind: str, key: str) -> Path | None:
+        """The folder of an artifact that is whole, here or in the bucket, from where it is fetched; else None.
+
+        Raises UserError as `obtain` does.
+        """
+        final = self._folder(kind, key)
+        with self._explained(kind):
+            self._sweep()
+            if _damage(final, kind, key) is None:
+                return final
+            if self.remote is None or not self._is_shared(kind, key):
+                return None
+            return final if self._place(kind, key, None) else None
+
+    @contextmanager
+    def _explained(self, kind: str) -> Iterator[None]:
+        """Errors of the disk that the user can mend, as such."""
         try:
-            return final if _damage(final, kind, key) is None else self._built(final, manifest, build)
+            yield
         except Exception as error:
             if _out_of_space(error):
                 raise self._full(kind) from error
@@ -169,49 +207,88 @@ class ArtifactStore(Block):
         finally:
             lock.release()
 
-    def _temporary(self, kind: str, key: str) -> Path:
-        folder = Path(self.root) / _TEMPORARY / kind
-        folder.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=_prefix(key), dir=folder))
+    def _sweep(self) -> None:
+        """Once in a process: also where all is there, and nothing is built, the remains of a killed one go."""
+        place = (os.getpid(), self.root)
+        if place not in _swept:
+            sweep(Path(self.root) / _TEMPORARY, _SCRATCH)
+            _swept.add(place)
 
-    def _remove_remains(self, kind: str, key: str) -> None:
-        """Removes what killed builders of this host left. Only under the key's lock, which no live one then holds;
-        the locks of a shared folder need not reach another host."""
-        folder = Path(self.root) / _TEMPORARY / kind
-        for left in folder.iterdir() if folder.exists() else ():
-            if left.name.startswith(_prefix(key)):
-                shutil.rmtree(left)
-
-    def _discard(self, folder: Path, kind: str, key: str) -> None:
-        # Renamed first: half an artifact is never seen under its name, even if this process dies on the way.
-        aside = self._temporary(kind, key)
-        folder.rename(aside / folder.name)
-        shutil.rmtree(aside)
-
-    def _built(self, final: Path, manifest: Manifest, build: Callable[[Path], None]) -> Path:
-        kind, key = manifest.kind, manifest.key
+    def _place(self, kind: str, key: str, make: Callable[[Path], None] | None) -> bool:
+        """Put an artifact that is not there, or damaged, under its name: from the bucket, else by `make`, which fills
+        and seals an empty folder. False if it is in no bucket and there is no `make`."""
+        final = self._folder(kind, key)
         with self._lock(kind, key):
-            self._remove_remains(kind, key)
             # Checked again under the lock, and again whenever another host has published in the meantime.
             while (damage := _damage(final, kind, key)) is not None:
-                if final.exists():
-                    _LOG.warning("%s %s is damaged (%s): computing it again", kind, key, damage)
-                    self._discard(final, kind, key)
-                temporary = self._temporary(kind, key)
-                try:
-                    content = temporary / "content"
-                    content.mkdir()
-                    build(content)
-                    _seal(content, manifest, final)
+                with scratch(Path(self.root) / _TEMPORARY, _SCRATCH) as temporary:
+                    if final.exists():
+                        _LOG.warning("%s %s is damaged (%s): removing it", kind, key, damage)
+                        # Renamed first: half an artifact is never seen under its name, even if this process dies.
+                        final.rename(temporary / "damaged")
+                        shutil.rmtree(temporary / "damaged")
+                    content = temporary / kind / key
+                    content.mkdir(parents=True)
+                    if not self._fetch(content, kind, key):
+                        if make is None:
+                            return False
+                        make(content)
                     _publish(content, final)
-                finally:
-                    shutil.rmtree(temporary)
-        return final
+            self._share(kind, key)
+        return True
 
+    def _fetch(self, content: Path, kind: str, key: str) -> bool:
+        """Fill an empty folder with the bucket's artifact and seal it; False, and the folder empty, if there is none
+        or it is damaged."""
+        if self.remote is None:
+            return False
+        bucket, name = ObjectStore(self.remote), f"{kind}/{key}"
+        try:
+            if not bucket.get(name, content):
+                return False
+            damage = _damage(content, kind, key, self._folder(kind, key))
+        except DamagedFolder as error:
+            damage = str(error)
+        if damage is None:
+            _settle(content)
+            _shared.add((os.getpid(), self.remote, name))
+            return True
+        self._remove_there(kind, key, damage)
+        shutil.rmtree(content)
+        content.mkdir()
+        return False
 
-def _prefix(key: str) -> str:
-    """How the temporary folders begin in which this host builds a key."""
-    return f"{key}.{platform.node()}."
+    def _remove_there(self, kind: str, key: str, damage: str) -> None:
+        _LOG.warning("%s %s in %s is damaged (%s): removing it there", kind, key, self.remote, damage)
+        ObjectStore(str(self.remote)).remove(f"{kind}/{key}")
+
+    def _is_shared(self, kind: str, key: str) -> bool:
+        """Whether an artifact needs no upload: there is no bucket, or it is there. Asked once in a process."""
+        if self.remote is None or (os.getpid(), self.remote, f"{kind}/{key}") in _shared:
+            return True
+        try:
+            standing = ObjectStore(self.remote).files(f"{kind}/{key}")
+        except DamagedFolder as error:
+            self._remove_there(kind, key, str(error))
+            return False
+        if standing is not None:
+            self._remember(kind, key, standing)
+        return standing is not None
+
+    def _share(self, kind: str, key: str) -> None:
+        """Upload an artifact that is here and not in the bucket."""
+        name = f"{kind}/{key}"
+        if self.remote is not None and (os.getpid(), self.remote, name) not in _shared:
+            self._remember(kind, key, ObjectStore(self.remote).put(self._folder(kind, key), name))
+
+    def _remember(self, kind: str, key: str, standing: Mapping[str, StoredFile]) -> None:
+        _shared.add((os.getpid(), self.remote, f"{kind}/{key}"))
+        manifest = _manifest(self._folder(kind, key))
+        there = {name: file for name, file in standing.items() if name != MANIFEST}
+        if manifest is not None and manifest.files != there:
+            _LOG.warning(
+                "another machine has uploaded %s %s with other values than those made here: both are kept", kind, key
+            )
 
 
 def _plain(value: object, where: str) -> object:
@@ -236,8 +313,9 @@ def _manifest(folder: Path) -> Manifest | None:
         return None
 
 
-def _damage(folder: Path, kind: str, key: str) -> str | None:
-    """What is wrong with an artifact, None if nothing is."""
+def _damage(folder: Path, kind: str, key: str, place: Path | None = None) -> str | None:
+    """What is wrong with an artifact, None if nothing is. place: where the folder will lie, if it is about to be
+    renamed."""
     manifest = _manifest(folder)
     if manifest is None:
         return "no readable manifest"
@@ -251,7 +329,7 @@ def _damage(folder: Path, kind: str, key: str) -> str | None:
             status = path.stat()
             if status.st_size != expected.size:
                 return f"{name} has {status.st_size} bytes, not {expected.size}"
-            if file_checksum(path) != expected.sha256:
+            if file_checksum(path, (place or folder) / name) != expected.sha256:
                 return f"{name} has changed"
         except OSError as error:
             return f"{name}: {error.strerror}"
@@ -259,7 +337,7 @@ def _damage(folder: Path, kind: str, key: str) -> str | None:
 
 
 def _seal(content: Path, manifest: Manifest, final: Path) -> None:
-    """Makes the built files read-only and durable, then writes the manifest, last."""
+    """Writes the manifest of the built files, and makes all read-only and durable."""
     files = {}
     for path in sorted(content.rglob("*")):
         if path.is_dir() and not path.is_symlink():
@@ -269,17 +347,18 @@ def _seal(content: Path, manifest: Manifest, final: Path) -> None:
             raise ValueError(f"{name}: an artifact holds regular files only")
         if name == MANIFEST:
             raise ValueError(f"{name}: the store writes this file itself")
-        path.chmod(0o444)
-        _sync(path)
-        status = path.stat()
-        files[name] = ManifestFile(size=status.st_size, sha256=file_checksum(path, final / name))
+        files[name] = StoredFile(size=path.stat().st_size, sha256=file_checksum(path, final / name))
     sealed = manifest.model_copy(update={"files": files})
-    path = content / MANIFEST
-    path.write_text(sealed.model_dump_json(indent=1), encoding="utf-8")
-    path.chmod(0o444)
-    _sync(path)
-    for folder in (content, *(path for path in content.rglob("*") if path.is_dir())):
-        _sync(folder)
+    (content / MANIFEST).write_text(sealed.model_dump_json(indent=1), encoding="utf-8")
+    _settle(content)
+
+
+def _settle(content: Path) -> None:
+    """Makes the files read-only, and all of it durable."""
+    for path in (*content.rglob("*"), content):
+        if not path.is_dir():
+            path.chmod(0o444)
+        _sync(path)
 
 
 def _publish(content: Path, final: Path) -> None:

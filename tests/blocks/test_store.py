@@ -155,7 +155,6 @@ def test_obtain_builds_once_and_publishes_read_only_files_with_a_manifest(store:
     }
     assert sorted(everything(store)) == [
         ".temporary",
-        ".temporary/reference",
         "reference",
         f"reference/{KEY}",
         f"reference/{KEY}/manifest.json",
@@ -219,7 +218,7 @@ def test_a_failing_build_leaves_nothing(store: ArtifactStore, error: BaseExcepti
 
     with pytest.raises(type(error)):
         obtain(store, build)
-    assert everything(store) == [".temporary", ".temporary/reference"]
+    assert everything(store) == [".temporary"]
     assert obtain(store).is_dir()
 
 
@@ -243,7 +242,7 @@ def own_manifest(folder: Path) -> None:
 def test_only_regular_files_are_published(store: ArtifactStore, build: Callable[[Path], None]) -> None:
     with pytest.raises(ValueError, match=r"regular files only|writes this file itself"):
         obtain(store, build)
-    assert everything(store) == [".temporary", ".temporary/reference"]
+    assert everything(store) == [".temporary"]
 
 
 def full() -> None:
@@ -270,7 +269,7 @@ def test_a_full_disk_is_an_error_that_says_what_is_free(store: ArtifactStore, fa
     with pytest.raises(UserError, match=r"free disk space[\s\S]* MB are free[\s\S]*CALIPERT_DATA") as caught:
         obtain(store, build)
     assert caught.value.where == store.root
-    assert everything(store) == [".temporary", ".temporary/reference"]
+    assert everything(store) == [".temporary"]
 
 
 def test_a_disk_that_fills_up_while_the_manifest_is_written(
@@ -279,7 +278,7 @@ def test_a_disk_that_fills_up_while_the_manifest_is_written(
     monkeypatch.setattr(blocks.store, "_sync", lambda path: full())
     with pytest.raises(UserError, match="free disk space"):
         obtain(store)
-    assert everything(store) == [".temporary", ".temporary/reference"]
+    assert everything(store) == [".temporary"]
 
 
 @pytest.fixture
@@ -313,7 +312,7 @@ def test_a_disk_that_is_really_full(disk: Callable[..., Path]) -> None:
         obtain(store, build)
     assert (caught.value.where, caught.value.field) == (store.root, "free disk space")
     assert "1.0 MB are free, and it needs more than that" in caught.value.found
-    assert everything(store) == [".temporary", ".temporary/reference"]
+    assert everything(store) == [".temporary"]
     assert obtain(store).is_dir()
 
 
@@ -351,7 +350,7 @@ def prepare(screen: tuple[Path, DatasetSpec], memory: int = 1 << 20) -> Path:
 
 
 def nothing_published(store: ArtifactStore) -> bool:
-    return everything(store) == [".temporary", ".temporary/cells"]
+    return everything(store) == [".temporary"]
 
 
 def test_a_preparation_that_will_not_fit_is_refused_before_it_writes(
@@ -593,7 +592,7 @@ def test_the_loser_of_a_race_between_hosts_returns_the_winners_artifact(store: A
 
     folder = obtain(store, build)
     assert (folder / "table.txt").read_text(encoding="utf-8") == "0123456789"
-    assert os.listdir(Path(store.root) / ".temporary" / "reference") == []  # noqa: PTH208
+    assert os.listdir(Path(store.root) / ".temporary") == []  # noqa: PTH208
     assert obtain(store, refuse) == folder
 
 
@@ -676,15 +675,15 @@ def test_a_killed_builder_frees_its_key_and_its_remains_are_removed(store: Artif
     finally:
         process.kill()
         process.communicate()
-    temporary = Path(store.root) / ".temporary" / "slow"
-    (left,) = temporary.iterdir()
-    assert (left / "content" / "half.txt").exists()
+    temporary = Path(store.root) / ".temporary"
+    (left,) = (path for path in temporary.iterdir() if path.is_dir())
+    assert (left / "slow" / key / "half.txt").exists()
     assert not (Path(store.root) / "slow").exists()
-    # Of another key, and of another host, whose builder may be at work.
-    others = [temporary / left.name.replace(key, KEY), temporary / f"{key}.elsewhere.abc"]
-    for other in others:
-        other.mkdir()
+    # Of another host, whose builder may be at work.
+    other = temporary / "artifact.elsewhere.abc"
+    other.mkdir()
+    (temporary / "artifact.elsewhere.abc.lock").touch()
     folder = store.obtain("slow", key, write, inputs={}, parameters={}, code=CODE)
     assert (folder / "table.txt").exists()
     assert not (folder / "half.txt").exists()
-    assert sorted(temporary.iterdir()) == sorted(others)
+    assert sorted(temporary.iterdir()) == [other, temporary / "artifact.elsewhere.abc.lock"]
