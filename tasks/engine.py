@@ -2,17 +2,44 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from blocks.engines import ENGINES, ProcessEngine
 from blocks.paths import MODEL_CONTAINERS
 from core.catalog.schema import ResolvedModel
+from core.errors import UserError
+
+if TYPE_CHECKING:
+    from blocks.kubernetes_engine import KubernetesEngine
+
+ENGINE = "CALIPERT_ENGINE"
+PROCESS, KUBERNETES = "process", "kubernetes"
 
 
-def engine() -> ProcessEngine:
-    """The engine in use."""
-    return ENGINES["process"]()
+def engine() -> ProcessEngine | KubernetesEngine:
+    """The engine in use: the environment's CALIPERT_ENGINE, by default `process`. Raises UserError for another name."""
+    name = _name()
+    if name == KUBERNETES:
+        from blocks.kubernetes_engine import KubernetesEngine
+
+        return KubernetesEngine()
+    return ENGINES[name]()
+
+
+def runs_elsewhere() -> bool:
+    """Whether models run on other machines, so that no GPU of this one is leased for them."""
+    return _name() == KUBERNETES
+
+
+def _name() -> str:
+    name = os.environ.get(ENGINE) or PROCESS
+    if name not in (*ENGINES, KUBERNETES):
+        remedy = f"set it to {PROCESS} or {KUBERNETES}, or not at all, which means {PROCESS}"
+        raise UserError("environment", ENGINE, f"{name!r}, which is no engine", remedy)
+    return name
 
 
 def engine_identity(model: ResolvedModel) -> str:
