@@ -9,29 +9,44 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-import re
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote, urlsplit
 
-import httpx
 import pandas as pd
 from prefect.blocks.core import Block
 from pydantic import Field, field_validator
 
+from blocks.mlflow_api import Run, Server
+from blocks.mlflow_runs import (
+    KEY,
+    PARENT,
+    Points,
+    Standing,
+    Wanted,
+    allowed,
+    as_text,
+    at_once,
+    end,
+    not_finite,
+    opened,
+    shortened,
+    whole_curves,
+    with_running_children,
+    write,
+)
+from blocks.processes import known_dead, this_process
 from core.calibration import VARIANTS
 from core.errors import UserError
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from blocks.engines import Usage
 
 EXPERIMENT_PREFIX = "calipert/"
 
@@ -54,50 +69,57 @@ DRF_ENDINGS = {"drf": "", "drf_low": "_low", "drf_high": "_high", "drf_half_sd":
 QUOTED_VARIANT = VARIANTS[0].name
 QUOTED_COLUMNS = ("bds", "bds_low", "bds_high", "bds_half_sd", "nan_share", "n_conditions")
 
-# Set before mlflow is imported, because its telemetry starts with the import. The request settings leave room for a
-# busy server and still let a dead one be noticed within seconds; who has set them otherwise keeps his own.
-_ENVIRONMENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
-}
-_PROBE_SECONDS = 4.0
-_PROBE_PAUSES = (0.0, 1.0, 2.0)
+# Between two writings of a curve, and after one that failed, in seconds.
 _LIVE_SECONDS = 2.0
-# Servers before MLflow 2.8 refuse longer values, and nobody reads them in a table; the whole text goes to params.json.
-_LONGEST_PARAM = 500
-_LONGEST_TAG = 5000
-_LONGEST_NAME = 250
+_LOST_SECONDS = 30.0
 
-_KEY = "calipert.key"
-_PARENT = "mlflow.parentRunId"
-_FAILURE = "failure"
+# The hash of the training.jsonl that a fold's run shows.
+_CURVE = "calipert.curve"
 _FLOW_RUN = "flow_run_id"
+_PROCESS = "process"
 # What a fold's run repeats of its model's, so that one filter finds both.
-_INHERITED = (
-    "benchmark_id",
-    "kind",
-    "model",
-    "dataset",
-    "seed",
-    "engine",
-    "git_commit",
-    _FLOW_RUN,
-)
+_INHERITED = ("benchmark_id", "kind", "model", "dataset", "seed", "engine", "git_commit", _FLOW_RUN, _PROCESS)
+_RUNNING = "attributes.status = 'RUNNING'"
 
 _log = logging.getLogger("calipert.tracking")
 
-Points = dict[tuple[str, int], float]
+
+class ModelRun(NamedTuple):
+    """What is known of a model's run before it starts.
+
+    seed:    the training seed; -1 for controls, which have none.
+    key:     hash of what the run's results follow from (model, seed, data set, code, and the benchmark, whose panel
+             its summaries depend on); the same key must come with the same params.
+    kind:    "model", "baseline", "negative control" or "positive control".
+    params:  hyperparameters and whatever else decides the result. Values longer than 500 characters are cut with
+             their hash, and params.json has all of them whole.
+    engine:  identity of what trains (image digest, or hash of the build folder); None where nothing trains.
+    folds:   those that get a run of their own.
+    """
+
+    model: str
+    seed: int
+    key: str
+    kind: str
+    params: Mapping[str, object]
+    engine: str | None = None
+    folds: Sequence[int] = ()
+
+
+class OpenRun(NamedTuple):
+    """The ids of a model's run and, by fold, of those of its folds."""
+
+    run_id: str
+    folds: dict[int, str]
 
 
 class MLflowTracking(Block):
     """Writes benchmarks and calibrations to an MLflow server.
 
     Every method talks to the server at `tracking_uri` and to nothing else, and raises UserError, naming that URL and
-    the remedy, when the server does not answer (within about 15 seconds) or refuses. Credentials are never part of
-    the URL: MLflow reads MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD from the environment.
+    the remedy, when the server does not answer or refuses: within about 15 seconds where it has never answered, within
+    about a minute where it was lost or its database is locked. Credentials are never part of the URL: they are read
+    from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment.
     """
 
     _block_type_name = "MLflow tracking"
@@ -127,102 +149,94 @@ class MLflowTracking(Block):
             )
         return uri.rstrip("/")
 
-    def open_model_run(
+    @property
+    def _server(self) -> Server:
+        return Server(self.tracking_uri)
+
+    def open_runs(
         self,
         dataset: str,
-        model: str,
-        seed: int,
-        *,
-        key: str,
-        kind: str,
         benchmark_id: str,
+        models: Sequence[ModelRun],
+        *,
         digest: str,
         source: str,
-        params: Mapping[str, object],
-        engine: str | None = None,
         flow_run_id: str | None = None,
-    ) -> str:
-        """The id of the run of one model and seed, RUNNING; created unless `key` is already in the experiment.
+    ) -> dict[str, OpenRun]:
+        """Model -> its run and those of its folds, all RUNNING; created unless their keys are already there.
 
-        key:     hash of what the run's results follow from (model, seed, data set, code, and the benchmark, whose
-                 panel its summaries depend on); the same key must come with the same params.
-        kind:    "model", "baseline", "negative control" or "positive control".
-        seed:    the training seed; -1 for controls, which have none.
-        digest:  identifies what the run is scored against; source: where the raw file comes from, an https URL or any
-                 other name. Both become the data set input.
-        params:  hyperparameters and whatever else decides the result. Values longer than 500 characters are cut
-                 with their hash, and params.json has all of them whole.
-        engine:  identity of what trains (image digest, or hash of the build folder); None where nothing trains.
+        benchmark_id: ties these runs together; runs are looked for among those that have it.
+        digest:  identifies what the runs are scored against; source: where the raw file comes from, an https URL or
+                 any other name. Both become the data set input.
 
-        Call it before any fan-out: two simultaneous callers may each create a run (the next call would heal that).
+        Call it before any fan-out: two simultaneous callers may each create runs (the next call would heal that).
         """
-        name = model if seed < 0 else f"{model} seed {seed}"
-        tags = {
-            "kind": kind,
-            "benchmark_id": benchmark_id,
-            "model": model,
-            "seed": str(seed),
-            "dataset": dataset,
-            "engine": engine,
-            _FLOW_RUN: flow_run_id,
+        server = self._server
+        experiment = server.experiment(f"{EXPERIMENT_PREFIX}{dataset}")
+        chosen = f"tags.benchmark_id = '{benchmark_id}'"
+        found = server.search([experiment], chosen)
+        shared = {"benchmark_id": benchmark_id, "dataset": dataset, **_origin(flow_run_id)}
+        params = {m.key: {"model": m.model, "dataset": dataset, "seed": m.seed, **m.params} for m in models}
+        wanted = [_wanted(model, shared, params[model.key]) for model in models]
+        runs = opened(server, experiment, chosen, wanted, found)
+
+        def describe(model: ModelRun) -> None:
+            _keep_params(server, runs[model.key], params[model.key])
+            _keep_dataset(server, runs[model.key], dataset, digest, source)
+
+        # The first one makes the data set that the others share.
+        for some in (models[:1], models[1:]):
+            at_once(describe, some)
+        parts = {
+            (model.model, fold): _wanted_fold(each, runs[model.key].run_id, fold)
+            for model, each in zip(models, wanted, strict=True)
+            for fold in model.folds
         }
-        with self._client() as client:
-            run_id = _open(client, _experiment(client, dataset), key, name, _with_commit(tags))
-            _write_params(client, run_id, {"model": model, "dataset": dataset, "seed": seed, **params})
-            _write_dataset(client, run_id, dataset, digest, source)
-        return run_id
-
-    def open_fold_runs(self, model_run_id: str, folds: Iterable[int]) -> dict[int, str]:
-        """The ids of the runs of a model's folds, RUNNING, as children of the model's run.
-
-        Call it before the folds are handed out to tasks; a fold's task gets its id.
-        """
-        opened = {}
-        with self._client() as client:
-            from mlflow.entities import Param
-
-            parent = client.get_run(model_run_id)
-            inherited = {name: parent.data.tags.get(name) for name in _INHERITED}
-            existing = _by_key(client, parent.info.experiment_id, f"tags.`{_PARENT}` = '{model_run_id}'")
-            for fold in folds:
-                key = f"{parent.data.tags[_KEY]}/fold_{fold}"
-                name = f"{parent.info.run_name} fold {fold}"
-                tags = {**inherited, _PARENT: model_run_id, "fold": str(fold)}
-                run_id = _open(client, parent.info.experiment_id, key, name, tags, existing.get(key, []))
-                params = [Param(p, parent.data.params[p]) for p in ("model", "dataset", "seed")]
-                client.log_batch(run_id, params=[*params, Param("fold", str(fold))])
-                opened[fold] = run_id
-        return opened
+        folds = opened(server, experiment, chosen, list(parts.values()), found)
+        return {
+            model.model: OpenRun(
+                runs[model.key].run_id, {fold: folds[parts[model.model, fold].key].run_id for fold in model.folds}
+            )
+            for model in models
+        }
 
     def live_curve(self, run_id: str) -> Callable[[Mapping[str, object]], None]:
         """A function that takes the events of a training while it runs and writes its metrics, some at a time.
 
-        Events other than {"event": "metric", "name", "step", "value"} are ignored. When the server is lost, training
-        goes on and the curve stays incomplete until `log_curve`, which also writes the last seconds: a warning says
-        so once.
+        Events other than {"event": "metric", "name", "step", "value"} are ignored. When the server is lost, which a
+        warning says once, training goes on, and what was not written is tried again every half a minute, and by
+        `log_curve`, which also writes the last seconds.
         """
-        with self._client() as client:
-            client.get_run(run_id)
+        run = self._server.run(run_id)
+        # The training waits meanwhile.
+        server = Server(self.tracking_uri, patience=0)
         waiting: Points = {}
-        sent_at = time.monotonic()
-        lost = False
+        standing: Standing = {}
+        known: set[str] = set()
+        due = time.monotonic() + _LIVE_SECONDS
+        told = False
 
         def take(event: Mapping[str, object]) -> None:
-            nonlocal sent_at, lost
-            if lost or event.get("event") != "metric":
+            nonlocal due, told
+            if event.get("event") != "metric":
                 return
             name, step, value = _point(event, "training event")
             waiting[name, step] = value
-            if time.monotonic() - sent_at < _LIVE_SECONDS:
+            if time.monotonic() < due:
                 return
             try:
-                with self._client() as client:
-                    _write_metrics(client, client.get_run(run_id), waiting)
+                new = {name for name, _ in waiting} - known
+                standing.update(whole_curves(server, run, new))
+                known.update(new)
+                write(server, run, waiting, {_CURVE: "growing"}, standing)
             except UserError as error:
-                lost = True
-                _log.warning("Training goes on without its curve in MLflow until it ends: %s", error)
-            waiting.clear()
-            sent_at = time.monotonic()
+                due = time.monotonic() + _LOST_SECONDS
+                if not told:
+                    _log.warning("Training goes on while its curve in MLflow does not: %s", error)
+                told = True
+            else:
+                waiting.clear()
+                due = time.monotonic() + _LIVE_SECONDS
 
         return take
 
@@ -232,18 +246,32 @@ class MLflowTracking(Block):
 
         NaN and infinite values are left out, and counted per metric in the tag `not_finite`.
         """
+        text = training.read_text(encoding="utf-8")
         points: Points = {}
-        lines = training.read_text(encoding="utf-8").splitlines()
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(text.splitlines(), start=1):
             event = json.loads(line) if line.strip() else {}
             if event.get("event") == "metric":
                 name, step, value = _point(event, f"{training}, line {number}")
                 points[name, step] = value
-        with self._client() as client:
-            _write_metrics(client, client.get_run(run_id), points)
-            bad = Counter(name for (name, _), value in points.items() if not math.isfinite(value))
-            told = ", ".join(f"{name} ({count})" for name, count in sorted(bad.items()))
-            _write_tags(client, run_id, {"not_finite": told or "none"})
+        identity = sha256(text.encode()).hexdigest()
+        server = self._server
+        run = server.run(run_id)
+        if run.tags.get(_CURVE) == identity:
+            return
+        bad = Counter(name for (name, _), value in points.items() if not math.isfinite(value))
+        told = ", ".join(f"{name} ({count})" for name, count in sorted(bad.items()))
+        write(server, run, points, {"not_finite": told or "none", _CURVE: identity})
+
+    def log_usage(self, run_id: str, usage: Usage) -> None:
+        """Write what a training took to its run: `system.seconds` (wall clock), `system.cpu_seconds` and
+        `system.peak_memory_mb` (millions of bytes)."""
+        server = self._server
+        took = {
+            ("system.seconds", 0): usage.seconds,
+            ("system.cpu_seconds", 0): usage.cpu_seconds,
+            ("system.peak_memory_mb", 0): usage.peak_memory_bytes / 1e6,
+        }
+        write(server, server.run(run_id), took)
 
     def log_leaderboard(self, leaderboard: pd.DataFrame, run_ids: Mapping[str, str]) -> None:
         """Write each model's rows of the leaderboard as metrics `<metric>.<column>` of its run (columns:
@@ -254,25 +282,32 @@ class MLflowTracking(Block):
         calibrated verdict cannot have is not named). Tags: `calibrated` lists the calibrated metrics,
         `calibrated.<metric>` and `in_panel` are "true" or "false".
         """
+        server = self._server
         by_model = dict(iter(leaderboard.groupby("model", sort=False)))
-        with self._client() as client:
-            for model, run_id in run_ids.items():
-                rows = by_model[model].set_index("metric")
-                points = {
-                    (f"{metric}.{column}", 0): float(value)
-                    for column in SUMMARY_COLUMNS
-                    for metric, value in rows[column].items()
-                }
-                _write_metrics(client, client.get_run(run_id), points)
-                not_finite = [n for n in _not_finite(points) if not n.endswith(".rank")]
-                calibrated = rows["calibrated"].astype(bool)
-                tags = {
-                    "calibrated": ", ".join(sorted(calibrated.index[calibrated])) or "none",
-                    **{f"calibrated.{metric}": str(yes).lower() for metric, yes in calibrated.items()},
-                    "in_panel": str(bool(rows["in_panel"].all())).lower(),
-                    "not_finite": ", ".join(not_finite) or "none",
-                }
-                _write_tags(client, run_id, tags)
+        rows = [(run_id, by_model[model].set_index("metric")) for model, run_id in run_ids.items()]
+        at_once(lambda row: write(server, server.run(row[0]), *_summaries(row[1])), rows)
+
+    def log_scores(self, scores: Path, run_ids: Mapping[str, str]) -> None:
+        """Keep with each model's run its own rows of scores.parquet, as a file of that name; of a model without rows
+        an empty table."""
+        import pyarrow.compute as pc
+        import pyarrow.parquet as pq
+
+        schema = pq.read_schema(scores).remove_metadata()
+        # As words and their numbers: the same few words stand in millions of rows.
+        words = [field.name for field in schema if str(field.type) in ("string", "large_string")]
+        table = pq.read_table(scores, read_dictionary=words)
+        server = self._server
+
+        def keep(item: tuple[str, str]) -> None:
+            model, run_id = item
+            own = table.filter(pc.equal(table["model"], model)).cast(schema)
+            with TemporaryDirectory(prefix="calipert-") as folder:
+                file = Path(folder) / scores.name
+                pq.write_table(own, file)
+                server.upload(server.run(run_id), file)
+
+        at_once(keep, run_ids.items())
 
     def log_calibration(
         self,
@@ -291,97 +326,94 @@ class MLflowTracking(Block):
         calibration: the table of calibration.parquet. Metrics: `<metric>.<variant>` is the DRF, with `_low`, `_high`
         and `_half_sd`; `<metric>.bds` and the others of QUOTED_COLUMNS belong to QUOTED_VARIANT. Tags:
         `verdict.<metric>` and `calibrated`. NaN and infinite values are left out, named in the tag `not_finite`.
-        digest: key of the calibration. key, source, params: as in `open_model_run`. files: files and folders to keep
+        digest: key of the calibration. key, source, params: as in `open_runs`. files: files and folders to keep
         with the run.
         When something fails, the run ends as FAILED with the reason, and the error goes on.
         """
-        with self._client() as client:
-            about = {"kind": "calibration", "dataset": dataset, _FLOW_RUN: flow_run_id}
-            run_id = _open(client, _experiment(client, dataset), key, "calibration", _with_commit(about))
+        server = self._server
+        experiment = server.experiment(f"{EXPERIMENT_PREFIX}{dataset}")
+        chosen = f"tags.`{KEY}` = '{key}'"
+        whole = {"dataset": dataset, **params}
+        tags = {"kind": "calibration", "dataset": dataset, **_origin(flow_run_id)}
+        wanted = Wanted(key, "calibration", tags, {name: as_text(value) for name, value in whole.items()})
+        run = opened(server, experiment, chosen, [wanted], server.search([experiment], chosen))[key]
         try:
-            with self._client() as client:
-                _write_params(client, run_id, {"dataset": dataset, **params})
-                _write_dataset(client, run_id, dataset, digest, source)
-                points = _calibration_points(calibration)
-                _write_metrics(client, client.get_run(run_id), points)
-                quoted = calibration[calibration["variant"] == QUOTED_VARIANT]
-                verdicts = quoted.set_index("metric")["verdict"]
-                calibrated = verdicts.index[verdicts == "calibrated"]
-                tags = {
-                    "calibrated": ", ".join(sorted(calibrated)) or "none",
-                    **{f"verdict.{metric}": str(verdict) for metric, verdict in verdicts.items()},
-                    "not_finite": ", ".join(_not_finite(points)) or "none",
-                }
-                _write_tags(client, run_id, tags)
-                _write_files(client, run_id, files, None)
+            _keep_params(server, run, whole)
+            _keep_dataset(server, run, dataset, digest, source)
+            write(server, run, *_verdicts(calibration))
+            _keep_files(server, run, files, "")
         except UserError:
             # The server is lost or refuses: there is nobody to tell, and the next attempt finds the run.
             raise
         except BaseException as error:
-            self.fail(run_id, f"{type(error).__name__}: {error}")
+            self.fail(run.run_id, f"{type(error).__name__}: {error}")
             raise
-        self.finish(run_id)
-        return run_id
+        self.finish(run.run_id)
+        return run.run_id
 
-    def log_files(self, run_id: str, files: Iterable[Path], folder: str | None = None) -> None:
-        """Keep files (and whole folders, under their own name) with a run; a file of the same name is replaced."""
-        with self._client() as client:
-            _write_files(client, run_id, files, folder)
-
-    def finish(self, run_id: str) -> None:
-        """End a run, and those of its folds that are still running, as FINISHED.
+    def finish(self, *run_ids: str) -> None:
+        """End runs, and those of their folds that are still running, as FINISHED.
 
         A run that had finished before keeps its first end, so that a repetition from finished artifacts does not
         stretch its duration.
         """
-        with self._client() as client:
-            for run in _with_running_children(client, run_id):
-                _end(client, run, "FINISHED")
+        server = self._server
+        left = [run for runs in at_once(lambda run_id: with_running_children(server, run_id), run_ids) for run in runs]
+        at_once(lambda run: end(server, run, "FINISHED"), left)
 
     def fail(self, run_id: str, reason: str) -> None:
         """End a run, and those of its folds that are still running, as FAILED, with the reason in the tag `failure`.
 
         The tag stays until the run finishes.
         """
-        with self._client() as client:
-            for run in _with_running_children(client, run_id):
-                _end(client, run, "FAILED", reason)
+        server = self._server
+        at_once(lambda run: end(server, run, "FAILED", reason), with_running_children(server, run_id))
 
     def end_interrupted(self, flow_run_id: str, reason: str) -> list[str]:
         """End as KILLED every run that this flow run left running, and return their ids: for what is done when a flow
         run was cancelled or has crashed."""
-        with self._client() as client:
-            left = [run for run in _running(client) if run.data.tags.get(_FLOW_RUN) == flow_run_id]
-            for run in left:
-                _end(client, run, "KILLED", reason)
-        return sorted(run.info.run_id for run in left)
+        server = self._server
+        left = server.search(
+            server.experiments(EXPERIMENT_PREFIX), f"{_RUNNING} and tags.`{_FLOW_RUN}` = '{flow_run_id}'"
+        )
+        at_once(lambda run: end(server, run, "KILLED", reason), left)
+        return sorted(run.run_id for run in left)
+
+    def end_stale(self, dataset: str, alive: Callable[[list[str]], set[str]]) -> list[str]:
+        """End as KILLED the runs of a data set that nobody goes on with, and return their ids.
+
+        These are RUNNING, and the process that opened them is known to be dead, or their flow run is not alive.
+        alive: which of these flow runs (by id) may still be at work; asked once, with all of them, or not at all.
+        Runs without a flow run and of a process that nobody here can know are left alone.
+        """
+        server = self._server
+        experiment = server.experiment(f"{EXPERIMENT_PREFIX}{dataset}")
+        running = server.search([experiment], _RUNNING)
+        left = [run for run in running if known_dead(run.tags.get(_PROCESS, ""))]
+        unsure = [run for run in running if run not in left and _FLOW_RUN in run.tags]
+        flows = {run.tags[_FLOW_RUN] for run in unsure}
+        ended = flows - alive(sorted(flows)) if flows else set()
+        left += [run for run in unsure if run.tags[_FLOW_RUN] in ended]
+
+        def end_unless_taken(run: Run) -> Run | None:
+            # In the meantime another flow run may have gone on with it.
+            now = server.run(run.run_id)
+            same = all(now.tags.get(tag) == run.tags.get(tag) for tag in (_FLOW_RUN, _PROCESS))
+            if now.status != "RUNNING" or not same:
+                return None
+            end(server, now, "KILLED", "It was left running by a flow run that has ended.")
+            return now
+
+        return sorted(run.run_id for run in at_once(end_unless_taken, left) if run)
 
     def benchmark_url(self, dataset: str, benchmark_id: str) -> str:
         """The page that compares the models of one benchmark in charts, in the UI's mode for model training."""
-        with self._client() as client:
-            experiment = _experiment(client, dataset)
+        experiment = self._server.experiment(f"{EXPERIMENT_PREFIX}{dataset}")
         chosen = quote(f"tags.benchmark_id = '{benchmark_id}'")
         return (
             f"{self.tracking_uri}/#/experiments/{experiment}/runs"
             f"?workflowType=machine_learning&compareRunsMode=CHART&searchFilter={chosen}"
         )
-
-    @contextmanager
-    def _client(self) -> Iterator[MlflowClient]:
-        """A client of a server that answers; errors of the connection leave as UserError."""
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        from mlflow import MlflowClient
-        from mlflow.exceptions import MlflowException
-
-        _wait_for(self.tracking_uri)
-        try:
-            yield MlflowClient(tracking_uri=self.tracking_uri)
-        except MlflowException as error:
-            explained = _explained(error, self.tracking_uri)
-            if explained is None:
-                raise
-            raise explained from error
 
 
 def git_commit(root: Path) -> str | None:
@@ -402,165 +434,60 @@ def git_commit(root: Path) -> str | None:
     return lines[1]
 
 
-def _with_commit(tags: Mapping[str, str | None]) -> dict[str, str | None]:
-    return {**tags, "git_commit": git_commit(Path(__file__).resolve().parents[1])}
+def _origin(flow_run_id: str | None) -> dict[str, str | None]:
+    """Tags that say by what a run was opened."""
+    commit = git_commit(Path(__file__).resolve().parents[1])
+    return {"git_commit": commit, _FLOW_RUN: flow_run_id, _PROCESS: this_process()}
 
 
-def _wait_for(uri: str) -> None:
-    """Return once the server answers anything at all; raise UserError when it does not within about 15 seconds."""
-    problem = ""
-    for pause in _PROBE_PAUSES:
-        time.sleep(pause)
-        try:
-            # Whose certificate it is matters to MLflow's client, which sends the data, not to this question.
-            httpx.get(f"{uri}/health", timeout=_PROBE_SECONDS, verify=False)  # noqa: S501
-        except httpx.TransportError as error:
-            problem = f"{type(error).__name__}: {error}".rstrip(": ")
-        else:
-            return
-    raise _no_answer(uri, problem)
+def _wanted(model: ModelRun, shared: Mapping[str, str | None], params: Mapping[str, object]) -> Wanted:
+    name = model.model if model.seed < 0 else f"{model.model} seed {model.seed}"
+    own = {"kind": model.kind, "model": model.model, "seed": str(model.seed), "engine": model.engine}
+    return Wanted(model.key, name, {**shared, **own}, {each: as_text(value) for each, value in params.items()})
 
 
-def _no_answer(uri: str, problem: str) -> UserError:
-    return UserError(
-        uri,
-        "MLflow server",
-        f"no answer ({problem})",
-        "Start the MLflow server (`make up` does), or correct MLFLOW_TRACKING_URI; then run this again: finished "
-        "artifacts are not recomputed.",
+def _wanted_fold(model: Wanted, parent: str, fold: int) -> Wanted:
+    inherited = {name: model.tags.get(name) for name in _INHERITED}
+    params = {name: model.params[name] for name in ("model", "dataset", "seed")}
+    return Wanted(
+        f"{model.key}/fold_{fold}",
+        f"{model.name} fold {fold}",
+        {**inherited, PARENT: parent, "fold": str(fold)},
+        {**params, "fold": str(fold)},
     )
 
 
-def _explained(error: Exception, uri: str) -> UserError | None:
-    """The UserError for a lost connection or a refusal; None for any other error of MLflow, which tells them apart by
-    its messages only."""
-    text = str(error)
-    if re.search(r"failed with error code (401|403)|PERMISSION_DENIED|UNAUTHENTICATED", text):
-        return UserError(
-            uri,
-            "access to the MLflow server",
-            text,
-            "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD if the server asks for them; where it is "
-            "reached by another name than localhost, start it with --allowed-hosts naming it.",
-        )
-    if re.match(r"API request to .* failed with (timeout )?exception", text):
-        return _no_answer(uri, text)
-    if re.match(r"API request to .* failed with error code", text):
-        return UserError(uri, "MLflow server", text, "Check that this is the URL of an MLflow server, and its log.")
-    return None
+def _keep_params(server: Server, run: Run, params: Mapping[str, object]) -> None:
+    """Where MLflow's limits change a param, all of them whole are in params.json."""
+    whole = {name: as_text(value) for name, value in params.items()}
+    if all(allowed(name) == name and shortened(text) == text for name, text in whole.items()):
+        return
+    with TemporaryDirectory(prefix="calipert-") as folder:
+        file = Path(folder) / "params.json"
+        file.write_text(json.dumps(whole, indent=2), encoding="utf-8")
+        server.upload(run, file)
 
 
-def _experiment(client: MlflowClient, dataset: str) -> str:
-    """The id of the data set's experiment, created if absent."""
-    from mlflow.exceptions import MlflowException
-
-    name = f"{EXPERIMENT_PREFIX}{dataset}"
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        try:
-            return str(client.create_experiment(name))
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        # Somebody else was faster.
-        return _experiment(client, dataset)
-    if found.lifecycle_stage != "active":
-        raise UserError(
-            f"MLflow experiment {name}",
-            "lifecycle_stage",
-            found.lifecycle_stage,
-            f"Restore it (`mlflow experiments restore --experiment-id {found.experiment_id}`) or remove it for good "
-            f"(`mlflow gc --experiment-ids {found.experiment_id}`).",
-        )
-    return str(found.experiment_id)
+def _keep_dataset(server: Server, run: Run, name: str, digest: str, source: str) -> None:
+    """The data set as the run's input; MLflow keeps 36 characters of the digest."""
+    if run.has_dataset:
+        return
+    kind = {"https": "http", "s3": "s3"}.get(source.partition("://")[0], "local")
+    server.log_dataset(run.run_id, name, digest[:36], kind, {"url" if kind == "http" else "uri": source})
 
 
-def _search(client: MlflowClient, experiments: list[str], chosen: str) -> list[Run]:
-    """All active runs for a filter, page by page."""
-    runs: list[Run] = []
-    token = None
-    while experiments:
-        page = client.search_runs(experiments, chosen, page_token=token)
-        runs.extend(page)
-        token = page.token
-        if not token:
-            break
-    return runs
-
-
-def _by_key(client: MlflowClient, experiment: str, chosen: str) -> dict[str, list[Run]]:
-    found: dict[str, list[Run]] = {}
-    for run in _search(client, [experiment], chosen):
-        found.setdefault(run.data.tags.get(_KEY, ""), []).append(run)
-    return found
-
-
-def _open(
-    client: MlflowClient,
-    experiment: str,
-    key: str,
-    name: str,
-    tags: Mapping[str, str | None],
-    found: list[Run] | None = None,
-) -> str:
-    """The id of the run with this key, RUNNING, with these tags; created if there is none.
-
-    Of several (a request repeated after a lost answer creates two) the finished one, else the oldest, is kept.
-    """
-    wanted = f"tags.`{_KEY}` = '{key}'"
-    told = {tag: value for tag, value in tags.items() if value is not None}
-    runs = _by_key(client, experiment, wanted).get(key, []) if found is None else found
-    if not runs:
-        client.create_run(experiment, run_name=name, tags={_KEY: key, **told})
-        runs = _search(client, [experiment], wanted)
-        if len(runs) == 1:
-            return str(runs[0].info.run_id)
-    runs.sort(key=lambda run: (run.info.status != "FINISHED", run.info.start_time, run.info.run_id))
-    kept, *others = runs
-    for other in others:
-        client.delete_run(other.info.run_id)
-    if kept.info.status != "RUNNING":
-        client.update_run(kept.info.run_id, status="RUNNING")
-    _write_tags(client, kept.info.run_id, told)
-    return str(kept.info.run_id)
-
-
-def _end(client: MlflowClient, run: Run, status: str, reason: str | None = None) -> None:
-    run_id = run.info.run_id
-    first_end = None
-    if reason is not None:
-        _write_tags(client, run_id, {_FAILURE: reason})
-    elif _FAILURE in run.data.tags:
-        client.delete_tag(run_id, _FAILURE)
-    else:
-        # Only a run that finished has an end and no failure.
-        first_end = run.info.end_time
-    client.set_terminated(run_id, status, first_end)
-
-
-def _with_running_children(client: MlflowClient, run_id: str) -> list[Run]:
-    """The run's children that are still running, then the run itself."""
-    run = client.get_run(run_id)
-    children = f"tags.`{_PARENT}` = '{run_id}' and attributes.status = 'RUNNING'"
-    return [*_search(client, [run.info.experiment_id], children), run]
-
-
-def _running(client: MlflowClient) -> list[Run]:
-    """Every RUNNING run of every experiment of this project."""
-    experiments: list[str] = []
-    token = None
-    while True:
-        page = client.search_experiments(filter_string=f"name LIKE '{EXPERIMENT_PREFIX}%'", page_token=token)
-        experiments.extend(e.experiment_id for e in page)
-        token = page.token
-        if not token:
-            return _search(client, experiments, "attributes.status = 'RUNNING'")
+def _keep_files(server: Server, run: Run, files: Iterable[Path], folder: str) -> None:
+    for file in files:
+        if file.is_dir():
+            _keep_files(server, run, sorted(file.iterdir()), f"{folder}/{file.name}".lstrip("/"))
+        else:
+            server.upload(run, file, folder)
 
 
 def _point(event: Mapping[str, object], where: str) -> tuple[str, int, float]:
     """Name, step and value of a metric event; value may be NaN or infinite."""
     try:
-        return _allowed(str(event["name"])), int(str(event["step"])), float(str(event["value"]))
+        return allowed(str(event["name"])), int(str(event["step"])), float(str(event["value"]))
     except (KeyError, ValueError) as error:
         raise UserError(
             where,
@@ -570,100 +497,37 @@ def _point(event: Mapping[str, object], where: str) -> tuple[str, int, float]:
         ) from error
 
 
-def _allowed(name: str) -> str:
-    """A name that MLflow takes: letters, digits and `_-. :/`, at most 250 of them; a changed one ends in its hash."""
-    allowed = re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII)
-    if allowed == name and len(name) <= _LONGEST_NAME:
-        return name
-    return f"{allowed[: _LONGEST_NAME - 9]}-{sha256(name.encode()).hexdigest()[:8]}"
+def _summaries(rows: pd.DataFrame) -> tuple[Points, dict[str, str]]:
+    """Metrics and tags of one model. rows: its rows of the leaderboard, by metric."""
+    points: Points = {
+        (f"{metric}.{column}", 0): float(value) for column in SUMMARY_COLUMNS for metric, value in rows[column].items()
+    }
+    absent = [name for name in not_finite(points) if not name.endswith(".rank")]
+    calibrated = rows["calibrated"].astype(bool)
+    tags = {
+        "calibrated": ", ".join(sorted(calibrated.index[calibrated])) or "none",
+        **{f"calibrated.{metric}": str(yes).lower() for metric, yes in calibrated.items()},
+        "in_panel": str(bool(rows["in_panel"].all())).lower(),
+        "not_finite": ", ".join(absent) or "none",
+    }
+    return points, tags
 
 
-def _not_finite(points: Points) -> list[str]:
-    return sorted({name for (name, _), value in points.items() if not math.isfinite(value)})
-
-
-def _calibration_points(calibration: pd.DataFrame) -> Points:
-    points = {}
+def _verdicts(calibration: pd.DataFrame) -> tuple[Points, dict[str, str]]:
+    """Metrics and tags of one calibration."""
+    points: Points = {}
     for row in calibration.to_dict("records"):
         for column, ending in DRF_ENDINGS.items():
             points[f"{row['metric']}.{row['variant']}{ending}", 0] = float(row[column])
         if row["variant"] == QUOTED_VARIANT:
             for column in QUOTED_COLUMNS:
                 points[f"{row['metric']}.{column}", 0] = float(row[column])
-    return points
-
-
-def _write_metrics(client: MlflowClient, run: Run, points: Points) -> None:
-    """Make the run show these values, (name, step) -> value.
-
-    All carry the run's start as their time, so that a repetition adds nothing. MLflow cannot take a value back, but of
-    several at one step it shows the one with the latest time (and then the greatest): a value that differs from what
-    stands there gets the next millisecond. One that is not finite is written only as NaN over a finite one.
-    """
-    from mlflow.entities import Metric
-
-    shown = run.data.metrics
-    there = {(name, step): value for (name, step), value in points.items() if name in shown}
-    unsure = {name for (name, step), value in there.items() if step != 0 or shown[name] != value}
-    standing: dict[tuple[str, int], tuple[int, float]] = {}
-    for name in sorted(unsure):
-        for metric in client.get_metric_history(run.info.run_id, name):
-            place = name, metric.step
-            standing[place] = max(standing.get(place, (0, -math.inf)), (metric.timestamp, metric.value))
-    changed = []
-    for (name, step), value in points.items():
-        if name in shown and name not in unsure:
-            continue
-        stamp, before = standing.get((name, step), (run.info.start_time - 1, math.nan))
-        value = value if math.isfinite(value) else math.nan
-        if value != before and not (math.isnan(value) and math.isnan(before)):
-            changed.append(Metric(name, value, stamp + 1, step))
-    client.log_batch(run.info.run_id, metrics=changed)
-
-
-def _write_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
-    from mlflow.entities import RunTag
-
-    written = {_allowed(name): value[:_LONGEST_TAG] for name, value in tags.items()}
-    client.log_batch(run_id, tags=[RunTag(name, value) for name, value in written.items()])
-
-
-def _write_params(client: MlflowClient, run_id: str, params: Mapping[str, object]) -> None:
-    """Write params; where MLflow's limits change one, all of them whole go to params.json as well."""
-    from mlflow.entities import Param
-
-    whole = {name: _as_text(value) for name, value in params.items()}
-    written = {_allowed(name): _shortened(text) for name, text in whole.items()}
-    client.log_batch(run_id, params=[Param(name, text) for name, text in written.items()])
-    if written != whole:
-        client.log_dict(run_id, whole, "params.json")
-
-
-def _as_text(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
-
-
-def _shortened(text: str) -> str:
-    if len(text) <= _LONGEST_PARAM:
-        return text
-    ending = f"... sha256 {sha256(text.encode()).hexdigest()[:16]}, see params.json"
-    return text[: _LONGEST_PARAM - len(ending)] + ending
-
-
-def _write_dataset(client: MlflowClient, run_id: str, name: str, digest: str, source: str) -> None:
-    """The data set as the run's input; MLflow keeps 36 characters of the digest."""
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
-    kind = {"https": "http", "s3": "s3"}.get(source.partition("://")[0], "local")
-    place = json.dumps({"url" if kind == "http" else "uri": source})
-    data = Dataset(name, digest[:36], kind, place)
-    client.log_inputs(run_id, datasets=[DatasetInput(data, [InputTag("mlflow.data.context", "benchmark")])])
-
-
-def _write_files(client: MlflowClient, run_id: str, files: Iterable[Path], folder: str | None) -> None:
-    for file in files:
-        if file.is_dir():
-            inner = file.name if folder is None else f"{folder}/{file.name}"
-            client.log_artifacts(run_id, str(file), inner)
-        else:
-            client.log_artifact(run_id, str(file), folder)
+    quoted = calibration[calibration["variant"] == QUOTED_VARIANT]
+    verdicts = quoted.set_index("metric")["verdict"]
+    calibrated = verdicts.index[verdicts == "calibrated"]
+    tags = {
+        "calibrated": ", ".join(sorted(calibrated)) or "none",
+        **{f"verdict.{metric}": str(verdict) for metric, verdict in verdicts.items()},
+        "not_finite": ", ".join(not_finite(points)) or "none",
+    }
+    return points, tags

@@ -9,17 +9,22 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 
 from blocks import tracking as module
-from blocks.tracking import QUOTED_VARIANT, SUMMARY_COLUMNS, MLflowTracking, git_commit
+from blocks.engines import Usage
+from blocks.mlflow_api import Refused, Server
+from blocks.processes import this_process
+from blocks.tracking import QUOTED_VARIANT, SUMMARY_COLUMNS, MLflowTracking, ModelRun, OpenRun, git_commit
 from core.errors import UserError
 
 if TYPE_CHECKING:
@@ -73,8 +78,7 @@ def tracking(server: str) -> MLflowTracking:
 
 @pytest.fixture
 def client(server: str, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
-    for name, value in module._ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     from mlflow import MlflowClient
 
     return MlflowClient(server)
@@ -86,18 +90,24 @@ def dataset(request: pytest.FixtureRequest) -> str:
     return request.node.name.removeprefix("test_")
 
 
-def open_model(tracking: MLflowTracking, dataset: str, model: str = "ridge", **changes: Any) -> str:
-    given: dict[str, Any] = {
+def open_model(
+    tracking: MLflowTracking, dataset: str, model: str = "ridge", folds: tuple[int, ...] = (), **changes: Any
+) -> OpenRun:
+    own: dict[str, Any] = {
+        "seed": 42,
         "key": f"key-of-{model}",
         "kind": "model",
+        "params": {"alpha": 0.1, "layers": [512, 512]},
+        "engine": "docker sha256:1234",
+    }
+    shared: dict[str, Any] = {
         "benchmark_id": "b1",
         "digest": "d" * 64,
         "source": "https://example.org/raw.h5ad",
-        "params": {"alpha": 0.1, "layers": [512, 512]},
-        "engine": "docker sha256:1234",
         "flow_run_id": "flow-1",
     }
-    return tracking.open_model_run(dataset, model, 42, **{**given, **changes})
+    one = ModelRun(model, folds=folds, **{name: changes.pop(name, value) for name, value in own.items()})
+    return tracking.open_runs(dataset, models=[one], **{**shared, **changes})[model]
 
 
 def runs(client: MlflowClient, dataset: str, chosen: str = "", order: tuple[str, ...] = ()) -> list[Run]:
@@ -120,6 +130,19 @@ def shown(client: MlflowClient, dataset: str) -> list[object]:
 
 def history(client: MlflowClient, run_id: str, name: str) -> list[tuple[int, float]]:
     return sorted((point.step, point.value) for point in client.get_metric_history(run_id, name))
+
+
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The paths of all requests from now on, a list that grows."""
+    asked: list[str] = []
+    ask: Callable[..., httpx.Response] = httpx.Client.request
+
+    def remember(self: httpx.Client, method: str, url: str, **more: object) -> httpx.Response:
+        asked.append(url.partition("/api/2.0/mlflow/")[2])
+        return ask(self, method, url, **more)
+
+    monkeypatch.setattr(httpx.Client, "request", remember)
+    return asked
 
 
 def leaderboard(models: tuple[str, ...], seed: int = 0) -> pd.DataFrame:
@@ -170,57 +193,6 @@ def test_a_password_in_the_url_is_refused_without_repeating_it() -> None:
     assert "MLFLOW_TRACKING_PASSWORD" in raised.value.remedy
 
 
-def test_a_server_that_is_not_there_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_PROBE_PAUSES", (0.0, 0.0))
-    uri = f"http://127.0.0.1:{free_port()}"
-    with pytest.raises(UserError) as raised:
-        open_model(MLflowTracking(tracking_uri=uri), "norman19")
-    assert raised.value.where == uri
-    assert "refused" in raised.value.found
-    assert "Start the MLflow server" in raised.value.remedy
-    assert "MLFLOW_TRACKING_URI" in raised.value.remedy
-
-
-def test_a_server_that_does_not_answer_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_PROBE_PAUSES", (0.0, 0.0))
-    monkeypatch.setattr(module, "_PROBE_SECONDS", 0.1)
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
-        silent.listen()
-        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        with pytest.raises(UserError, match="ReadTimeout"):
-            MLflowTracking(tracking_uri=uri).finish("any")
-
-
-def test_a_server_that_dies_in_between_is_the_same_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_wait_for", lambda uri: None)
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    uri = f"http://127.0.0.1:{free_port()}"
-    with pytest.raises(UserError, match="Start the MLflow server") as raised:
-        MLflowTracking(tracking_uri=uri).finish("any")
-    assert raised.value.where == uri
-
-
-@pytest.mark.parametrize(
-    ("code", "body", "remedy"),
-    [
-        (401, "You are not authenticated.", "MLFLOW_TRACKING_USERNAME"),
-        (403, "Invalid Host header - possible DNS rebinding attack detected", "--allowed-hosts"),
-        (404, "", "Check that this is the URL of an MLflow server"),
-    ],
-)
-def test_a_refusal_names_its_remedy(code: int, body: str, remedy: str) -> None:
-    text = f"API request to endpoint /api/2.0/mlflow/runs/get failed with error code {code} != 200. "
-    explained = module._explained(Exception(f"{text}Response body: '{body}'"), "http://mlflow:5000")
-    assert explained is not None
-    assert explained.where == "http://mlflow:5000"
-    assert remedy in explained.remedy
-
-
-def test_other_errors_of_mlflow_stay_what_they_are() -> None:
-    assert module._explained(Exception("Changing param values is not allowed."), "http://mlflow:5000") is None
-
-
 def test_the_commit_is_the_checkouts_own_or_absent(tmp_path: Path) -> None:
     assert git_commit(tmp_path) is None
 
@@ -238,17 +210,9 @@ def test_the_commit_is_the_checkouts_own_or_absent(tmp_path: Path) -> None:
     assert git_commit(inner) is None
 
 
-def test_names_that_mlflow_refuses_are_mended_and_stay_distinct() -> None:
-    assert module._allowed("val/loss-1.0 a:b") == "val/loss-1.0 a:b"
-    mended = {module._allowed(name) for name in ("loss (train)", "loss [train]", "a" * 300, "a" * 301)}
-    assert len(mended) == 4
-    assert all(len(name) <= 250 for name in mended)
-    assert all(module._allowed(name) == name for name in mended)
-
-
 @pytest.mark.server
 def test_a_run_carries_what_it_came_from(tracking: MLflowTracking, client: MlflowClient, dataset: str) -> None:
-    run = client.get_run(open_model(tracking, dataset))
+    run = client.get_run(open_model(tracking, dataset).run_id)
     assert run.info.status == "RUNNING"
     assert run.info.run_name == "ridge seed 42"
     expected = {"model": "ridge", "dataset": dataset, "seed": "42", "alpha": "0.1", "layers": "[512, 512]"}
@@ -270,18 +234,10 @@ def test_a_run_carries_what_it_came_from(tracking: MLflowTracking, client: Mlflo
 def test_a_control_has_no_seed_in_its_name_and_no_engine(
     tracking: MLflowTracking, client: MlflowClient, dataset: str
 ) -> None:
-    run_id = tracking.open_model_run(
-        dataset,
-        "control_mean",
-        -1,
-        key="k",
-        kind="negative control",
-        benchmark_id="b1",
-        digest="d",
-        source="panel.h5ad",
-        params={},
-    )
-    run = client.get_run(run_id)
+    control = ModelRun("control_mean", -1, key="k", kind="negative control", params={})
+    opened = tracking.open_runs(dataset, "b1", [control], digest="d", source="panel.h5ad")
+    run = client.get_run(opened["control_mean"].run_id)
+    assert opened["control_mean"].folds == {}
     assert run.info.run_name == "control_mean"
     assert "engine" not in run.data.tags
     assert "flow_run_id" not in run.data.tags
@@ -297,20 +253,22 @@ def test_everything_repeated_shows_the_same(
     report = tmp_path / "report.html"
     report.write_text("<h1>report</h1>")
     board = leaderboard(("ridge", "knn"))
+    scores = tmp_path / "scores.parquet"
+    board[["model", "metric", "mean"]].to_parquet(scores, index=False)
 
     def benchmark() -> None:
         tracking.log_calibration(
             dataset, calibration_table(), key="c", digest="d", source="s", params={"half_seeds": 5}, files=[report]
         )
-        opened = {model: open_model(tracking, dataset, model) for model in ("ridge", "knn")}
-        for run_id in opened.values():
-            for fold_run in tracking.open_fold_runs(run_id, range(2)).values():
+        opened = {model: open_model(tracking, dataset, model, (0, 1)) for model in ("ridge", "knn")}
+        for run in opened.values():
+            for fold_run in run.folds.values():
                 tracking.log_curve(fold_run, training)
                 tracking.finish(fold_run)
-        tracking.log_leaderboard(board, opened)
-        for run_id in opened.values():
-            tracking.log_files(run_id, [report])
-            tracking.finish(run_id)
+        ids = {model: run.run_id for model, run in opened.items()}
+        tracking.log_leaderboard(board, ids)
+        tracking.log_scores(scores, ids)
+        tracking.finish(*ids.values())
 
     benchmark()
     first = shown(client, dataset)
@@ -322,8 +280,7 @@ def test_everything_repeated_shows_the_same(
 
 @pytest.mark.server
 def test_children_belong_to_their_model(tracking: MLflowTracking, client: MlflowClient, dataset: str) -> None:
-    parent = open_model(tracking, dataset)
-    folds = tracking.open_fold_runs(parent, [0, 1, 2])
+    parent, folds = open_model(tracking, dataset, folds=(0, 1, 2))
     assert sorted(folds) == [0, 1, 2]
     children = runs(client, dataset, f"tags.`mlflow.parentRunId` = '{parent}'")
     assert {run.info.run_id for run in children} == set(folds.values())
@@ -331,7 +288,9 @@ def test_children_belong_to_their_model(tracking: MLflowTracking, client: Mlflow
     assert second.info.run_name == "ridge seed 42 fold 1"
     assert second.data.params == {"model": "ridge", "dataset": dataset, "seed": "42", "fold": "1"}
     assert second.data.tags["benchmark_id"] == "b1"
-    assert tracking.open_fold_runs(parent, [1, 3]).items() >= {(1, folds[1])}
+    again = open_model(tracking, dataset, folds=(1, 3))
+    assert again.run_id == parent
+    assert again.folds.items() >= {(1, folds[1])}
     assert len(runs(client, dataset)) == 1 + 4
 
 
@@ -345,10 +304,11 @@ from pathlib import Path
 from blocks import tracking as module
 module._LIVE_SECONDS = 0.0
 t = module.MLflowTracking(tracking_uri={server!r})
-run = t.open_model_run({dataset!r}, "ridge", 42, key="key-of-ridge", kind="model", benchmark_id="b1",
-                       digest="{"d" * 64}", source="https://example.org/raw.h5ad", engine="docker sha256:1234",
-                       params={{"alpha": 0.1, "layers": [512, 512]}}, flow_run_id="flow-1")
-take = t.live_curve(t.open_fold_runs(run, [0, 1])[0])
+one = module.ModelRun("ridge", 42, key="key-of-ridge", kind="model", params={{"alpha": 0.1, "layers": [512, 512]}},
+                      engine="docker sha256:1234", folds=(0, 1))
+runs = t.open_runs({dataset!r}, "b1", [one], digest="{"d" * 64}", source="https://example.org/raw.h5ad",
+                   flow_run_id="flow-1")
+take = t.live_curve(runs["ridge"].folds[0])
 for step in range(5):
     take({{"event": "metric", "name": "loss", "step": step, "value": 1.0 / (step + 1)}})
 os.kill(os.getpid(), signal.SIGKILL)
@@ -358,8 +318,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     left = runs(client, dataset)
     assert [run.info.status for run in left] == ["RUNNING"] * 3
 
-    parent = open_model(tracking, dataset, flow_run_id="flow-2")
-    folds = tracking.open_fold_runs(parent, [0, 1])
+    parent, folds = open_model(tracking, dataset, folds=(0, 1), flow_run_id="flow-2")
     assert {parent, *folds.values()} == {run.info.run_id for run in left}
     assert history(client, folds[0], "loss") == [(step, 1 / (step + 1)) for step in range(5)]
     curve = {("loss", step): 1 / (step + 1) for step in range(10)}
@@ -378,8 +337,8 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_a_failure_keeps_its_reason_until_the_run_finishes(
     tracking: MLflowTracking, client: MlflowClient, dataset: str
 ) -> None:
-    parent = open_model(tracking, dataset)
-    fold = tracking.open_fold_runs(parent, [0])[0]
+    opened = open_model(tracking, dataset, folds=(0,))
+    parent, fold = opened.run_id, opened.folds[0]
     tracking.fail(parent, "out of memory " + "x" * 10_000)
     for run_id in (parent, fold):
         failed = client.get_run(run_id)
@@ -387,9 +346,8 @@ def test_a_failure_keeps_its_reason_until_the_run_finishes(
         assert failed.data.tags["failure"].startswith("out of memory")
         assert failed.info.end_time is not None
 
-    assert open_model(tracking, dataset) == parent
+    assert open_model(tracking, dataset, folds=(0,)) == opened
     assert client.get_run(parent).info.status == "RUNNING"
-    assert tracking.open_fold_runs(parent, [0]) == {0: fold}
     assert client.get_run(fold).info.status == "RUNNING"
     assert "failure" in client.get_run(fold).data.tags
     failed_at = client.get_run(parent).info.end_time
@@ -405,8 +363,7 @@ def test_a_failure_keeps_its_reason_until_the_run_finishes(
 def test_a_finished_fold_stays_finished_when_its_model_fails(
     tracking: MLflowTracking, client: MlflowClient, dataset: str
 ) -> None:
-    parent = open_model(tracking, dataset)
-    folds = tracking.open_fold_runs(parent, [0, 1])
+    parent, folds = open_model(tracking, dataset, folds=(0, 1))
     tracking.finish(folds[0])
     tracking.fail(parent, "fold 1: diverged")
     assert client.get_run(folds[0]).info.status == "FINISHED"
@@ -415,9 +372,9 @@ def test_a_finished_fold_stays_finished_when_its_model_fails(
 
 @pytest.mark.server
 def test_runs_of_a_dead_flow_are_found_and_ended(tracking: MLflowTracking, client: MlflowClient, dataset: str) -> None:
-    dead = open_model(tracking, dataset, "ridge", flow_run_id="dead-flow")
-    fold = tracking.open_fold_runs(dead, [0])[0]
-    alive = open_model(tracking, dataset, "knn", flow_run_id="live-flow")
+    dead, folds = open_model(tracking, dataset, "ridge", (0,), flow_run_id="dead-flow")
+    fold = folds[0]
+    alive = open_model(tracking, dataset, "knn", flow_run_id="live-flow").run_id
     assert tracking.end_interrupted("dead-flow", "The flow run crashed.") == sorted([dead, fold])
     assert client.get_run(dead).info.status == "KILLED"
     assert client.get_run(fold).data.tags["failure"] == "The flow run crashed."
@@ -428,22 +385,78 @@ def test_runs_of_a_dead_flow_are_found_and_ended(tracking: MLflowTracking, clien
 
 
 @pytest.mark.server
+def test_only_runs_that_nobody_goes_on_with_are_ended(
+    tracking: MLflowTracking, client: MlflowClient, dataset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    name = this_process().split()
+    of_child = f"{name[0]} {child.pid} {psutil.Process(child.pid).create_time():.1f}"
+    elsewhere = f"another-machine/1 {child.pid} 1.0"
+    cases = {
+        "here": (this_process(), "live"),
+        "flow_ended": (this_process(), "ended"),
+        "killed": (of_child, "live"),
+        "elsewhere": (elsewhere, "live"),
+        "elsewhere_ended": (elsewhere, "ended"),
+        "unknown": (elsewhere, None),
+    }
+    opened = {}
+    for model, (process, flow) in cases.items():
+        monkeypatch.setattr(module, "this_process", lambda process=process: process)
+        opened[model] = open_model(tracking, dataset, model, (0,), flow_run_id=flow)
+    tracking.finish(opened["killed"].folds[0])
+    asked = []
+
+    def alive(ids: list[str]) -> set[str]:
+        asked.append(ids)
+        return {"live"}
+
+    ended = {model for model, (_, flow) in cases.items() if flow == "ended"}
+    expected = [run for model in ended for run in (opened[model].run_id, opened[model].folds[0])]
+    assert tracking.end_stale(dataset, alive) == sorted(expected)
+    child.kill()
+    child.wait()
+    assert tracking.end_stale(dataset, alive) == [opened["killed"].run_id]
+    assert asked == [["ended", "live"], ["live"]]
+    status = {model: client.get_run(run.run_id).info.status for model, run in opened.items()}
+    assert status == {model: "KILLED" if model in {*ended, "killed"} else "RUNNING" for model in cases}
+    assert client.get_run(opened["killed"].folds[0]).info.status == "FINISHED"
+    assert "has ended" in client.get_run(opened["flow_ended"].run_id).data.tags["failure"]
+    tracking.finish(*(run.run_id for run in opened.values()))
+    assert tracking.end_stale(dataset, alive) == []
+    assert len(asked) == 2
+
+
+@pytest.mark.server
+def test_a_run_that_another_flow_run_takes_over_meanwhile_is_not_ended(
+    tracking: MLflowTracking, client: MlflowClient, dataset: str
+) -> None:
+    run_id = open_model(tracking, dataset, flow_run_id="ended").run_id
+
+    def alive(ids: list[str]) -> set[str]:
+        open_model(tracking, dataset, flow_run_id="new")
+        return set()
+
+    assert tracking.end_stale(dataset, alive) == []
+    assert client.get_run(run_id).info.status == "RUNNING"
+    tracking.finish(run_id)
+
+
+@pytest.mark.server
 def test_two_runs_with_one_key_become_one(tracking: MLflowTracking, client: MlflowClient, dataset: str) -> None:
-    first = open_model(tracking, dataset)
+    first = open_model(tracking, dataset).run_id
     experiment = client.get_run(first).info.experiment_id
     # What a request repeated after a lost answer leaves behind.
-    client.create_run(experiment, tags={"calipert.key": "key-of-ridge"})
+    client.create_run(experiment, tags={"calipert.key": "key-of-ridge", "benchmark_id": "b1"})
     assert len(runs(client, dataset)) == 2
-    assert open_model(tracking, dataset) == first
+    assert open_model(tracking, dataset).run_id == first
     assert [run.info.run_id for run in runs(client, dataset)] == [first]
 
 
 @pytest.mark.server
 def test_the_same_key_with_other_params_is_refused(tracking: MLflowTracking, dataset: str) -> None:
     open_model(tracking, dataset)
-    from mlflow.exceptions import MlflowException
-
-    with pytest.raises(MlflowException, match="Changing param values is not allowed"):
+    with pytest.raises(Refused, match="Changing param values is not allowed"):
         open_model(tracking, dataset, params={"alpha": 10})
 
 
@@ -451,7 +464,7 @@ def test_the_same_key_with_other_params_is_refused(tracking: MLflowTracking, dat
 def test_a_deleted_experiment_is_the_users_to_restore(
     tracking: MLflowTracking, client: MlflowClient, dataset: str
 ) -> None:
-    experiment = client.get_run(open_model(tracking, dataset)).info.experiment_id
+    experiment = client.get_run(open_model(tracking, dataset).run_id).info.experiment_id
     client.delete_experiment(experiment)
     with pytest.raises(UserError, match=f"mlflow experiments restore --experiment-id {experiment}"):
         open_model(tracking, dataset)
@@ -462,8 +475,8 @@ def test_long_params_are_whole_in_a_file(
     tracking: MLflowTracking, client: MlflowClient, dataset: str, tmp_path: Path
 ) -> None:
     given = {"genes": [f"GENE{i}" for i in range(3000)], "bad (name)": 1, "none": None, "short": "x"}
-    run_id = open_model(tracking, dataset, params=given)
-    assert open_model(tracking, dataset, params=given) == run_id
+    run_id = open_model(tracking, dataset, params=given).run_id
+    assert open_model(tracking, dataset, params=given).run_id == run_id
     params = client.get_run(run_id).data.params
     assert params["short"] == "x"
     assert params["none"] == "null"
@@ -473,7 +486,7 @@ def test_long_params_are_whole_in_a_file(
     whole = json.loads(Path(client.download_artifacts(run_id, "params.json", str(tmp_path))).read_text())
     assert json.loads(whole["genes"]) == given["genes"]
     assert whole["bad (name)"] == "1"
-    assert not client.list_artifacts(open_model(tracking, dataset, "knn"))
+    assert not client.list_artifacts(open_model(tracking, dataset, "knn").run_id)
 
 
 @pytest.mark.server
@@ -485,7 +498,7 @@ def test_a_live_curve_is_completed_from_the_file(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "_LIVE_SECONDS", 0.0)
-    fold = tracking.open_fold_runs(open_model(tracking, dataset), [0])[0]
+    fold = open_model(tracking, dataset, folds=(0,)).folds[0]
     take = tracking.live_curve(fold)
     take({"event": "progress", "done": 1, "total": 3, "unit": "epoch"})
     for step in range(3):
@@ -506,29 +519,112 @@ def test_a_live_curve_is_completed_from_the_file(
 
 @pytest.mark.server
 def test_training_outlives_the_server(
-    tracking: MLflowTracking, dataset: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tracking: MLflowTracking,
+    client: MlflowClient,
+    dataset: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(module, "_LIVE_SECONDS", 0.0)
-    fold = tracking.open_fold_runs(open_model(tracking, dataset), [0])[0]
+    fold = open_model(tracking, dataset, folds=(0,)).folds[0]
     take = tracking.live_curve(fold)
 
-    def lost(uri: str) -> None:
-        raise module._no_answer(uri, "gone")
+    monkeypatch.setattr(module, "_LOST_SECONDS", 0.0)
 
-    monkeypatch.setattr(module, "_wait_for", lost)
-    for step in range(3):
-        take({"event": "metric", "name": "loss", "step": step, "value": 0.5})
+    def lost(*_: object, **__: object) -> None:
+        raise httpx.ConnectError("gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(httpx.Client, "request", lost)
+        for step in range(3):
+            take({"event": "metric", "name": "loss", "step": step, "value": 0.5})
+        patch.setattr(module, "Server", partial(Server, patience=0.0))
+        with pytest.raises(UserError, match="no answer"):
+            MLflowTracking(tracking_uri=tracking.tracking_uri).finish(fold)
     assert len(caplog.records) == 1
     assert "Training goes on" in caplog.text
-    with pytest.raises(UserError, match="no answer"):
-        tracking.finish(fold)
+    take({"event": "metric", "name": "loss", "step": 3, "value": 0.5})
+    assert history(client, fold, "loss") == [(step, 0.5) for step in range(4)]
+
+
+@pytest.mark.server
+def test_a_curve_that_is_there_is_not_compared_again(
+    tracking: MLflowTracking, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fold = open_model(tracking, dataset, folds=(0,)).folds[0]
+    training = training_file(tmp_path / "training.jsonl", {("loss", step): 0.5 for step in range(5)})
+    tracking.log_curve(fold, training)
+    asked = requests(monkeypatch)
+    tracking.log_curve(fold, training)
+    assert asked == ["runs/get"]
+    # A training that was begun once more may have written other values.
+    monkeypatch.setattr(module, "_LIVE_SECONDS", 0.0)
+    tracking.live_curve(fold)({"event": "metric", "name": "loss", "step": 2, "value": 0.75})
+    asked.clear()
+    tracking.log_curve(fold, training)
+    assert asked == ["runs/get", "metrics/get-history", "runs/log-batch"]
+
+
+@pytest.mark.server
+def test_a_benchmark_takes_few_requests(
+    tracking: MLflowTracking, dataset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = [ModelRun(f"m{i}", 42, key=f"k{i}", kind="model", params={"alpha": i}, folds=(0, 1, 2)) for i in range(4)]
+
+    def benchmark() -> list[str]:
+        opened = tracking.open_runs(dataset, "b1", wanted, digest="d", source="s", flow_run_id="flow-1")
+        ids = {model: run.run_id for model, run in opened.items()}
+        tracking.log_leaderboard(leaderboard(tuple(ids)), ids)
+        tracking.finish(*ids.values())
+        return list(ids.values())
+
+    asked = requests(monkeypatch)
+    first = benchmark()
+    assert asked.count("runs/create") == 4 + 4 * 3
+    # Before, and after models and folds were created; then the running folds of each model.
+    assert asked.count("runs/search") == 3 + 4
+    # Params of each, and one for all of a leaderboard's values and tags.
+    assert asked.count("runs/log-batch") == 4 + 4 * 3 + 4
+    asked.clear()
+    assert benchmark() == first
+    assert "runs/log-batch" not in asked
+    assert "runs/log-inputs" not in asked
+    assert asked.count("runs/search") == 1 + 4
+
+
+@pytest.mark.server
+def test_what_a_training_took(tracking: MLflowTracking, client: MlflowClient, dataset: str) -> None:
+    fold = open_model(tracking, dataset, folds=(0,)).folds[0]
+    tracking.log_usage(fold, Usage(seconds=12.5, cpu_seconds=20.25, peak_memory_bytes=1_500_000_000))
+    expected = {"system.seconds": 12.5, "system.cpu_seconds": 20.25, "system.peak_memory_mb": 1500.0}
+    assert client.get_run(fold).data.metrics == expected
+    # Trained once more: what it took then.
+    tracking.log_usage(fold, Usage(seconds=11.5, cpu_seconds=20.25, peak_memory_bytes=1_500_000_000))
+    assert client.get_run(fold).data.metrics == expected | {"system.seconds": 11.5}
+
+
+@pytest.mark.server
+def test_each_model_keeps_its_own_scores(
+    tracking: MLflowTracking, client: MlflowClient, dataset: str, tmp_path: Path
+) -> None:
+    models = ("ridge", "knn", "silent")
+    ids = {model: open_model(tracking, dataset, model).run_id for model in models}
+    table = pd.DataFrame(
+        {"model": ["ridge", "knn", "ridge"], "condition": ["A", "A", "B"], "fold": [0, 0, 1], "value": [0.1, np.nan, 1]}
+    )
+    table.to_parquet(tmp_path / "scores.parquet", index=False)
+    tracking.log_scores(tmp_path / "scores.parquet", ids)
+    for model in models:
+        read = pd.read_parquet(client.download_artifacts(ids[model], "scores.parquet", str(tmp_path / "..")))
+        expected = table[table["model"] == model].reset_index(drop=True)
+        pd.testing.assert_frame_equal(read, expected)
 
 
 @pytest.mark.server
 def test_values_that_are_not_finite_are_counted_not_written(
     tracking: MLflowTracking, client: MlflowClient, dataset: str, tmp_path: Path
 ) -> None:
-    fold = tracking.open_fold_runs(open_model(tracking, dataset), [0])[0]
+    fold = open_model(tracking, dataset, folds=(0,)).folds[0]
     curve = {("loss", 0): 1.0, ("loss", 1): float("nan"), ("loss", 2): float("inf"), ("val", 0): float("-inf")}
     tracking.log_curve(fold, training_file(tmp_path / "training.jsonl", curve))
     run = client.get_run(fold)
@@ -538,7 +634,7 @@ def test_values_that_are_not_finite_are_counted_not_written(
 
 @pytest.mark.server
 def test_a_bad_line_of_a_curve_is_named(tracking: MLflowTracking, dataset: str, tmp_path: Path) -> None:
-    fold = tracking.open_fold_runs(open_model(tracking, dataset), [0])[0]
+    fold = open_model(tracking, dataset, folds=(0,)).folds[0]
     training = tmp_path / "training.jsonl"
     training.write_text('{"event": "log", "message": "m"}\n\n{"event": "metric", "name": "loss", "value": 1}\n')
     with pytest.raises(UserError, match="line 3"):
@@ -549,11 +645,10 @@ def test_a_bad_line_of_a_curve_is_named(tracking: MLflowTracking, dataset: str, 
 def test_models_can_be_compared(tracking: MLflowTracking, client: MlflowClient, dataset: str) -> None:
     models = ("ridge", "knn", "linear")
     board = leaderboard(models)
-    opened = {model: open_model(tracking, dataset, model) for model in models}
-    tracking.open_fold_runs(opened["ridge"], [0])
+    folds = {"ridge": (0,)}
+    opened = {model: open_model(tracking, dataset, model, folds.get(model, ())).run_id for model in models}
     tracking.log_leaderboard(board, opened)
-    for run_id in opened.values():
-        tracking.finish(run_id)
+    tracking.finish(*opened.values())
 
     chosen = "tags.benchmark_id = 'b1' and tags.`calibrated.nir` = 'true' and params.model != 'linear'"
     found = runs(client, dataset, chosen, ("metrics.`nir.mean` DESC",))
@@ -569,7 +664,7 @@ def test_models_can_be_compared(tracking: MLflowTracking, client: MlflowClient, 
 def test_the_leaderboard_in_a_run(tracking: MLflowTracking, client: MlflowClient, dataset: str) -> None:
     board = leaderboard(("ridge",))
     board.loc[board.metric == "nir", ["mean", "headroom_low"]] = [np.nan, np.inf]
-    opened = {"ridge": open_model(tracking, dataset)}
+    opened = {"ridge": open_model(tracking, dataset).run_id}
     tracking.log_leaderboard(board, opened)
     run = client.get_run(opened["ridge"])
     wanted = {
@@ -651,7 +746,7 @@ def test_a_calibration_that_fails_says_so_and_can_be_repeated(
 
 @pytest.mark.server
 def test_the_link_leads_to_the_benchmark(tracking: MLflowTracking, client: MlflowClient, dataset: str) -> None:
-    run_id = open_model(tracking, dataset)
+    run_id = open_model(tracking, dataset).run_id
     experiment = client.get_run(run_id).info.experiment_id
     page = f"{tracking.tracking_uri}/#/experiments/{experiment}/runs"
     wanted = "searchFilter=tags.benchmark_id%20%3D%20%27b1%27"
@@ -661,18 +756,11 @@ def test_the_link_leads_to_the_benchmark(tracking: MLflowTracking, client: Mlflo
 
 
 @pytest.mark.server
-@pytest.mark.parametrize("first", ["model", "folds"])
-def test_mlflow_sends_nothing_elsewhere_and_prints_nothing(tracking: MLflowTracking, first: str) -> None:
-    """In a fresh process, because both are decided when mlflow is imported."""
-    parent = open_model(tracking, "quiet")
-    calls = {
-        "model": """given = dict(key="k", kind="model", benchmark_id="b", digest="d", source="s", params={})
-t.finish(t.open_model_run("quiet", "m", 1, **given))""",
-        "folds": f"t.finish(t.open_fold_runs({parent!r}, [0])[0])",
-    }
+def test_mlflow_is_not_imported_and_nothing_is_sent_elsewhere_or_printed(tracking: MLflowTracking) -> None:
+    """In a fresh process, where nothing else has imported it."""
     script = f"""
 import socket, sys
-from blocks.tracking import MLflowTracking
+from blocks.tracking import MLflowTracking, ModelRun
 real, elsewhere = socket.socket.connect, []
 def connect(self, address):
     if address[0] not in ("127.0.0.1", "::1"):
@@ -687,15 +775,16 @@ def getaddrinfo(host, *rest, **more):
         raise OSError("closed")
     return looked_up(host, *rest, **more)
 socket.getaddrinfo = getaddrinfo
-assert "mlflow" not in sys.modules
 t = MLflowTracking(tracking_uri={tracking.tracking_uri!r})
-{calls[first]}
-assert "mlflow" in sys.modules
+one = ModelRun("m", 1, key="k", kind="model", params=dict(), folds=(0,))
+run = t.open_runs("quiet", "b", [one], digest="d", source="s")["m"]
+t.finish(run.run_id)
+assert "mlflow" not in sys.modules
 import atexit
 atexit._run_exitfuncs()
 assert not elsewhere, elsewhere
 """
-    # The settings must come from the code, and mlflow keeps its telemetry quiet where it sees a test or a CI system.
+    # No settings that would keep anything quiet.
     bare = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"]}
     told = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, env=bare, capture_output=True, text=True, check=False
