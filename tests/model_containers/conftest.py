@@ -24,6 +24,14 @@ PAIRS = ["P00+P01", "P02+P03", "P04+P05", "P01+P06"]
 NO_EMBEDDING, ZERO_EMBEDDING = "P10", "P11"
 
 
+@pytest.fixture(autouse=True, scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A data folder of the tests' own: the engine keeps its scratch there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CALIPERT_DATA", str(tmp_path_factory.mktemp("data")))
+        yield
+
+
 @dataclass(frozen=True)
 class Panel:
     """One fold: train.h5ad, control.h5ad and embedding.parquet in `folder`, and what is held out of it."""
