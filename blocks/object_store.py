@@ -28,7 +28,8 @@ from core.errors import UserError
 
 SCHEMA = 1
 INDEX = "index.json"
-# In bytes and parts at a time: what a transfer holds in memory is at most their product, 128 MiB.
+# Bytes of a part, and parts at a time: a transfer holds at most their product of the files in memory, 128 MiB, and the
+# client about as much again.
 PART = 8 << 20
 PARTS = 16
 FILES = 4
