@@ -763,7 +763,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(
     assert process.stdout is not None
 
     def start(root: str, number: int) -> int:
-        print(root, URL, number, 0.2, file=process.stdin, flush=True)
+        print(root, URL, number, 0.8, file=process.stdin, flush=True)
         return int(process.stdout.readline())
 
     def wait() -> None:
@@ -771,17 +771,19 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(
         assert process.stdout.readline() == "ended\n"
 
     try:
-        began = time.monotonic()
-        start(str(tmp_path / "undisturbed" / "store"), 99)
-        wait()
-        whole = time.monotonic() - began
+        whole = float("inf")
+        for number in (98, 99):
+            began = time.monotonic()
+            start(str(tmp_path / "undisturbed" / "store"), number)
+            wait()
+            whole = min(whole, time.monotonic() - began)
         chance = random.Random(0)
         store = host("one")
         states = set()
         for number in range(12):
             key = artifact_key("slow", {}, {"number": number}, "c0de")
             child = start(store.root, number)
-            time.sleep(chance.uniform(0, whole))
+            time.sleep(chance.uniform(0, 1.2 * whole))
             os.kill(child, signal.SIGKILL)
             wait()
             here, there = Path(store.root) / "slow" / key, objects(owner, f"slow/{key}")
