@@ -18,6 +18,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import NamedTuple
 
+import httpx
 import pytest
 
 from blocks import settings
@@ -265,3 +266,54 @@ def test_the_same_watch_sees_what_does_reach_out(tmp_path: Path) -> None:
 )
 def test_complaints_are_known(line: str) -> None:
     assert COMPLAINTS.search(line)
+
+
+BROWSERS = ("chromium", "google-chrome", "chromium-browser")
+FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking")
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    ("server", "path", "shows"),
+    [
+        ("prefect", "/", "Dashboard"),
+        ("prefect", "/runs", "Runs"),
+        ("prefect", "/deployments", "Deployments"),
+        ("mlflow", "/#/experiments?workflowType=machine_learning", "Experiments"),
+    ],
+)
+def test_a_page_asks_nobody_else_and_is_whole(
+    servers: settings.Services, tmp_path: Path, server: str, path: str, shows: str
+) -> None:
+    """As a browser without a network shows it."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip(f"none of {', '.join(BROWSERS)} is installed")
+    log = tmp_path / "log.json"
+    options = [
+        "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--log-net-log={log}",
+        "--virtual-time-budget=15000",
+        "--dump-dom",
+    ]
+    address = f"{getattr(servers, server)}{path}"
+    page = subprocess.run([browser, *FLAGS, *options, address], capture_output=True, text=True, check=True, timeout=120)
+    assert f">{shows}<" in re.sub(r"\s+", "", page.stdout)
+    told = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
+    # What has an origin, the page has asked for; the rest is the browser's own.
+    asked = {one["url"] for one in told if "url" in one and one.get("initiator", "not an origin") != "not an origin"}
+    assert len(asked) > 5
+    assert {url for url in asked if not url.startswith((f"http://{settings.HOST}:", "data:", "blob:"))} == set()
+
+
+def test_prefect_tells_its_pages_to_report_nothing(servers: settings.Services) -> None:
+    told = httpx.get(f"{servers.prefect_api}/admin/settings").raise_for_status().json()["server"]
+    assert told["analytics_enabled"] is False
+    assert told["ui"]["show_promotional_content"] is False
+    assert httpx.get(f"{servers.prefect}/ui-settings").raise_for_status().json()["default_ui"] == "v1"
+
+
+def test_mlflow_tells_its_pages_to_report_nothing(servers: settings.Services) -> None:
+    told = httpx.get(f"{servers.mlflow}/ajax-api/3.0/mlflow/ui-telemetry").raise_for_status().json()
+    assert told["disable_ui_telemetry"] is True
