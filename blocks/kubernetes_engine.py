@@ -58,6 +58,8 @@ TROUBLE_LIMIT_S = 180.0
 GONE_LIMIT_S = 120.0
 # In the end: whoever cancels waits for it.
 TIDY_LIMIT_S = 20.0
+# Set by the pods of flow runs (deployments/kubernetes/pools): which pod this process runs in.
+POD_NAME, POD_UID = "CALIPERT_POD_NAME", "CALIPERT_POD_UID"
 
 
 class KubernetesEngine(Block):
@@ -106,6 +108,7 @@ class KubernetesEngine(Block):
             timeout_s=timeout_s,
             flow_run=_flow_run(),
             attempt=uuid4().hex,
+            owner=_own_pod(),
         )
         digest_of(job.pod.image, self.settings, f"models.{job.model}.image")
         stops: list[bool] = []
@@ -396,3 +399,8 @@ def _flow_run() -> str | None:
 
     found: str | None = flow_run.id
     return found
+
+
+def _own_pod() -> tuple[str, str] | None:
+    name, uid = os.environ.get(POD_NAME), os.environ.get(POD_UID)
+    return (name, uid) if name and uid else None

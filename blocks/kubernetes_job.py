@@ -154,7 +154,8 @@ class StageJob:
 
     The name of one that trains or predicts follows from the stage, the image and the spec within the Job, so that the
     Job of a killed flow is found again. attempt: unique to this one. store: address of the bucket. flow_run: its id,
-    None outside of flows.
+    None outside of flows. owner: name and uid of the pod that starts it, None outside of the cluster; the cluster
+    deletes the Job once that pod is gone, however it went.
     """
 
     cluster: Cluster
@@ -165,6 +166,7 @@ class StageJob:
     timeout_s: float | None
     flow_run: str | None
     attempt: str
+    owner: tuple[str, str] | None
 
     @property
     def pod(self) -> ModelPod:
@@ -218,12 +220,11 @@ class StageJob:
             # The limit itself is the pod's, which counts from a node's taking it. This one ends a Job that nobody
             # waits for any more, and that no node takes.
             spec["activeDeadlineSeconds"] = math.ceil(self.timeout_s) + math.ceil(self.cluster.pending_limit_s)
-        return {
-            "apiVersion": "batch/v1",
-            "kind": "Job",
-            "metadata": {"name": self.name, "namespace": self.cluster.namespace, "labels": labels},
-            "spec": spec,
-        }
+        metadata: Object = {"name": self.name, "namespace": self.cluster.namespace, "labels": labels}
+        if self.owner is not None:
+            name, uid = self.owner
+            metadata["ownerReferences"] = [{"apiVersion": "v1", "kind": "Pod", "name": name, "uid": uid}]
+        return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
 
     def _pod_spec(self) -> Object:
         volumes = [

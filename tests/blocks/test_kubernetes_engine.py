@@ -721,6 +721,7 @@ def stage_job(**changes: Any) -> StageJob:
     spec = {"cells": f"/data/store/fold/{KEYS['a']}/train.h5ad", "embedding": None, "output": "/data/store/x"}
     cluster = Cluster.model_validate(given | changes.pop("cluster", {}))
     whole = {"model": "toy", "stage": "train", "store": BUCKET, "timeout_s": 5.5, "flow_run": "f" * 36, "attempt": "1"}
+    whole |= {"owner": None}
     return StageJob(cluster=cluster, inputs=inside(spec | changes.pop("spec", {}), store), **(whole | changes))
 
 
@@ -773,6 +774,17 @@ def test_labels_say_whose_a_job_is():
     assert labels["calipert/stage"] == "train"
     assert labels["calipert/flow-run"] == "a-b-" + "c" * 59
     assert "calipert/flow-run" not in stage_job(flow_run=None).manifest()["metadata"]["labels"]
+
+
+def test_a_job_goes_with_the_pod_of_its_flow_run(model, cluster, output, monkeypatch):
+    folder = model("")
+    run(folder, output)
+    monkeypatch.setenv("CALIPERT_POD_NAME", "flow-run-x")
+    monkeypatch.setenv("CALIPERT_POD_UID", "1-2-3")
+    run(folder, output)
+    outside, inside = [job["metadata"] for job in cluster.created]
+    assert "ownerReferences" not in outside
+    assert inside["ownerReferences"] == [{"apiVersion": "v1", "kind": "Pod", "name": "flow-run-x", "uid": "1-2-3"}]
 
 
 def test_gpus_are_for_training_and_prediction_alone():
