@@ -9,7 +9,7 @@ RUNTIME := .venv/.runtime-installed
 TOOLS := .venv/.test-tools-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test up down clean
+.PHONY: help setup demo test fault up down clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,7 +26,10 @@ test: $(TOOLS) ## run lint, types, import contracts and all tests
 	$(BIN)/lint-imports
 	$(BIN)/pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered
 
-up: setup ## start the servers and a worker, and register all deployments
+fault: $(TOOLS) ## kill benchmarks, workers and servers at random, 30 rounds, and compare all bytes
+	CALIPERT_FAULT_ROUNDS=30 $(BIN)/pytest -n 0 -v -s tests/fault
+
+up: setup ## start the servers and workers, and register all deployments
 	@$(BIN)/python -m deployments.local up
 
 down: ## stop what `make up` and `make demo` started

@@ -168,10 +168,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    """Where the killing goes on: the whole local stack."""
+    """Where the killing goes on."""
     place = Place(tmp_path_factory.mktemp("disturbed"))
     try:
-        place.up()
+        place.call("-m", "flows.cli", "env")
         yield place
     finally:
         place.down()
