@@ -57,15 +57,15 @@ KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH")
 
 @dataclass(frozen=True)
 class Usage:
-    """What a model's stage took.
+    """What a model's stage took; None where the engine cannot know it.
 
     seconds: wall clock. cpu_seconds: of its processes, those excepted that it never waited for. peak_memory_bytes: of
     its largest process, not the sum over processes.
     """
 
     seconds: float
-    cpu_seconds: float
-    peak_memory_bytes: int
+    cpu_seconds: float | None
+    peak_memory_bytes: int | None
 
 
 class ModelFailed(Exception):
@@ -143,25 +143,18 @@ class ProcessEngine(Block):
                         for stream, line in _lines(process, deadline):
                             raise_if_stopped(name)
                             if stream is process.stdout:
-                                on_event(_event(line))
+                                on_event(event_of(line))
                             else:
                                 last.append(line)
                 except _LimitReached:
-                    ending = f"was stopped after {timeout_s:g} s, its limit{_where_to_change(stage)}"
+                    ending = f"was stopped after {timeout_s:g} s, its limit{where_to_change(stage)}"
                     raise ModelFailed(model_folder.name, stage, ending, None, tuple(last)) from None
                 finally:
                     _kill_group(process)
             exit_code, usage = _report(status, process.returncode)
         if exit_code or usage is None:
             raise ModelFailed(model_folder.name, stage, _ending(exit_code), exit_code, tuple(last))
-        LOG.debug(
-            "%s took %.1f s, %.1f s of CPU and at most %.2f GB, on %s",
-            name,
-            usage.seconds,
-            usage.cpu_seconds,
-            usage.peak_memory_bytes / 1e9,
-            "the CPU" if gpu is None else f"GPU {gpu.id}",
-        )
+        LOG.debug("%s took %.1f s on %s", name, usage.seconds, "the CPU" if gpu is None else f"GPU {gpu.id}")
         return usage
 
     def describe(self, model_folder: Path) -> Description:
@@ -241,7 +234,7 @@ def _lines(process: subprocess.Popen[bytes], deadline: float) -> Iterator[tuple[
                     yield key.fileobj, line.decode("utf-8", errors="replace")
 
 
-def _event(line: str) -> Event:
+def event_of(line: str) -> Event:
     """An event of the contract as it is; anything else that a model prints, as a log event."""
     as_log: Event = {"event": "log", "message": line}
     try:
@@ -273,7 +266,7 @@ def _report(status: Path, supervisor_code: int) -> tuple[int, Usage | None]:
     return report.pop("exit_code"), Usage(**report)
 
 
-def _where_to_change(stage: Stage) -> str:
+def where_to_change(stage: Stage) -> str:
     if stage == "describe":
         return ": a model has to describe itself at once (docs/models.md)"
     return (

@@ -20,7 +20,7 @@ from prefect.blocks.core import Block
 from pydantic import Field
 
 from blocks.cancellation import killed_by_stop
-from blocks.engines import LAST_LINES, WAIT_S, Event, ModelFailed, Stage, Usage, _event
+from blocks.engines import LAST_LINES, WAIT_S, Event, ModelFailed, Stage, Usage, event_of
 from blocks.gpus import Gpu
 from blocks.kubernetes_api import Api, Object, OutOfReach, Refused
 from blocks.kubernetes_job import (
@@ -317,7 +317,7 @@ class _Watch:
             line = follower.lines.get(timeout=wait_s) if wait_s else follower.lines.get_nowait()
         except queue.Empty:
             return False
-        event = _event(line)
+        event = event_of(line)
         if event.get("message") == line:
             self.last.append(line)
         self.on_event(event)
@@ -391,7 +391,7 @@ def _usage(terminated: Object) -> Usage:
     """What the model's container took, of which Kubernetes keeps the times alone, in whole seconds."""
     began, ended = (datetime.fromisoformat(terminated[name]) for name in ("startedAt", "finishedAt"))
     seconds = (ended - began).total_seconds()
-    return Usage(seconds, cpu_seconds=None, peak_memory_bytes=None)  # type: ignore[arg-type]
+    return Usage(seconds, cpu_seconds=None, peak_memory_bytes=None)
 
 
 def _flow_run() -> str | None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 
-from blocks.engines import Stage, _where_to_change
+from blocks.engines import Stage, where_to_change
 from blocks.kubernetes_api import Object
 from core.errors import UserError
 from model_containers.contract import THREAD_VARIABLES
@@ -367,7 +367,7 @@ def ending(pod: Object, job: StageJob) -> Ending | None:
     if status["phase"] == "Succeeded":
         return Ending(None, 0, MODEL)
     if status.get("reason") == "DeadlineExceeded":
-        words = f"was stopped after {job.timeout_s:g} s, its limit{doing}{_where_to_change(job.stage)}"
+        words = f"was stopped after {job.timeout_s:g} s, its limit{doing}{where_to_change(job.stage)}"
         return Ending(words, None, reached)
     if status.get("reason"):
         # Evicted, NodeLost, Terminated: the message says for what.

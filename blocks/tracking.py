@@ -23,7 +23,7 @@ import pandas as pd
 from prefect.blocks.core import Block
 from pydantic import Field, field_validator
 
-from blocks.mlflow_api import Run, Server
+from blocks.mlflow_api import Metric, Point, Run, Server
 from blocks.mlflow_runs import (
     KEY,
     PARENT,
@@ -70,7 +70,7 @@ QUOTED_VARIANT = VARIANTS[0].name
 QUOTED_COLUMNS = ("bds", "bds_low", "bds_high", "bds_half_sd", "nan_share", "n_conditions")
 
 # Between two writings of a curve, and after one that failed, in seconds.
-_LIVE_SECONDS = 2.0
+_LIVE_SECONDS = 5.0
 _LOST_SECONDS = 30.0
 
 # The hash of the training.jsonl that a fold's run shows.
@@ -264,14 +264,14 @@ class MLflowTracking(Block):
 
     def log_usage(self, run_id: str, usage: Usage) -> None:
         """Write what a training took to its run: `system.seconds` (wall clock), `system.cpu_seconds` and
-        `system.peak_memory_mb` (millions of bytes)."""
-        server = self._server
+        `system.peak_memory_mb` (millions of bytes). Of several trainings the last one's is the run's value."""
         took = {
-            ("system.seconds", 0): usage.seconds,
-            ("system.cpu_seconds", 0): usage.cpu_seconds,
-            ("system.peak_memory_mb", 0): usage.peak_memory_bytes / 1e6,
+            "system.seconds": usage.seconds,
+            "system.cpu_seconds": usage.cpu_seconds,
+            "system.peak_memory_mb": None if usage.peak_memory_bytes is None else usage.peak_memory_bytes / 1e6,
         }
-        write(server, server.run(run_id), took)
+        now = int(time.time() * 1000)
+        self._server.log(run_id, [Metric(n, Point(v, now, 0)) for n, v in took.items() if v is not None])
 
     def log_leaderboard(self, leaderboard: pd.DataFrame, run_ids: Mapping[str, str]) -> None:
         """Write each model's rows of the leaderboard as metrics `<metric>.<column>` of its run (columns:

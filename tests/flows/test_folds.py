@@ -17,7 +17,7 @@ import psutil
 import pytest
 import yaml
 
-from blocks import services
+from blocks import services, settings
 from blocks.paths import PROJECT_ROOT
 from blocks.settings import Services
 
@@ -130,7 +130,7 @@ def mlflow_runs(stack: Services) -> list[dict[str, Any]]:
 
 
 def test_every_fold_is_a_flow_run_in_the_gpu_pool_and_the_scores_are_those_of_one_process(
-    stack: Services, screen: Path, run_benchmark: Callable[..., Path], tmp_path: Path
+    stack: Services, tmp_path: Path
 ) -> None:
     run = submit(stack, MODELS)
     done = ended(stack, run)
@@ -142,8 +142,10 @@ def test_every_fold_is_a_flow_run_in_the_gpu_pool_and_the_scores_are_those_of_on
     assert {part["state_type"] for part in parts} == {"COMPLETED"}
     assert {part["work_pool_name"] for part in parts} == {"gpu"}
     own = Path(os.environ["CALIPERT_DATA"]) / "reports" / "tiny" / "scores.parquet"
-    elsewhere = run_benchmark(screen, tmp_path / "data", MODELS) / "scores.parquet"
-    assert own.read_bytes() == elsewhere.read_bytes()
+    code = f"from flows.benchmark import benchmark; benchmark('tiny', {MODELS})"
+    environment = settings.child_environment(stack) | {"CALIPERT_DATA": str(tmp_path / "data")}
+    subprocess.run([sys.executable, "-c", code], cwd=PROJECT_ROOT, env=environment, check=True)
+    assert own.read_bytes() == (tmp_path / "data" / "reports" / "tiny" / "scores.parquet").read_bytes()
     assert {one["status"] for one in mlflow_runs(stack)} == {"FINISHED"}
 
 
