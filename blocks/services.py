@@ -1,4 +1,4 @@
-"""The private local services: a Prefect server, an MLflow server and a worker, of this project alone.
+"""The private local services: a Prefect server, an MLflow server and a worker per work pool, of this project alone.
 
 They listen on 127.0.0.1, keep everything under the data folder and use none of the user's own Prefect or MLflow
 settings. What runs is recorded in services.json. Imports neither prefect nor mlflow, which take seconds.
@@ -33,6 +33,7 @@ from blocks.paths import (
     prefect_folder,
     services_file,
 )
+from blocks.pools import CPU, GPU
 from blocks.settings import HOST, Services, child_environment, remove_toml, replace_text, require_own_toml, write_toml
 from core.errors import UserError
 
@@ -44,8 +45,18 @@ LAST_TIMEOUT = 5.0
 # Inherited by every process that a service starts. Tells them from any other's, even where their parent or the
 # record of services is gone.
 MARK = "CALIPERT_SERVICE"
-# Variables, by how they begin, that name the user's own files. A worker has those with which it was started.
-NAMING = ("CALIPERT_CATALOG", "CALIPERT_SOURCE_")
+# Variables, by how they begin, that name the user's files, store and GPUs. A worker has those with which it was
+# started.
+NAMING = (
+    "CALIPERT_CATALOG",
+    "CALIPERT_GPUS",
+    "CALIPERT_KUBERNETES",
+    "CALIPERT_LOCKS",
+    "CALIPERT_MEMORY_GB",
+    "CALIPERT_SOURCE_",
+    "CALIPERT_STORE",
+    "CUDA_VISIBLE_DEVICES",
+)
 
 _LOG = logging.getLogger("calipert.services")
 _children: dict[int, subprocess.Popen[bytes]] = {}
@@ -53,7 +64,7 @@ _children: dict[int, subprocess.Popen[bytes]] = {}
 
 @dataclass(frozen=True)
 class ServiceStatus:
-    """state: "running", "not answering" (a process, but no answer) or "stopped"; url is None for the worker."""
+    """state: "running", "not answering" (a process, but no answer) or "stopped"; url is None for a worker."""
 
     name: str
     state: str
@@ -65,8 +76,8 @@ class ServiceStatus:
 @dataclass(frozen=True)
 class _Record:
     """One started service. A recycled pid is told by its start time (seconds since 1970).
-    port: where a server listens; for the worker, where its server does.
-    naming: for the worker, a hash of the variables in which it found the user's files named."""
+    port: where a server listens; for a worker, where its server does.
+    naming: for a worker, a hash of the variables in which it found the user's files and devices named."""
 
     name: str
     pid: int
@@ -104,7 +115,8 @@ SERVERS = (
     _Server("prefect", 4200, "/api/health", _prefect_command),
     _Server("mlflow", 5000, "/health", _mlflow_command),
 )
-WORKER = "worker"
+WORKER = "worker-"  # how the names of workers begin; the work pool follows
+WORKERS = tuple(f"{WORKER}{pool}" for pool in (CPU, GPU))
 
 # A killed run cannot say so and would be shown as running for ever. Ten heartbeats long, since a run is silent
 # too while a long numerical routine holds its interpreter.
@@ -155,40 +167,34 @@ def ensure_servers(timeout: float = START_TIMEOUT) -> Services:
     return services
 
 
-def ensure_worker(services: Services, pool: str, timeout: float = START_TIMEOUT) -> None:
-    """Starts a worker for a process work pool unless one runs, and returns when the server has heard from it.
+def ensure_workers(services: Services, pools: Sequence[str] = (CPU, GPU), timeout: float = START_TIMEOUT) -> None:
+    """Starts a worker for each process work pool that has none here, and returns when the server has heard from all.
 
-    One that was started with other CALIPERT_CATALOG or CALIPERT_SOURCE_ variables than this process has is ended
-    first, and its flow runs with it. The pool must exist. Raises UserError, with the last lines of the log, if the
-    worker ends or is not heard of within `timeout` seconds.
+    One that was started with other variables of NAMING than this process has is ended first, and its flow runs with
+    it. The pools must exist. Raises UserError, with the last lines of the log, if a worker ends or is not heard of
+    within `timeout` seconds; those that started well go on.
     """
     port = int(services.prefect.rpartition(":")[2])
     with _lock():
         records = _read()
-        record = records.get(WORKER)
-        if record is not None and _alive(record) and record.naming != _naming():
-            _LOG.warning("the variables that name files for the worker have changed: starting another worker")
-            record = None
-        if record is None or not _alive(record) or record.port != port:
-            _forget(records, WORKER)
-            name = f"local-{secrets.token_hex(4)}"
-            command = ["-m", "prefect", "worker", "start", "--pool", pool, "--type", "process", "--name", name]
-            environment = child_environment(services)
-            started = _launch(WORKER, [*command, "--install-policy", "never"], port, environment, PROJECT_ROOT)
-            record = replace(started, naming=_naming())
-            _remember(records, record)
-        name = record.command[record.command.index("--name") + 1]
+        _forget(records, *(f"{WORKER}{pool}" for pool in pools if _is_outdated(records.get(f"{WORKER}{pool}"), port)))
+        for pool in pools:
+            if f"{WORKER}{pool}" not in records:
+                _launch_worker(records, services, pool, port)
         deadline = time.monotonic() + timeout
-        while not _heard_of(services, pool, name):
-            if not _alive(record) or time.monotonic() > deadline:
-                error = _failure(record, timeout)
-                _forget(records, WORKER)
-                raise error
-            time.sleep(0.2)
+        for pool in pools:
+            record = records[f"{WORKER}{pool}"]
+            name = record.command[record.command.index("--name") + 1]
+            while not _heard_of(services, pool, name):
+                if not _alive(record) or time.monotonic() > deadline:
+                    error = _failure(record, timeout)
+                    _forget(records, record.name)
+                    raise error
+                time.sleep(0.2)
 
 
 def stop() -> list[str]:
-    """Ends the services of this data folder, the worker before the servers, and returns the names of those that
+    """Ends the services of this data folder, the workers before the servers, and returns the names of those that
     ran. Nothing else is ended.
 
     Each gets some time to finish in order; what is left of its processes is killed.
@@ -196,15 +202,17 @@ def stop() -> list[str]:
     servers = [server.name for server in SERVERS]
     with _lock():
         records = _read()
-        running = [name for name in (WORKER, *servers) if _processes(name, records)]
-        _forget(records, WORKER)
+        # Whatever else is on record is a worker too, of a pool that there is no more.
+        workers = list(dict.fromkeys(name for name in (*WORKERS, *records) if name not in servers))
+        running = [name for name in (*workers, *servers) if _processes(name, records)]
+        _forget(records, *workers)
         _forget(records, *servers)
         remove_toml()
     return running
 
 
 def status() -> list[ServiceStatus]:
-    """The state of both servers and of the worker."""
+    """The state of both servers and of the workers."""
     records = _read()
     found = []
     for server in SERVERS:
@@ -212,9 +220,10 @@ def status() -> list[ServiceStatus]:
         state = "running" if _healthy(record, server) else "not answering" if _alive(record) else "stopped"
         url = _url(record) if record and state == "running" else None
         found.append(ServiceStatus(server.name, state, url, _pid(record), _log(server.name)))
-    record = records.get(WORKER)
-    state = "running" if _alive(record) else "stopped"
-    return [*found, ServiceStatus(WORKER, state, None, _pid(record), _log(WORKER))]
+    for worker in WORKERS:
+        state = "running" if _alive(records.get(worker)) else "stopped"
+        found.append(ServiceStatus(worker, state, None, _pid(records.get(worker)), _log(worker)))
+    return found
 
 
 # Starting
@@ -266,6 +275,26 @@ def _launch_server(records: dict[str, _Record], server: _Server, port: int) -> N
     _remember(records, _launch(server.name, server.command(port), port, environment, logs_folder()))
 
 
+def _launch_worker(records: dict[str, _Record], services: Services, pool: str, port: int) -> None:
+    name = f"local-{pool}-{secrets.token_hex(4)}"
+    command = ["-m", "prefect", "worker", "start", "--pool", pool, "--type", "process", "--name", name]
+    command += ["--install-policy", "never"]
+    started = _launch(f"{WORKER}{pool}", command, port, child_environment(services), PROJECT_ROOT)
+    _remember(records, replace(started, naming=_naming()))
+
+
+def _is_outdated(record: _Record | None, port: int) -> bool:
+    """Whether a worker is to be ended, or what is left of it, and another one started in its place."""
+    if record is None or not _alive(record) or record.port != port:
+        return True
+    if record.naming != _naming():
+        _LOG.warning(
+            "the variables that name files or GPUs have changed since %s was started: starting another", record.name
+        )
+        return True
+    return False
+
+
 def _launch(name: str, arguments: list[str], port: int, environment: dict[str, str], folder: Path) -> _Record:
     """Starts a detached session that survives this process and its terminal, and writes into its own log."""
     command = [sys.executable, *arguments]
@@ -287,7 +316,7 @@ def _launch(name: str, arguments: list[str], port: int, environment: dict[str, s
 
 
 def _naming() -> str:
-    """A hash of the variables that name the user's files: they may hold what is nobody's business."""
+    """A hash of the variables of NAMING: they may hold what is nobody's business."""
     named = sorted((name, value) for name, value in os.environ.items() if name.startswith(NAMING))
     return sha256(json.dumps(named).encode()).hexdigest()
 
@@ -411,8 +440,8 @@ def _mark(name: str) -> str:
 def _end(names: Sequence[str], records: Mapping[str, _Record]) -> None:
     """Asks each service to end, then what is left of its processes; kills what does neither."""
     roots = {name: root for name in names if name in records and (root := _root(records[name])) is not None}
-    # Flow runs before their worker, which else kills them before they have reported how they ended.
-    runs = roots[WORKER].children() if WORKER in roots else []
+    # Flow runs before their workers, which else kill them before they have reported how they ended.
+    runs = [run for name, root in roots.items() if name.startswith("worker") for run in _children_of(root)]
     _signal(runs, psutil.Process.terminate, STOP_TIMEOUT)
     _signal(list(roots.values()), psutil.Process.terminate, STOP_TIMEOUT)
     for signal in (psutil.Process.terminate, psutil.Process.kill):
@@ -420,6 +449,13 @@ def _end(names: Sequence[str], records: Mapping[str, _Record]) -> None:
     for name in roots:
         if records[name].pid in _children:
             _children.pop(records[name].pid).poll()
+
+
+def _children_of(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return list(process.children())
+    except psutil.Error:
+        return []
 
 
 def _signal(processes: list[psutil.Process], signal: Callable[[psutil.Process], None], seconds: float) -> None:

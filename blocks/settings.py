@@ -60,6 +60,8 @@ def environment(services: Services) -> dict[str, str]:
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         # The second version of the pages asks a company for statistics what to report, even where nothing is reported.
         "PREFECT_SERVER_UI_V2_ENABLED": "false",
+        # Ten by default: what was submitted would wait for the worker five seconds on average.
+        "PREFECT_WORKER_QUERY_SECONDS": "2",
         "no_proxy": _without_proxy("no_proxy"),
     }
 

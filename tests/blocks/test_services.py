@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from blocks import services, settings
+from blocks import gpus, services, settings
 from blocks.paths import PROJECT_ROOT
 from blocks.settings import Services
 from core.catalog import registry
@@ -102,13 +102,14 @@ def test_servers_start_once_and_stop(fakes: Path) -> None:
     assert [(one.name, one.state, one.url) for one in services.status()] == [
         ("prefect", "running", found.prefect),
         ("mlflow", "running", found.mlflow),
-        ("worker", "stopped", None),
+        ("worker-cpu", "stopped", None),
+        ("worker-gpu", "stopped", None),
     ]
     assert "fake server starts" in (fakes / "logs" / "prefect.log").read_text(encoding="utf-8")
     assert sorted(services.stop()) == ["mlflow", "prefect"]
     assert running(list(processes.values())) == []
     assert json.loads((fakes / "services.json").read_text(encoding="utf-8")) == []
-    assert [one.state for one in services.status()] == ["stopped"] * 3
+    assert [one.state for one in services.status()] == ["stopped"] * 4
     assert services.stop() == []
 
 
@@ -222,7 +223,7 @@ def test_a_server_that_never_answers_is_an_error_and_is_ended(data: Path, monkey
 def test_simultaneous_starters_start_nothing_twice(fakes: Path) -> None:
     script = f"""
 from dataclasses import replace
-from blocks import services, settings
+from blocks import gpus, services, settings
 rows = tuple(replace(row, port=0, command=lambda port: ["-c", {FAKE!r}, str(port)]) for row in services.SERVERS)
 services.SERVERS = rows
 print(services.ensure_servers())
@@ -240,31 +241,84 @@ def wait_for(condition: Callable[[], object]) -> None:
         time.sleep(0.05)
 
 
-# The worker
+# The workers
+
+IDLE = "import time; time.sleep(600)"
 
 
 @pytest.fixture
-def worker(fakes: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], psutil.Process]:
-    """Ensures a worker that does nothing and gives its process."""
+def workers(fakes: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, psutil.Process]]:
+    """Ensures workers that do nothing, of all pools or of those given, and gives their processes."""
     launch = services._launch
 
     def idle(name: str, arguments: list[str], *rest: object) -> object:
-        script = ["-c", "import time; time.sleep(600)"] if name == "worker" else []
+        script = ["-c", IDLE] if name.startswith("worker") else []
         return launch(name, [*script, *arguments], *rest)  # type: ignore[arg-type]
 
-    def ensure() -> psutil.Process:
-        services.ensure_worker(services.ensure_servers(), "cpu")
-        return recorded(fakes)["worker"]
+    def ensure(*pools: str, **options: float) -> dict[str, psutil.Process]:
+        services.ensure_workers(services.ensure_servers(), *([pools] if pools else []), **options)
+        return {name: process for name, process in recorded(fakes).items() if name.startswith("worker")}
 
     monkeypatch.setattr(services, "_launch", idle)
     monkeypatch.setattr(services, "_heard_of", lambda *_: True)
     return ensure
 
 
-@pytest.mark.parametrize("variable", [registry.VARIABLE, f"{inputs.VARIABLE}NORMAN19"])
-def test_a_worker_is_replaced_when_the_users_files_are_named_otherwise(
-    worker: Callable[[], psutil.Process], fakes: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+def test_every_pool_has_one_worker(workers: Callable[..., dict[str, psutil.Process]]) -> None:
+    cpu = workers("cpu")
+    assert set(cpu) == {"worker-cpu"}
+    both = workers()
+    assert set(both) == {"worker-cpu", "worker-gpu"}
+    assert both["worker-cpu"] == cpu["worker-cpu"]
+    assert workers() == both
+    for name, process in both.items():
+        command = process.cmdline()
+        assert name == f"worker-{command[command.index('--pool') + 1]}"
+    assert [(one.name, one.state) for one in services.status()][2:] == [
+        ("worker-cpu", "running"),
+        ("worker-gpu", "running"),
+    ]
+    assert sorted(services.stop()) == ["mlflow", "prefect", "worker-cpu", "worker-gpu"]
+    assert running(list(both.values())) == []
+
+
+def test_only_the_worker_that_died_is_replaced(workers: Callable[..., dict[str, psutil.Process]]) -> None:
+    before = workers()
+    before["worker-gpu"].kill()
+    before["worker-gpu"].wait(10)
+    after = workers()
+    assert after["worker-cpu"] == before["worker-cpu"]
+    assert after["worker-gpu"] != before["worker-gpu"]
+
+
+def test_a_worker_that_the_server_does_not_hear_of_is_ended_and_the_others_go_on(
+    workers: Callable[..., dict[str, psutil.Process]], fakes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(services, "_heard_of", lambda addresses, pool, name: pool == "cpu")
+    with pytest.raises(UserError, match="worker-gpu service"):
+        workers(timeout=1)
+    assert set(recorded(fakes)) == {"prefect", "mlflow", "worker-cpu"}
+    assert running([recorded(fakes)["worker-cpu"]])
+
+
+def test_a_worker_of_a_pool_that_is_no_more_is_stopped_too(
+    workers: Callable[..., dict[str, psutil.Process]],
+) -> None:
+    process = workers("former")["worker-former"]
+    assert sorted(services.stop()) == ["mlflow", "prefect", "worker-former"]
+    assert running([process]) == []
+
+
+@pytest.mark.parametrize(
+    "variable", [registry.VARIABLE, f"{inputs.VARIABLE}NORMAN19", "CALIPERT_STORE", gpus.GPUS, gpus.LOCKS, gpus.VISIBLE]
+)
+def test_a_worker_is_replaced_when_the_users_files_are_named_otherwise(
+    workers: Callable[..., dict[str, psutil.Process]], fakes: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    def worker() -> psutil.Process:
+        return workers("cpu")["worker-cpu"]
+
+    monkeypatch.delenv(variable, raising=False)
     first = worker()
     servers = [recorded(fakes)[name] for name in ("prefect", "mlflow")]
     monkeypatch.setenv("UNRELATED", "changed")
@@ -402,14 +456,13 @@ def test_exports_make_a_shell_use_the_servers(data: Path, monkeypatch: pytest.Mo
 
 
 ADOPT = """
-import os
-from blocks import services, settings
+from blocks import settings
 addresses = settings.Services("http://127.0.0.1:4321", "http://127.0.0.1:5432")
 {before}
 settings.adopt(addresses)
 import prefect.settings
-settings = prefect.settings.get_current_settings()
-print(settings.api.url, settings.api.key, settings.server.ephemeral.enabled, settings.home)
+current = prefect.settings.get_current_settings()
+print(current.api.url, current.api.key, current.server.ephemeral.enabled, current.worker.query_seconds, current.home)
 settings.adopt(addresses)
 """
 
@@ -418,7 +471,8 @@ def test_adopt_sets_the_process_up_before_prefect_is_imported(data: Path) -> Non
     environment = os.environ | {"PREFECT_API_KEY": "secret"}
     command = [sys.executable, "-c", ADOPT.format(before="")]
     done = subprocess.run(command, cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True)
-    assert done.stdout.split() == ["http://127.0.0.1:4321/api", "None", "False", str(data / "prefect")]
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["http://127.0.0.1:4321/api", "None", "False", "2.0", str(data / "prefect")]
     late = [sys.executable, "-c", ADOPT.format(before="import prefect")]
     done = subprocess.run(late, cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
