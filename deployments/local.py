@@ -1,45 +1,67 @@
-"""The stack of one machine: both servers, a worker and all deployments. `python -m deployments.local up`."""
+"""The stack of one machine: both servers, two workers and all deployments. `python -m deployments.local up`."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
 from blocks import services, settings
+from blocks.gpus import devices
 from blocks.paths import DEFAULT_DATA, data_folder
+from blocks.pools import CPU, GPU
 from core.errors import UserError
-from deployments.table import POOL, table
+from deployments.table import table
+
+if TYPE_CHECKING:
+    from deployments.register import Registered
 
 
 def up() -> None:
     """Starts what does not run yet and registers all deployments; a second `up` starts nothing twice.
 
-    Raises UserError if a service does not start or a catalog entry does not fit.
+    Raises UserError if a service does not start, a catalog entry does not fit, or nvidia-smi fails.
     """
-    rows = table()
+    rows, at_once = table(), trainings_at_once()
     running = services.ensure_servers()
     settings.adopt(running)
     # Only now: prefect reads its settings when it is imported.
     from deployments.register import create_pool, register
 
-    create_pool(POOL)
-    register(rows)
-    services.ensure_worker(running, POOL)
+    create_pool(CPU)
+    create_pool(GPU, at_once)
+    registered = register(rows)
+    services.ensure_workers(running)
     Console().print(_welcome(running))
+    for line in _news(registered, len(rows)):
+        Console(highlight=False).print(line, soft_wrap=True)
+
+
+def trainings_at_once() -> int:
+    """How many trainings a new work pool `gpu` runs at the same time here: one per GPU.
+
+    Without a GPU half as many as there are cores, but two where there are two: each training computes on one core, and
+    the other half is for what scores and serves meanwhile. `prefect work-pool update gpu --concurrency-limit N` changes
+    it, and `up` keeps it. Raises UserError if nvidia-smi is installed and fails.
+    """
+    cores = os.cpu_count() or 1
+    return len(devices()) or min(cores, max(2, cores // 2))
 
 
 def down() -> None:
-    """Stops the worker and the servers that were started here, and nothing else."""
+    """Stops the workers and the servers that were started here, and nothing else."""
     stopped = services.stop()
     Console().print(f"stopped: {', '.join(stopped)}" if stopped else "nothing was running")
 
 
 def status() -> None:
-    """Prints the state of both servers and of the worker."""
+    """Prints the state of both servers and of the workers."""
     shown = Table("service", "state", "address", "process")
     shown.add_column("log", overflow="fold")
     for one in services.status():
@@ -73,6 +95,14 @@ def _welcome(running: settings.Services) -> Panel:
         "  prefect deployment run benchmark/demo",
     ]
     return Panel("\n".join(lines), title="calipert is up", expand=False)
+
+
+def _news(registered: Registered, rows: int) -> Iterator[str]:
+    """What registering has changed, line by line."""
+    new, changed, left = registered
+    yield f"{rows} deployments: {len(new)} new, {len(changed)} changed"
+    if left:
+        yield f"in no catalog now, but kept: {', '.join(left)} (`prefect deployment delete NAME` deletes one)"
 
 
 if __name__ == "__main__":

@@ -1,19 +1,33 @@
-"""The table of deployments: one row for every flow and data set of the catalog, and one for the whole study."""
+"""The table of deployments: a row for every flow and data set, for every shared embedding, and for the whole study."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
+from blocks.pools import CPU, GPU
 from core import catalog
+from core.catalog.schema import DatasetSpec
 from tasks.inputs import study
 
-POOL = "cpu"
+
+class Schedule(NamedTuple):
+    """When to start runs: `cron` in UTC. slug: its name among the schedules of a deployment."""
+
+    slug: str
+    cron: str
 
 
 @dataclass(frozen=True)
 class Deployment:
-    """One deployment. entrypoint: dotted path of the flow; parameters: what its runs start with."""
+    """One deployment. entrypoint: dotted path of the flow; parameters: what its runs start with.
+
+    choices: by parameter, the values that the form offers and the server takes; of a list, its items, of a mapping,
+    its keys. hints: by parameter, a sentence that the form adds to the flow's own description.
+    at_once: how many of its runs may run at the same time, any number where it is None; others wait for their turn.
+    schedule: one that is off. Both are a start only: what somebody makes of them is kept.
+    """
 
     flow: str
     name: str
@@ -22,6 +36,10 @@ class Deployment:
     parameters: dict[str, Any]
     tags: tuple[str, ...]
     description: str
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    hints: Mapping[str, str] = field(default_factory=dict)
+    at_once: int | None = None
+    schedule: Schedule | None = None
 
     @property
     def full_name(self) -> str:
@@ -29,34 +47,84 @@ class Deployment:
         return f"{self.flow}/{self.name}"
 
 
-# Flow of one data set, dotted path, what it does with it.
+class _Flow(NamedTuple):
+    """A flow of one data set: name, dotted path, what it does with it, whether it takes models, folds and a seed."""
+
+    name: str
+    entrypoint: str
+    does: str
+    trains: bool
+
+
+# No limit of runs at the same time: benchmarks of one data set with other models are as good as any, and runs that
+# need the same artifact wait for each other at the store.
 FLOWS = (
-    ("benchmark", "flows.benchmark.benchmark", "Prepares, trains, predicts, scores, compares and reports on"),
-    ("prepare", "flows.prepare.prepare", "Makes the cells, the reference and the quality tables of"),
-    ("calibrate", "flows.calibrate.calibrate", "Measures how well each metric tells good from bad on"),
+    _Flow(
+        "benchmark", "flows.benchmark.benchmark", "Prepares, trains, predicts, scores, compares and reports on", True
+    ),
+    _Flow("prepare", "flows.prepare.prepare", "Makes the cells, the reference and the quality tables of", False),
+    _Flow("calibrate", "flows.calibrate.calibrate", "Measures how well each metric tells good from bad on", False),
+    _Flow(
+        "train",
+        "flows.train.train",
+        "Trains models on every fold, predicts what it left out, and scores nothing, on",
+        True,
+    ),
 )
 
 
 def table() -> list[Deployment]:
-    """All deployments: every flow with every data set of the catalog, the user's own included, and `reproduce/all`.
+    """All deployments: every flow with every data set of the catalog, the user's own included, every embedding that
+    data sets share, `reproduce/all`, and `train-fold/any`, into which a benchmark fans out.
 
     Raises UserError for a catalog entry that does not fit the schema.
     """
     datasets = [catalog.dataset(name) for name in catalog.names("dataset")]
     return [
-        Deployment(
-            flow=flow,
-            name=dataset.name,
-            entrypoint=entrypoint,
-            pool=POOL,
-            parameters={"dataset": dataset.name},
-            tags=("calipert", dataset.task),
-            description=f"{does} **{dataset.name}**: {dataset.title}."
-            f"\n\nLicence of the data: {dataset.licence}.\n\nTo cite: {dataset.citation}.",
-        )
-        for flow, entrypoint, does in FLOWS
-        for dataset in datasets
-    ] + [_whole_study()]
+        *(_of_dataset(flow, dataset) for flow in FLOWS for dataset in datasets),
+        *(_of_embedding(name) for name in _shared_embeddings()),
+        _whole_study(),
+        _one_training(),
+    ]
+
+
+def _of_dataset(flow: _Flow, dataset: DatasetSpec) -> Deployment:
+    choices = {
+        "dataset": (dataset.name,),
+        "origin": ("raw",) if dataset.mirror is None else ("raw", "mirror"),
+        "sources": (dataset.name, *(_shared_embeddings() if flow.trains else ())),
+    }
+    training = {"models": _models_and_groups()} if flow.trains else {}
+    hints = {"models": _groups(), "folds": f"The catalog says {dataset.folds}."} if flow.trains else {}
+    if dataset.mirror is None:
+        hints["origin"] = "This data set has no mirror."
+    return Deployment(
+        flow=flow.name,
+        name=dataset.name,
+        entrypoint=flow.entrypoint,
+        pool=CPU,
+        parameters={"dataset": dataset.name},
+        tags=("calipert", dataset.name, dataset.task),
+        description=f"{flow.does} **{dataset.name}**: {dataset.title}."
+        f"\n\nLicence of the data: {dataset.licence}.\n\nTo cite: {dataset.citation}.",
+        choices=choices | training,
+        hints=hints,
+    )
+
+
+def _of_embedding(name: str) -> Deployment:
+    spec = catalog.embedding(name)
+    return Deployment(
+        flow="embed",
+        name=name,
+        entrypoint="flows.embed.embed",
+        pool=CPU,
+        parameters={"embedding": name},
+        tags=("calipert", name, "embedding"),
+        description=f"Makes the gene embedding **{name}**: {spec.title}. A benchmark that needs it makes it by itself."
+        f"\n\nLicence: {spec.licence}.\n\nTo cite: {spec.citation}.",
+        choices={"embedding": (name,), "sources": (name,)},
+    )
 
 
 def _whole_study() -> Deployment:
@@ -64,9 +132,48 @@ def _whole_study() -> Deployment:
         flow="reproduce",
         name="all",
         entrypoint="flows.reproduce.reproduce",
-        pool=POOL,
+        pool=CPU,
         parameters={"datasets": study()},
         tags=("calipert", "study"),
         description="Prepares and calibrates the data sets of the study one after the other, and benchmarks the models "
-        "that are named. What one data set lacks does not stop the others; a second run goes on from the store.",
+        "that are named. What one data set lacks does not stop the others; a second run goes on from the store."
+        "\n\nIts schedule is an example, and off.",
+        choices={
+            "datasets": tuple(catalog.names("dataset")),
+            "models": _models_and_groups(),
+            "sources": (*catalog.names("dataset"), *_shared_embeddings()),
+        },
+        hints={"models": _groups(), "sources": 'As in {"norman19": "/data/norman19.h5ad"}.'},
+        # Days of work: what a schedule starts waits until the run before has ended.
+        at_once=1,
+        schedule=Schedule("every-sunday", "0 3 * * 0"),
     )
+
+
+def _one_training() -> Deployment:
+    return Deployment(
+        flow="train-fold",
+        name="any",
+        entrypoint="flows.train_fold.train_fold",
+        pool=GPU,
+        parameters={},
+        tags=("calipert", "internal"),
+        description="Trains one model on one fold. Benchmarks start it, one run per model, fold and seed; it is not "
+        "meant to be started by hand.",
+    )
+
+
+def _shared_embeddings() -> tuple[str, ...]:
+    return tuple(name for name in catalog.names("embedding") if not catalog.embedding(name).per_fold)
+
+
+def _models_and_groups() -> tuple[str, ...]:
+    """Groups first: they are what most people want."""
+    return (*catalog.names("group"), *catalog.names("model"))
+
+
+def _groups() -> str:
+    groups = [
+        f"{name} ({', '.join(model.name for model in catalog.models([name]))})" for name in catalog.names("group")
+    ]
+    return f"Groups: {'; '.join(groups)}."

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from prefect import flow
 
-from tasks.inputs import Origin, check_sources, chosen_dataset
+from flows.parameters import Dataset, Origin, Sources
+from tasks.inputs import check_sources, chosen_dataset
 from tasks.prepare import build_reference, prepare_cells
 from tasks.record import end_interrupted, record_calibration
 from tasks.score import calibrate_metrics, score_controls
@@ -20,9 +21,9 @@ from tasks.sources import described, fetch_source
     on_crashed=[end_interrupted],
 )
 def calibrate(
-    dataset: str = "demo",
+    dataset: Dataset = "demo",
     origin: Origin = "raw",
-    sources: dict[str, str] = {},  # noqa: B006 - shown in the form of the UI, never changed
+    sources: Sources = {},  # noqa: B006 - shown in the form of the UI, never changed
 ) -> Path:
     """Measure which metrics can tell a replicate from an uninformative average on a data set.
 

@@ -6,16 +6,17 @@ from pathlib import Path
 
 from prefect import flow
 
-from tasks.inputs import Origin, check_sources, chosen_dataset
+from flows.parameters import Dataset, Origin, Sources
+from tasks.inputs import check_sources, chosen_dataset
 from tasks.prepare import build_reference, measure_quality, prepare_cells
 from tasks.sources import fetch_source
 
 
 @flow(name="prepare", flow_run_name="prepare-{dataset}")
 def prepare(
-    dataset: str = "demo",
+    dataset: Dataset = "demo",
     origin: Origin = "raw",
-    sources: dict[str, str] = {},  # noqa: B006 - shown in the form of the UI, never changed
+    sources: Sources = {},  # noqa: B006 - shown in the form of the UI, never changed
 ) -> dict[str, Path]:
     """Prepare a data set up to the reference that scoring needs.
 

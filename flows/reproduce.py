@@ -15,9 +15,10 @@ from core.catalog.schema import DatasetSpec
 from core.errors import UserError
 from flows.benchmark import benchmark
 from flows.calibrate import calibrate
+from flows.parameters import BenchmarkedModels, Datasets, Origin, Sources
 from flows.prepare import prepare
 from tasks.artifacts import LOG
-from tasks.inputs import Origin, chosen_models, chosen_study
+from tasks.inputs import chosen_models, chosen_study
 from tasks.record import end_interrupted, tracking_server
 from tasks.sources import ConnectionLost, fetch_source
 
@@ -58,10 +59,10 @@ def end_interrupted_subflows(flow: object, flow_run: Any, state: Any) -> None:
     on_crashed=[end_interrupted_subflows],
 )
 def reproduce(
-    datasets: list[str] = [],  # noqa: B006 - shown in the form of the UI, never changed
-    models: list[str] = [],  # noqa: B006
+    datasets: Datasets = [],  # noqa: B006 - shown in the form of the UI, never changed
+    models: BenchmarkedModels = [],  # noqa: B006
     origin: Origin = "raw",
-    sources: dict[str, str] = {},  # noqa: B006
+    sources: Sources = {},  # noqa: B006
 ) -> list[Outcome]:
     """Prepare and calibrate the data sets of the study, and benchmark models on each of them.
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 from prefect import flow
 
+from flows.parameters import Dataset, Folds, Origin, Sources
 from tasks.artifacts import key_of
-from tasks.inputs import Origin, check_model_name, check_sources, chosen_dataset
+from tasks.inputs import check_model_name, check_sources, chosen_dataset
 from tasks.prepare import build_reference, measure_quality, prepare_cells
 from tasks.record import (
     Recipe,
@@ -31,12 +31,12 @@ from tasks.sources import described, fetch_source
     on_crashed=[end_interrupted],
 )
 def score(
-    dataset: str,
+    dataset: Dataset,
     predictions: Path,
     name: str = "predictions",
-    folds: int | Literal["leave-one-out"] | None = None,
+    folds: Folds = None,
     origin: Origin = "raw",
-    sources: dict[str, str] = {},  # noqa: B006
+    sources: Sources = {},  # noqa: B006
 ) -> Path:
     """Score a file of predicted profiles against a data set and its calibrated metrics.
 

@@ -1,0 +1,38 @@
+"""A gene embedding that is the same for all data sets, made before any benchmark needs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefect import flow
+
+from core import catalog
+from core.errors import UserError
+from flows.parameters import Embedding, Sources
+from tasks.embed import embed as make_embedding
+from tasks.inputs import check_sources
+from tasks.sources import fetch_source
+
+
+@flow(name="embed", flow_run_name="embed-{embedding}")
+def embed(
+    embedding: Embedding,
+    sources: Sources = {},  # noqa: B006 - shown in the form of the UI, never changed
+) -> Path:
+    """Make a gene embedding that is shared by all data sets; benchmarks find it again.
+
+    embedding: a name of the catalog.
+    sources: the file to use instead of the download, by the embedding's name.
+    Returns the folder of embedding.parquet in the store. Raises UserError for an embedding that is made per fold.
+    """
+    spec = catalog.embedding(embedding)
+    if spec.per_fold:
+        raise UserError(
+            f"catalog entry {embedding}",
+            "per_fold",
+            "an embedding that is made from the training cells of a fold",
+            "benchmark a model that uses it: each fold makes its own",
+        )
+    check_sources([spec], sources)
+    # Which genes a data set perturbs is not known here: the benchmark checks that there are any.
+    return make_embedding(spec, fetch_source(spec, sources), [])
