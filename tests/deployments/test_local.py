@@ -20,6 +20,7 @@ import pytest
 
 from blocks import services, settings
 from blocks.paths import PROJECT_ROOT
+from deployments.local import trainings_at_once
 from deployments.table import table
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
@@ -48,7 +49,7 @@ with get_client(sync_client=True) as client:
     found = {
         "deployments": [one.model_dump(mode="json") for one in client.read_deployments()],
         "flows": {str(one.id): one.name for one in client.read_flows()},
-        "pools": [one.type for one in client.read_work_pools()],
+        "pools": {one.name: [one.type, one.concurrency_limit] for one in client.read_work_pools()},
     }
 print(json.dumps(found))
 """
@@ -136,25 +137,29 @@ def test_up_registers_the_whole_table(stack: Stack) -> None:
     assert "dataset" in one["parameter_openapi_schema"]["properties"]
     assert one["enforce_parameter_schema"] is True
     assert one["work_pool_name"] == "cpu"
-    assert found["pools"] == ["process"]
+    assert found["pools"] == {"cpu": ["process", None], "gpu": ["process", trainings_at_once()]}
+    assert f"{len(table())} deployments: {len(table())} new, 0 changed" in stack.first
 
 
 def test_a_second_up_starts_nothing_twice_and_keeps_schedules(stack: Stack) -> None:
     before = stack.processes()
-    assert set(before) == {"prefect", "mlflow", "worker"}
-    made = stack.prefect("deployment", "schedule", "create", "benchmark/demo", "--cron", "0 3 * * *")
+    assert set(before) == {"prefect", "mlflow", "worker-cpu", "worker-gpu"}
+    made = stack.prefect("deployment", "schedule", "create", "benchmark/demo", "--cron", "0 4 * * *")
     assert made.returncode == 0, made.stdout
-    ids = {one["name"] + one["entrypoint"]: one["id"] for one in stack.read()["deployments"]}
-    stack.local("up")
+    # `updated` changes with every change of a deployment.
+    stamps = {one["id"]: one["updated"] for one in stack.read()["deployments"]}
+    assert f"{len(table())} deployments: 0 new, 0 changed" in stack.local("up")
     assert stack.processes() == before
     after = stack.read()["deployments"]
-    assert {one["name"] + one["entrypoint"]: one["id"] for one in after} == ids
-    crons = [schedule["schedule"]["cron"] for one in after for schedule in one["schedules"]]
-    assert crons == ["0 3 * * *"]
+    assert {one["id"]: one["updated"] for one in after} == stamps
+    crons = {schedule["schedule"]["cron"]: schedule["active"] for one in after for schedule in one["schedules"]}
+    assert crons == {"0 4 * * *": True, "0 3 * * 0": False}
 
 
-def test_the_worker_runs_a_deployment_in_the_projects_folder(stack: Stack) -> None:
-    stack.python(REGISTER)
+@pytest.mark.parametrize("pool", ["cpu", "gpu"])
+def test_the_workers_run_deployments_in_the_projects_folder(stack: Stack, pool: str) -> None:
+    stack.python(REGISTER.replace('"cpu"', f'"{pool}"'))
+    (stack.folder / "probe.txt").unlink(missing_ok=True)
     done = stack.prefect("deployment", "run", "probe/demo", "--watch")
     assert done.returncode == 0, done.stdout
     found = (stack.folder / "probe.txt").read_text(encoding="utf-8")
@@ -166,6 +171,16 @@ def test_parameters_of_a_wrong_type_are_refused_at_submission(stack: Stack) -> N
     done = stack.prefect("deployment", "run", "probe/demo", "--param", "seconds=soon")
     assert done.returncode == 1
     assert re.search(r"seconds.*'soon' is not of type 'number'", " ".join(done.stdout.split()))
+
+
+def test_models_are_given_as_json_and_a_wrong_name_is_refused(stack: Stack) -> None:
+    # Far ahead: this is about what is taken, not about running it.
+    later = ("deployment", "run", "benchmark/demo", "--start-in", "10 hours", "--param")
+    assert stack.prefect(*later, 'models=["fmlp_coexpression","ridge_coexpression"]').returncode == 0
+    done = stack.prefect(*later, 'models=["fmlp_coexpression","ridge_coexpresion"]')
+    assert done.returncode == 1
+    assert "'ridge_coexpresion' is not one of ['demo', 'simple'," in " ".join(done.stdout.split())
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 def test_down_ends_running_flows_as_crashed_and_leaves_no_process(stack: Stack) -> None:
@@ -181,12 +196,12 @@ def test_down_ends_running_flows_as_crashed_and_leaves_no_process(stack: Stack) 
         assert time.monotonic() < deadline
         time.sleep(0.2)
     tree = [one for root in stack.processes().values() for one in (root, *root.children(recursive=True))]
-    assert len(tree) >= 5
+    assert len(tree) >= 6
     printed = stack.local("down")
-    assert {"prefect", "mlflow", "worker"} <= set(re.findall(r"\w+", printed))
+    assert set(re.findall(r"[\w-]+", printed.partition(":")[2])) == {"prefect", "mlflow", "worker-cpu", "worker-gpu"}
     assert [one for one in tree if one.is_running()] == []
     assert "nothing was running" in stack.local("down")
-    assert stack.local("status").count("stopped") == 3
+    assert stack.local("status").count("stopped") == 4
     with closing(sqlite3.connect(stack.folder / "data" / "prefect" / "prefect.db")) as database:
         states = database.execute("SELECT state_name FROM flow_run WHERE name = 'long'").fetchall()
     assert states == [("Crashed",)]
