@@ -20,6 +20,7 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowR
 from prefect.client.schemas.objects import StateType
 
 from blocks.code import code_hash
+from blocks.secrets import mlflow_credentials
 from blocks.tracking import MLflowTracking, ModelRun
 from core.catalog.schema import DatasetSpec, ResolvedModel
 from core.controls import CONTROLS
@@ -55,7 +56,7 @@ def recipe(model: ResolvedModel, seed: int, embeddings: Iterable[str | None]) ->
 
 
 def tracking_server() -> MLflowTracking:
-    """The MLflow server of this environment. Raises UserError where none is named."""
+    """The MLflow server of this environment, with its password. Raises UserError where none is named."""
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if uri is None:
         raise UserError(
@@ -64,6 +65,7 @@ def tracking_server() -> MLflowTracking:
             "not set",
             "use `calipert run` or `make up`, which start a server and set it",
         )
+    os.environ.update(mlflow_credentials())
     return MLflowTracking(tracking_uri=uri)
 
 

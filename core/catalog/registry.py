@@ -7,6 +7,7 @@ datasets, embeddings, models, groups, one file `<name>.yaml` per entry.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from functools import cache
@@ -205,7 +206,8 @@ def _located(entry: Any, location: tuple[int | str, ...]) -> tuple[str, Any]:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    # A password in an address is nobody's business.
+    text = re.sub(r"//[^/\s]*@", "//...@", repr(value))
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

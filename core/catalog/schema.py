@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -49,6 +50,15 @@ def _reads_as_number(text: str) -> bool:
     return True
 
 
+def _without_credentials(url: str) -> str:
+    if "@" in urlsplit(url).netloc:
+        raise ValueError("take the user name and password out: addresses are logged and reported (docs/secrets.md)")
+    return url
+
+
+PublicUrl: TypeAlias = Annotated[str, Field(pattern=r"^https://\S+$"), AfterValidator(_without_credentials)]
+Endpoint: TypeAlias = Annotated[str, Field(pattern=r"^https?://\S+$"), AfterValidator(_without_credentials)]
+
 # Free settings have no type that would catch YAML's trap: `1e-3` without a point is text.
 Settings: TypeAlias = Annotated[dict[str, JsonValue], AfterValidator(_numbers_as_numbers)]
 
@@ -56,14 +66,15 @@ Settings: TypeAlias = Annotated[dict[str, JsonValue], AfterValidator(_numbers_as
 class Entry(BaseModel):
     """Base of everything in the catalog: strict, frozen, without unknown fields."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    # Pydantic would repeat what it refuses in tracebacks, a password in an address too.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
 
 
 class HttpsSource(Entry):
     """A public file. `sha256` is checked after the download where the publisher keeps the file unchanged."""
 
     kind: Literal["https"]
-    url: Annotated[str, Field(pattern=r"^https://\S+$")]
+    url: PublicUrl
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
 
 
@@ -76,7 +87,7 @@ class S3Source(Entry):
     kind: Literal["s3"]
     url: Annotated[str, Field(pattern=r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]/\S+$")]
     anonymous: bool = False
-    endpoint: Annotated[str, Field(pattern=r"^https?://\S+$")] | None = None
+    endpoint: Endpoint | None = None
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
 
 

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import anndata as ad
@@ -442,3 +443,24 @@ def test_names_that_a_model_may_not_have_are_those_of_the_controls() -> None:
     from core.catalog import schema
 
     assert set(schema.CONTROLS) == {control.name for control in controls.CONTROLS if control.role != "baseline"}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"kind": "https", "url": "https://me:s3cr3t@example.org/x.h5ad"},
+        {"kind": "s3", "url": "s3://bucket/x.h5ad", "endpoint": "http://me:s3cr3t@127.0.0.1:9000"},
+        {"kind": "https", "url": "http://me:s3cr3t@example.org/x.h5ad"},
+    ],
+)
+def test_a_password_in_an_address_is_refused_and_not_repeated(write, source) -> None:
+    with pytest.raises(UserError) as caught:
+        catalog.dataset(write(MINIMAL | {"source": source}))
+    told = "".join(traceback.format_exception(caught.value))
+    assert "s3cr3t" not in told
+    assert "source" in told
+
+
+def test_an_at_sign_in_the_path_of_an_address_is_no_password(write) -> None:
+    source = {"kind": "https", "url": "https://example.org/x@2.h5ad"}
+    assert catalog.dataset(write(MINIMAL | {"source": source})).source.url == source["url"]
