@@ -250,7 +250,8 @@ class Server:
 
     def _ask(self, method: str, path: str, *, file: Path | None = None, **more: Any) -> Any:
         """The JSON that the server answers. file: what is sent as the body."""
-        _wait_for(self.uri)
+        if self.patience:
+            _wait_for(self.uri)
         until = time.monotonic() + self.patience
         pauses = iter(_PAUSES)
         pause, said = 0.0, False

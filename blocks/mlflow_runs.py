@@ -38,12 +38,13 @@ R = TypeVar("R")
 
 
 class Wanted(NamedTuple):
-    """A run that shall be open. Tags without a value are left out."""
+    """A run that shall be there, and RUNNING. Tags without a value are left out. once: it stays FINISHED if it was."""
 
     key: str
     name: str
     tags: Mapping[str, str | None]
     params: Mapping[str, str]
+    once: bool = False
 
 
 def at_once(work: Callable[[T], R], many: Iterable[T]) -> list[R]:
@@ -56,7 +57,7 @@ def at_once(work: Callable[[T], R], many: Iterable[T]) -> list[R]:
 
 
 def opened(server: Server, experiment: str, chosen: str, wanted: list[Wanted], found: list[Run]) -> dict[str, Run]:
-    """Key -> the run with that key, as it was before it was opened: now RUNNING, with these tags and params.
+    """Key -> the run with that key, as it was before it was opened, and has these tags and params now.
 
     found: what the filter `chosen` has found in the experiment; runs that are missing are created. Of several with one
     key (a request repeated after a lost answer creates two) the finished one, else the oldest, is kept. Raises
@@ -86,7 +87,7 @@ def _open(server: Server, found: list[Run], wanted: Wanted) -> Run:
     params = {allowed(name): shortened(text) for name, text in wanted.params.items()}
     # The tags first: until the run is RUNNING, no other flow run takes it for one that was left behind.
     server.log(kept.run_id, params=_changed(params, kept.params), tags=_changed(tags, kept.tags))
-    if kept.status != "RUNNING":
+    if kept.status != "RUNNING" and not (wanted.once and kept.status == "FINISHED"):
         server.set_status(kept.run_id, "RUNNING")
     return kept
 
@@ -96,6 +97,8 @@ def end(server: Server, run: Run, status: str, reason: str | None = None) -> Non
 
     A run that had finished before keeps its first end.
     """
+    if status == run.status == "FINISHED" and FAILURE not in run.tags:
+        return
     first_end = None
     if reason is not None:
         write(server, run, tags={FAILURE: reason})

@@ -23,7 +23,7 @@ import pandas as pd
 from prefect.blocks.core import Block
 from pydantic import Field, field_validator
 
-from blocks.mlflow_api import Metric, Point, Run, Server
+from blocks.mlflow_api import Metric, Point, Refused, Run, Server
 from blocks.mlflow_runs import (
     KEY,
     PARENT,
@@ -163,7 +163,8 @@ class MLflowTracking(Block):
         source: str,
         flow_run_id: str | None = None,
     ) -> dict[str, OpenRun]:
-        """Model -> its run and those of its folds, all RUNNING; created unless their keys are already there.
+        """Model -> its run and those of its folds, RUNNING (folds that have finished before stay FINISHED); created
+        unless their keys are already there.
 
         benchmark_id: ties these runs together; runs are looked for among those that have it.
         digest:  identifies what the runs are scored against; source: where the raw file comes from, an https URL or
@@ -207,9 +208,9 @@ class MLflowTracking(Block):
         warning says once, training goes on, and what was not written is tried again every half a minute, and by
         `log_curve`, which also writes the last seconds.
         """
-        run = self._server.run(run_id)
         # The training waits meanwhile.
         server = Server(self.tracking_uri, patience=0)
+        run: Run | None = None
         waiting: Points = {}
         standing: Standing = {}
         known: set[str] = set()
@@ -217,7 +218,7 @@ class MLflowTracking(Block):
         told = False
 
         def take(event: Mapping[str, object]) -> None:
-            nonlocal due, told
+            nonlocal run, due, told
             if event.get("event") != "metric":
                 return
             name, step, value = _point(event, "training event")
@@ -225,11 +226,15 @@ class MLflowTracking(Block):
             if time.monotonic() < due:
                 return
             try:
+                if run is None:
+                    run = server.run(run_id)
+                    if run.status != "RUNNING":
+                        server.set_status(run_id, "RUNNING")
                 new = {name for name, _ in waiting} - known
                 standing.update(whole_curves(server, run, new))
                 known.update(new)
                 write(server, run, waiting, {_CURVE: "growing"}, standing)
-            except UserError as error:
+            except (UserError, Refused) as error:
                 due = time.monotonic() + _LOST_SECONDS
                 if not told:
                     _log.warning("Training goes on while its curve in MLflow does not: %s", error)
@@ -454,6 +459,7 @@ def _wanted_fold(model: Wanted, parent: str, fold: int) -> Wanted:
         f"{model.name} fold {fold}",
         {**inherited, PARENT: parent, "fold": str(fold)},
         {**params, "fold": str(fold)},
+        once=True,
     )
 
 

@@ -199,6 +199,18 @@ def check(
 
 
 @app.command()
+def status() -> None:
+    """Show what runs, ran, failed and why: servers, workers, flow runs, GPUs and the store. Starts nothing."""
+    from datetime import UTC, datetime
+
+    from flows.status import snapshot
+    from flows.status_screen import screen
+
+    now = datetime.now(UTC)
+    CONSOLE.print(screen(snapshot(now), now))
+
+
+@app.command()
 def env() -> None:
     """Start the local servers if need be, and print the shell lines for using them: eval "$(calipert env)"."""
     from blocks.services import ensure_servers
