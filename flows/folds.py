@@ -246,6 +246,7 @@ def _failed(failures: dict[str, BaseException | str], jobs: int) -> Exception:
         f"{name}: {reason if isinstance(reason, str) else f'{type(reason).__name__}: {reason}'}"
         for name, reason in failures.items()
     )
-    error = RuntimeError(f"{len(failures)} of {jobs} trainings failed; the others are in the store.\n{reasons}")
+    found = f"{len(failures)} of {jobs} failed; the others are in the store\n{reasons}"
+    error = UserError("benchmark", "trainings", found, "mend what the reasons say and run again: only these are done")
     error.__cause__ = first if isinstance(first, Exception) else None
     return error

@@ -12,6 +12,8 @@ from blocks.store import ArtifactStore, artifact_key
 from core.errors import UserError
 
 LOG = logging.getLogger("calipert")
+# Python's own default would keep all progress out of the logs of a flow run.
+LOG.setLevel(logging.INFO)
 
 
 def made(

@@ -67,11 +67,13 @@ def stack(tmp_path_factory: pytest.TempPathFactory, screen: Path) -> Iterator[Se
 def submit(stack: Services, models: list[str]) -> str:
     """A run of benchmark/tiny; its id."""
     deployment = httpx.get(f"{stack.prefect_api}/deployments/name/benchmark/tiny", timeout=30).json()["id"]
-    answer = httpx.post(
-        f"{stack.prefect_api}/deployments/{deployment}/create_flow_run",
-        json={"parameters": {"models": models}, "state": {"type": "SCHEDULED"}},
-        timeout=30,
-    )
+    url = f"{stack.prefect_api}/deployments/{deployment}/create_flow_run"
+    query = {"parameters": {"models": models}, "state": {"type": "SCHEDULED"}}
+    answer = httpx.post(url, json=query, timeout=30)
+    # A busy server says so, and Prefect's own client asks again, too.
+    while answer.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+        time.sleep(1)
+        answer = httpx.post(url, json=query, timeout=30)
     assert answer.is_success, answer.text
     return str(answer.json()["id"])
 
@@ -161,7 +163,7 @@ def test_the_failure_of_a_fold_fails_the_benchmark_with_its_reason_and_leaves_th
     done = ended(stack, run)
     assert done["state_type"] == "FAILED"
     assert "epochs" in done["state"]["message"] + logs(stack, run)
-    failed = [one for one in mlflow_runs(stack) if one["model"] == "broken_coexpression"]
+    failed = [one for one in mlflow_runs(stack) if one.get("model") == "broken_coexpression"]
     assert failed
     assert {one["status"] for one in failed} == {"FAILED"}
 
@@ -202,4 +204,4 @@ def test_without_workers_for_trainings_the_benchmark_does_them_itself(stack: Ser
     done = ended(stack, run)
     assert done["state_type"] == "FAILED"
     assert trainings(stack, run) == []
-    assert "no worker online" in logs(stack, run)
+    assert "has no worker online" in logs(stack, run)
