@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from datetime import datetime
 
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +18,7 @@ from flows.status import ACTIVE, DAYS, FAILED, PAGE, WAITING, FlowRun, Pool, Sna
 COLOURS = {"COMPLETED": "green", "FAILED": "red", "CRASHED": "red", "CANCELLED": "yellow", "RUNNING": "cyan"}
 # Rows of each kind of flow run, so that all fit on one screen.
 MOST = {"active": 6, "waiting": 4, "failed": 5, "done": 4}
+NAMES = {"active": "running", "waiting": "scheduled", "failed": "failed", "done": "completed"}
 
 
 def screen(shown: Snapshot, now: datetime) -> RenderableType:
@@ -63,17 +65,23 @@ def _pools(pools: Iterable[Pool]) -> Table:
     return table
 
 
-def _runs(runs: dict[str, list[FlowRun]], now: datetime) -> Table:
-    table = _table("flow run", "state", "when", "what, or why")
+def _runs(runs: dict[str, list[FlowRun]], now: datetime) -> Group:
+    """A line for each flow run, and below it what it does, or why it failed, over the whole width."""
+    shown = [run for kind, most in MOST.items() for run in runs.get(kind, [])[:most]]
+    names = max(len(run.name) for run in shown)
+    states = max(len(run.state) for run in shown)
+    lines: list[RenderableType] = [Text(f"{'flow run':{names}}  {'state':{states}}  when", style="dim")]
     for kind, most in MOST.items():
         of_kind = runs.get(kind, [])
         for run in of_kind[:most]:
-            style = COLOURS.get(run.kind, "")
-            table.add_row(Text(run.name), Text(run.state.lower(), style=style), _when(run, now), Text(_what(run)))
+            state = (run.state.lower().ljust(states), COLOURS.get(run.kind, ""))
+            lines.append(Text.assemble(run.name.ljust(names), "  ", state, "  ", _when(run, now)))
+            if what := _what(run):
+                lines.append(Padding(Text(what), (0, 0, 0, 2)))
         if len(of_kind) > most:
             count = f"{len(of_kind) - most}{'+' if len(of_kind) == PAGE else ''}"
-            table.add_row("", Text(f"and {count} more", style="dim"), "", "")
-    return table
+            lines.append(Text(f"  and {count} more {NAMES[kind]}", style="dim"))
+    return Group(*lines)
 
 
 def _when(run: FlowRun, now: datetime) -> str:
