@@ -71,10 +71,11 @@ class Group:
     def environment(self, service: str, data: str = "home") -> dict[str, str]:
         """The environment of a service of compose.yaml, for this machine, with a data folder of this name."""
         kept = {name: os.environ[name] for name in ("PATH", "LANG", "CALIPERT_SHARED") if name in os.environ}
-        own = {name: self._here(value) for name, value in self.services[service]["environment"].items() if value}
-        # As the image has them.
         place = self.folder / service / data
         place.mkdir(parents=True, exist_ok=True)
+        named = {name: value for name, value in self.services[service]["environment"].items() if value}
+        own = {name: self._here(value).replace("/data/", f"{place}/") for name, value in named.items()}
+        # As the image has them.
         image = {"CALIPERT_DATA": str(place), "PREFECT_HOME": str(place / "prefect"), "HOME": str(place)}
         return kept | image | {"PYTHONPATH": str(PROJECT_ROOT), "NO_PROXY": "127.0.0.1"} | own
 
