@@ -39,6 +39,11 @@ def mlflow_folder() -> Path:
     return data_folder() / "mlflow"
 
 
+def temporary_folder() -> Path:
+    """Temporary files of the workers that run here, a folder for each."""
+    return data_folder() / "tmp"
+
+
 def services_file() -> Path:
     """Record of the local services that were started."""
     return data_folder() / "services.json"

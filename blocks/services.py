@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from blocks.paths import (
     mlflow_folder,
     prefect_folder,
     services_file,
+    temporary_folder,
 )
 from blocks.pools import CPU, GPU
 from blocks.settings import HOST, Services, child_environment, remove_toml, replace_text, require_own_toml, write_toml
@@ -279,7 +281,12 @@ def _launch_worker(records: dict[str, _Record], services: Services, pool: str, p
     name = f"local-{pool}-{secrets.token_hex(4)}"
     command = ["-m", "prefect", "worker", "start", "--pool", pool, "--type", "process", "--name", name]
     command += ["--install-policy", "never"]
-    started = _launch(f"{WORKER}{pool}", command, port, child_environment(services), PROJECT_ROOT)
+    # Prefect leaves files of a killed flow run among the temporary ones: they go with the next start.
+    temporary = temporary_folder() / f"{WORKER}{pool}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    environment = child_environment(services) | {"TMPDIR": str(temporary)}
+    started = _launch(f"{WORKER}{pool}", command, port, environment, PROJECT_ROOT)
     _remember(records, replace(started, naming=_naming()))
 
 
