@@ -15,6 +15,7 @@ from core.catalog.schema import DatasetSpec
 from core.errors import UserError
 from flows.benchmark import benchmark
 from flows.calibrate import calibrate
+from flows.folds import cancel_folds
 from flows.parameters import BenchmarkedModels, Datasets, Origin, Sources
 from flows.prepare import prepare
 from tasks.artifacts import LOG
@@ -44,12 +45,14 @@ class NoneDone(UserError):
 
 
 def end_interrupted_subflows(flow: object, flow_run: Any, state: Any) -> None:
-    """Hook of a reproduction that was cancelled or has crashed: end the MLflow runs that its subflows left running."""
+    """Hook of a reproduction that was cancelled or has crashed: end what its subflows left running, in MLflow and in
+    the work pools."""
     mine = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[flow_run.id]))
     with get_client(sync_client=True) as client:
         subflows = client.read_flow_runs(flow_run_filter=mine)
     for subflow in subflows:
         end_interrupted(flow, subflow, state)
+        cancel_folds(flow, subflow, state)
 
 
 @flow(

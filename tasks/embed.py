@@ -22,7 +22,7 @@ def embed(spec: EmbeddingSpec, source: Path, perturbed: list[str]) -> Path:
     """embedding.parquet of genes x dimensions; the artifact's folder.
 
     source: the raw file of a shared embedding, or the fold (artifact) of a per-fold one. perturbed: the genes that
-    models will need. Raises UserError where it covers none of them.
+    models will need, none where that is not known. Raises UserError where it covers none of them.
     """
     from core.embedding import read_embedding, require_coverage, write_embedding
 
@@ -35,7 +35,8 @@ def embed(spec: EmbeddingSpec, source: Path, perturbed: list[str]) -> Path:
         code=code_hash("core.embedding"),
         label=f"the embedding {spec.name}",
     )
-    require_coverage(spec.name, read_embedding(folder / FILE), perturbed)
+    if perturbed:
+        require_coverage(spec.name, read_embedding(folder / FILE), perturbed)
     return folder
 
 
