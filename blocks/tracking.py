@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import subprocess
 import time
 from collections import Counter
@@ -412,11 +413,15 @@ class MLflowTracking(Block):
         return sorted(run.run_id for run in at_once(end_unless_taken, left) if run)
 
     def benchmark_url(self, dataset: str, benchmark_id: str) -> str:
-        """The page that compares the models of one benchmark in charts, in the UI's mode for model training."""
+        """The page that compares the models of one benchmark in charts, in the UI's mode for model training.
+
+        CALIPERT_MLFLOW_URL says how browsers reach the server where that differs from how workers do.
+        """
         experiment = self._server.experiment(f"{EXPERIMENT_PREFIX}{dataset}")
         chosen = quote(f"tags.benchmark_id = '{benchmark_id}'")
+        pages = os.environ.get("CALIPERT_MLFLOW_URL", self.tracking_uri).rstrip("/")
         return (
-            f"{self.tracking_uri}/#/experiments/{experiment}/runs"
+            f"{pages}/#/experiments/{experiment}/runs"
             f"?workflowType=machine_learning&compareRunsMode=CHART&searchFilter={chosen}"
         )
 
