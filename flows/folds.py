@@ -89,8 +89,11 @@ def train_folds(jobs: Iterable[FoldJob], runs: Runs) -> dict[str, list[Path]]:
     error comes at the end, and what was finished stays in the store. A cancellation stops them all.
     """
     opened = [job.model_copy(update={"run_id": runs.folds[job.model.name][job.fold]}) for job in jobs]
-    away = [job for job in opened if finished(job) is None] if opened and _has_workers() else []
-    here = [job for job in opened if job not in away]
+    away: list[FoldJob] = []
+    here: list[FoldJob] = []
+    elsewhere = bool(opened) and _has_workers()
+    for job in opened:
+        (away if elsewhere and finished(job) is None else here).append(job)
     failures: dict[str, BaseException | str] = {}
     with models_end_with("the training of folds"):
         futures = {train_fold.submit(job): job for job in here}
