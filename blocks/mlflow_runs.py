@@ -10,7 +10,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from typing import NamedTuple, TypeVar
@@ -110,13 +110,17 @@ def end(server: Server, run: Run, status: str, reason: str | None = None) -> Non
     server.set_status(run.run_id, status, first_end or int(time.time() * 1000))
 
 
-def with_running_children(server: Server, run_id: str) -> list[Run]:
-    """The run's children that are still running, then the run itself."""
-    run = server.run(run_id)
-    if PARENT in run.tags:
-        return [run]
-    children = f"tags.`{PARENT}` = '{run_id}' and attributes.status = 'RUNNING'"
-    return [*server.search([run.experiment], children), run]
+def with_running_children(server: Server, run_ids: Sequence[str]) -> list[Run]:
+    """Some runs of one experiment, each after those of its children that are still running."""
+    if not run_ids:
+        return []
+    first = server.run(run_ids[0])
+    # One search finds all that is running, the runs themselves too as a rule; a fold has no children.
+    alone = len(run_ids) == 1 and PARENT in first.tags
+    running = [] if alone else server.search([first.experiment], "attributes.status = 'RUNNING'")
+    known = {run.run_id: run for run in (*running, first)}
+    runs = at_once(lambda run_id: known.get(run_id) or server.run(run_id), run_ids)
+    return [*(run for run in running if run.tags.get(PARENT) in run_ids), *runs]
 
 
 def write(

@@ -358,14 +358,13 @@ class MLflowTracking(Block):
         return run.run_id
 
     def finish(self, *run_ids: str) -> None:
-        """End runs, and those of their folds that are still running, as FINISHED.
+        """End runs of one data set, and those of their folds that are still running, as FINISHED.
 
         A run that had finished before keeps its first end, so that a repetition from finished artifacts does not
         stretch its duration.
         """
         server = self._server
-        left = [run for runs in at_once(lambda run_id: with_running_children(server, run_id), run_ids) for run in runs]
-        at_once(lambda run: end(server, run, "FINISHED"), left)
+        at_once(lambda run: end(server, run, "FINISHED"), with_running_children(server, run_ids))
 
     def fail(self, run_id: str, reason: str) -> None:
         """End a run, and those of its folds that are still running, as FAILED, with the reason in the tag `failure`.
@@ -373,7 +372,7 @@ class MLflowTracking(Block):
         The tag stays until the run finishes.
         """
         server = self._server
-        at_once(lambda run: end(server, run, "FAILED", reason), with_running_children(server, run_id))
+        at_once(lambda run: end(server, run, "FAILED", reason), with_running_children(server, [run_id]))
 
     def end_interrupted(self, flow_run_id: str, reason: str) -> list[str]:
         """End as KILLED every run that this flow run left running, and return their ids: for what is done when a flow
