@@ -1,0 +1,143 @@
+"""What the platform itself costs: a benchmark whose every artifact is in the store already, and a task.
+
+    python -m benchmarks.overhead
+
+A private local stack is started in a temporary data folder, and stopped at the end. The benchmark runs once to fill the
+store; then it is timed in a process of its own, as `calipert run` does it, and through a worker, as `prefect
+deployment run` does it. There is no peer.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from multiprocessing.connection import Connection
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+from unittest import mock
+
+import httpx
+import typer
+
+from benchmarks.comparison import CONSOLE, Timing, machine, show_times
+from blocks import services, settings
+from blocks.paths import PROJECT_ROOT
+
+DEPLOYMENT = "benchmark/demo"
+POLL_S = 0.1
+ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+
+
+def main(
+    models: Annotated[str, typer.Option(help="Models of the benchmark, separated by commas.")] = "demo",
+    tasks: Annotated[int, typer.Option(help="Tasks of the flow that does nothing.")] = 100,
+    repeats: Annotated[int, typer.Option(help="Runs of each, of which the fastest counts.")] = 3,
+) -> None:
+    """Print what the platform adds to the work itself."""
+    chosen = models.split(",")
+    with TemporaryDirectory(prefix="calipert-") as folder, _stack(Path(folder)) as running:
+        CONSOLE.print(machine("prefect", "mlflow"))
+        with CONSOLE.status("a first benchmark fills the store"):
+            _in_fresh_process(_benchmark, chosen)
+        cached = [_in_fresh_process(_benchmark, chosen) for _ in range(repeats)]
+        through = [_through_worker(running, chosen) for _ in range(repeats)]
+        alone = min(_in_fresh_process(_tasks, tasks) for _ in range(repeats))
+    imports, flow = min(cached, key=sum)
+    waited, ran = min(through, key=sum)
+    show_times(
+        f"{DEPLOYMENT} with {models}, everything in the store",
+        [
+            Timing("in process, the flow", flow, aim="at most 5 s"),
+            Timing("  importing it before", imports),
+            Timing("through a worker, from submission to end", waited + ran, aim="at most 15 s"),
+            Timing("  until it runs", waited),
+            Timing("  running", ran),
+        ],
+    )
+    show_times(f"A flow of {tasks} tasks", [Timing("one task", alone, aim="at most 0.1 s")])
+
+
+@contextmanager
+def _stack(folder: Path) -> Iterator[settings.Services]:
+    """Servers, workers and deployments of its own, which this process and its children use; gone afterwards."""
+    with mock.patch.dict(os.environ, CALIPERT_DATA=str(folder)):
+        try:
+            up = [sys.executable, "-m", "deployments.local", "up"]
+            subprocess.run(up, cwd=PROJECT_ROOT, check=True, stdout=subprocess.DEVNULL)
+            running = services.ensure_servers()
+            with mock.patch.dict(os.environ, settings.child_environment(running), clear=True):
+                os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
+                yield running
+        finally:
+            services.stop()
+
+
+def _in_fresh_process(work: Callable[..., None], argument: object) -> Any:
+    """What `work` sends: in a process that has imported nothing yet, for Prefect reads its settings when imported."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=work, args=(argument, sender))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        raise SystemExit(f"{work.__name__} failed") from None
+    finally:
+        process.join()
+
+
+def _benchmark(models: list[str], sender: Connection) -> None:
+    """Sends the seconds that importing the flow took, and those of the flow."""
+    start = time.perf_counter()
+    from flows.benchmark import benchmark
+
+    imported = time.perf_counter()
+    benchmark(dataset="demo", models=models)
+    sender.send((imported - start, time.perf_counter() - imported))
+
+
+def _tasks(number: int, sender: Connection) -> None:
+    """Sends the seconds of one task that does nothing, among so many in a flow."""
+    from prefect import flow, task
+    from prefect.cache_policies import NO_CACHE
+
+    @task(cache_policy=NO_CACHE)
+    def nothing() -> None:
+        return
+
+    @flow(name="overhead")
+    def many() -> float:
+        start = time.perf_counter()
+        for _ in range(number):
+            nothing()
+        return time.perf_counter() - start
+
+    sender.send(many() / number)
+
+
+def _through_worker(running: settings.Services, models: list[str]) -> tuple[float, float]:
+    """Seconds from submission until the flow runs, and from there to its end."""
+    with httpx.Client(base_url=running.prefect_api, timeout=60) as api:
+        deployment = api.get(f"/deployments/name/{DEPLOYMENT}").raise_for_status().json()["id"]
+        wanted = {"parameters": {"dataset": "demo", "models": models}, "state": {"type": "SCHEDULED"}}
+        submitted = time.time()
+        run = api.post(f"/deployments/{deployment}/create_flow_run", json=wanted).raise_for_status().json()
+        while run["state_type"] not in ENDED:
+            time.sleep(POLL_S)
+            run = api.get(f"/flow_runs/{run['id']}").raise_for_status().json()
+    if run["state_type"] != "COMPLETED":
+        raise SystemExit(f"the flow run ended as {run['state_name']}: {run['state']['message']}")
+    begun, ended = (datetime.fromisoformat(run[name]).timestamp() for name in ("start_time", "end_time"))
+    return begun - submitted, ended - begun
+
+
+if __name__ == "__main__":
+    typer.run(main)
