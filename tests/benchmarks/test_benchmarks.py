@@ -80,6 +80,27 @@ def test_the_preparation_says_where_time_memory_and_disk_went(tmp_path: Path) ->
     assert [path.suffix for path in tmp_path.iterdir()] == [".h5ad"]  # the raw file, to be used again
 
 
+@pytest.mark.server
+@pytest.mark.slow
+def test_what_is_written_to_mlflow_is_what_its_own_client_writes() -> None:
+    done = run(
+        "tracking", *["--models", "2", "--folds", "2", "--conditions", "3", "--half-seeds", "1", "--epochs", "4"]
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    times, _, agreement = done.stdout.partition("\nAgreement\n")
+    assert re.search(r"^calipert +\d+\.\d{3} +\d[\d,]*\.\dx", times, re.MULTILINE)
+    assert re.search(r"^summaries and curves, read back .* yes$", agreement, re.MULTILINE)
+
+
+@pytest.mark.server
+@pytest.mark.slow
+def test_the_overhead_is_told_part_by_part() -> None:
+    done = run("overhead", *["--models", "ridge_coexpression", "--tasks", "3", "--repeats", "1"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    for part in ("in process, the flow", "through a worker, from submission to end", "one task"):
+        assert re.search(rf"{part} +\d+\.\d{{3}}", done.stdout), part
+
+
 def test_help_names_the_sizes() -> None:
     done = run("metrics", "--help")
     assert done.returncode == 0, done.stderr
