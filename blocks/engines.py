@@ -159,14 +159,7 @@ class ProcessEngine(Block):
 
     def describe(self, model_folder: Path) -> Description:
         """What a model says that it can do and needs. Raises ModelFailed unless it says so as the contract wants."""
-        with scratch(scratch_folder(), "description") as output:
-            spec = {"output": str(output)}
-            self.run("describe", model_folder, spec, on_event=lambda event: None, timeout_s=DESCRIBE_LIMIT_S)
-            try:
-                return Description(**json.loads((output / "describe.json").read_text(encoding="utf-8")))
-            except (OSError, ValueError, TypeError, ContractError) as error:
-                ending = f"did not write the describe.json of docs/models.md: {error}"
-                raise ModelFailed(model_folder.name, "describe", ending, 0, ()) from error
+        return described(self.run, model_folder, DESCRIBE_LIMIT_S)
 
     def identity(self, model_folder: Path) -> str:
         """SHA-256 of what decides a model's results: its folder's files, the contract, its packages' versions.
@@ -198,6 +191,19 @@ class ProcessEngine(Block):
 
 
 ENGINES: dict[str, type[ProcessEngine]] = {"process": ProcessEngine}
+
+
+def described(run: Callable[..., Usage], model_folder: Path, limit_s: float) -> Description:
+    """What a model says of itself by an engine's `run`, within a limit in seconds. Raises ModelFailed as that does, and
+    where the model does not say it as the contract wants."""
+    with scratch(scratch_folder(), "description") as output:
+        spec = {"output": str(output)}
+        run("describe", model_folder, spec, on_event=lambda event: None, timeout_s=limit_s)
+        try:
+            return Description(**json.loads((output / "describe.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, ContractError) as error:
+            ending = f"did not write the describe.json of docs/models.md: {error}"
+            raise ModelFailed(model_folder.name, "describe", ending, 0, ()) from error
 
 
 class _LimitReached(Exception):
@@ -298,7 +304,7 @@ def _versions(python: str, names: tuple[str, ...], model: str) -> str:
     """`name==version` lines of these packages and the Python version, as that interpreter has them."""
     ask = (
         "import sys; from importlib.metadata import version; "
-        "print(sys.version_info[:3], *(f'{n}=={version(n)}' for n in sys.argv[1:]), sep='\\n')"
+        "print(sys.version_info[:2], *(f'{n}=={version(n)}' for n in sys.argv[1:]), sep='\\n')"
     )
     answer = subprocess.run([python, "-I", "-c", ask, *names], capture_output=True, text=True, check=False)
     if answer.returncode:

@@ -20,7 +20,7 @@ from prefect.blocks.core import Block
 from pydantic import Field
 
 from blocks.cancellation import killed_by_stop
-from blocks.engines import LAST_LINES, WAIT_S, Event, ModelFailed, Stage, Usage, event_of
+from blocks.engines import LAST_LINES, WAIT_S, Event, ModelFailed, Stage, Usage, described, event_of
 from blocks.gpus import Gpu
 from blocks.kubernetes_api import Api, Object, OutOfReach, Refused
 from blocks.kubernetes_job import (
@@ -45,7 +45,7 @@ from blocks.paths import scratch_folder, store_folder
 from blocks.scratch import scratch
 from blocks.transfer import STORE, download, object_store
 from core.errors import UserError
-from model_containers.contract import ContractError, Description
+from model_containers.contract import Description
 
 LOG = logging.getLogger("calipert.engines")
 
@@ -122,14 +122,7 @@ class KubernetesEngine(Block):
 
     def describe(self, model_folder: Path) -> Description:
         """What a model says that it can do and needs. Raises ModelFailed unless it says so as the contract wants."""
-        with scratch(scratch_folder(), "description") as output:
-            spec = {"output": str(output)}
-            self.run("describe", model_folder, spec, on_event=lambda event: None, timeout_s=DESCRIBE_LIMIT_S)
-            try:
-                return Description(**json.loads((output / "describe.json").read_text(encoding="utf-8")))
-            except (OSError, ValueError, TypeError, ContractError) as error:
-                ending = f"did not write the describe.json of docs/models.md: {error}"
-                raise ModelFailed(model_folder.name, "describe", ending, 0, ()) from error
+        return described(self.run, model_folder, DESCRIBE_LIMIT_S)
 
     def identity(self, model_folder: Path) -> str:
         """The digest of a model's image, `sha256:...`: it decides the model's results.

@@ -50,7 +50,9 @@ MARK = "CALIPERT_SERVICE"
 # Variables, by how they begin, that name the user's files, store and GPUs. A worker has those with which it was
 # started.
 NAMING = (
+    "AWS_",
     "CALIPERT_CATALOG",
+    "CALIPERT_ENGINE",
     "CALIPERT_GPUS",
     "CALIPERT_KUBERNETES",
     "CALIPERT_LOCKS",

@@ -261,6 +261,7 @@ class ArtifactStore(Block):
     def _remove_there(self, kind: str, key: str, damage: str) -> None:
         _LOG.warning("%s %s in %s is damaged (%s): removing it there", kind, key, self.remote, damage)
         ObjectStore(str(self.remote)).remove(f"{kind}/{key}")
+        _shared.discard((os.getpid(), str(self.remote), f"{kind}/{key}"))
 
     def _is_shared(self, kind: str, key: str) -> bool:
         """Whether an artifact needs no upload: there is no bucket, or it is there. Asked once in a process."""

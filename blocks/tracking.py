@@ -78,6 +78,7 @@ _LOST_SECONDS = 30.0
 _CURVE = "calipert.curve"
 _FLOW_RUN = "flow_run_id"
 _PROCESS = "process"
+_TRAINED_BY = "training_flow_run_id"
 # What a fold's run repeats of its model's, so that one filter finds both.
 _INHERITED = ("benchmark_id", "kind", "model", "dataset", "seed", "engine", "git_commit", _FLOW_RUN, _PROCESS)
 _RUNNING = "attributes.status = 'RUNNING'"
@@ -201,6 +202,16 @@ class MLflowTracking(Block):
             )
             for model in models
         }
+
+    def begin_training(self, run_id: str, flow_run_id: str) -> None:
+        """Say in a fold's run which flow run trains it now."""
+        self._server.log(run_id, tags={_TRAINED_BY: flow_run_id})
+
+    def fail_training(self, run_id: str, flow_run_id: str, reason: str) -> None:
+        """End a fold's run as FAILED, as `fail` does, if this flow run was the last that began to train it: the end of
+        an earlier one may be told late."""
+        if self._server.run(run_id).tags.get(_TRAINED_BY) == flow_run_id:
+            self.fail(run_id, reason)
 
     def live_curve(self, run_id: str) -> Callable[[Mapping[str, object]], None]:
         """A function that takes the events of a training while it runs and writes its metrics, some at a time.
@@ -445,7 +456,8 @@ def git_commit(root: Path) -> str | None:
 
 def _origin(flow_run_id: str | None) -> dict[str, str | None]:
     """Tags that say by what a run was opened."""
-    commit = git_commit(Path(__file__).resolve().parents[1])
+    # An image has no checkout: it is told when it is built.
+    commit = os.environ.get("CALIPERT_COMMIT") or git_commit(Path(__file__).resolve().parents[1])
     return {"git_commit": commit, _FLOW_RUN: flow_run_id, _PROCESS: this_process()}
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import httpx
 from prefect import runtime
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
@@ -20,9 +22,9 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun, StateType, WorkerStatus
 from prefect.deployments import run_deployment
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.futures import PrefectFuture, as_completed
-from prefect.states import Cancelled, Cancelling
+from prefect.states import Cancelled, Cancelling, Crashed
 
 from blocks.cancellation import models_end_with
 from blocks.pools import GPU
@@ -40,6 +42,9 @@ POLL_S = 1.0
 PAGE = 200  # flow runs that the server gives at once
 REPEATS = 2  # of a training whose machine failed under it
 SILENCE_S = 60.0  # between two warnings that nobody takes the trainings
+# From a worker's taking a training to its start. A cluster may have to get a machine first; a worker that died in
+# between left a run that would wait for ever.
+START_LIMIT = timedelta(minutes=30)
 
 WAITING = (StateType.SCHEDULED, StateType.PENDING)
 ACTIVE = (*WAITING, StateType.RUNNING, StateType.PAUSED)
@@ -118,8 +123,10 @@ def cancel_folds(flow: object, flow_run: Any, state: Any) -> None:
         state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(ACTIVE))),
     )
     with get_client(sync_client=True) as client:
-        while left := client.read_flow_runs(flow_run_filter=mine, limit=PAGE):
-            _cancel(client, left)
+        left: list[FlowRun] = []
+        while page := client.read_flow_runs(flow_run_filter=mine, limit=PAGE, offset=len(left)):
+            left += page
+        _cancel(client, left)
 
 
 def _has_workers() -> bool:
@@ -156,19 +163,22 @@ def _done_elsewhere(jobs: list[FoldJob]) -> dict[str, BaseException | str]:
     failures: dict[str, BaseException | str] = {}
     with _cancelled_in_the_end() as waiting:
         for job in jobs:
-            waiting[_sent(job)] = job
+            waiting[_sent(job, REPEATS)] = job
         said = time.monotonic()
         with get_client(sync_client=True) as client:
             while waiting:
                 time.sleep(POLL_S)
-                ended = [run for run in _read(client, waiting) if run.state and run.state.is_final()]
+                runs = {run.id: run for run in _read(client, waiting)}
+                for deleted in [run_id for run_id in waiting if run_id not in runs]:
+                    failures[waiting.pop(deleted).name] = "its flow run was deleted"
+                ended = [run for run in runs.values() if run.state and run.state.is_final()]
                 for run in ended:
                     job = waiting.pop(run.id)
                     why = _why(run)
                     if why and run.state_type == StateType.CRASHED and repeats[job.name]:
                         repeats[job.name] -= 1
                         LOG.warning("%s: %s; once more", job.name, why)
-                        waiting[_sent(job)] = job
+                        waiting[_sent(job, repeats[job.name])] = job
                     elif why:
                         LOG.error("%s: %s", job.name, why)
                         failures[job.name] = why
@@ -179,6 +189,7 @@ def _done_elsewhere(jobs: list[FoldJob]) -> dict[str, BaseException | str]:
                 elif time.monotonic() - said > SILENCE_S:
                     said = time.monotonic()
                     _say_if_nobody_works(client, len(waiting))
+                    _give_up_stalled(client, runs.values())
     return failures
 
 
@@ -190,16 +201,22 @@ def _cancelled_in_the_end() -> Iterator[dict[UUID, FoldJob]]:
         yield waiting
     finally:
         if waiting:
-            with get_client(sync_client=True) as client:
-                _cancel(client, _read(client, waiting))
+            try:
+                with get_client(sync_client=True) as client:
+                    _cancel(client, _read(client, waiting))
+            except (httpx.HTTPError, PrefectException) as error:
+                # It must not hide why the wait has ended.
+                LOG.warning("%d trainings could not be cancelled: %s", len(waiting), error)
 
 
-def _sent(job: FoldJob) -> UUID:
+def _sent(job: FoldJob, left: int) -> UUID:
+    """The flow run of a job. left: how often it may be repeated; a request that the client repeats makes one run."""
     run = run_deployment(
         DEPLOYMENT,
         parameters={"job": job.model_dump(mode="json"), "expected": predictions_key(job)},
         flow_run_name=job.name,
         tags=["calipert", job.dataset, job.model.name],
+        idempotency_key=f"{runtime.flow_run.id}/{job.name}/{left}",
         timeout=0,
     )
     if not isinstance(run, FlowRun):
@@ -235,9 +252,21 @@ def _why(run: FlowRun) -> str | None:
 
 
 def _say_if_nobody_works(client: SyncPrefectClient, waiting: int) -> None:
+    if client.read_work_pool(GPU).is_paused:
+        LOG.warning("%d trainings wait: the work pool %s is paused; resume it, or cancel", waiting, GPU)
+        return
     workers = client.read_workers_for_work_pool(GPU)
     if not any(worker.status == WorkerStatus.ONLINE for worker in workers):
         LOG.warning("%d trainings wait: the work pool %s has no worker online; start one, or cancel", waiting, GPU)
+
+
+def _give_up_stalled(client: SyncPrefectClient, runs: Iterable[FlowRun]) -> None:
+    """Let a run that a worker has taken and never started count as crashed."""
+    begun = datetime.now(UTC) - START_LIMIT
+    for run in runs:
+        if run.state and run.state_type == StateType.PENDING and run.state.timestamp < begun:
+            message = f"taken by a worker, but not started within {START_LIMIT}"
+            client.set_flow_run_state(run.id, Crashed(message=message), force=True)
 
 
 def _failed(failures: dict[str, BaseException | str], jobs: int) -> Exception:

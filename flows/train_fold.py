@@ -8,14 +8,15 @@ from prefect import flow
 
 from blocks.cancellation import Stopped, models_end_with
 from core.errors import UserError
-from tasks.record import end_failed
+from tasks.record import end_training
 from tasks.train import FoldJob, predictions_key
 from tasks.train import train_fold as train_fold_task
 
 
 def end_fold(flow: object, flow_run: Any, state: Any) -> None:
-    """Hook of a training that was cancelled or has crashed: end its MLflow run."""
-    end_failed([flow_run.parameters["job"]["run_id"]], Stopped(flow_run.name, f"the flow run is {state.name}"))
+    """Hook of a training that was cancelled or has crashed: end its MLflow run, unless another one goes on with it."""
+    reason = str(Stopped(flow_run.name, f"the flow run is {state.name}"))
+    end_training(flow_run.parameters["job"]["run_id"], str(flow_run.id), reason)
 
 
 @flow(name="train-fold", on_cancellation=[end_fold], on_crashed=[end_fold])

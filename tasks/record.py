@@ -20,6 +20,7 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowR
 from prefect.client.schemas.objects import StateType
 
 from blocks.code import code_hash
+from blocks.mlflow_api import Refused
 from blocks.secrets import mlflow_credentials
 from blocks.tracking import MLflowTracking, ModelRun
 from core.catalog.schema import DatasetSpec, ResolvedModel
@@ -130,8 +131,11 @@ def active_flow_runs(ids: list[str]) -> set[str]:
         id=FlowRunFilterId(any_=[UUID(one) for one in ids]),
         state=FlowRunFilterState(type=FlowRunFilterStateType(not_any_=ended)),
     )
+    found: set[str] = set()
     with get_client(sync_client=True) as client:
-        return {str(run.id) for run in client.read_flow_runs(flow_run_filter=mine, limit=200)}
+        while page := client.read_flow_runs(flow_run_filter=mine, limit=200, offset=len(found)):
+            found |= {str(run.id) for run in page}
+    return found
 
 
 @contextmanager
@@ -145,21 +149,30 @@ def failing_with_the_flow(runs: Runs) -> Iterator[None]:
 
 
 def end_failed(run_ids: Iterable[str], error: BaseException) -> None:
-    """End MLflow runs as FAILED with the reason. A lost server is only logged: it must not hide the error itself."""
-    try:
-        server = tracking_server()
-        for run_id in run_ids:
-            server.fail(run_id, f"{type(error).__name__}: {error}")
-    except UserError as lost:
-        LOG.warning("the failure could not be written to MLflow: %s", lost)
+    """End MLflow runs as FAILED with the reason. What MLflow refuses is only logged: it must not hide the error."""
+    for run_id in run_ids:
+        with _only_logged("the failure"):
+            tracking_server().fail(run_id, f"{type(error).__name__}: {error}")
+
+
+def end_training(run_id: str, flow_run_id: str, reason: str) -> None:
+    """End the MLflow run of a training as FAILED, if it is this flow run's, and no later one's."""
+    with _only_logged("the end of a training"):
+        tracking_server().fail_training(run_id, flow_run_id, reason)
 
 
 def end_interrupted(flow: object, flow_run: Any, state: Any) -> None:
     """Hook of a flow that was cancelled or has crashed: end the MLflow runs that it left running."""
-    try:
+    with _only_logged("the end of interrupted runs"):
         tracking_server().end_interrupted(str(flow_run.id), f"the flow run is {state.name}")
-    except UserError as lost:
-        LOG.warning("interrupted runs could not be ended in MLflow: %s", lost)
+
+
+@contextmanager
+def _only_logged(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (UserError, Refused) as lost:
+        LOG.warning("%s could not be written to MLflow: %s", what, lost)
 
 
 @task(name="record-calibration", cache_policy=NO_CACHE)

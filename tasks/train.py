@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prefect import task
+from prefect import runtime, task
 from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ConfigDict
 
@@ -166,6 +166,8 @@ def train_fold(job: FoldJob) -> Path:
     The fold's MLflow run shows the curve while it grows, a progress artifact how far the training is.
     """
     tracking = tracking_server()
+    if finished(job) is None:
+        tracking.begin_training(job.run_id, str(runtime.flow_run.id))
     live = tracking.live_curve(job.run_id)
     progress = shown_progress(f"training {job.name}")
 

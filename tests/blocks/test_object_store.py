@@ -607,6 +607,17 @@ def test_what_is_damaged_in_the_bucket_is_built_again_and_replaced(
     assert len(objects(owner)) == 4
 
 
+def test_what_was_found_damaged_is_uploaded_when_it_is_built_again(
+    host: Callable[[str], ArtifactStore], owner: Any
+) -> None:
+    obtain(host("one"))
+    damage_there(owner)
+    two = host("two")
+    assert two.find("cells", KEY) is None
+    folder = obtain(two)
+    assert contents(obtain(host("three"), refuse)) == contents(folder)
+
+
 def test_an_index_that_cannot_be_read_is_replaced_by_who_has_the_artifact(
     host: Callable[[str], ArtifactStore], owner: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -360,6 +360,20 @@ def test_a_failure_keeps_its_reason_until_the_run_finishes(
 
 
 @pytest.mark.server
+def test_the_late_end_of_an_earlier_training_does_not_end_the_run_of_a_later_one(
+    tracking: MLflowTracking, client: MlflowClient, dataset: str
+) -> None:
+    fold = open_model(tracking, dataset, folds=(0,)).folds[0]
+    tracking.begin_training(fold, "first")
+    tracking.begin_training(fold, "second")
+    tracking.fail_training(fold, "first", "killed")
+    assert client.get_run(fold).info.status == "RUNNING"
+    tracking.fail_training(fold, "second", "killed, too")
+    assert client.get_run(fold).info.status == "FAILED"
+    assert client.get_run(fold).data.tags["failure"] == "killed, too"
+
+
+@pytest.mark.server
 def test_a_fold_that_has_finished_is_not_opened_again_until_it_is_trained_again(
     tracking: MLflowTracking,
     client: MlflowClient,

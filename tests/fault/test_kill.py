@@ -124,19 +124,18 @@ class Place:
         # A lock is a file that stays, held or not.
         return sorted(str(path.relative_to(self.folder)) for path in left if path.suffix != ".lock")
 
-    def processes(self) -> list[psutil.Process]:
-        """All that runs with this data folder but the services and what they started."""
+    def orphans(self) -> list[psutil.Process]:
+        """What runs here and is neither a service nor one of the flow runs under it: a benchmark, a model, what
+        supervises it. The environment of a model has no variable of ours, but its home is in the data folder."""
         mine = []
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 known = process.environ()
-                if known.get("CALIPERT_DATA") == str(self.data) and services.MARK not in known:
+                is_model = known.get("HOME", "").startswith(str(self.data / "scratch"))
+                is_ours = known.get("CALIPERT_DATA") == str(self.data) and services.MARK not in known
+                if (is_model or is_ours) and process.status() != psutil.STATUS_ZOMBIE:
                     mine.append(process)
         return mine
-
-    def orphans(self) -> list[psutil.Process]:
-        """Model processes and flow runs that still run though nothing should."""
-        return [p for p in self.processes() if p.status() != psutil.STATUS_ZOMBIE]
 
     def mlflow_runs(self) -> list[dict[str, str]]:
         url = f"http://127.0.0.1:{self.ports()['mlflow']}/api/2.0/mlflow"
@@ -217,6 +216,29 @@ def require_as_undisturbed(place: Place, results: dict[str, bytes], finished: di
     assert place.orphans() == []
 
 
+def test_a_model_that_runs_is_found(place: Place) -> None:
+    """The control of all that follows: what is looked for can be found."""
+    process = place.benchmark()
+    try:
+        deadline = time.monotonic() + 120
+        while "model.py train" not in commands(place):
+            assert process.poll() is None, "the benchmark ended before a model was seen"
+            assert time.monotonic() < deadline
+        assert "flows.cli run tiny" in commands(place)
+    finally:
+        kill(tree(psutil.Process(process.pid)))
+        process.wait()
+
+
+def commands(place: Place) -> str:
+    """The command lines of what would count as orphans, one a line."""
+    found = []
+    for process in place.orphans():
+        with suppress(psutil.Error):
+            found.append(" ".join(process.cmdline()))
+    return "\n".join(found)
+
+
 @pytest.mark.parametrize("number", range(ROUNDS))
 def test_a_benchmark_whose_process_tree_is_killed_goes_on(
     place: Place, undisturbed: tuple[dict[str, bytes], float], number: int
@@ -284,7 +306,8 @@ def test_a_deployments_run_survives_the_death_of_a_service(
     print(f"round {number} (seed {SEED}): {victim} killed after {moment:.1f} s")
     finished = place.manifests()
     place.up()
-    ended(place, first, 30.0)
+    became = ended(place, first, 30.0)
+    print(f"round {number}: the run that was disturbed is {became or 'still said to run'}")
     # Whatever became of it, the next one must come to its end, and with it all that the first one left.
     second = submit(place)
     assert ended(place, second, 300.0) == "COMPLETED"

@@ -112,9 +112,8 @@ def model_processes(model: str) -> list[psutil.Process]:
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             command = " ".join(process.cmdline())
-            if f"model_containers/{model}/model.py train" in command and os.environ["CALIPERT_DATA"] in Path(
-                process.cmdline()[-1]
-            ).read_text(encoding="utf-8"):
+            # Its spec lies in the data folder.
+            if f"model_containers/{model}/model.py train {os.environ['CALIPERT_DATA']}" in command:
                 found.append(process)
     return found
 
