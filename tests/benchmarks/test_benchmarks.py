@@ -95,7 +95,8 @@ def test_what_is_written_to_mlflow_is_what_its_own_client_writes() -> None:
 @pytest.mark.server
 @pytest.mark.slow
 def test_the_overhead_is_told_part_by_part() -> None:
-    done = run("overhead", *["--models", "ridge_coexpression", "--tasks", "3", "--repeats", "1"])
+    sizes = "--models ridge_coexpression --tasks 3 --repeats 1"
+    done = run("overhead", *sizes.split())
     assert done.returncode == 0, done.stdout + done.stderr
     for part in ("in process, the flow", "through a worker, from submission to end", "one task"):
         assert re.search(rf"{part} +\d+\.\d{{3}}", done.stdout), part
