@@ -57,7 +57,7 @@ class _Flow(NamedTuple):
 
 
 # No limit of runs at the same time: benchmarks of one data set with other models are as good as any, and runs that
-# need the same artifact wait for each other at the store.
+# need the same artifact on one machine wait for each other at its store.
 FLOWS = (
     _Flow(
         "benchmark", "flows.benchmark.benchmark", "Prepares, trains, predicts, scores, compares and reports on", True
