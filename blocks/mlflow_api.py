@@ -28,8 +28,8 @@ from core.errors import UserError
 # How long one request is repeated before it is given up, in seconds.
 PATIENCE = 60.0
 _PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0)
-# Before this pause a warning says what is waited for.
-_SAID = 2.0
+# After so many seconds of it a warning says what is waited for.
+_SAID = 1.5
 _PROBE_SECONDS = 4.0
 _PROBE_PAUSES = (0.0, 1.0, 2.0)
 _TIMEOUT = 30.0
@@ -252,7 +252,7 @@ class Server:
         """The JSON that the server answers. file: what is sent as the body."""
         if self.patience:
             _wait_for(self.uri)
-        until = time.monotonic() + self.patience
+        began = time.monotonic()
         pauses = iter(_PAUSES)
         pause, said = 0.0, False
         while True:
@@ -269,9 +269,9 @@ class Server:
                     return _result(self.uri, answer, empty=file is not None)
                 problem = _trouble(self.uri, answer)
             pause = next(pauses, pause)
-            if time.monotonic() + pause > until:
+            if time.monotonic() + pause > began + self.patience:
                 raise problem
-            if pause == _SAID and not said:
+            if time.monotonic() - began > _SAID and not said:
                 said = True
                 _log.warning("MLflow at %s is waited for, a minute at most: %s", self.uri, problem.found)
             time.sleep(pause)
@@ -402,7 +402,8 @@ def _message(answer: httpx.Response) -> str:
     except ValueError:
         told = answer.text
     text = str(told.get("message", told)) if isinstance(told, dict) else str(told)
-    return " ".join(text.split())[:500] or "nothing"
+    # What SQL it was comes after the cause, and is long.
+    return " ".join(text.partition("[SQL:")[0].split())[:500] or "nothing"
 
 
 def _run(told: Mapping[str, Any]) -> Run:

@@ -21,7 +21,7 @@ from core.errors import UserError
 
 Answer = tuple[int, object]
 
-LOCKED = "(sqlite3.OperationalError) database is locked"
+LOCKED = "(sqlite3.OperationalError) database is locked\n[SQL: SELECT runs.run_uuid]"
 RUN = {
     "info": {"run_id": "r1", "run_name": "ridge", "experiment_id": "1", "status": "RUNNING", "start_time": 1000},
     "data": {"metrics": [{"key": "loss", "value": "NaN", "timestamp": 5, "step": 1}]},
@@ -119,6 +119,7 @@ def test_one_that_stays_locked_is_one_clear_error(code: int, told: str) -> None:
         Server(uri, patience=0.5).run("r1")
     assert raised.value.where == uri
     assert "Another program writes to MLflow's database" in raised.value.remedy
+    assert "SELECT" not in raised.value.found
 
 
 def test_one_that_was_lost_and_stays_away_is_one_clear_error() -> None:
