@@ -125,17 +125,17 @@ def open_runs(
 
 
 def active_flow_runs(ids: list[str]) -> set[str]:
-    """Those of some flow runs that have not ended, as far as Prefect knows."""
+    """Those of some flow runs that have not ended; one that this Prefect server does not know may be another's."""
     ended = [StateType.COMPLETED, StateType.FAILED, StateType.CRASHED, StateType.CANCELLED]
     mine = FlowRunFilter(
         id=FlowRunFilterId(any_=[UUID(one) for one in ids]),
-        state=FlowRunFilterState(type=FlowRunFilterStateType(not_any_=ended)),
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=ended)),
     )
     found: set[str] = set()
     with get_client(sync_client=True) as client:
         while page := client.read_flow_runs(flow_run_filter=mine, limit=200, offset=len(found)):
             found |= {str(run.id) for run in page}
-    return found
+    return set(ids) - found
 
 
 @contextmanager

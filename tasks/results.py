@@ -46,7 +46,11 @@ def make_results(
     """
     import pandas as pd
 
-    from core.results import write_results
+    def build(folder: Path) -> None:
+        # Only here: it costs seconds, and mostly the results are there.
+        from core.results import write_results
+
+        write_results(spec, scores, calibration, quality, provenance, folder)
 
     provenance = {
         "data set": spec.name,
@@ -64,7 +68,7 @@ def make_results(
     inputs |= {f"scores_{position}": path for position, path in enumerate(scores)}
     return made(
         "results",
-        lambda folder: write_results(spec, scores, calibration, quality, provenance, folder),
+        build,
         inputs=inputs,
         parameters={"provenance": provenance, "entry": spec.model_dump(mode="json")},
         code=code_hash("core.results"),
