@@ -184,6 +184,7 @@ def ensure_workers(services: Services, pools: Sequence[str] = (CPU, GPU), timeou
         _forget(records, *(f"{WORKER}{pool}" for pool in pools if _is_outdated(records.get(f"{WORKER}{pool}"), port)))
         for pool in pools:
             if f"{WORKER}{pool}" not in records:
+                _end_lost_runs(services, pool)
                 _launch_worker(records, services, pool, port)
         deadline = time.monotonic() + timeout
         for pool in pools:
@@ -210,6 +211,7 @@ def stop() -> list[str]:
         workers = list(dict.fromkeys(name for name in (*WORKERS, *records) if name not in servers))
         running = [name for name in (*workers, *servers) if _processes(name, records)]
         _forget(records, *workers)
+        shutil.rmtree(temporary_folder(), ignore_errors=True)
         _forget(records, *servers)
         remove_toml()
     return running
@@ -280,7 +282,7 @@ def _launch_server(records: dict[str, _Record], server: _Server, port: int) -> N
 
 
 def _launch_worker(records: dict[str, _Record], services: Services, pool: str, port: int) -> None:
-    name = f"local-{pool}-{secrets.token_hex(4)}"
+    name = _worker_names(pool) + secrets.token_hex(4)
     command = ["-m", "prefect", "worker", "start", "--pool", pool, "--type", "process", "--name", name]
     command += ["--install-policy", "never"]
     # Prefect leaves files of a killed flow run among the temporary ones: they go with the next start.
@@ -290,6 +292,35 @@ def _launch_worker(records: dict[str, _Record], services: Services, pool: str, p
     environment = child_environment(services) | {"TMPDIR": str(temporary)}
     started = _launch(f"{WORKER}{pool}", command, port, environment, PROJECT_ROOT)
     _remember(records, replace(started, naming=_naming()))
+
+
+def _end_lost_runs(services: Services, pool: str) -> None:
+    """Tells the server that the flow runs of a worker which was killed have ended: they would hold the pool's slots
+    until their silence is noticed, and those that were about to start for ever.
+
+    Called while this data folder has no worker for the pool. Where workers of others are online, the runs may be theirs
+    and are left alone.
+    """
+    api = services.prefect_api
+    try:
+        workers = json.loads(_ask(f"{api}/work_pools/{pool}/workers/filter", {}))
+        if any(one["status"] == "ONLINE" and not one["name"].startswith(_worker_names(pool)) for one in workers):
+            return
+        ends = {"PENDING": "CRASHED", "RUNNING": "CRASHED", "CANCELLING": "CANCELLED"}
+        query = {"work_pools": {"name": {"any_": [pool]}}, "flow_runs": {"state": {"type": {"any_": list(ends)}}}}
+        lost: list[dict[str, str]] = []
+        while page := json.loads(_ask(f"{api}/flow_runs/filter", {**query, "offset": len(lost)})):
+            lost += page
+        for run in lost:
+            state = {"type": ends[run["state_type"]], "message": "Its worker was killed."}
+            _ask(f"{api}/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
+    except OSError as error:
+        _LOG.warning("flow runs of a killed worker could not be ended; they will be, minutes from now: %s", error)
+
+
+def _worker_names(pool: str) -> str:
+    """How the names begin of the workers that are started here."""
+    return f"local-{pool}-"
 
 
 def _is_outdated(record: _Record | None, port: int) -> bool:
