@@ -116,8 +116,10 @@ class Place:
         return {name: (self.data / "reports" / "tiny" / name).read_bytes() for name in SAME}
 
     def litter(self) -> list[str]:
-        """What a killed process left: temporary files anywhere, and nothing else is in these places. (What Prefect keeps
-        of ended runs in a worker's own temporary folder goes with the worker.)"""
+        """What a killed process left: temporary files anywhere, and nothing else is in these places.
+
+        What Prefect keeps of ended runs in a worker's own temporary folder goes with the worker.
+        """
         places = [self.folder / "tmp", self.data / "scratch", self.data / "store" / ".temporary"]
         left = [path for place in places if place.exists() for path in place.rglob("*") if path.is_file()]
         left += [path for path in (self.data / "reports").glob(".*") if path.is_dir()]
