@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -261,7 +262,42 @@ def workers(fakes: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[
 
     monkeypatch.setattr(services, "_launch", idle)
     monkeypatch.setattr(services, "_heard_of", lambda *_: True)
+    monkeypatch.setattr(services, "_end_lost_runs", lambda *_: None)
     return ensure
+
+
+@pytest.mark.parametrize(
+    ("others", "ended"),
+    [
+        ([], {"a": "CRASHED", "b": "CRASHED", "c": "CANCELLED"}),
+        ([{"name": "local-gpu-1234abcd", "status": "ONLINE"}], {"a": "CRASHED", "b": "CRASHED", "c": "CANCELLED"}),
+        ([{"name": "elsewhere", "status": "OFFLINE"}], {"a": "CRASHED", "b": "CRASHED", "c": "CANCELLED"}),
+        ([{"name": "elsewhere", "status": "ONLINE"}], {}),
+    ],
+)
+def test_runs_of_a_killed_worker_are_ended_unless_they_may_be_of_another_one(
+    monkeypatch: pytest.MonkeyPatch, others: list[dict[str, str]], ended: dict[str, str]
+) -> None:
+    runs = [
+        {"id": "a", "state_type": "RUNNING"},
+        {"id": "b", "state_type": "PENDING"},
+        {"id": "c", "state_type": "CANCELLING"},
+    ]
+    said: dict[str, str] = {}
+
+    def ask(url: str, body: dict[str, Any]) -> bytes:
+        if url.endswith("/work_pools/gpu/workers/filter"):
+            return json.dumps(others).encode()
+        if url.endswith("/flow_runs/filter"):
+            assert body["work_pools"] == {"name": {"any_": ["gpu"]}}
+            return json.dumps(runs[body["offset"] :]).encode()
+        assert body["force"] is True
+        said[url.split("/")[-2]] = body["state"]["type"]
+        return b"{}"
+
+    monkeypatch.setattr(services, "_ask", ask)
+    services._end_lost_runs(Services("http://a", "http://b"), "gpu")
+    assert said == ended
 
 
 def test_every_pool_has_one_worker(workers: Callable[..., dict[str, psutil.Process]]) -> None:
