@@ -23,21 +23,11 @@ from typing import Any, Literal
 from prefect.blocks.core import Block
 from pydantic import Field
 
-from blocks.cancellation import Stopped, killed_by_stop, models_end_with, raise_if_stopped, stop_all
+from blocks.cancellation import killed_by_stop, raise_if_stopped
 from blocks.gpus import VISIBLE, Gpu
 from blocks.paths import PROJECT_ROOT, scratch_folder
 from blocks.scratch import scratch
 from model_containers.contract import THREAD_VARIABLES, ContractError, Description
-
-__all__ = [
-    "ENGINES",
-    "ModelFailed",
-    "ProcessEngine",
-    "Stopped",
-    "Usage",
-    "models_end_with",
-    "stop_all",
-]
 
 LOG = logging.getLogger("calipert.engines")
 

@@ -49,6 +49,12 @@ def screen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def tiny() -> dict[str, object]:
+    """A user's own catalog entry of that screen, as it is written."""
+    return ENTRY
+
+
 @pytest.fixture
 def entry(tmp_path: Path) -> Path:
     """A user's own catalog entry of that screen."""

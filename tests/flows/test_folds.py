@@ -24,16 +24,6 @@ from blocks.settings import Services
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 MODELS = ["ridge_coexpression", "knn_coexpression"]
-ENTRY = {
-    "name": "tiny",
-    "title": "a simulated screen for tests",
-    "task": "single",
-    "source": {"kind": "local", "hint": "the file that the test wrote"},
-    "labels": {"column": "perturbation", "control": ["control"]},
-    "min_genes_per_cell": 20,
-    "half_seeds": 2,
-    "folds": 2,
-}
 # One that trains for ever, and one that fails at once.
 ENDLESS = {"name": "endless", "title": "endless", "container": "fmlp", "embedding": True}
 OWN_MODELS = [
@@ -44,10 +34,10 @@ OWN_MODELS = [
 
 
 @pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory, screen: Path) -> Iterator[Services]:
+def stack(tmp_path_factory: pytest.TempPathFactory, screen: Path, tiny: dict[str, Any]) -> Iterator[Services]:
     """Both servers and a worker for each pool, with a catalog of the test's own."""
     folder = tmp_path_factory.mktemp("stack")
-    for kind, entries in {"datasets": [ENTRY], "models": OWN_MODELS}.items():
+    for kind, entries in {"datasets": [tiny], "models": OWN_MODELS}.items():
         (folder / "catalog" / kind).mkdir(parents=True)
         for entry in entries:
             text = yaml.safe_dump(entry)
