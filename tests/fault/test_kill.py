@@ -10,6 +10,7 @@ import json
 import os
 import random
 import secrets
+import signal
 import subprocess
 import sys
 import time
@@ -181,8 +182,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         assert not (place.data / "tmp").exists()
 
 
-def tree(process: psutil.Process) -> list[psutil.Process]:
+def tree(pid: int) -> list[psutil.Process]:
+    """A process and all below it; nothing if it has ended by itself."""
     with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
         return [process, *process.children(recursive=True)]
     return []
 
@@ -230,7 +233,7 @@ def test_a_model_that_runs_is_found(place: Place) -> None:
             assert time.monotonic() < deadline
         assert "flows.cli run tiny" in commands(place)
     finally:
-        kill(tree(psutil.Process(process.pid)))
+        kill(tree(process.pid))
         process.wait()
 
 
@@ -253,14 +256,16 @@ def test_a_benchmark_whose_process_tree_is_killed_goes_on(
     finished: dict[str, tuple[int, bytes]] = {}
     for _ in range(draw.randint(1, 3)):
         process = place.benchmark()
-        moment = draw.uniform(0.1, 1.0) * seconds
+        moment = draw.uniform(0.1, 0.9) * seconds
         with suppress(subprocess.TimeoutExpired):
             process.wait(moment)
-        victims = tree(psutil.Process(process.pid))
+        victims = tree(process.pid)
         # Also the flow's process alone: what it started must end by itself.
         kill(victims if draw.random() < 0.5 else victims[:1])
-        process.wait()
-        print(f"round {number} (seed {SEED}): killed after {moment:.1f} s")
+        # The undisturbed benchmark also started the servers: one without may have come to its end before its moment.
+        fate = "killed" if process.wait() == -signal.SIGKILL else f"ended with {process.returncode} before its moment,"
+        assert process.returncode in (0, -signal.SIGKILL)
+        print(f"round {number} (seed {SEED}): {fate} after {moment:.1f} s")
         deadline = time.monotonic() + 15
         while place.orphans() and time.monotonic() < deadline:
             time.sleep(0.2)
@@ -322,7 +327,7 @@ def test_a_deployments_run_survives_the_death_of_a_service(
     wait_until_at_work(place, first, "train-fold" if victim == "worker-gpu" else "benchmark")
     moment = draw.uniform(0, 0.3 if victim == "worker-gpu" else 1.0) * seconds
     time.sleep(moment)
-    kill(tree(place.services()[victim]))
+    kill(tree(place.services()[victim].pid))
     print(f"round {number} (seed {SEED}): {victim} killed after {moment:.1f} s")
     finished = place.manifests()
     place.up()
