@@ -50,12 +50,13 @@ class Usage:
     """What a model's stage took; None where the engine cannot know it.
 
     seconds: wall clock. cpu_seconds: of its processes, those excepted that it never waited for. peak_memory_bytes: of
-    its largest process, not the sum over processes.
+    its largest process, not the sum over processes. device: `cpu`, or what it had of GPUs, as the engine names them.
     """
 
     seconds: float
     cpu_seconds: float | None
     peak_memory_bytes: int | None
+    device: str
 
 
 class ModelFailed(Exception):
@@ -141,10 +142,10 @@ class ProcessEngine(Block):
                     raise ModelFailed(model_folder.name, stage, ending, None, tuple(last)) from None
                 finally:
                     _kill_group(process)
-            exit_code, usage = _report(status, process.returncode)
+            exit_code, usage = _report(status, process.returncode, device_of(gpu))
         if exit_code or usage is None:
             raise ModelFailed(model_folder.name, stage, _ending(exit_code), exit_code, tuple(last))
-        LOG.debug("%s took %.1f s on %s", name, usage.seconds, "the CPU" if gpu is None else f"GPU {gpu.id}")
+        LOG.debug("%s took %.1f s on %s", name, usage.seconds, usage.device)
         return usage
 
     def describe(self, model_folder: Path) -> Description:
@@ -254,12 +255,17 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def _report(status: Path, supervisor_code: int) -> tuple[int, Usage | None]:
+def device_of(gpu: Gpu | None) -> str:
+    """What stands in Usage for a leased GPU, or none."""
+    return "cpu" if gpu is None else f"GPU {gpu.id}"
+
+
+def _report(status: Path, supervisor_code: int, device: str) -> tuple[int, Usage | None]:
     """The model's exit code and usage as its supervisor wrote them; where it could not, its own exit code alone."""
     if not status.exists():
         return supervisor_code, None
     report = json.loads(status.read_text(encoding="ascii"))
-    return report.pop("exit_code"), Usage(**report)
+    return report.pop("exit_code"), Usage(**report, device=device)
 
 
 def where_to_change(stage: Stage) -> str:

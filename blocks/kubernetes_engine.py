@@ -264,7 +264,7 @@ class _Watch:
             self._follow(pod, over=True)
         self._drain()
         if end.words is None:
-            return _usage(state["terminated"])
+            return _usage(state["terminated"], self.job.device)
         if end.container != MODEL:
             self.last.extend(self.api.last_lines(pod["metadata"]["name"], end.container, LAST_LINES))
         raise self.failure(end.words, end.exit_code)
@@ -380,11 +380,11 @@ def _remove_folders(store: ObjectStore, job: StageJob) -> None:
     store.remove(job.output)
 
 
-def _usage(terminated: Object) -> Usage:
+def _usage(terminated: Object, device: str) -> Usage:
     """What the model's container took, of which Kubernetes keeps the times alone, in whole seconds."""
     began, ended = (datetime.fromisoformat(terminated[name]) for name in ("startedAt", "finishedAt"))
     seconds = (ended - began).total_seconds()
-    return Usage(seconds, cpu_seconds=None, peak_memory_bytes=None)
+    return Usage(seconds, cpu_seconds=None, peak_memory_bytes=None, device=device)
 
 
 def _flow_run() -> str | None:

@@ -259,6 +259,11 @@ class StageJob:
         return pod
 
     @property
+    def device(self) -> str:
+        """What stands in Usage: the cluster chooses which GPUs these are."""
+        return f"{self._gpus} GPU of the cluster" if self._gpus else "cpu"
+
+    @property
     def _gpus(self) -> int:
         return 0 if self.stage == "describe" else self.pod.gpus
 

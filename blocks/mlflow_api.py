@@ -220,18 +220,18 @@ class Server:
             if error.code != "RESOURCE_DOES_NOT_EXIST":
                 raise
 
-    def upload(self, run: Run, file: Path, folder: str = "") -> None:
-        """Keep a file with a run, in this folder of its artifacts; one of the same name is replaced."""
+    def upload(self, run: Run, file: Path) -> None:
+        """Keep a file with a run; one of the same name is replaced."""
         scheme, _, place = run.artifact_uri.partition(":")
         if scheme == "mlflow-artifacts" and not place.startswith("//"):
-            path = quote(posixpath.join(place.lstrip("/"), folder, file.name))
+            path = quote(posixpath.join(place.lstrip("/"), file.name))
             self._ask("PUT", f"/api/2.0/mlflow-artifacts/artifacts/{path}", file=file)
             return
         for name, value in CLIENT_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         from mlflow import MlflowClient
 
-        MlflowClient(tracking_uri=self.uri).log_artifact(run.run_id, str(file), folder or None)
+        MlflowClient(tracking_uri=self.uri).log_artifact(run.run_id, str(file))
 
     def _get(self, path: str, **asked: object) -> Any:
         return self._ask("GET", f"/api/2.0/mlflow/{path}", params=asked)

@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from blocks.engines import Usage
 
 EXPERIMENT_PREFIX = "calipert/"
+# The file's name in every run of a benchmark.
+REPORT = "report.html"
 
 # Columns of the leaderboard that become the metrics `<metric>.<column>` of a model's run.
 SUMMARY_COLUMNS = (
@@ -281,14 +283,16 @@ class MLflowTracking(Block):
 
     def log_usage(self, run_id: str, usage: Usage) -> None:
         """Write what a training took to its run: `system.seconds` (wall clock), `system.cpu_seconds` and
-        `system.peak_memory_mb` (millions of bytes). Of several trainings the last one's is the run's value."""
+        `system.peak_memory_mb` (millions of bytes), and the tag `device`. Of several trainings the last one's is the
+        run's value."""
         took = {
             "system.seconds": usage.seconds,
             "system.cpu_seconds": usage.cpu_seconds,
             "system.peak_memory_mb": None if usage.peak_memory_bytes is None else usage.peak_memory_bytes / 1e6,
         }
         now = int(time.time() * 1000)
-        self._server.log(run_id, [Metric(n, Point(v, now, 0)) for n, v in took.items() if v is not None])
+        metrics = [Metric(name, Point(value, now, 0)) for name, value in took.items() if value is not None]
+        self._server.log(run_id, metrics, tags={"device": usage.device})
 
     def log_leaderboard(self, leaderboard: pd.DataFrame, run_ids: Mapping[str, str]) -> None:
         """Write each model's rows of the leaderboard as metrics `<metric>.<column>` of its run (columns:
@@ -326,6 +330,11 @@ class MLflowTracking(Block):
 
         at_once(keep, run_ids.items())
 
+    def log_report(self, report: Path, run_ids: Iterable[str]) -> None:
+        """Keep the report of a benchmark with each of these runs, as a file of that name."""
+        server = self._server
+        at_once(lambda run_id: server.upload(server.run(run_id), report), run_ids)
+
     def log_calibration(
         self,
         dataset: str,
@@ -335,7 +344,7 @@ class MLflowTracking(Block):
         digest: str,
         source: str,
         params: Mapping[str, object],
-        files: Iterable[Path] = (),
+        file: Path,
         flow_run_id: str | None = None,
     ) -> str:
         """Write one calibration as a run of its own, FINISHED, and return its id; repeated, it is the same run.
@@ -343,8 +352,7 @@ class MLflowTracking(Block):
         calibration: the table of calibration.parquet. Metrics: `<metric>.<variant>` is the DRF, with `_low`, `_high`
         and `_half_sd`; `<metric>.bds` and the others of QUOTED_COLUMNS belong to QUOTED_VARIANT. Tags:
         `verdict.<metric>` and `calibrated`. NaN and infinite values are left out, named in the tag `not_finite`.
-        digest: key of the calibration. key, source, params: as in `open_runs`. files: files and folders to keep
-        with the run.
+        digest: key of the calibration. key, source, params: as in `open_runs`. file: to keep with the run.
         When something fails, the run ends as FAILED with the reason, and the error goes on.
         """
         server = self._server
@@ -358,7 +366,7 @@ class MLflowTracking(Block):
             _keep_params(server, run, whole)
             _keep_dataset(server, run, dataset, digest, source)
             write(server, run, *_verdicts(calibration))
-            _keep_files(server, run, files, "")
+            server.upload(run, file)
         except UserError:
             # The server is lost or refuses: there is nobody to tell, and the next attempt finds the run.
             raise
@@ -423,17 +431,21 @@ class MLflowTracking(Block):
         return sorted(run.run_id for run in at_once(end_unless_taken, left) if run)
 
     def benchmark_url(self, dataset: str, benchmark_id: str) -> str:
-        """The page that compares the models of one benchmark in charts, in the UI's mode for model training.
-
-        CALIPERT_MLFLOW_URL says how browsers reach the server where that differs from how workers do.
-        """
-        experiment = self._server.experiment(f"{EXPERIMENT_PREFIX}{dataset}")
+        """The page that compares the models of one benchmark in charts, in the UI's mode for model training."""
         chosen = quote(f"tags.benchmark_id = '{benchmark_id}'")
-        pages = os.environ.get("CALIPERT_MLFLOW_URL", self.tracking_uri).rstrip("/")
         return (
-            f"{pages}/#/experiments/{experiment}/runs"
+            f"{self._experiment_url(dataset)}/runs"
             f"?workflowType=machine_learning&compareRunsMode=CHART&searchFilter={chosen}"
         )
+
+    def report_url(self, dataset: str, run_id: str) -> str:
+        """The page that shows the report that a run keeps."""
+        return f"{self._experiment_url(dataset)}/runs/{run_id}/artifacts/{REPORT}?workflowType=machine_learning"
+
+    def _experiment_url(self, dataset: str) -> str:
+        """CALIPERT_MLFLOW_URL says how browsers reach the server where that differs from how workers do."""
+        pages = os.environ.get("CALIPERT_MLFLOW_URL", self.tracking_uri).rstrip("/")
+        return f"{pages}/#/experiments/{self._server.experiment(f'{EXPERIMENT_PREFIX}{dataset}')}"
 
 
 def git_commit(root: Path) -> str | None:
@@ -496,14 +508,6 @@ def _keep_dataset(server: Server, run: Run, name: str, digest: str, source: str)
         return
     kind = {"https": "http", "s3": "s3"}.get(source.partition("://")[0], "local")
     server.log_dataset(run.run_id, name, digest[:36], kind, {"url" if kind == "http" else "uri": source})
-
-
-def _keep_files(server: Server, run: Run, files: Iterable[Path], folder: str) -> None:
-    for file in files:
-        if file.is_dir():
-            _keep_files(server, run, sorted(file.iterdir()), f"{folder}/{file.name}".lstrip("/"))
-        else:
-            server.upload(run, file, folder)
 
 
 def _point(event: Mapping[str, object], where: str) -> tuple[str, int, float]:

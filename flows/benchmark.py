@@ -60,9 +60,10 @@ def benchmark(
     quality = measure_quality.submit(cells, reference)
     control_scores = score_controls(spec, reference)
     calibration = calibrate_metrics(spec, control_scores)
+    source = described(spec, raw)
+    record_calibration(spec, calibration, source)
 
     jobs = plan_folds(spec, chosen, cells, reference, seed, sources)
-    source = described(spec, raw)
     runs = open_runs(spec, control_scores, recipes_of(jobs), folds_of(jobs), source)
     with failing_with_the_flow(runs):
         predictions = train_folds(jobs, runs)
@@ -71,7 +72,6 @@ def benchmark(
             spec, source, [control_scores, *scores], calibration, quality.result(), runs.benchmark_id
         )
         record_results(runs, results)
-    record_calibration(spec, calibration, source, results)
     page = publish_results(spec.name, results)
     show_results(spec, runs, results, page)
     return page.parent

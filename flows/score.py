@@ -56,14 +56,14 @@ def score(
     quality = measure_quality(cells, reference)
     control_scores = score_controls(spec, reference)
     calibration = calibrate_metrics(spec, control_scores)
-    recipes = {name: Recipe({"file": predictions.name}, "", -1, [key_of(accepted)])}
     source = described(spec, raw)
+    record_calibration(spec, calibration, source)
+    recipes = {name: Recipe({"file": predictions.name}, "", -1, [key_of(accepted)])}
     runs = open_runs(spec, control_scores, recipes, [], source)
     with failing_with_the_flow(runs):
         scores = score_model(spec, reference, name, -1, [accepted])
         results = make_results(spec, source, [control_scores, scores], calibration, quality, runs.benchmark_id)
         record_results(runs, results)
-    record_calibration(spec, calibration, source, results)
     page = publish_results(f"{spec.name}.{name}", results)
     show_results(spec, runs, results, page)
     return page.parent

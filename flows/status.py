@@ -202,10 +202,9 @@ class _Prefect:
 
     def ended(self, flow_runs: list[str]) -> set[str]:
         """Those that are known to have ended."""
-        if not flow_runs:
-            return set()
-        chosen = {"id": {"any_": flow_runs}, "state": {"type": {"any_": ["COMPLETED", *FAILED]}}}
-        return {run["id"] for run in self.ask("/flow_runs/filter", flow_runs=chosen, limit=PAGE)}
+        over = {"type": {"any_": ["COMPLETED", *FAILED]}}
+        asked = [{"id": {"any_": flow_runs[at : at + PAGE]}, "state": over} for at in range(0, len(flow_runs), PAGE)]
+        return {run["id"] for chosen in asked for run in self.ask("/flow_runs/filter", flow_runs=chosen, limit=PAGE)}
 
 
 def _flow_run(told: dict[str, Any], flows: dict[str, str], doing: list[str], tracked: list[Run]) -> FlowRun:

@@ -22,7 +22,7 @@ from prefect.client.schemas.objects import StateType
 from blocks.code import code_hash
 from blocks.mlflow_api import Refused
 from blocks.secrets import mlflow_credentials
-from blocks.tracking import MLflowTracking, ModelRun
+from blocks.tracking import REPORT, MLflowTracking, ModelRun
 from core.catalog.schema import DatasetSpec, ResolvedModel
 from core.controls import CONTROLS
 from core.errors import UserError
@@ -176,17 +176,17 @@ def _only_logged(what: str) -> Iterator[None]:
 
 
 @task(name="record-calibration", cache_policy=NO_CACHE)
-def record_calibration(spec: DatasetSpec, calibration: Path, source: str, results: Path | None = None) -> None:
-    """One MLflow run for the calibration of a data set, with the report where there is one."""
-    files = [results / "report.html", results / "figures"] if results else []
+def record_calibration(spec: DatasetSpec, calibration: Path, source: str) -> None:
+    """One MLflow run for the calibration of a data set."""
+    table = calibration / "calibration.parquet"
     tracking_server().log_calibration(
         spec.name,
-        pd.read_parquet(calibration / "calibration.parquet"),
+        pd.read_parquet(table),
         key=key_of(calibration),
         digest=key_of(calibration)[:32],
         source=source,
         params={"half_seeds": spec.half_seeds, "data_seed": spec.seed},
-        files=[calibration / "calibration.parquet", *files],
+        file=table,
         flow_run_id=_flow_run(),
     )
 
@@ -199,12 +199,13 @@ def end_trainings(runs: Runs) -> None:
 
 @task(name="record-results", cache_policy=NO_CACHE)
 def record_results(runs: Runs, results: Path) -> None:
-    """Write the leaderboard and the scores to the benchmark's MLflow runs, and end them."""
+    """Write the leaderboard, the scores and the report to the benchmark's MLflow runs, and end them."""
     server = tracking_server()
     board = pd.read_parquet(results / "leaderboard.parquet")
     scored = set(board["model"])
     server.log_leaderboard(board, {name: run_id for name, run_id in runs.models.items() if name in scored})
     server.log_scores(results / "scores.parquet", runs.models)
+    server.log_report(results / REPORT, runs.models.values())
     server.finish(*runs.models.values())
 
 
@@ -219,8 +220,15 @@ def show_results(spec: DatasetSpec, runs: Runs, results: Path, page: Path) -> No
         table=table.round(4).astype(object).where(table.notna(), None).to_dict(orient="records"),
         description=f"Means over conditions on the calibrated metrics of {spec.title}",
     )
-    create_link_artifact(key=f"report-{name}", link=page.as_uri(), link_text=f"Report of {spec.name}")
-    url = tracking_server().benchmark_url(spec.name, runs.benchmark_id)
+    server = tracking_server()
+    # Browsers do not follow links from a server's pages to files: MLflow serves the report.
+    create_link_artifact(
+        key=f"report-{name}",
+        link=server.report_url(spec.name, next(iter(runs.models.values()))),
+        link_text=f"Report of {spec.name}",
+        description=f"Every MLflow run of the benchmark keeps it; the worker has it as `{page}`.",
+    )
+    url = server.benchmark_url(spec.name, runs.benchmark_id)
     create_link_artifact(key=f"mlflow-{name}", link=url, link_text="Compare the models in MLflow")
 
 

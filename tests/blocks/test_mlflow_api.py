@@ -205,8 +205,8 @@ def test_a_file_is_sent_whole_at_each_attempt(tmp_path: Path) -> None:
     file.write_bytes(b"x" * 300_000)
     with standing_in(answer) as uri:
         run = module._run({**RUN, "info": {**RUN["info"], "artifact_uri": "mlflow-artifacts:/1/r1/artifacts"}})
-        Server(uri).upload(run, file, "figures")
-    place = "/api/2.0/mlflow-artifacts/artifacts/1/r1/artifacts/figures/a%20b.txt"
+        Server(uri).upload(run, file)
+    place = "/api/2.0/mlflow-artifacts/artifacts/1/r1/artifacts/a%20b.txt"
     assert received == [(place, file.read_bytes())] * 2
 
 

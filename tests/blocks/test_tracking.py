@@ -258,7 +258,7 @@ def test_everything_repeated_shows_the_same(
 
     def benchmark() -> None:
         tracking.log_calibration(
-            dataset, calibration_table(), key="c", digest="d", source="s", params={"half_seeds": 5}, files=[report]
+            dataset, calibration_table(), key="c", digest="d", source="s", params={"half_seeds": 5}, file=scores
         )
         opened = {model: open_model(tracking, dataset, model, (0, 1)) for model in ("ridge", "knn")}
         for run in opened.values():
@@ -268,6 +268,7 @@ def test_everything_repeated_shows_the_same(
         ids = {model: run.run_id for model, run in opened.items()}
         tracking.log_leaderboard(board, ids)
         tracking.log_scores(scores, ids)
+        tracking.log_report(report, ids.values())
         tracking.finish(*ids.values())
 
     benchmark()
@@ -651,12 +652,14 @@ def test_a_benchmark_takes_few_requests(
 @pytest.mark.server
 def test_what_a_training_took(tracking: MLflowTracking, client: MlflowClient, dataset: str) -> None:
     fold = open_model(tracking, dataset, folds=(0,)).folds[0]
-    tracking.log_usage(fold, Usage(seconds=12.5, cpu_seconds=20.25, peak_memory_bytes=1_500_000_000))
+    tracking.log_usage(fold, Usage(seconds=12.5, cpu_seconds=20.25, peak_memory_bytes=1_500_000_000, device="GPU 3"))
     expected = {"system.seconds": 12.5, "system.cpu_seconds": 20.25, "system.peak_memory_mb": 1500.0}
     assert client.get_run(fold).data.metrics == expected
+    assert client.get_run(fold).data.tags["device"] == "GPU 3"
     # Trained once more: what it took then.
-    tracking.log_usage(fold, Usage(seconds=11.5, cpu_seconds=None, peak_memory_bytes=None))
+    tracking.log_usage(fold, Usage(seconds=11.5, cpu_seconds=None, peak_memory_bytes=None, device="cpu"))
     assert client.get_run(fold).data.metrics == expected | {"system.seconds": 11.5}
+    assert client.get_run(fold).data.tags["device"] == "cpu"
 
 
 @pytest.mark.server
@@ -754,14 +757,11 @@ def test_the_leaderboard_in_a_run(tracking: MLflowTracking, client: MlflowClient
 @pytest.mark.server
 def test_a_calibration_is_one_run(tracking: MLflowTracking, client: MlflowClient, dataset: str, tmp_path: Path) -> None:
     table = calibration_table()
-    figures = tmp_path / "figures"
-    figures.mkdir()
-    (figures / "drf.svg").write_text("<svg/>")
-    report = tmp_path / "report.html"
-    report.write_text("first")
-    given = {"key": "c1", "digest": "d", "source": "s", "params": {"half_seeds": 5}, "files": [figures, report]}
+    file = tmp_path / "calibration.parquet"
+    file.write_text("first")
+    given = {"key": "c1", "digest": "d", "source": "s", "params": {"half_seeds": 5}, "file": file}
     run_id = tracking.log_calibration(dataset, table, **given)
-    report.write_text("the second, longer")
+    file.write_text("the second, longer")
     assert tracking.log_calibration(dataset, table, **given) == run_id
     (run,) = runs(client, dataset)
     assert run.info.status == "FINISHED"
@@ -775,11 +775,10 @@ def test_a_calibration_is_one_run(tracking: MLflowTracking, client: MlflowClient
     assert run.data.metrics["nir.bds"] == by_name.loc[("nir", "drf_interpolated"), "bds"]
     assert "pearson_deltactrl.drf_ctrl" not in run.data.metrics
     assert "pearson_deltactrl.drf_ctrl_low" in run.data.tags["not_finite"]
-    assert [(a.path, a.is_dir) for a in client.list_artifacts(run_id)] == [("figures", True), ("report.html", False)]
-    assert [a.path for a in client.list_artifacts(run_id, "figures")] == ["figures/drf.svg"]
-    assert Path(client.download_artifacts(run_id, "report.html", str(tmp_path / "figures"))).read_text() == (
-        "the second, longer"
-    )
+    assert [(a.path, a.is_dir) for a in client.list_artifacts(run_id)] == [(file.name, False)]
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    assert Path(client.download_artifacts(run_id, file.name, str(copy))).read_text() == "the second, longer"
 
 
 @pytest.mark.server
@@ -787,14 +786,14 @@ def test_a_calibration_that_fails_says_so_and_can_be_repeated(
     tracking: MLflowTracking, client: MlflowClient, dataset: str, tmp_path: Path
 ) -> None:
     given = {"key": "c1", "digest": "d", "source": "s", "params": {}}
-    report = tmp_path / "report.html"
+    file = tmp_path / "calibration.parquet"
     with pytest.raises(FileNotFoundError):
-        tracking.log_calibration(dataset, calibration_table(), files=[report], **given)
+        tracking.log_calibration(dataset, calibration_table(), file=file, **given)
     (run,) = runs(client, dataset)
     assert run.info.status == "FAILED"
     assert "FileNotFoundError" in run.data.tags["failure"]
-    report.write_text("here now")
-    assert tracking.log_calibration(dataset, calibration_table(), files=[report], **given) == run.info.run_id
+    file.write_text("here now")
+    assert tracking.log_calibration(dataset, calibration_table(), file=file, **given) == run.info.run_id
     (run,) = runs(client, dataset)
     assert run.info.status == "FINISHED"
     assert "failure" not in run.data.tags
@@ -809,6 +808,8 @@ def test_the_link_leads_to_the_benchmark(tracking: MLflowTracking, client: Mlflo
     assert (
         tracking.benchmark_url(dataset, "b1") == f"{page}?workflowType=machine_learning&compareRunsMode=CHART&{wanted}"
     )
+    report = f"{page}/{run_id}/artifacts/report.html?workflowType=machine_learning"
+    assert tracking.report_url(dataset, run_id) == report
 
 
 @pytest.mark.server
