@@ -23,7 +23,7 @@ import psutil
 import pytest
 import yaml
 
-from blocks import services
+from blocks.daemons import MARK
 from blocks.paths import PROJECT_ROOT
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
@@ -136,7 +136,7 @@ class Place:
             with suppress(psutil.Error):
                 known = process.environ()
                 is_model = known.get("HOME", "").startswith(str(self.data / "scratch"))
-                is_ours = known.get("CALIPERT_DATA") == str(self.data) and services.MARK not in known
+                is_ours = known.get("CALIPERT_DATA") == str(self.data) and MARK not in known
                 if (is_model or is_ours) and process.status() != psutil.STATUS_ZOMBIE:
                     mine.append(process)
         return mine
@@ -254,18 +254,19 @@ def test_a_benchmark_whose_process_tree_is_killed_goes_on(
     draw = random.Random(f"{SEED}/{number}")
     fresh(place)
     finished: dict[str, tuple[int, bytes]] = {}
-    for _ in range(draw.randint(1, 3)):
+    for attempt in range(draw.randint(1, 3)):
         process = place.benchmark()
-        moment = draw.uniform(0.1, 0.9) * seconds
+        # A later one goes on from what is finished.
+        moment = draw.uniform(0.1, 0.9) * seconds / (1 + attempt)
         with suppress(subprocess.TimeoutExpired):
             process.wait(moment)
-        victims = tree(process.pid)
+        # Servers that are warm by now may bring a benchmark to its end before its moment.
+        fate = {None: "killed", 0: "done"}[process.returncode]
+        print(f"round {number} (seed {SEED}): {fate} after {moment:.1f} s")
+        victims = tree(process.pid) if fate == "killed" else []
         # Also the flow's process alone: what it started must end by itself.
         kill(victims if draw.random() < 0.5 else victims[:1])
-        # The undisturbed benchmark also started the servers: one without may have come to its end before its moment.
-        fate = "killed" if process.wait() == -signal.SIGKILL else f"ended with {process.returncode} before its moment,"
-        assert process.returncode in (0, -signal.SIGKILL)
-        print(f"round {number} (seed {SEED}): {fate} after {moment:.1f} s")
+        process.wait()
         deadline = time.monotonic() + 15
         while place.orphans() and time.monotonic() < deadline:
             time.sleep(0.2)
