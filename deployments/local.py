@@ -16,6 +16,7 @@ from blocks import services, settings
 from blocks.gpus import devices
 from blocks.paths import DEFAULT_DATA, data_folder
 from blocks.pools import CPU, GPU
+from blocks.workers import ensure_workers
 from core.errors import UserError
 from deployments.table import table
 
@@ -37,7 +38,7 @@ def up() -> None:
     create_pool(CPU)
     create_pool(GPU, at_once)
     registered = register(rows)
-    services.ensure_workers(running)
+    ensure_workers(running)
     Console().print(_welcome(running))
     for line in _news(registered, len(rows)):
         Console(highlight=False).print(line, soft_wrap=True)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shlex
 import socket
 import subprocess
@@ -10,70 +11,22 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
-from blocks import gpus, services, settings
+from blocks import daemons, services, settings
+from blocks.loopback import bindable, free_port
 from blocks.paths import PROJECT_ROOT
 from blocks.settings import Services
-from core.catalog import registry
 from core.errors import UserError
-from tasks import inputs
 
-# A server as slight as can be: the machinery around it is what most tests are about.
-FAKE = """
-import subprocess, sys, time
-from http.server import BaseHTTPRequestHandler, HTTPServer
-
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(b"[1]")
-    do_POST = do_GET
-
-print("fake server starts", flush=True)
-if "--helper" in sys.argv:
-    # In a session of its own, as Prefect's worker runs its flows.
-    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
-HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
-"""
-
-
-def fake(port: int, *extra: str) -> list[str]:
-    return ["-c", FAKE, str(port), *extra]
-
-
-@pytest.fixture
-def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A data folder of its own; whatever a test starts there is ended with it."""
-    folder = tmp_path / "data"
-    monkeypatch.setenv("CALIPERT_DATA", str(folder))
-    yield folder
-    services.stop()
-
-
-@pytest.fixture
-def fakes(data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Slight servers on any free port in place of Prefect's and MLflow's."""
-    serve_with(monkeypatch, fake)
-    return data
-
-
-def serve_with(monkeypatch: pytest.MonkeyPatch, command: Callable[[int], list[str]]) -> None:
-    rows = tuple(replace(server, port=0, command=command) for server in services.SERVERS)
-    monkeypatch.setattr(services, "SERVERS", rows)
-
-
-def recorded(data: Path) -> dict[str, psutil.Process]:
-    rows = json.loads((data / "services.json").read_text(encoding="utf-8"))
-    return {row["name"]: psutil.Process(row["pid"]) for row in rows}
-
-
-def running(processes: list[psutil.Process]) -> list[psutil.Process]:
-    return [one for one in processes if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+SLIGHT = runpy.run_path(str(Path(__file__).with_name("slight_servers.py")))
+FAKE: str = SLIGHT["FAKE"]
+fake: Callable[..., list[str]] = SLIGHT["fake"]
+serve_with: Callable[..., None] = SLIGHT["serve_with"]
+recorded: Callable[[Path], dict[str, psutil.Process]] = SLIGHT["recorded"]
+running: Callable[[list[psutil.Process]], list[psutil.Process]] = SLIGHT["running"]
 
 
 def python(script: str, addresses: Services) -> str:
@@ -145,10 +98,9 @@ def test_another_programs_answer_on_the_port_is_not_taken_for_the_servers(
         port = probe.getsockname()[1]
     other = subprocess.Popen([sys.executable, *fake(port)])
     try:
-        wait_for(lambda: not services._bindable(port))
-        chosen = services._free_port
+        wait_for(lambda: not bindable(port))
         ports = iter([port, port])
-        monkeypatch.setattr(services, "_free_port", lambda wanted: next(ports, None) or chosen(wanted))
+        monkeypatch.setattr(services, "free_port", lambda wanted: next(ports, None) or free_port(wanted))
         found = services.ensure_servers()
         assert str(port) not in found.prefect + found.mlflow
         assert other.poll() is None
@@ -205,14 +157,14 @@ def test_a_server_that_ends_at_once_is_an_error_with_its_last_words(
 
 def test_a_server_that_never_answers_is_an_error_and_is_ended(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[psutil.Process] = []
-    launch = services._launch
+    launch = daemons.launch
 
     def spied(*arguments: object) -> object:
         record = launch(*arguments)  # type: ignore[arg-type]
         started.append(psutil.Process(record.pid))
         return record
 
-    monkeypatch.setattr(services, "_launch", spied)
+    monkeypatch.setattr(daemons, "launch", spied)
     serve_with(monkeypatch, lambda port: ["-c", "import time; time.sleep(600)"])
     with pytest.raises(UserError, match="no answer within 1 s"):
         services.ensure_servers(timeout=1)
@@ -224,7 +176,7 @@ def test_a_server_that_never_answers_is_an_error_and_is_ended(data: Path, monkey
 def test_simultaneous_starters_start_nothing_twice(fakes: Path) -> None:
     script = f"""
 from dataclasses import replace
-from blocks import gpus, services, settings
+from blocks import services
 rows = tuple(replace(row, port=0, command=lambda port: ["-c", {FAKE!r}, str(port)]) for row in services.SERVERS)
 services.SERVERS = rows
 print(services.ensure_servers())
@@ -240,217 +192,6 @@ def wait_for(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-
-
-# The workers
-
-IDLE = "import time; time.sleep(600)"
-
-
-@pytest.fixture
-def workers(fakes: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, psutil.Process]]:
-    """Ensures workers that do nothing, of all pools or of those given, and gives their processes."""
-    launch = services._launch
-
-    def idle(name: str, arguments: list[str], *rest: object) -> object:
-        script = ["-c", IDLE] if name.startswith("worker") else []
-        return launch(name, [*script, *arguments], *rest)  # type: ignore[arg-type]
-
-    def ensure(*pools: str, **options: float) -> dict[str, psutil.Process]:
-        services.ensure_workers(services.ensure_servers(), *([pools] if pools else []), **options)
-        return {name: process for name, process in recorded(fakes).items() if name.startswith("worker")}
-
-    monkeypatch.setattr(services, "_launch", idle)
-    monkeypatch.setattr(services, "_heard_of", lambda *_: True)
-    monkeypatch.setattr(services, "_end_lost_runs", lambda *_: None)
-    return ensure
-
-
-@pytest.mark.parametrize(
-    ("others", "ended"),
-    [
-        ([], {"a": "CRASHED", "b": "CRASHED", "c": "CANCELLED"}),
-        ([{"name": "local-gpu-1234abcd", "status": "ONLINE"}], {"a": "CRASHED", "b": "CRASHED", "c": "CANCELLED"}),
-        ([{"name": "elsewhere", "status": "OFFLINE"}], {"a": "CRASHED", "b": "CRASHED", "c": "CANCELLED"}),
-        ([{"name": "elsewhere", "status": "ONLINE"}], {}),
-    ],
-)
-def test_runs_of_a_killed_worker_are_ended_unless_they_may_be_of_another_one(
-    monkeypatch: pytest.MonkeyPatch, others: list[dict[str, str]], ended: dict[str, str]
-) -> None:
-    runs = [
-        {"id": "a", "state_type": "RUNNING"},
-        {"id": "b", "state_type": "PENDING"},
-        {"id": "c", "state_type": "CANCELLING"},
-    ]
-    said: dict[str, str] = {}
-
-    def ask(url: str, body: dict[str, Any]) -> bytes:
-        if url.endswith("/work_pools/gpu/workers/filter"):
-            return json.dumps(others).encode()
-        if url.endswith("/flow_runs/filter"):
-            assert body["work_pools"] == {"name": {"any_": ["gpu"]}}
-            return json.dumps(runs[body["offset"] :]).encode()
-        assert body["force"] is True
-        said[url.split("/")[-2]] = body["state"]["type"]
-        return b"{}"
-
-    monkeypatch.setattr(services, "_ask", ask)
-    services._end_lost_runs(Services("http://a", "http://b"), "gpu")
-    assert said == ended
-
-
-def test_every_pool_has_one_worker(workers: Callable[..., dict[str, psutil.Process]]) -> None:
-    cpu = workers("cpu")
-    assert set(cpu) == {"worker-cpu"}
-    both = workers()
-    assert set(both) == {"worker-cpu", "worker-gpu"}
-    assert both["worker-cpu"] == cpu["worker-cpu"]
-    assert workers() == both
-    for name, process in both.items():
-        command = process.cmdline()
-        assert name == f"worker-{command[command.index('--pool') + 1]}"
-    assert [(one.name, one.state) for one in services.status()][2:] == [
-        ("worker-cpu", "running"),
-        ("worker-gpu", "running"),
-    ]
-    assert sorted(services.stop()) == ["mlflow", "prefect", "worker-cpu", "worker-gpu"]
-    assert running(list(both.values())) == []
-
-
-def test_only_the_worker_that_died_is_replaced(workers: Callable[..., dict[str, psutil.Process]]) -> None:
-    before = workers()
-    before["worker-gpu"].kill()
-    before["worker-gpu"].wait(10)
-    after = workers()
-    assert after["worker-cpu"] == before["worker-cpu"]
-    assert after["worker-gpu"] != before["worker-gpu"]
-
-
-def test_a_worker_that_the_server_does_not_hear_of_is_ended_and_the_others_go_on(
-    workers: Callable[..., dict[str, psutil.Process]], fakes: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(services, "_heard_of", lambda addresses, pool, name: pool == "cpu")
-    with pytest.raises(UserError, match="worker-gpu service"):
-        workers(timeout=1)
-    assert set(recorded(fakes)) == {"prefect", "mlflow", "worker-cpu"}
-    assert running([recorded(fakes)["worker-cpu"]])
-
-
-def test_a_worker_of_a_pool_that_is_no_more_is_stopped_too(
-    workers: Callable[..., dict[str, psutil.Process]],
-) -> None:
-    process = workers("former")["worker-former"]
-    assert sorted(services.stop()) == ["mlflow", "prefect", "worker-former"]
-    assert running([process]) == []
-
-
-@pytest.mark.parametrize(
-    "variable", [registry.VARIABLE, f"{inputs.VARIABLE}NORMAN19", "CALIPERT_STORE", gpus.GPUS, gpus.LOCKS, gpus.VISIBLE]
-)
-def test_a_worker_is_replaced_when_the_users_files_are_named_otherwise(
-    workers: Callable[..., dict[str, psutil.Process]], fakes: Path, monkeypatch: pytest.MonkeyPatch, variable: str
-) -> None:
-    def worker() -> psutil.Process:
-        return workers("cpu")["worker-cpu"]
-
-    monkeypatch.delenv(variable, raising=False)
-    first = worker()
-    servers = [recorded(fakes)[name] for name in ("prefect", "mlflow")]
-    monkeypatch.setenv("UNRELATED", "changed")
-    assert worker() == first
-    seen = [first]
-    for value in ("/private/one", "/private/two"):
-        monkeypatch.setenv(variable, value)
-        seen.append(worker())
-        assert worker() == seen[-1]
-        assert seen[-1].environ()[variable] == value
-        assert running(seen) == seen[-1:]
-    assert "private" not in (fakes / "services.json").read_text(encoding="utf-8")
-    monkeypatch.delenv(variable)
-    last = worker()
-    assert running(seen) == []
-    assert variable not in last.environ()
-    assert running(servers) == servers
-
-
-# Stopping
-
-
-def test_stop_ends_the_whole_tree_even_without_its_root_and_nothing_else(
-    data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
-    try:
-        serve_with(monkeypatch, lambda port: fake(port, "--helper"))
-        services.ensure_servers()
-        roots = recorded(data)
-        helpers = [child for root in roots.values() for child in root.children()]
-        assert len(helpers) == 2
-        roots["mlflow"].kill()
-        roots["mlflow"].wait(10)
-        services.stop()
-        assert running([*roots.values(), *helpers]) == []
-        assert stranger.poll() is None
-    finally:
-        stranger.kill()
-        stranger.wait()
-
-
-def test_a_process_that_ignores_the_request_to_end_is_killed(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stubborn = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n{FAKE}"
-    serve_with(monkeypatch, lambda port: ["-c", stubborn, str(port)])
-    monkeypatch.setattr(services, "STOP_TIMEOUT", 0.1)
-    monkeypatch.setattr(services, "LAST_TIMEOUT", 0.5)
-    services.ensure_servers()
-    processes = list(recorded(data).values())
-    services.stop()
-    assert running(processes) == []
-
-
-def test_a_recycled_pid_is_not_taken_for_the_service(data: Path) -> None:
-    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    try:
-        created = psutil.Process(bystander.pid).create_time()
-        row = {"name": "prefect", "pid": bystander.pid, "created": created - 100, "port": 1, "command": []}
-        data.mkdir()
-        (data / "services.json").write_text(json.dumps([row]), encoding="utf-8")
-        assert {one.state for one in services.status()} == {"stopped"}
-        assert services.stop() == []
-        assert bystander.poll() is None
-    finally:
-        bystander.kill()
-        bystander.wait()
-
-
-@pytest.mark.parametrize("lose", [lambda path: path.unlink(), lambda path: path.write_text('[{"name": "prefect"}]')])
-def test_services_are_known_without_their_record_too(
-    fakes: Path, lose: Callable[[Path], object], caplog: pytest.LogCaptureFixture
-) -> None:
-    services.ensure_servers()
-    first = list(recorded(fakes).values())
-    lose(fakes / "services.json")
-    services.ensure_servers()
-    second = list(recorded(fakes).values())
-    assert running(first) == []
-    assert len(running(second)) == 2
-    lose(fakes / "services.json")
-    assert sorted(services.stop()) == ["mlflow", "prefect"]
-    assert running(second) == []
-    assert all("is unreadable" in record.getMessage() for record in caplog.records)
-
-
-def test_services_of_another_data_folder_are_left_alone(
-    fakes: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    found = services.ensure_servers()
-    with monkeypatch.context() as patch:
-        patch.setenv("CALIPERT_DATA", str(tmp_path / "other"))
-        other = services.ensure_servers()
-        assert {other.prefect, other.mlflow}.isdisjoint({found.prefect, found.mlflow})
-        assert sorted(services.stop()) == ["mlflow", "prefect"]
-    assert services.ensure_servers() == found
-    assert len(running(list(recorded(fakes).values()))) == 2
 
 
 # Settings

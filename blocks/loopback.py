@@ -1,0 +1,51 @@
+"""Ports of this machine's own loopback, and what answers there."""
+
+from __future__ import annotations
+
+import json
+import socket
+import urllib.request
+from http.client import HTTPException
+
+from blocks.settings import HOST
+
+
+def free_port(wanted: int) -> int:
+    """`wanted` if it is free, else any free port."""
+    if wanted and bindable(wanted):
+        return wanted
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def bindable(port: int) -> bool:
+    """Whether a server could listen on this port."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+    return True
+
+
+def answers(url: str) -> bool:
+    """Whether GET is answered well."""
+    try:
+        ask(url)
+    except OSError:
+        return False
+    return True
+
+
+def ask(url: str, body: object = None) -> bytes:
+    """The answer to GET, or to POST with a JSON body. Never through a proxy. Raises OSError if it is no good."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})  # noqa: S310
+    try:
+        with opener.open(request, timeout=30) as answer:
+            return bytes(answer.read())
+    except HTTPException as error:
+        raise ConnectionError(f"{url}: {error!r}") from error
