@@ -18,14 +18,14 @@ from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
 from time import monotonic
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from prefect.blocks.core import Block
 from pydantic import Field
 
 from blocks.cancellation import killed_by_stop, raise_if_stopped
 from blocks.gpus import VISIBLE, Gpu
-from blocks.paths import PROJECT_ROOT, scratch_folder
+from blocks.paths import MODEL_CONTAINERS, scratch_folder
 from blocks.scratch import scratch
 from model_containers.contract import THREAD_VARIABLES, ContractError, Description
 
@@ -34,7 +34,8 @@ LOG = logging.getLogger("calipert.engines")
 Stage = Literal["describe", "train", "predict"]
 Event = Mapping[str, Any]
 
-CONTRACT = PROJECT_ROOT / "model_containers" / "contract.py"
+# What every model finds on its path; docs/models.md.
+SHARED = tuple(MODEL_CONTAINERS / name for name in ("contract.py", "neural.py"))
 SUPERVISOR = Path(__file__).with_name("supervisor.py")
 LAST_LINES = 30
 LONGEST_LINE = 2**20
@@ -77,6 +78,28 @@ class ModelFailed(Exception):
 
     def __str__(self) -> str:
         return "\n".join([f"{self.model} {self.stage} {self.ending}", *(f"  {line}" for line in self.last_lines)])
+
+
+class Engine(Protocol):
+    """What runs models, wherever and behind whatever walls."""
+
+    def run(
+        self,
+        stage: Stage,
+        model_folder: Path,
+        spec: Mapping[str, Any],
+        *,
+        on_event: Callable[[Event], None],
+        timeout_s: float | None = None,
+        gpu: Gpu | None = None,
+    ) -> Usage:
+        """Run a stage of a model to its end. Raises ModelFailed, UserError or Stopped, as the engine says."""
+
+    def describe(self, model_folder: Path) -> Description:
+        """What a model says that it can do and needs."""
+
+    def identity(self, model_folder: Path) -> str:
+        """What decides a model's results, in one word."""
 
 
 class ProcessEngine(Block):
@@ -144,7 +167,7 @@ class ProcessEngine(Block):
                     _kill_group(process)
             exit_code, usage = _report(status, process.returncode, device_of(gpu))
         if exit_code or usage is None:
-            raise ModelFailed(model_folder.name, stage, _ending(exit_code), exit_code, tuple(last))
+            raise ModelFailed(model_folder.name, stage, ending_of(exit_code), exit_code, tuple(last))
         LOG.debug("%s took %.1f s on %s", name, usage.seconds, usage.device)
         return usage
 
@@ -157,14 +180,10 @@ class ProcessEngine(Block):
 
         Raises ModelFailed if the environment lacks a package of the model's requirements.txt.
         """
-        files = {path.relative_to(model_folder).as_posix(): path for path in model_folder.rglob("*") if path.is_file()}
-        sources = {name: path for name, path in files.items() if not _is_litter(name)} | {"../contract.py": CONTRACT}
+        sources = sources_of(model_folder)
         required = _required(sources["requirements.txt"]) if "requirements.txt" in sources else ()
-        whole = sha256()
-        for name, path in sorted(sources.items()):
-            whole.update(f"{name}\0{sha256(path.read_bytes()).hexdigest()}\n".encode())
-        whole.update(_versions(self.python, required, model_folder.name).encode())
-        return whole.hexdigest()
+        versions = _versions(self.python, required, model_folder.name)
+        return sha256((sources_hash(model_folder) + versions).encode()).hexdigest()
 
     def _environment(self, home: Path, threads: int, gpu: Gpu | None) -> dict[str, str]:
         kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
@@ -172,16 +191,13 @@ class ProcessEngine(Block):
             "PATH": os.pathsep.join([str(Path(self.python).parent), kept.get("PATH", os.defpath)]),
             "HOME": str(home),
             "TMPDIR": str(home),
-            "PYTHONPATH": str(CONTRACT.parent),
+            "PYTHONPATH": str(MODEL_CONTAINERS),
             "PYTHONHASHSEED": "0",
             "PYTHONUNBUFFERED": "1",
             "PYTHONDONTWRITEBYTECODE": "1",
             VISIBLE: "" if gpu is None else gpu.id,
             **dict.fromkeys(THREAD_VARIABLES, str(threads)),
         }
-
-
-ENGINES: dict[str, type[ProcessEngine]] = {"process": ProcessEngine}
 
 
 def described(run: Callable[..., Usage], model_folder: Path, limit_s: float) -> Description:
@@ -197,6 +213,21 @@ def described(run: Callable[..., Usage], model_folder: Path, limit_s: float) -> 
             raise ModelFailed(model_folder.name, "describe", ending, 0, ()) from error
 
 
+def sources_of(model_folder: Path) -> dict[str, Path]:
+    """The files that make a model, by their path in its folder, and what models share, as `../contract.py`."""
+    files = {path.relative_to(model_folder).as_posix(): path for path in model_folder.rglob("*") if path.is_file()}
+    shared = {f"../{path.name}": path for path in SHARED}
+    return {name: path for name, path in files.items() if not _is_litter(name)} | shared
+
+
+def sources_hash(model_folder: Path) -> str:
+    """SHA-256 of a model's files and of what models share."""
+    whole = sha256()
+    for name, path in sorted(sources_of(model_folder).items()):
+        whole.update(f"{name}\0{sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return whole.hexdigest()
+
+
 class _LimitReached(Exception):
     """The model took longer than it may. Not TimeoutError, which `on_event` may raise for reasons of its own."""
 
@@ -204,8 +235,7 @@ class _LimitReached(Exception):
 def _lines(process: subprocess.Popen[bytes], deadline: float) -> Iterator[tuple[object, str]]:
     """(stream, line) as the model writes them, until both streams end. Raises _LimitReached at the deadline.
 
-    The supervisor holds both streams to its own end, so they end when all is over. A carriage return ends a line too:
-    progress bars write many on one line.
+    The supervisor holds both streams to its own end, so they end when all is over.
     """
     with selectors.DefaultSelector() as selector:
         for stream in (process.stdout, process.stderr):
@@ -219,16 +249,26 @@ def _lines(process: subprocess.Popen[bytes], deadline: float) -> Iterator[tuple[
                 return  # the supervisor was killed from outside: whoever holds the streams is left without one
             for key, _ in ready:
                 chunk = os.read(key.fd, 2**16)
-                *lines, rest = re.split(rb"[\r\n]", key.data + chunk)
-                if chunk and len(rest) <= LONGEST_LINE:
+                lines, rest = split_lines(key.data, chunk)
+                if chunk:
                     selector.modify(key.fileobj, selectors.EVENT_READ, data=rest)
                 else:
-                    lines.append(rest)
-                    selector.modify(key.fileobj, selectors.EVENT_READ, data=b"")
-                if not chunk:
                     selector.unregister(key.fileobj)
-                for line in filter(None, lines):
-                    yield key.fileobj, line.decode("utf-8", errors="replace")
+                for line in lines:
+                    yield key.fileobj, line
+
+
+def split_lines(rest: bytes, chunk: bytes) -> tuple[list[str], bytes]:
+    """(whole lines, new rest) after one more chunk of a stream; an empty chunk is its end, which ends the last line.
+
+    A carriage return ends a line too: progress bars write many on one line. A line longer than LONGEST_LINE comes in
+    pieces; an empty one is left out.
+    """
+    *lines, rest = re.split(rb"[\r\n]", rest + chunk)
+    if not chunk or len(rest) > LONGEST_LINE:
+        lines.append(rest)
+        rest = b""
+    return [line.decode("utf-8", errors="replace") for line in lines if line], rest
 
 
 def event_of(line: str) -> Event:
@@ -276,7 +316,8 @@ def where_to_change(stage: Stage) -> str:
     )
 
 
-def _ending(exit_code: int) -> str:
+def ending_of(exit_code: int) -> str:
+    """In words. exit_code: minus the signal's number for a process that was killed."""
     if exit_code == -signal.SIGKILL:
         return "was killed (SIGKILL): most often the machine ran out of memory"
     if exit_code < 0:

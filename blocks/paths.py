@@ -59,6 +59,11 @@ def reports_folder(dataset: str) -> Path:
     return data_folder() / "reports" / dataset
 
 
+def checkpoints_folder() -> Path:
+    """Parent of the folders that let killed trainings go on (blocks.checkpoints)."""
+    return data_folder() / "checkpoints"
+
+
 def scratch_folder() -> Path:
     """Parent of the folders that live no longer than the process that made them (blocks.scratch)."""
     return data_folder() / "scratch"

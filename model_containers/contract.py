@@ -28,6 +28,7 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"
 BLOCK_OF_CELLS = 65_536
 
 Settings = TypeVar("Settings")
+_METRICS: list[tuple[str, int, float]] = []
 
 
 class ContractError(Exception):
@@ -80,7 +81,8 @@ class TrainTask:
     hyperparameters: what differs from the model's own defaults.
     seed:            seed of every draw.
     threads:         CPU threads to use.
-    output:          the only folder to write into.
+    output:          the only folder to write into, with:
+    checkpoint:      a folder that outlives a training which is killed, for what lets the next one go on; or None.
     """
 
     cells: Path
@@ -89,6 +91,7 @@ class TrainTask:
     seed: int
     threads: int
     output: Path
+    checkpoint: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -173,7 +176,13 @@ def progress(done: int, total: int, unit: str) -> None:
 
 def metric(name: str, step: int, value: float) -> None:
     """Report a number of the training at a step (epochs count from 1); NaN and infinity are allowed."""
+    _METRICS.append((name, int(step), float(value)))
     _say({"event": "metric", "name": name, "step": int(step), "value": float(value)})
+
+
+def metrics() -> list[tuple[str, int, float]]:
+    """All that `metric` has reported so far: a training that goes on after it was killed reports it again."""
+    return list(_METRICS)
 
 
 def log(message: str) -> None:
@@ -374,6 +383,10 @@ def _folder(value: object) -> Path:
     raise ValueError("the path of a folder")
 
 
+def _folder_or_none(value: object) -> Path | None:
+    return None if value is None else _folder(value)
+
+
 def _object(value: object) -> dict[str, Any]:
     if isinstance(value, dict):
         return value
@@ -418,6 +431,7 @@ _FIELDS: dict[str, dict[str, Callable[[object], object]]] = {
         "seed": _whole,
         "threads": _threads,
         "output": _folder,
+        "checkpoint": _folder_or_none,
     },
     "predict": {
         "model": _existing,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +14,9 @@ from prefect import runtime, task
 from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ConfigDict
 
+from blocks.checkpoints import checkpoint
 from blocks.code import code_hash
-from blocks.engines import Usage
+from blocks.engines import ProcessEngine, Usage
 from blocks.gpus import Gpu, lease
 from blocks.store import ArtifactStore, artifact_key
 from core.catalog.schema import ResolvedModel
@@ -121,7 +122,9 @@ def trained(job: FoldJob, on_event: Callable[[Event], None], on_usage: Callable[
                 on_event(event)
 
             limit = job.model.time_limits.train
-            on_usage(engine().run("train", container(job.model), spec, on_event=keep, timeout_s=limit, gpu=gpu))
+            with _checkpoint(job) as checkpoint:
+                spec["checkpoint"] = checkpoint
+                on_usage(engine().run("train", container(job.model), spec, on_event=keep, timeout_s=limit, gpu=gpu))
 
     return _model(job).made(build, f"the model of {job.name}")
 
@@ -224,6 +227,16 @@ def _stored(kind: str, key: str) -> Path:
 
 def _embedding(job: FoldJob) -> str | None:
     return str(_stored("embedding", job.embedding) / "embedding.parquet") if job.embedding else None
+
+
+@contextmanager
+def _checkpoint(job: FoldJob) -> Iterator[str | None]:
+    """The folder from which a killed training goes on; a container has none that outlives it."""
+    if not isinstance(engine(), ProcessEngine):
+        yield None
+        return
+    with checkpoint(_model(job).key) as folder:
+        yield str(folder)
 
 
 def _device(job: FoldJob) -> AbstractContextManager[Gpu | None]:

@@ -9,12 +9,12 @@ what control cells are to the network.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import contract
+import neural
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -23,13 +23,10 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
     import torch
-    from scipy.sparse import csr_matrix
 
 DESCRIPTION = contract.Description(
     name="fmlp", combinations=True, embedding=True, counts=False, gpu=True, input="cells"
 )
-
-DENSE_BYTES = 2**30  # cells are held dense up to here: quicker, and small enough for any machine
 
 
 @dataclass(frozen=True)
@@ -99,7 +96,7 @@ def train(task: contract.TrainTask) -> None:
     """
     import numpy as np
 
-    torch, device = start_torch(task.threads)
+    torch, device = neural.start_torch(task.threads)
     settings = contract.hyperparameters(task, Settings)
     embedding = standardised(contract.read_embedding(task.embedding))
     cells = contract.read_cells(task.cells)
@@ -110,30 +107,27 @@ def train(task: contract.TrainTask) -> None:
     conditions = conditions_of(list(row_of), embedding, shape, device)
     is_train = kept & (cells.obs["split"] == "train").to_numpy()
     is_val = kept & ~is_train
-    train_cells = held(cells.X[is_train], condition[is_train], device)
-    val_cells = held(cells.X[is_val], condition[is_val], device)
+    train_cells = Cells(condition[is_train], neural.held(cells.X[is_train], device))
+    val_cells = Cells(condition[is_val], neural.held(cells.X[is_val], device))
     del cells
 
     torch.manual_seed(task.seed)  # the initial weights, drawn on the CPU: the same for every device
-    order = np.random.default_rng(task.seed)
     net = network(shape, settings).to(device)
-    step = adam(list(net.parameters()))
-    best, least = None, float("inf")
-    for epoch in range(1, settings.epochs + 1):
+    adam, best = neural.Adam(list(net.parameters())), neural.Best(net)
+    for epoch in neural.epochs(task, settings.epochs, {"net": net, "adam": adam, "best": best}):
         rate = settings.learning_rate * settings.decay ** ((epoch - 1) // settings.decay_every)
         total = torch.zeros((), dtype=torch.float64, device=device)
-        for batch in batches(order.permutation(len(train_cells.condition)), settings.batch_size):
+        order = neural.generator(task.seed, epoch).permutation(len(train_cells.condition))
+        for batch in neural.batches(order, settings.batch_size):
             loss = squared_error(net, conditions, train_cells, batch)
-            step(loss, rate)
+            adam.step(loss, rate)
             total += loss.detach() * len(batch)
         contract.metric("train_loss", epoch, float(total) / len(train_cells.condition))
         if len(val_cells.condition) and epoch % settings.validate_every == 0:
             val_loss = mean_error(net, conditions, val_cells, settings.batch_size)
             contract.metric("val_loss", epoch, val_loss)
-            if val_loss < least:
-                best, least = copy_of(net), val_loss
-        contract.progress(epoch, settings.epochs, "epoch")
-    torch.save(best or copy_of(net), task.output / "weights.pt")
+            best.offer(val_loss)
+    torch.save(best.weights, task.output / "weights.pt")
     contract.write_json(task.output / "model.json", {"settings": asdict(settings), "shape": asdict(shape)})
 
 
@@ -141,7 +135,7 @@ def predict(task: contract.PredictTask) -> None:
     """Predict every condition whose genes have an embedding, in the covariates of the train cells."""
     import numpy as np
 
-    torch, device = start_torch(task.threads)
+    torch, device = neural.start_torch(task.threads)
     stored = json.loads((task.model / "model.json").read_text(encoding="utf-8"))
     settings, shape = Settings(**stored["settings"]), Shape(**stored["shape"])
     embedding = standardised(contract.read_embedding(task.embedding, shape.dimensions))
@@ -153,24 +147,9 @@ def predict(task: contract.PredictTask) -> None:
     profiles = np.empty((len(keys), len(shape.genes)))
     conditions = conditions_of(keys, embedding, shape, device)
     with torch.no_grad():
-        for rows in batches(np.arange(len(keys)), settings.batch_size):
+        for rows in neural.batches(np.arange(len(keys)), settings.batch_size):
             profiles[rows] = forward(net, conditions, rows).cpu().numpy()
     contract.write_predictions(task, keys, profiles, shape.genes, reasons)
-
-
-def start_torch(threads: int) -> tuple[Any, Any]:
-    """torch, set to as many threads and to repeat its bits, and the device: a GPU where there is one."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS does not repeat its bits
-    import torch
-
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(True)  # Adam's vanishing moments would slow it down
-    if not torch.cuda.is_available():
-        # All that is used here repeats its bits on a CPU; to demand it would import the compiler, for seconds.
-        return torch, torch.device("cpu")
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # torch's own debugging aid
-    return torch, torch.device("cuda")
 
 
 def standardised(embedding: pd.DataFrame) -> pd.DataFrame:
@@ -247,41 +226,6 @@ def forward(net: torch.nn.ModuleDict, conditions: Conditions, rows: np.ndarray) 
     return net["decoder"](latent)
 
 
-def held(matrix: csr_matrix, condition: np.ndarray, device: Any) -> Cells:
-    """Cells from CSR float32: held dense up to DENSE_BYTES, else as they are, and made dense batch by batch.
-
-    They are held on the device if they leave half of its free memory to the rest.
-    """
-    import numpy as np
-    import torch
-
-    n_cells, n_genes = matrix.shape
-    is_small = 4 * n_cells * n_genes <= DENSE_BYTES
-    arrays = [matrix.toarray()] if is_small else [matrix.indices, matrix.data]
-    tensors = [torch.from_numpy(array) for array in arrays]
-    if device.type == "cuda" and sum(t.nbytes for t in tensors) < torch.cuda.mem_get_info(device)[0] / 2:
-        tensors = [tensor.to(device) for tensor in tensors]
-    store, start = tensors[0].device, matrix.indptr.astype(np.int64)
-
-    def dense_rows(batch: np.ndarray) -> torch.Tensor:
-        return tensors[0].index_select(0, torch.from_numpy(batch).to(store)).to(device)
-
-    def compressed_rows(batch: np.ndarray) -> torch.Tensor:
-        gene, value = tensors
-        length = start[batch + 1] - start[batch]
-        n_entries = int(length.sum())
-        # Entry i of the batch is entry i + skipped of the store, where `skipped` is one number for each cell.
-        skipped = start[batch] - np.concatenate([[0], np.cumsum(length)[:-1]])
-        of_cell = torch.from_numpy(np.stack([skipped, np.arange(len(batch)) * n_genes, length])).to(store)
-        skipped_of, first_of = of_cell[:2].repeat_interleave(of_cell[2], dim=1, output_size=n_entries)
-        entry = skipped_of + torch.arange(n_entries, device=store)
-        dense = torch.zeros(len(batch) * n_genes, device=store)
-        dense[first_of + gene.index_select(0, entry)] = value.index_select(0, entry)
-        return dense.view(len(batch), n_genes).to(device)
-
-    return Cells(condition, dense_rows if is_small else compressed_rows)
-
-
 def squared_error(net: torch.nn.ModuleDict, conditions: Conditions, cells: Cells, batch: np.ndarray) -> torch.Tensor:
     """The loss: mean over the cells of a batch and all genes of (predicted - measured)^2, a float64 scalar.
 
@@ -303,24 +247,6 @@ def squared_error(net: torch.nn.ModuleDict, conditions: Conditions, cells: Cells
     return (moved + spread) / (len(batch) * predicted.shape[1])
 
 
-def adam(weights: list[torch.nn.Parameter]) -> Callable[[torch.Tensor, float], None]:
-    """A step of Adam for (loss, learning rate). torch.optim.Adam would import torch's compiler, for seconds."""
-    import torch
-    from torch.optim.adam import adam as update
-
-    averages = [torch.zeros_like(weight) for weight in weights]
-    squares = [torch.zeros_like(weight) for weight in weights]
-    steps = [torch.zeros((), device=weight.device) for weight in weights]
-    constants = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False, "maximize": False}
-
-    def step(loss: torch.Tensor, rate: float) -> None:
-        gradients = list(torch.autograd.grad(loss, weights))
-        with torch.no_grad():
-            update(weights, gradients, averages, squares, [], steps, fused=True, lr=rate, **constants)
-
-    return step
-
-
 def mean_error(net: torch.nn.ModuleDict, conditions: Conditions, cells: Cells, batch_size: int) -> float:
     """`squared_error` over all cells, without a gradient."""
     import numpy as np
@@ -330,19 +256,9 @@ def mean_error(net: torch.nn.ModuleDict, conditions: Conditions, cells: Cells, b
     with torch.no_grad():
         of_batch = [
             float(squared_error(net, conditions, cells, batch)) * len(batch)
-            for batch in batches(np.arange(n_cells), batch_size)
+            for batch in neural.batches(np.arange(n_cells), batch_size)
         ]
     return sum(of_batch) / n_cells
-
-
-def batches(rows: np.ndarray, size: int) -> list[np.ndarray]:
-    """Consecutive pieces of `size` rows; the last may be shorter."""
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
-def copy_of(net: torch.nn.ModuleDict) -> dict[str, torch.Tensor]:
-    """The present weights, on the CPU."""
-    return {name: weights.detach().cpu().clone() for name, weights in net.state_dict().items()}
 
 
 if __name__ == "__main__":

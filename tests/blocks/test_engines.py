@@ -21,7 +21,7 @@ import pytest
 
 from blocks import cancellation, engines
 from blocks.cancellation import Stopped, models_end_with, stop_all
-from blocks.engines import ENGINES, LAST_LINES, ModelFailed, ProcessEngine, Usage
+from blocks.engines import LAST_LINES, ModelFailed, ProcessEngine, Usage
 from blocks.gpus import lease
 from blocks.paths import scratch_folder
 
@@ -456,13 +456,13 @@ def test_the_model_gets_a_bare_environment(model, tmp_path, monkeypatch):
     assert "secret" not in environment.values()
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         assert environment[name] == "2"
-    assert found["contract"] == str(engines.CONTRACT)
+    assert found["contract"] == str(engines.SHARED[0])
     assert environment["HOME"] == environment["TMPDIR"] == found["folder"] != str(Path.cwd())
     assert not Path(found["folder"]).exists()
 
 
 def test_describe_reads_what_the_model_says():
-    description = ENGINES["process"]().describe(ROOT / "model_containers" / "ridge")
+    description = ProcessEngine().describe(ROOT / "model_containers" / "ridge")
     assert description.name == "ridge"
     assert description.input == "means"
 
@@ -496,7 +496,7 @@ def test_identity_follows_what_decides_the_results(model, tmp_path, monkeypatch)
     seen.append(identity(moved))
     other = tmp_path / "contract.py"
     other.write_text("changed")
-    monkeypatch.setattr(engines, "CONTRACT", other)
+    monkeypatch.setattr(engines, "SHARED", (other, *engines.SHARED[1:]))
     seen.append(identity(moved))
     monkeypatch.setattr(engines, "_versions", lambda *_: "numpy==0.0.2")
     seen.append(identity(moved))

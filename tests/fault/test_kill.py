@@ -120,7 +120,7 @@ class Place:
 
         What Prefect keeps of ended runs in a worker's own temporary folder goes with the worker.
         """
-        places = [self.folder / "tmp", self.data / "scratch", self.data / "store" / ".temporary"]
+        places = [self.folder / "tmp", *(self.data / name for name in ("scratch", "checkpoints", "store/.temporary"))]
         left = [path for place in places if place.exists() for path in place.rglob("*") if path.is_file()]
         left += [path for path in (self.data / "reports").glob(".*") if path.is_dir()]
         left += list(self.data.rglob("*.partial"))

@@ -17,6 +17,12 @@ from scipy import sparse
 
 from model_containers import contract
 
+# What models share they import by the names that it has in their containers.
+sys.modules["contract"] = contract
+from model_containers import neural  # noqa: E402
+
+sys.modules["neural"] = neural
+
 MODELS = Path(contract.__file__).parent
 GENES = [f"G{number:02d}" for number in range(30)]
 SINGLES = [f"P{number:02d}" for number in range(12)]
@@ -102,8 +108,6 @@ def two_lines(tmp_path_factory: pytest.TempPathFactory) -> Panel:
 @pytest.fixture(scope="session")
 def load() -> Callable[[str], ModuleType]:
     """Imports the model.py of a folder of model_containers, as its own process would."""
-    # A model imports the contract by the name that it has in its container.
-    sys.modules.setdefault("contract", contract)
 
     def module(name: str) -> ModuleType:
         spec = importlib.util.spec_from_file_location(f"{name}_model", MODELS / name / "model.py")

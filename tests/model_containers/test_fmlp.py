@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy import sparse
 
-from model_containers import contract
+from model_containers import contract, neural
 
 SMALL = {"hidden": 16, "latent": 4}
 CPU = torch.device("cpu")
@@ -56,38 +56,17 @@ def test_latents_of_genes_and_covariate_are_summed(fmlp, case):
 
 
 @pytest.fixture(params=["dense", "compressed"])
-def form(request, fmlp, monkeypatch) -> str:
+def form(request, monkeypatch) -> str:
     """How the cells are held."""
     if request.param == "compressed":
-        monkeypatch.setattr(fmlp, "DENSE_BYTES", 0)
+        monkeypatch.setattr(neural, "DENSE_BYTES", 0)
     return request.param
-
-
-def test_rows_are_those_of_the_matrix(fmlp, case, form):
-    _, _, _, _, X, of_cell = case
-    X = sparse.csr_matrix(X.multiply(np.isin(np.arange(40), [3, 17], invert=True)[:, None]))  # cells without an entry
-    batch = np.array([17, 5, 3, 5, 39, 0])
-    cells = fmlp.held(X, of_cell, CPU)
-    np.testing.assert_array_equal(cells.rows(batch).numpy(), X.toarray()[batch])
-
-
-def test_a_step_is_adams(fmlp):
-    mine, theirs = (torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0])) for _ in range(2))
-    step = fmlp.adam([mine])
-    reference = torch.optim.Adam([theirs], lr=0.1)
-    for rate in (0.1, 0.1, 0.02):
-        step((mine**3).sum(), rate)
-        reference.param_groups[0]["lr"] = rate
-        reference.zero_grad()
-        (theirs**3).sum().backward()
-        reference.step()
-    torch.testing.assert_close(mine, theirs)
 
 
 def test_loss_and_gradient_are_those_of_single_cells(fmlp, case, form):
     net, keys, embedding, conditions, X, of_cell = case
     batch = np.random.default_rng(0).permutation(40)[:25]
-    loss = fmlp.squared_error(net, conditions, fmlp.held(X, of_cell, CPU), batch)
+    loss = fmlp.squared_error(net, conditions, fmlp.Cells(of_cell, neural.held(X, CPU)), batch)
     loss.backward()
     found = {name: weights.grad.clone() for name, weights in net.named_parameters()}
     net.zero_grad()
@@ -102,7 +81,7 @@ def test_loss_and_gradient_are_those_of_single_cells(fmlp, case, form):
 def test_mean_error_is_that_of_all_cells(fmlp, case):
     net, keys, embedding, conditions, X, of_cell = case
     predicted = torch.stack([one_by_one(net, keys[row], embedding) for row in of_cell]).detach().numpy()
-    found = fmlp.mean_error(net, conditions, fmlp.held(X, of_cell, CPU), 16)
+    found = fmlp.mean_error(net, conditions, fmlp.Cells(of_cell, neural.held(X, CPU)), 16)
     assert found == pytest.approx(((predicted - X.toarray()) ** 2).mean(), rel=1e-5)
 
 

@@ -1,0 +1,37 @@
+"""Folders in which a training leaves what lets the next one go on where it was killed."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from blocks.paths import checkpoints_folder
+
+# One that nobody came back to for so long is given up: the code or the data have changed.
+KEPT_S = 30 * 24 * 3600.0
+
+
+@contextmanager
+def checkpoint(key: str) -> Iterator[Path]:
+    """The folder of the training with this key, as a killed one left it, or empty; gone when the block ends well.
+
+    What an error or a death leaves stays for the next training with that key. Entering removes other keys' folders that
+    nobody has touched for KEPT_S. The caller sees to it that no two trainings have one key at a time.
+    """
+    folder = checkpoints_folder() / key
+    _give_up_old(folder.parent)
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.touch()
+    yield folder
+    shutil.rmtree(folder)
+
+
+def _give_up_old(parent: Path) -> None:
+    oldest = time.time() - KEPT_S
+    for folder in parent.iterdir() if parent.is_dir() else ():
+        # Of two that come at once one finds it gone.
+        if folder.is_dir() and max(path.stat().st_mtime for path in (folder, *folder.rglob("*"))) < oldest:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,284 @@
+"""What the neural models share: the device, cells by the batch, Adam, the best weights, and trainings that go on where
+they were killed.
+
+Copied into the image of every model that uses it, beside contract.py. Imports torch only inside the functions that need
+it: `describe` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from hashlib import sha256
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Protocol
+
+import contract
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from scipy.sparse import csr_matrix
+
+DENSE_BYTES = 2**30  # cells are held dense up to here: quicker, and small enough for any machine
+CHECKPOINT = "checkpoint.pt"
+# Saving takes no more than this share of the training.
+SAVING_SHARE = 0.05
+
+
+class Stateful(Protocol):
+    """What a checkpoint keeps: a network, an optimizer, the best weights."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers, strings, and lists and dicts of them."""
+
+    def load_state_dict(self, state: Mapping[str, Any], /) -> Any:
+        """Take up what `state_dict` gave."""
+
+
+def start_torch(threads: int) -> tuple[Any, Any]:
+    """torch, set to as many threads and to repeat its bits, and the device: a GPU where there is one."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS does not repeat its bits
+    import torch
+
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)  # Adam's vanishing moments would slow it down
+    if not torch.cuda.is_available():
+        # All that the models use repeats its bits on a CPU; to demand it would import the compiler, for seconds.
+        return torch, torch.device("cpu")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # torch's own debugging aid
+    return torch, torch.device("cuda")
+
+
+# ---- cells
+
+
+def held(matrix: csr_matrix, device: Any) -> Callable[[np.ndarray], torch.Tensor]:
+    """From numbers of rows to these rows, dense, on the device; of CSR float32.
+
+    They are held dense up to DENSE_BYTES, else as they are, and made dense batch by batch; on the device if they leave
+    half of its free memory to the rest.
+    """
+    import numpy as np
+    import torch
+
+    n_cells, n_genes = matrix.shape
+    is_small = 4 * n_cells * n_genes <= DENSE_BYTES
+    arrays = [matrix.toarray()] if is_small else [matrix.indices, matrix.data]
+    tensors = [torch.from_numpy(array) for array in arrays]
+    if device.type == "cuda" and sum(t.nbytes for t in tensors) < torch.cuda.mem_get_info(device)[0] / 2:
+        tensors = [tensor.to(device) for tensor in tensors]
+    store, start = tensors[0].device, matrix.indptr.astype(np.int64)
+
+    def dense_rows(batch: np.ndarray) -> torch.Tensor:
+        return tensors[0].index_select(0, torch.from_numpy(batch).to(store)).to(device)
+
+    def compressed_rows(batch: np.ndarray) -> torch.Tensor:
+        gene, value = tensors
+        length = start[batch + 1] - start[batch]
+        n_entries = int(length.sum())
+        # Entry i of the batch is entry i + skipped of the store, where `skipped` is one number for each cell.
+        skipped = start[batch] - np.concatenate([[0], np.cumsum(length)[:-1]])
+        of_cell = torch.from_numpy(np.stack([skipped, np.arange(len(batch)) * n_genes, length])).to(store)
+        skipped_of, first_of = of_cell[:2].repeat_interleave(of_cell[2], dim=1, output_size=n_entries)
+        entry = skipped_of + torch.arange(n_entries, device=store)
+        dense = torch.zeros(len(batch) * n_genes, device=store)
+        dense[first_of + gene.index_select(0, entry)] = value.index_select(0, entry)
+        return dense.view(len(batch), n_genes).to(device)
+
+    return dense_rows if is_small else compressed_rows
+
+
+def batches(rows: np.ndarray, size: int) -> list[np.ndarray]:
+    """Consecutive pieces of `size` rows; the last may be shorter."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+# ---- training
+
+
+class Adam:
+    """Adam (Kingma and Ba 2015) on some weights, fused. torch.optim.Adam would import torch's compiler, for seconds.
+
+    weight_decay: times the weight is added to its gradient (L2 penalty, as in torch.optim.Adam).
+    """
+
+    def __init__(self, weights: list[torch.nn.Parameter], weight_decay: float = 0.0) -> None:
+        import torch
+
+        self._weights = weights
+        self._weight_decay = weight_decay
+        self._averages = [torch.zeros_like(weight) for weight in weights]
+        self._squares = [torch.zeros_like(weight) for weight in weights]
+        self._steps = [torch.zeros((), device=weight.device) for weight in weights]
+
+    def step(self, loss: torch.Tensor, rate: float, largest_norm: float | None = None) -> None:
+        """One step down the gradient of the loss, at this learning rate. Weights that the loss does not hang on stay.
+
+        largest_norm: a longer gradient (over all weights together) is scaled down to it.
+        """
+        import torch
+
+        gradients = torch.autograd.grad(loss, self._weights, allow_unused=True)
+        self.update(gradients, rate, largest_norm)
+
+    def update(self, gradients: Any, rate: float, largest_norm: float | None = None) -> None:
+        """`step` with gradients at hand; None for a weight that stays."""
+        import torch
+        from torch.optim.adam import adam
+
+        used = [index for index, gradient in enumerate(gradients) if gradient is not None]
+        lists = (self._weights, gradients, self._averages, self._squares)
+        weights, given, averages, squares = ([one[index] for index in used] for one in lists)
+        with torch.no_grad():
+            if largest_norm is not None:
+                norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(one) for one in given]))
+                scale = (largest_norm / (norm + 1e-6)).clamp(max=1.0)
+                given = [one * scale for one in given]
+            adam(
+                weights,
+                given,
+                averages,
+                squares,
+                [],
+                [self._steps[index] for index in used],
+                fused=True,
+                lr=rate,
+                beta1=0.9,
+                beta2=0.999,
+                eps=1e-8,
+                weight_decay=self._weight_decay,
+                amsgrad=False,
+                maximize=False,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The moments of every weight."""
+        return {"averages": self._averages, "squares": self._squares, "steps": self._steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up the moments that `state_dict` gave."""
+        mine = self.state_dict()
+        for name, tensors in mine.items():
+            for tensor, saved in zip(tensors, state[name], strict=True):
+                tensor.copy_(saved)
+
+
+class Best:
+    """The weights of a network at the least validation loss so far.
+
+    least: that loss, infinite before the first. stale: how many times `offer` has found none lower since.
+    """
+
+    def __init__(self, net: torch.nn.Module) -> None:
+        self._net = net
+        self._weights: dict[str, torch.Tensor] | None = None
+        self.least = float("inf")
+        self.stale = 0
+
+    def offer(self, loss: float) -> None:
+        """Keep the present weights if the loss is the lowest so far (NaN never is)."""
+        self.stale += 1
+        if loss < self.least:
+            self.least, self.stale, self._weights = loss, 0, copy_of(self._net)
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The best weights, on the CPU; the present ones where no loss was ever the lowest."""
+        return self._weights or copy_of(self._net)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it."""
+        return {"weights": self._weights, "least": self.least, "stale": self.stale}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` gave."""
+        self._weights, self.least, self.stale = state["weights"], state["least"], state["stale"]
+
+
+def copy_of(net: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The present weights, on the CPU."""
+    return {name: weights.detach().cpu().clone() for name, weights in net.state_dict().items()}
+
+
+def generator(seed: int, epoch: int) -> np.random.Generator:
+    """The draws of one epoch: they hang on no other epoch, so that a training can begin again at any of them."""
+    import numpy as np
+
+    return np.random.default_rng((seed, epoch))
+
+
+def epochs(
+    task: contract.TrainTask,
+    count: int,
+    parts: Mapping[str, Stateful],
+    is_enough: Callable[[], bool] = lambda: False,
+) -> Iterator[int]:
+    """The epochs 1, 2, ... `count` of a training, those left out that a killed one has behind it.
+
+    parts: all that an epoch changes; they are kept in `task.checkpoint` now and then, and taken up from there.
+    is_enough: asked before each epoch, it ends the training. torch is seeded anew for each epoch (dropout, draws on the
+    device); other draws have to come from `generator(seed, epoch)`. So a training that goes on ends with the same bits.
+    """
+    import torch
+
+    done = _restored(task, parts)
+    saved, took = monotonic(), 0.0
+    for epoch in range(done + 1, count + 1):
+        if is_enough():
+            contract.progress(epoch - 1, epoch - 1, "epoch")
+            return
+        torch.manual_seed(int(generator(task.seed, epoch).integers(2**63)))
+        yield epoch
+        contract.progress(epoch, count, "epoch")
+        if task.checkpoint is not None and monotonic() - saved >= took / SAVING_SHARE:
+            began = monotonic()
+            _save(task, task.checkpoint, epoch, parts)
+            saved = monotonic()
+            took = saved - began
+
+
+def _save(task: contract.TrainTask, folder: Path, epoch: int, parts: Mapping[str, Stateful]) -> None:
+    import torch
+
+    state = {
+        "task": _identity(task),
+        "epoch": epoch,
+        "metrics": contract.metrics(),
+        "parts": {name: part.state_dict() for name, part in parts.items()},
+    }
+    unfinished = folder / f"{CHECKPOINT}.partial"
+    torch.save(state, unfinished)
+    unfinished.replace(folder / CHECKPOINT)
+
+
+def _restored(task: contract.TrainTask, parts: Mapping[str, Stateful]) -> int:
+    """The epochs that are done, with the parts as they were then; the metrics of these epochs are told again."""
+    import torch
+
+    path = task.checkpoint / CHECKPOINT if task.checkpoint else None
+    if path is None or not path.exists():
+        return 0
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        contract.log(f"the checkpoint of an earlier training cannot be read, and this one begins anew: {error}")
+        return 0
+    if state["task"] != _identity(task):
+        contract.log("the checkpoint is of a training with another seed or other hyperparameters: this one begins anew")
+        return 0
+    for name, part in parts.items():
+        part.load_state_dict(state["parts"][name])
+    for name, step, value in state["metrics"]:
+        contract.metric(name, step, value)
+    contract.log(f"goes on after epoch {state['epoch']}, where an earlier training was cut off")
+    return int(state["epoch"])
+
+
+def _identity(task: contract.TrainTask) -> str:
+    text = json.dumps([task.seed, task.hyperparameters], sort_keys=True)
+    return sha256(text.encode()).hexdigest()
