@@ -5,28 +5,28 @@ from __future__ import annotations
 import os
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from blocks.engines import ENGINES, ProcessEngine
+from blocks.engines import Engine, ProcessEngine
 from blocks.paths import MODEL_CONTAINERS
 from core.catalog.schema import ResolvedModel
 from core.errors import UserError
 
-if TYPE_CHECKING:
-    from blocks.kubernetes_engine import KubernetesEngine
-
 ENGINE = "CALIPERT_ENGINE"
-PROCESS, KUBERNETES = "process", "kubernetes"
+PROCESS, DOCKER, KUBERNETES = "process", "docker", "kubernetes"
 
 
-def engine() -> ProcessEngine | KubernetesEngine:
+def engine() -> Engine:
     """The engine in use: the environment's CALIPERT_ENGINE, by default `process`. Raises UserError for another name."""
     name = _name()
+    if name == DOCKER:
+        from blocks.docker_engine import DockerEngine
+
+        return DockerEngine()
     if name == KUBERNETES:
         from blocks.kubernetes_engine import KubernetesEngine
 
         return KubernetesEngine()
-    return ENGINES[name]()
+    return ProcessEngine()
 
 
 def runs_elsewhere() -> bool:
@@ -36,8 +36,8 @@ def runs_elsewhere() -> bool:
 
 def _name() -> str:
     name = os.environ.get(ENGINE) or PROCESS
-    if name not in (*ENGINES, KUBERNETES):
-        remedy = f"set it to {PROCESS} or {KUBERNETES}, or not at all, which means {PROCESS}"
+    if name not in (PROCESS, DOCKER, KUBERNETES):
+        remedy = f"set it to {PROCESS}, {DOCKER} or {KUBERNETES}, or not at all, which means {PROCESS}"
         raise UserError("environment", ENGINE, f"{name!r}, which is no engine", remedy)
     return name
 

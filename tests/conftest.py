@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import anndata as ad
+import docker
+import docker.errors
 import pandas as pd
 import pytest
 
@@ -16,6 +18,7 @@ from core.cells import read_cells, write_cells
 from core.splits import draw_halves
 
 ROOT = Path(__file__).resolve().parents[1]
+BASE_IMAGE = os.environ.get("CALIPERT_BASE_IMAGE", "calipert-base")
 
 
 @pytest.fixture(scope="session")
@@ -56,3 +59,45 @@ def sums() -> Callable[..., CellSums]:
         return sum_cells(cells, halves or {42: cells.obs["half"], 43: draw_halves(cells.obs, 43)}, 42)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def docker_client() -> Iterator[docker.DockerClient]:
+    """A client of the container engine, which has the image CALIPERT_BASE_IMAGE, by default `calipert-base`.
+
+    Skips without them, or fails where CALIPERT_REQUIRE_DOCKER=1 forbids that.
+    """
+    try:
+        client = docker.from_env(version="auto")
+        client.images.get(BASE_IMAGE)
+    except docker.errors.DockerException as error:
+        reason = f"NO CONTAINER ENGINE, the walls around models are not tested (.ci/docker-engine start): {error}"
+        if os.environ.get("CALIPERT_REQUIRE_DOCKER") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="session")
+def docker_image(docker_client: docker.DockerClient, tmp_path_factory) -> Iterator[Callable[..., Path]]:
+    """Builds the image of a model that needs Python alone: `docker_image(name, model.py, *lines_of_the_Dockerfile)`.
+
+    Returns the model's folder. The image is removed in the end.
+    """
+    made: list[str] = []
+
+    def make(name: str, model: str, *lines: str) -> Path:
+        folder = tmp_path_factory.mktemp("image") / name
+        folder.mkdir()
+        (folder / "model.py").write_text(model)
+        dockerfile = [f"FROM {BASE_IMAGE}", "COPY model.py /model/model.py", *lines]
+        dockerfile += ['ENTRYPOINT ["python3", "/model/model.py"]']
+        (folder / "Dockerfile").write_text("\n".join(dockerfile))
+        made.append(f"calipert-{name}:latest")
+        docker_client.images.build(path=str(folder), tag=made[-1], rm=True)
+        return folder
+
+    yield make
+    for name in made:
+        docker_client.images.remove(name, force=True)

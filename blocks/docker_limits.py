@@ -1,0 +1,64 @@
+"""What a model's container may use of the machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
+
+from core.errors import UserError
+
+SETTINGS = "CALIPERT_DOCKER"
+
+_GIB = 2**30
+Size = Annotated[ByteSize, Field(gt=0)]
+Count = Annotated[int, Field(gt=0)]
+
+
+class Limits(BaseModel):
+    """The limits of one container; sizes in bytes, or as `16GiB`. docs/containers.md says what each is for.
+
+    memory: of all its processes, its /tmp, /dev/shm and output, without swap; None for half of the machine's.
+    cpus: None for as many as the stage was given threads. pids: processes and threads. temporary: of /tmp.
+    shared_memory: of /dev/shm. output, output_files: bytes and number of files and folders that it may write. printed:
+    bytes on stdout and stderr together.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    memory: Size | None = None
+    cpus: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    pids: Count = 512
+    open_files: Count = 4096
+    temporary: Size = ByteSize(_GIB)
+    shared_memory: Size = ByteSize(_GIB)
+    output: Size = ByteSize(4 * _GIB)
+    output_files: Count = 10_000
+    printed: Size = ByteSize(_GIB // 16)
+
+
+def read_limits() -> Limits:
+    """The limits in the YAML file that CALIPERT_DOCKER names; what it leaves out, and all without a file, by default.
+
+    Raises UserError for a file that cannot be read or does not fit.
+    """
+    name = os.environ.get(SETTINGS)
+    if not name:
+        return Limits()
+    path, remedy = Path(name).expanduser(), "correct it as docs/containers.md says"
+    try:
+        return Limits.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(path, f"file ({SETTINGS})", str(error), remedy) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "file"
+        raise UserError(path, field, f"{first['input']!r}: {first['msg']}", remedy) from error
+
+
+def change(field: str) -> str:
+    """The end of a message that names a limit: where to change it."""
+    return f": to change it, set `{field}` in the file that {SETTINGS} names (docs/containers.md)"
