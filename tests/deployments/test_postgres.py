@@ -274,12 +274,13 @@ def test_files_lie_in_the_s3_store_and_are_handed_out_by_mlflow(
     from mlflow.artifacts import list_artifacts
 
     environment = group.environment("cpu-worker")
-    run = next(run for run in benchmarked[1]["runs"] if run["info"]["artifact_uri"].startswith("mlflow-artifacts:"))
+    run = next(run for run in benchmarked[1]["runs"] if run["info"]["run_name"] == "calibration")
+    assert run["info"]["artifact_uri"].startswith("mlflow-artifacts:")
     with pytest.MonkeyPatch.context() as patch:
         for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
             patch.setenv(name, environment[name])
         files = list_artifacts(run_id=run["info"]["run_id"], tracking_uri=group.url("mlflow"))
-    assert files
+    assert [file.path for file in files] == ["calibration.parquet"]
     assert any(key.endswith(files[0].path) for key in _keys(group, "mlflow"))
 
 
