@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from time import monotonic
@@ -259,8 +259,9 @@ class _Stage:
     def _fetch(self, container: Container, folder: Path, output: Path) -> None:
         folder.mkdir()
         try:
-            chunks, _ = container.get_archive(OUTPUT, chunk_size=CHUNK)
-            unpack(chunks, folder, int(self.limits.output), self.limits.output_files)
+            # What is refused is not read to its end, and the engine removes no container that it still reads.
+            with closing(container.get_archive(OUTPUT, chunk_size=CHUNK)[0]) as chunks:
+                unpack(chunks, folder, int(self.limits.output), self.limits.output_files)
             move_into(folder, output)
         except RefusedOutput as error:
             raise self._failure(f"wrote what is refused: {error}", 0) from error

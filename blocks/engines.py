@@ -276,7 +276,7 @@ def event_of(line: str) -> Event:
     as_log: Event = {"event": "log", "message": line}
     try:
         event: Event = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return as_log
     match event:
         case (

@@ -27,6 +27,47 @@ def open_h5ad(path: Path) -> ad.AnnData:
     return _read(path, ad.read_h5ad)
 
 
+def open_foreign_h5ad(path: Path, most_bytes: int) -> ad.AnnData:
+    """As `open_h5ad`, of a file by somebody who may mean harm. Raises UserError, before anything is read, also for one
+    that takes more than so many bytes of memory, or whose values would come from another file."""
+
+    def read(path: Path) -> ad.AnnData:
+        with h5py.File(path) as file:
+            _require_self_contained(file, path)
+            bytes_in_memory = _bytes_in_memory(file)
+        if bytes_in_memory > most_bytes:
+            found = f"{bytes_in_memory:,} bytes once it is read, of at most {most_bytes:,}"
+            raise UserError(path, "size", found, "leave out everything but the predictions")
+        return ad.read_h5ad(path)
+
+    return _read(path, read)
+
+
+def _require_self_contained(file: h5py.File, path: Path) -> None:
+    """Links to other files are not followed by this walk, and each object comes once, however many names it has."""
+
+    def look(name: str, thing: h5py.Group | h5py.Dataset) -> None:
+        names = [f"{name}/{link}" for link in thing if _leads_out(thing, link)] if isinstance(thing, h5py.Group) else []
+        if isinstance(thing, h5py.Dataset) and (thing.is_virtual or thing.external):
+            names = [name]
+        if names:
+            raise UserError(path, names[0], "values from another file", "write all values into the file itself")
+
+    look("", file)
+    file.visititems(look)
+
+
+def _leads_out(group: h5py.Group, name: str) -> bool:
+    return not isinstance(group.get(name, getlink=True), h5py.HardLink | h5py.SoftLink)
+
+
+def _bytes_in_memory(file: h5py.File) -> int:
+    """Of all datasets, as their shapes say; a compressed file may be a thousandth of it, and an empty one less."""
+    sizes: list[int] = []
+    file.visititems(lambda _, thing: sizes.append(thing.nbytes) if isinstance(thing, h5py.Dataset) else None)
+    return sum(sizes)
+
+
 def read_names(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Only the tables of the rows (obs) and the columns (var) of an h5ad. Raises UserError as `open_h5ad` does."""
     return _read(path, _tables)

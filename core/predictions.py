@@ -14,13 +14,16 @@ from scipy import sparse
 
 from core.arrays import Floats
 from core.errors import UserError, shown
-from core.files import open_h5ad, read_genes
+from core.files import open_foreign_h5ad, read_genes
 from core.harmonising import KEYS, SEPARATOR
 from core.reference import read_keys
 
 # Room for float32 at the largest value that a mean of log1p can have.
 ROUNDING = 1e-3
 SHARED_GENES = 0.95
+# How many times as large as the predictions that are asked for a file may be: more genes, layers, tables.
+ROOM = 16
+ROOM_BYTES = 2**30
 
 
 def align_predictions(
@@ -91,7 +94,8 @@ def check_model_output(
         raise UserError(
             where, path.name, f"{type(error).__name__}: {error}", "write a list of covariate, condition and reason"
         ) from error
-    predictions = align_predictions(open_h5ad(folder / "predictions.h5ad"), keys, genes, where, target_sum)
+    given = open_foreign_h5ad(folder / "predictions.h5ad", _most_bytes(len(keys), len(genes)))
+    predictions = align_predictions(given, keys, genes, where, target_sum)
     answered = set(pd.MultiIndex.from_frame(predictions.obs[KEYS]))
     wanted = set(pd.MultiIndex.from_frame(keys))
     if answered & set(reasons) or (answered | set(reasons)) != wanted:
@@ -106,6 +110,11 @@ def check_model_output(
     return predictions, rows
 
 
+def _most_bytes(rows: int, genes: int) -> int:
+    """How much memory a file of predictions may take."""
+    return ROOM_BYTES + ROOM * rows * genes * np.dtype(np.float64).itemsize
+
+
 def write_accepted(file: Path, reference: Path, target_sum: float, folder: Path) -> None:
     """Align a file of predictions made elsewhere with the reference in the folder `reference`.
 
@@ -115,7 +124,8 @@ def write_accepted(file: Path, reference: Path, target_sum: float, folder: Path)
     keys = read_keys(reference)
     tested = keys.loc[keys["test_fold"] >= 0, KEYS].reset_index(drop=True)
     genes = read_genes(reference / "reference.h5ad")
-    predictions = align_predictions(open_h5ad(file), tested, genes, str(file), target_sum)
+    given = open_foreign_h5ad(file, _most_bytes(len(tested), len(genes)))
+    predictions = align_predictions(given, tested, genes, str(file), target_sum)
     if predictions.n_obs == 0:
         raise UserError(file, "shape", "no row", "give one row for each predicted condition")
     lacking = set(pd.MultiIndex.from_frame(tested)) - set(pd.MultiIndex.from_frame(predictions.obs[KEYS]))

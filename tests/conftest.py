@@ -101,3 +101,24 @@ def docker_image(docker_client: docker.DockerClient, tmp_path_factory) -> Iterat
     yield make
     for name in made:
         docker_client.images.remove(name, force=True)
+
+
+@pytest.fixture
+def nothing_left(
+    docker_client: docker.DockerClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[], list[str]]]:
+    """A data folder of the test's own, of which no container, volume or scratch folder is there in the end.
+
+    The function says which containers and volumes are there now.
+    """
+    data = tmp_path / "data"
+    monkeypatch.setenv("CALIPERT_DATA", str(data))
+    label = {"label": f"calipert.data={data}"}
+
+    def left() -> list[str]:
+        containers = [each["Names"][0] for each in docker_client.api.containers(all=True, filters=label)]
+        return containers + [each["Name"] for each in docker_client.api.volumes(filters=label)["Volumes"] or []]
+
+    yield left
+    assert left() == []
+    assert not (data / "scratch").exists() or list((data / "scratch").iterdir()) == []

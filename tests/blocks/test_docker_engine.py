@@ -13,7 +13,6 @@ from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
-import docker
 import psutil
 import pytest
 
@@ -23,11 +22,10 @@ from blocks.docker_engine import DATA, OWNER, STAGE, DockerEngine
 from blocks.docker_limits import Limits
 from blocks.engines import LAST_LINES, ModelFailed, Usage
 from blocks.gpus import holders, lease
-from blocks.paths import scratch_folder
 from blocks.processes import this_process
 from core.errors import UserError
 
-pytestmark = pytest.mark.docker
+pytestmark = [pytest.mark.docker, pytest.mark.usefixtures("nothing_left")]
 
 ROOT = Path(__file__).resolve().parents[2]
 # A model that does what its spec says, in Python.
@@ -41,29 +39,14 @@ LIMITS = {"memory": 2**28, "output": 2**24, "output_files": 50, "temporary": 2**
 
 
 @pytest.fixture(autouse=True)
-def process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A data folder of the test's own, in a process where nothing was stopped yet."""
-    monkeypatch.setenv("CALIPERT_DATA", str(tmp_path / "data"))
+def process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process where nothing was stopped yet."""
     monkeypatch.setattr(cancellation, "_STOPS", [])
 
 
 @pytest.fixture(scope="module")
 def model(docker_image: Callable[..., Path]) -> Path:
     return docker_image("obedient", OBEDIENT)
-
-
-@pytest.fixture(autouse=True)
-def nothing_left(process: None, docker_client: docker.DockerClient, tmp_path: Path) -> Iterator[None]:
-    """Whatever a test does, no container, volume or scratch folder of it is there in the end."""
-    yield
-    assert left(docker_client, tmp_path) == []
-    assert not scratch_folder().exists() or list(scratch_folder().iterdir()) == []
-
-
-def left(client: docker.DockerClient, tmp_path: Path) -> list[str]:
-    label = {"label": f"{DATA}={tmp_path / 'data'}"}
-    containers = [each["Names"][0] for each in client.api.containers(all=True, filters=label)]
-    return containers + [each["Name"] for each in client.api.volumes(filters=label)["Volumes"] or []]
 
 
 class Outcome:
@@ -235,7 +218,7 @@ def test_endless_printing_ends(model, tmp_path, stream):
         run(model, tmp_path, code, limits={"printed": 2**22})
 
 
-def test_a_busy_reader_slows_the_model_and_nobody_keeps_what_it_prints(model, tmp_path, docker_client):
+def test_a_busy_reader_slows_the_model_and_nobody_keeps_what_it_prints(model, tmp_path, docker_client, nothing_left):
     """Of 200 MB it gets rid of a few: what stands in the pipes and queues on the way."""
     code = """
         print("begun", flush=True)
@@ -247,7 +230,7 @@ def test_a_busy_reader_slows_the_model_and_nobody_keeps_what_it_prints(model, tm
 
     def busy(event: Mapping[str, Any]) -> None:
         time.sleep(3)
-        (name,) = (name for name in left(docker_client, tmp_path) if name.startswith("/") and "output" not in name)
+        (name,) = (name for name in nothing_left() if name.startswith("/") and "output" not in name)
         counts.append(int(docker_client.containers.get(name[1:]).exec_run("cat /tmp/count").output))
         raise KeyboardInterrupt
 
@@ -326,7 +309,7 @@ def test_an_exception_in_the_caller_ends_the_container(model, tmp_path):
         run(model, tmp_path, "print('begun', flush=True); time.sleep(600)", on_event=refuse)
 
 
-def test_a_stop_ends_the_container_within_seconds(model, tmp_path, docker_client):
+def test_a_stop_ends_the_container_within_seconds(model, tmp_path, nothing_left):
     begun = threading.Event()
     ended: list[BaseException] = []
 
@@ -341,7 +324,7 @@ def test_a_stop_ends_the_container_within_seconds(model, tmp_path, docker_client
     assert begun.wait(60)
     began = time.monotonic()
     stop_all("cancelled")
-    assert wait_for(lambda: left(docker_client, tmp_path) == [], 10)
+    assert wait_for(lambda: nothing_left() == [], 10)
     thread.join(20)
     assert "cancelled" in str(ended[0])
     assert time.monotonic() - began < 10
@@ -387,21 +370,21 @@ def guard_of(pid: int) -> int:
     return int(guard.pid)
 
 
-def test_killing_the_caller_ends_the_container_and_the_gpu_is_leased_until_then(caller, tmp_path, docker_client, model):
+def test_killing_the_caller_ends_the_container_and_the_gpu_is_leased_until_then(caller, tmp_path, nothing_left, model):
     guard = guard_of(caller.pid)
     os.kill(guard, signal.SIGSTOP)
     caller.kill()
     caller.wait()
     assert holders()[0][1] is not None, "the container still runs"
-    assert len(left(docker_client, tmp_path)) == 3
+    assert len(nothing_left()) == 3
     os.kill(guard, signal.SIGCONT)
-    assert wait_for(lambda: left(docker_client, tmp_path) == [], 20)
+    assert wait_for(lambda: nothing_left() == [], 20)
     assert wait_for(lambda: holders()[0][1] is None, 30)
     run(model, tmp_path, "")  # which sweeps its scratch folder
 
 
 def test_the_next_stage_removes_what_a_caller_and_its_guard_left_and_nothing_else(
-    caller, tmp_path, docker_client, model, caplog
+    caller, tmp_path, docker_client, nothing_left, model, caplog
 ):
     strangers = {
         "living": {OWNER: this_process(), DATA: str(tmp_path / "data")},
@@ -414,13 +397,13 @@ def test_the_next_stage_removes_what_a_caller_and_its_guard_left_and_nothing_els
     ]
     try:
         run(model, tmp_path, "")
-        assert len(left(docker_client, tmp_path)) == 5, "a living one's stay"
+        assert len(nothing_left()) == 5, "a living one's stay"
         os.kill(guard_of(caller.pid), signal.SIGKILL)
         caller.kill()
         caller.wait()
-        assert len(left(docker_client, tmp_path)) == 5
+        assert len(nothing_left()) == 5
         run(model, tmp_path, "")
-        assert left(docker_client, tmp_path) == ["test-living", "test-unknown"]
+        assert nothing_left() == ["test-living", "test-unknown"]
         assert docker_client.volumes.get("test-elsewhere")
         assert "a killed process left" in caplog.text
     finally:
