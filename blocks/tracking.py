@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote, urlsplit
 
@@ -42,7 +41,9 @@ from blocks.mlflow_runs import (
     with_running_children,
     write,
 )
+from blocks.paths import scratch_folder
 from blocks.processes import known_dead, this_process
+from blocks.scratch import scratch
 from core.calibration import VARIANTS
 from core.errors import UserError
 
@@ -323,8 +324,8 @@ class MLflowTracking(Block):
         def keep(item: tuple[str, str]) -> None:
             model, run_id = item
             own = table.filter(pc.equal(table["model"], model)).cast(schema)
-            with TemporaryDirectory(prefix="calipert-") as folder:
-                file = Path(folder) / scores.name
+            with scratch(scratch_folder(), "mlflow") as folder:
+                file = folder / scores.name
                 pq.write_table(own, file)
                 server.upload(server.run(run_id), file)
 
@@ -496,8 +497,8 @@ def _keep_params(server: Server, run: Run, params: Mapping[str, object]) -> None
     whole = {name: as_text(value) for name, value in params.items()}
     if all(allowed(name) == name and shortened(text) == text for name, text in whole.items()):
         return
-    with TemporaryDirectory(prefix="calipert-") as folder:
-        file = Path(folder) / "params.json"
+    with scratch(scratch_folder(), "mlflow") as folder:
+        file = folder / "params.json"
         file.write_text(json.dumps(whole, indent=2), encoding="utf-8")
         server.upload(run, file)
 

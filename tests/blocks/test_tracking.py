@@ -42,6 +42,12 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+@pytest.fixture(autouse=True)
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A data folder of the test's own: what is uploaded lies there meanwhile."""
+    monkeypatch.setenv("CALIPERT_DATA", str(tmp_path / "data"))
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of an MLflow server for the tests of this file."""
