@@ -54,7 +54,6 @@ from blocks.engines import (
     device_of,
     ending_of,
     event_of,
-    sources_hash,
     split_lines,
     where_to_change,
 )
@@ -112,9 +111,9 @@ class DockerEngine(Block):
         name = f"{model_folder.name} {stage}"
         raise_if_stopped(name)
         deadline = float("inf") if timeout_s is None else monotonic() + timeout_s
-        with _client() as client, _explained(model_folder.name, stage, gpu):
+        with docker_client() as client, _explained(model_folder.name, stage, gpu):
             _remove_leftovers(client)
-            image = usable_image(client, model_folder, sources_hash(model_folder))
+            image = usable_image(client, model_folder)
             one = _Stage(client, str(image.id), model_folder.name, stage, self.limits, on_event, timeout_s, deadline)
             with scratch(scratch_folder(), "stage") as folder, _Guard(client, one.id, gpu) as guard:
                 one.guard = guard
@@ -130,8 +129,8 @@ class DockerEngine(Block):
 
         Raises UserError if there is no usable image of it.
         """
-        with _client() as client, _explained(model_folder.name, "describe", None):
-            return str(usable_image(client, model_folder, sources_hash(model_folder)).id)
+        with docker_client() as client, _explained(model_folder.name, "describe", None):
+            return str(usable_image(client, model_folder).id)
 
 
 class _Stage:
@@ -353,7 +352,8 @@ def _remove_leftovers(client: docker.DockerClient) -> None:
 
 
 @contextmanager
-def _client() -> Iterator[docker.DockerClient]:
+def docker_client() -> Iterator[docker.DockerClient]:
+    """A client of the engine of this machine, or of the one that DOCKER_HOST names. Raises UserError without one."""
     try:
         client = DockerHost().get_client()
     except (DockerException, RequestException) as error:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from core.errors import UserError, shown
+from flows.model_cli import app as models_app
 
 if TYPE_CHECKING:
     from blocks.settings import Services
@@ -33,6 +34,7 @@ app = typer.Typer(
 
 datasets = typer.Typer(no_args_is_help=True, help="Look at data sets.")
 app.add_typer(datasets, name="dataset")
+app.add_typer(models_app, name="model")
 
 Sources = Annotated[
     list[str] | None,

@@ -80,6 +80,12 @@ def docker_client() -> Iterator[docker.DockerClient]:
 
 
 @pytest.fixture(scope="session")
+def base_image(docker_client: docker.DockerClient) -> str:
+    """The image that tests build theirs from: Debian or the like with Python."""
+    return BASE_IMAGE
+
+
+@pytest.fixture(scope="session")
 def docker_image(docker_client: docker.DockerClient, tmp_path_factory) -> Iterator[Callable[..., Path]]:
     """Builds the image of a model that needs Python alone: `docker_image(name, model.py, *lines_of_the_Dockerfile)`.
 

@@ -1,0 +1,117 @@
+"""`calipert model`: images of models, and the contract's tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from core.errors import UserError
+
+CONSOLE = Console(highlight=False)
+
+app = typer.Typer(no_args_is_help=True, help="Build images of models, and check models against the contract.")
+
+
+@app.command(name="list")
+def list_() -> None:
+    """List the models of the catalog, their folders and whether their images are here."""
+    from blocks.docker_engine import docker_client
+    from blocks.docker_images import usable_image
+    from core import catalog
+
+    users: dict[str, list[str]] = {}
+    for name in catalog.names("model"):
+        container = catalog.model(name).container
+        if container is not None:
+            users.setdefault(container, []).append(name)
+    table = Table("container", "image", "models")
+    with docker_client() as client:
+        for container, names in sorted(users.items()):
+            try:
+                state = str(usable_image(client, _folder(container)).id)[:19]
+            except UserError as error:
+                state = f"[yellow]{escape(error.found)}[/yellow]"
+            table.add_row(container, state, ", ".join(names))
+    CONSOLE.print(table)
+
+
+@app.command()
+def build(
+    names: Annotated[list[str], typer.Argument(help="Folders under model_containers, or paths of your own.")],
+    arg: Annotated[
+        list[str] | None,
+        typer.Option("--arg", help="NAME=VALUE: an argument of the Dockerfile, such as BASE_IMAGE; may be repeated."),
+    ] = None,
+) -> None:
+    """Build the images of models, calipert-NAME."""
+    from blocks.docker_engine import docker_client
+    from blocks.docker_images import build_image
+
+    arguments = _arguments(arg or [])
+    folders = [_folder(name) for name in names]
+    with docker_client() as client:
+        for folder in folders:
+            image = build_image(client, folder, arguments, lambda line: CONSOLE.print(escape(line), style="dim"))
+            CONSOLE.print(f"{folder.name}: {image}")
+
+
+@app.command()
+def check(
+    folder: Annotated[str, typer.Argument(help="The path of your model's folder, or one under model_containers.")],
+    hyperparameters: Annotated[str, typer.Option(help="JSON of what differs from the model's defaults.")] = "{}",
+) -> None:
+    """Run the contract's tests on a model under the engine in use (CALIPERT_ENGINE); exit status 1 if it fails one."""
+    from flows.model_check import check_model
+    from tasks.engine import ENGINE, engine, runs_elsewhere
+
+    if runs_elsewhere():
+        raise UserError("environment", ENGINE, "an engine that runs models elsewhere", "set it to docker or process")
+    path, settings = _folder(folder), _json_object(hyperparameters)
+    failed = False
+    for finding in check_model(path, engine(), settings, lambda event: None):
+        failed = failed or finding.fault is not None
+        CONSOLE.print(
+            f"[green]ok[/green]    {finding.asked}" if finding.fault is None else f"[red]fails[/red] {finding.asked}"
+        )
+        if finding.fault is not None:
+            CONSOLE.print(escape(finding.fault), style="red")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _folder(name: str) -> Path:
+    """The folder of a model by its path, or by its name under model_containers. Raises UserError without a model.py."""
+    from blocks.paths import MODEL_CONTAINERS
+
+    named = MODEL_CONTAINERS / name
+    folder = named if named.is_dir() else Path(name).expanduser().resolve()
+    if not (folder / "model.py").is_file():
+        known = ", ".join(sorted(path.parent.name for path in MODEL_CONTAINERS.glob("*/model.py")))
+        raise UserError(name, "model", "no folder with a model.py", f"give the path of one, or one of: {known}")
+    return folder
+
+
+def _arguments(texts: list[str]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in texts]
+    for name, equals, value in pairs:
+        if not (name and equals):
+            raise UserError("--arg", "value", repr(name + equals + value), "write NAME=VALUE")
+    return {name: value for name, _, value in pairs}
+
+
+def _json_object(text: str) -> dict[str, object]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UserError(
+            "--hyperparameters", "value", f"{text!r}: {error}", 'write JSON, as in {"epochs": 4}'
+        ) from error
+    if not isinstance(value, dict):
+        raise UserError("--hyperparameters", "value", repr(text), 'write an object, as in {"epochs": 4}')
+    return value

@@ -1,0 +1,85 @@
+"""A small simulated screen, laid out as the contract hands a fold to a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from model_containers import contract
+
+SINGLES = [f"P{number:02d}" for number in range(12)]
+# Perturbed genes are measured too: some models need that.
+GENES = [*(f"G{number:02d}" for number in range(18)), *SINGLES]
+PAIRS = ["P00+P01", "P02+P03", "P04+P05", "P01+P06"]
+NO_EMBEDDING, ZERO_EMBEDDING = "P10", "P11"
+UNSEEN = "unseen"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One fold: train.h5ad, control.h5ad and embedding.parquet in `folder`, and what is held out of it."""
+
+    folder: Path
+    held_out: list[contract.Key]
+
+    def train_task(self, output: Path, **changes: Any) -> contract.TrainTask:
+        embedding = self.folder / "embedding.parquet"
+        fields: dict[str, Any] = {
+            "cells": self.folder / "train.h5ad",
+            "embedding": embedding,
+            "hyperparameters": {},
+            "seed": 1,
+        }
+        return contract.TrainTask(**(fields | {"threads": 1, "output": output} | changes))
+
+    def predict_task(self, model: Path, output: Path, **changes: Any) -> contract.PredictTask:
+        fields: dict[str, Any] = {
+            "model": model,
+            "control": self.folder / "control.h5ad",
+            "conditions": tuple(self.held_out),
+        }
+        fields |= {"embedding": self.folder / "embedding.parquet", "seed": 1, "threads": 1, "output": output}
+        return contract.PredictTask(**(fields | changes))
+
+
+def write_panel(folder: Path, covariates: tuple[str, ...]) -> Panel:
+    """A screen of sparse cells whose effects are linear in an embedding; P03, P08 and a pair are held out.
+
+    P10 has no embedding and P11 one of zeros; both are also asked for, and a covariate that training lacks.
+    """
+    rng = np.random.default_rng(7)
+    embedding = pd.DataFrame(rng.normal(size=(12, 6)), index=pd.Index(SINGLES, name="gene")).add_prefix("d")
+    embedding = 3 * contract.unit_norm(embedding)
+    embedding.loc[ZERO_EMBEDDING] = 0.0
+    effect = rng.normal(scale=0.3, size=(6, len(GENES)))
+    baseline = rng.uniform(1.0, 3.0, size=len(GENES))
+    held_out = ["P03", "P08", "P02+P03"]
+    blocks, rows = [], []
+    for shift, covariate in enumerate(covariates):
+        for condition in [contract.CONTROL, *SINGLES, *PAIRS]:
+            if condition in held_out or condition == NO_EMBEDDING:
+                continue
+            genes = list(contract.genes_of(condition))
+            mean = baseline + 0.3 * shift + embedding.loc[genes].sum().to_numpy() @ effect
+            cells = rng.normal(mean, 0.5, size=(15, len(GENES)))
+            blocks.append(np.where(rng.random(cells.shape) < 0.2, 0, np.clip(cells, 0, None)))
+            split = "val" if condition in ("P07", "P04+P05") else "train"
+            rows += [(covariate, condition, split)] * len(cells)
+    obs = pd.DataFrame(rows, columns=["covariate", "condition", "split"]).sort_values(["covariate", "condition"])
+    order = obs.index.to_numpy()
+    obs.index = [f"cell{row:04d}" for row in range(len(obs))]
+    X = sparse.csr_matrix(np.concatenate(blocks)[order].astype(np.float32))
+    cells = ad.AnnData(X, obs=obs, var=pd.DataFrame(index=GENES))
+    cells.layers["counts"] = X.copy()
+    cells.write_h5ad(folder / "train.h5ad")
+    cells[cells.obs["condition"] == contract.CONTROL].write_h5ad(folder / "control.h5ad")
+    embedding.drop(index=NO_EMBEDDING).to_parquet(folder / "embedding.parquet")
+    asked = [contract.Key(covariate, condition) for covariate in covariates for condition in held_out]
+    asked += [contract.Key(covariates[0], name) for name in (NO_EMBEDDING, f"P00+{ZERO_EMBEDDING}")]
+    return Panel(folder, [*asked, contract.Key(UNSEEN, "P03")])
