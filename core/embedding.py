@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations_with_replacement
 from pathlib import Path
@@ -196,6 +196,15 @@ def fold_coexpression(fold: Path, dimensions: int) -> pd.DataFrame:
     return coexpression_embedding(training.X, list(training.var_names), dimensions)
 
 
+def side_by_side(embeddings: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Several embeddings in one table: the union of their genes (index, sorted) x `<name>/<dimension>` (float64).
+
+    NaN in all dimensions of an embedding that lacks the gene.
+    """
+    named = [table.add_prefix(f"{name}/") for name, table in embeddings.items()]
+    return pd.concat(named, axis=1, join="outer").sort_index().rename_axis("gene")
+
+
 def write_embedding(embedding: pd.DataFrame, path: Path) -> None:
     """Write an embedding as parquet, `gene` (the index), d0, d1, ...; the same table gives the same bytes."""
     embedding.to_parquet(path)
@@ -228,22 +237,34 @@ def read_embedding(path: Path) -> pd.DataFrame:
     return table
 
 
-def coverage(embedding: pd.DataFrame, genes: Iterable[str]) -> tuple[list[str], list[str]]:
-    """The distinct genes with and those without an embedding, each sorted."""
+def known_genes(path: Path) -> pd.Index:
+    """The genes that a file of any form knows: an embedding, several side by side, or a graph."""
+    import pyarrow.parquet as pq
+
+    names = pq.read_schema(path).names
+    if "neighbour" in names:
+        return pd.Index(pd.read_parquet(path, columns=["gene"])["gene"].unique())
+    if any("/" in name for name in names):
+        return pd.read_parquet(path, columns=["gene"]).index
+    return read_embedding(path).index
+
+
+def coverage(known: pd.Index, genes: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The distinct genes that are known and those that are not, each sorted."""
     wanted = set(genes)
-    covered = wanted.intersection(embedding.index)
+    covered = wanted.intersection(known)
     return sorted(covered), sorted(wanted - covered)
 
 
-def require_coverage(name: str, embedding: pd.DataFrame, genes: Iterable[str]) -> tuple[list[str], list[str]]:
+def require_coverage(name: str, known: pd.Index, genes: Iterable[str]) -> tuple[list[str], list[str]]:
     """`coverage` of the perturbed genes. Raises UserError where the embedding `name` has none of them."""
-    covered, missing = coverage(embedding, genes)
+    covered, missing = coverage(known, genes)
     if not covered:
         raise UserError(
             f"embedding {name}",
             "gene",
             f"none of the {len(missing)} perturbed genes ({shown(missing)}); its genes are like "
-            f"{shown(sorted(map(str, embedding.index)), 3)}",
+            f"{shown(sorted(map(str, known)), 3)}",
             "choose an embedding with the symbols of the data set",
         )
     return covered, missing

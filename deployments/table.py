@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from blocks.pools import CPU, GPU
 from core import catalog
-from core.catalog.schema import DatasetSpec
-from tasks.inputs import study
+from core.catalog.schema import DatasetSpec, EmbeddingSpec
+from tasks.inputs import inputs_of, study
 
 
 class Schedule(NamedTuple):
@@ -92,7 +92,7 @@ def _of_dataset(flow: _Flow, dataset: DatasetSpec) -> Deployment:
     choices = {
         "dataset": (dataset.name,),
         "origin": ("raw",) if dataset.mirror is None else ("raw", "mirror"),
-        "sources": (dataset.name, *(_shared_embeddings() if flow.trains else ())),
+        "sources": (dataset.name, *(_inputs() if flow.trains else ())),
     }
     training = {"models": _models_and_groups()} if flow.trains else {}
     hints = {"models": _groups(), "folds": f"The catalog says {dataset.folds}."} if flow.trains else {}
@@ -123,7 +123,7 @@ def _of_embedding(name: str) -> Deployment:
         tags=("calipert", name, "embedding"),
         description=f"Makes the gene embedding **{name}**: {spec.title}. A benchmark that needs it makes it by itself."
         f"\n\nLicence: {spec.licence}.\n\nTo cite: {spec.citation}.",
-        choices={"embedding": (name,), "sources": (name,)},
+        choices={"embedding": (name,), "sources": tuple(part.name for part in catalog.parts(spec))},
     )
 
 
@@ -141,7 +141,7 @@ def _whole_study() -> Deployment:
         choices={
             "datasets": tuple(catalog.names("dataset")),
             "models": _models_and_groups(),
-            "sources": (*catalog.names("dataset"), *_shared_embeddings()),
+            "sources": (*catalog.names("dataset"), *_inputs()),
         },
         hints={"models": _groups(), "sources": 'As in {"norman19": "/data/norman19.h5ad"}.'},
         # Days of work: what a schedule starts waits until the run before has ended.
@@ -165,6 +165,12 @@ def _one_training() -> Deployment:
 
 def _shared_embeddings() -> tuple[str, ...]:
     return tuple(name for name in catalog.names("embedding") if not catalog.embedding(name).per_fold)
+
+
+def _inputs() -> tuple[str, ...]:
+    """What models need beside the data, and a user may have as a file."""
+    needed = inputs_of(catalog.models(catalog.names("model")))
+    return tuple(sorted(one.name for one in needed if not (isinstance(one, EmbeddingSpec) and one.per_fold)))
 
 
 def _models_and_groups() -> tuple[str, ...]:

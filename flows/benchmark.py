@@ -10,7 +10,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.folds import cancel_folds, folds_of, plan_folds, recipes_of, train_folds
 from flows.parameters import Dataset, Folds, Models, Origin, Seed, Sources
-from tasks.inputs import check_sources, chosen_dataset, chosen_models
+from tasks.inputs import check_sources, chosen_dataset, chosen_models, inputs_of
 from tasks.prepare import build_reference, measure_quality, prepare_cells
 from tasks.record import (
     end_interrupted,
@@ -52,7 +52,7 @@ def benchmark(
     """
     spec = chosen_dataset(dataset, folds, origin)
     chosen = chosen_models(models)
-    check_sources([spec, *(model.embedding for model in chosen if model.embedding)], sources)
+    check_sources([spec, *inputs_of(chosen)], sources)
 
     raw = fetch_source(spec, sources)
     cells = prepare_cells(spec, raw)

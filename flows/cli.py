@@ -190,7 +190,7 @@ def check(
 
     spec, sources = catalog.dataset(dataset), _named(source)
     check_sources([spec], sources)
-    file = named_source(spec.name, sources)
+    file = named_source(spec, sources)
     if file is None:
         remedy = f"download {getattr(spec.source, 'url', 'it')} and name it: --source {spec.name}=FILE"
         raise UserError(dataset, "source", "an entry that can be read, but no file to check it with", remedy)
@@ -258,11 +258,10 @@ def _check_benchmark(
     dataset: str, folds: Folds, origin: Literal["raw", "mirror"], models: list[str], sources: dict[str, str]
 ) -> None:
     """What can be refused before anything is started."""
-    from tasks.inputs import check_sources, chosen_dataset, chosen_models
+    from tasks.inputs import check_sources, chosen_dataset, chosen_models, inputs_of
 
     spec = chosen_dataset(dataset, folds, origin)
-    embeddings = [model.embedding for model in chosen_models(models) if model.embedding]
-    check_sources([spec, *embeddings], sources)
+    check_sources([spec, *inputs_of(chosen_models(models))], sources)
 
 
 def _servers() -> Services:

@@ -9,9 +9,8 @@ from prefect import flow
 from core import catalog
 from core.errors import UserError
 from flows.parameters import Embedding, Sources
-from tasks.embed import embed as make_embedding
+from tasks.embed import make_shared
 from tasks.inputs import check_sources
-from tasks.sources import fetch_source
 
 
 @flow(name="embed", flow_run_name="embed-{embedding}")
@@ -22,7 +21,7 @@ def embed(
     """Make a gene embedding that is shared by all data sets; benchmarks find it again.
 
     embedding: a name of the catalog.
-    sources: the file to use instead of the download, by the embedding's name.
+    sources: files to use instead of downloads, by the name of the embedding, or of one of its parts.
     Returns the folder of embedding.parquet in the store. Raises UserError for an embedding that is made per fold.
     """
     spec = catalog.embedding(embedding)
@@ -33,6 +32,6 @@ def embed(
             "an embedding that is made from the training cells of a fold",
             "benchmark a model that uses it: each fold makes its own",
         )
-    check_sources([spec], sources)
+    check_sources(catalog.parts(spec), sources)
     # Which genes a data set perturbs is not known here: the benchmark checks that there are any.
-    return make_embedding(spec, fetch_source(spec, sources), [])
+    return make_shared(spec, sources, [])

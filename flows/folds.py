@@ -32,6 +32,7 @@ from core.catalog.schema import DatasetSpec, ResolvedModel
 from core.errors import UserError
 from tasks.artifacts import LOG, key_of
 from tasks.embed import make_embeddings
+from tasks.pretrained import all_pretrained
 from tasks.progress import shown_progress
 from tasks.record import Recipe, Runs, recipe
 from tasks.results import perturbed_genes, test_conditions
@@ -57,6 +58,7 @@ def plan_folds(
     asked = test_conditions(reference) if models else {}
     data = {fold: split_fold(cells, fold) for fold in asked}
     embedded = make_embeddings(models, data, sources, perturbed_genes(reference))
+    weights = all_pretrained(models, sources)
     return [
         FoldJob(
             dataset=spec.name,
@@ -65,6 +67,7 @@ def plan_folds(
             seed=seed,
             data=key_of(data[fold]),
             embedding=key_of(embedding) if (embedding := embedded[model.name, fold]) else None,
+            pretrained=key_of(weights[model.name]) if model.name in weights else None,
             asked=asked[fold],
             target_sum=spec.target_sum,
         )
@@ -78,7 +81,10 @@ def recipes_of(jobs: Iterable[FoldJob]) -> dict[str, Recipe]:
     by_model: dict[str, list[FoldJob]] = {}
     for job in jobs:
         by_model.setdefault(job.model.name, []).append(job)
-    return {name: recipe(own[0].model, own[0].seed, [job.embedding for job in own]) for name, own in by_model.items()}
+    return {
+        name: recipe(own[0].model, own[0].seed, [key for job in own for key in (job.embedding, job.pretrained)])
+        for name, own in by_model.items()
+    }
 
 
 def folds_of(jobs: Iterable[FoldJob]) -> list[int]:

@@ -19,7 +19,7 @@ from flows.folds import cancel_folds
 from flows.parameters import BenchmarkedModels, Datasets, Origin, Sources
 from flows.prepare import prepare
 from tasks.artifacts import LOG
-from tasks.inputs import chosen_models, chosen_study
+from tasks.inputs import chosen_models, chosen_study, inputs_of
 from tasks.record import end_interrupted, tracking_server
 from tasks.sources import ConnectionLost, fetch_source
 
@@ -113,8 +113,8 @@ def _reproduced(
         calibration = calibrate(dataset, origin, own)
         if models:
             failing = "could not be benchmarked"
-            embeddings = {model.embedding.name for model in chosen_models(models) if model.embedding}
-            taking_part = {name: file for name, file in sources.items() if name in {spec.name, *embeddings}}
+            needed = {one.name for one in inputs_of(chosen_models(models))}
+            taking_part = {name: file for name, file in sources.items() if name in {spec.name, *needed}}
             benchmark(dataset, models, origin=origin, sources=taking_part)
         return _done(spec.name, cells, calibration), True
     except Exception as error:  # noqa: BLE001 - whatever it is, the other data sets can still be done

@@ -77,7 +77,9 @@ class TrainTask:
 
     cells:           h5ad of the fold's train and val cells, control included: X log1p(CP10k), obs `covariate`,
                      `condition`, `split` ("train" or "val"); test cells are not in the file.
-    embedding:       parquet of genes x dimensions, or None.
+    embedding:       parquet of genes x dimensions, or what else the model is told of genes (`read_sources`,
+                     `read_graph`), or None.
+    pretrained:      folder of published weights that the model starts from, or None.
     hyperparameters: what differs from the model's own defaults.
     seed:            seed of every draw.
     threads:         CPU threads to use.
@@ -91,6 +93,7 @@ class TrainTask:
     seed: int
     threads: int
     output: Path
+    pretrained: Path | None = None
     checkpoint: Path | None = None
 
 
@@ -101,7 +104,7 @@ class PredictTask:
     model:      the folder that training wrote.
     control:    h5ad of the control cells of the train split, laid out as TrainTask.cells.
     conditions: what to predict.
-    embedding:  the parquet that training had, or None.
+    embedding, pretrained: what training had.
     seed, threads, output: as in TrainTask.
     """
 
@@ -112,6 +115,7 @@ class PredictTask:
     seed: int
     threads: int
     output: Path
+    pretrained: Path | None = None
 
 
 def main(
@@ -260,6 +264,13 @@ def read_embedding(path: Path | None, dimensions: int | None = None) -> pd.DataF
     table: pd.DataFrame = pd.read_parquet(path).astype(np.float64).rename(index=str)
     if dimensions not in (None, table.shape[1]):
         raise ContractError(f"{path}: {table.shape[1]} dimensions; the model was trained with {dimensions}")
+    return _checked(table, path)
+
+
+def _checked(table: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """An embedding without rows of zeros. Raises ContractError where a gene stands twice or a value is not finite."""
+    import numpy as np
+
     if table.index.has_duplicates:
         twice = table.index[table.index.duplicated()][0]
         raise ContractError(f"{path}: gene {twice} stands there more than once")
@@ -267,6 +278,45 @@ def read_embedding(path: Path | None, dimensions: int | None = None) -> pd.DataF
     if not finite.all():
         raise ContractError(f"{path}: gene {table.index[~finite][0]} has a value that is not finite")
     return table.loc[(table.to_numpy() != 0).any(axis=1)]
+
+
+def read_sources(path: Path | None) -> dict[str, pd.DataFrame]:
+    """Source -> its embedding, as `read_embedding` gives one: what a model is told that takes several.
+
+    In the file the columns are `<source>/<dimension>`, with NaN where a source lacks the gene: its table has no such
+    row. A plain embedding is one source, "embedding". Raises ContractError as `read_embedding` does.
+    """
+    import numpy as np
+    import pandas as pd
+
+    if path is None:
+        raise ContractError("embedding: this model needs one, and the spec names none")
+    table = pd.read_parquet(path).astype(np.float64).rename(index=str)
+    sources = [column.rpartition("/")[0] for column in table.columns]
+    if not all(sources):
+        return {"embedding": read_embedding(path)}
+    found = {}
+    for source in dict.fromkeys(sources):
+        own = table.loc[:, [source == other for other in sources]]
+        found[source] = _checked(own[own.notna().any(axis=1)], path)
+    return found
+
+
+def read_graph(path: Path | None) -> pd.DataFrame:
+    """A graph between genes: columns `gene`, `neighbour` (str) and `weight` (float64, 0 < weight <= 1), sorted by gene,
+    falling weight, neighbour. A gene without a row is not in the graph. Raises ContractError for any other file."""
+    import numpy as np
+    import pandas as pd
+
+    if path is None:
+        raise ContractError("embedding: this model needs a graph between genes, and the spec names none")
+    table = pd.read_parquet(path)
+    if list(table.columns) != ["gene", "neighbour", "weight"]:
+        raise ContractError(f"{path}: columns {', '.join(map(str, table.columns))}; wanted gene, neighbour, weight")
+    table = table.astype({"gene": str, "neighbour": str, "weight": np.float64})
+    if not ((table["weight"] > 0) & (table["weight"] <= 1)).all():
+        raise ContractError(f"{path}: a weight that is not above 0 and at most 1")
+    return table.sort_values(["gene", "weight", "neighbour"], ascending=[True, False, True], ignore_index=True)
 
 
 def unit_norm(embedding: pd.DataFrame) -> pd.DataFrame:
@@ -427,6 +477,7 @@ _FIELDS: dict[str, dict[str, Callable[[object], object]]] = {
     "train": {
         "cells": _existing,
         "embedding": _existing_or_none,
+        "pretrained": _existing_or_none,
         "hyperparameters": _object,
         "seed": _whole,
         "threads": _threads,
@@ -438,6 +489,7 @@ _FIELDS: dict[str, dict[str, Callable[[object], object]]] = {
         "control": _existing,
         "conditions": _keys,
         "embedding": _existing_or_none,
+        "pretrained": _existing_or_none,
         "seed": _whole,
         "threads": _threads,
         "output": _folder,

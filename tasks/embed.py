@@ -10,6 +10,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from blocks.code import code_hash
+from core import catalog
 from core.catalog.schema import EmbeddingSpec, ResolvedModel
 from tasks.artifacts import checksum, made
 from tasks.sources import fetch_source
@@ -19,25 +20,65 @@ FILE = "embedding.parquet"
 
 @task(name="embed", task_run_name="embed {spec.name}", cache_policy=NO_CACHE)
 def embed(spec: EmbeddingSpec, source: Path, perturbed: list[str]) -> Path:
-    """embedding.parquet of genes x dimensions; the artifact's folder.
+    """embedding.parquet, a table of genes x dimensions or a graph; the artifact's folder.
 
     source: the raw file of a shared embedding, or the fold (artifact) of a per-fold one. perturbed: the genes that
     models will need, none where that is not known. Raises UserError where it covers none of them.
     """
-    from core.embedding import read_embedding, require_coverage, write_embedding
+    from core.embedding import write_embedding
 
-    compute = COMPUTE[spec.kind]
+    if spec.dimensions is None:
+        raise ValueError(f"{spec.name} is put together from its parts")
+    compute, dimensions = COMPUTE[spec.kind], spec.dimensions
     folder = made(
         "embedding",
-        lambda folder: write_embedding(compute(source, spec.dimensions), folder / FILE),
+        lambda folder: write_embedding(compute(source, dimensions), folder / FILE),
         inputs={"source": source if source.is_dir() else checksum(source)},
-        parameters={"kind": spec.kind, "dimensions": spec.dimensions},
+        parameters={"kind": spec.kind, "dimensions": dimensions},
+        code=code_hash("core.gene_graph" if spec.form == "graph" else "core.embedding"),
+        label=f"the embedding {spec.name}",
+    )
+    return _covering(spec, folder, perturbed)
+
+
+@task(name="join-embeddings", task_run_name="embed {spec.name}", cache_policy=NO_CACHE)
+def join(spec: EmbeddingSpec, parts: dict[str, Path], perturbed: list[str]) -> Path:
+    """embedding.parquet of several tables side by side; the artifact's folder. parts: their artifacts, by name."""
+    from core.embedding import read_embedding, side_by_side, write_embedding
+
+    def build(folder: Path) -> None:
+        tables = {name: read_embedding(part / FILE) for name, part in parts.items()}
+        write_embedding(side_by_side(tables), folder / FILE)
+
+    folder = made(
+        "embedding",
+        build,
+        inputs=dict(parts),
+        parameters={"kind": spec.kind, "parts": list(parts)},
         code=code_hash("core.embedding"),
         label=f"the embedding {spec.name}",
     )
+    return _covering(spec, folder, perturbed)
+
+
+def _covering(spec: EmbeddingSpec, folder: Path, perturbed: list[str]) -> Path:
+    from core.embedding import known_genes, require_coverage
+
     if perturbed:
-        require_coverage(spec.name, read_embedding(folder / FILE), perturbed)
+        require_coverage(spec.name, known_genes(folder / FILE), perturbed)
     return folder
+
+
+def make_shared(spec: EmbeddingSpec, sources: dict[str, str], perturbed: list[str]) -> Path:
+    """The artifact's folder of an embedding that is the same for all folds."""
+    return _whole(spec, lambda part: embed(part, fetch_source(part, sources), perturbed), perturbed)
+
+
+def _whole(spec: EmbeddingSpec, make: Callable[[EmbeddingSpec], Path], perturbed: list[str]) -> Path:
+    """An embedding from what makes its parts."""
+    if spec.form != "tables":
+        return make(spec)
+    return join(spec, {part.name: make(part) for part in catalog.parts(spec)}, perturbed)
 
 
 def make_embeddings(
@@ -48,18 +89,21 @@ def make_embeddings(
     data: the folds' artifacts. sources: files that the user named. perturbed: the genes that models will need.
     """
     by_key: dict[tuple[str, int | None], Path] = {}
-    given: dict[tuple[str, int], Path | None] = {}
-    for model in models:
-        for fold, part in data.items():
-            spec = model.embedding
-            if spec is None:
-                given[model.name, fold] = None
-                continue
-            key = (spec.name, fold if spec.per_fold else None)
-            if key not in by_key:
-                by_key[key] = embed(spec, part if spec.per_fold else fetch_source(spec, sources), perturbed)
-            given[model.name, fold] = by_key[key]
-    return given
+
+    def once(spec: EmbeddingSpec, fold: int) -> Path:
+        key = (spec.name, fold if spec.per_fold else None)
+        if key not in by_key:
+            if spec.form == "tables":
+                by_key[key] = _whole(spec, lambda part: once(part, fold), perturbed)
+            else:
+                by_key[key] = embed(spec, data[fold] if spec.per_fold else fetch_source(spec, sources), perturbed)
+        return by_key[key]
+
+    return {
+        (model.name, fold): once(model.embedding, fold) if model.embedding else None
+        for model in models
+        for fold in data
+    }
 
 
 def _pathways(gmt: Path, dimensions: int) -> pd.DataFrame:
@@ -74,4 +118,14 @@ def _coexpression(fold: Path, dimensions: int) -> pd.DataFrame:
     return fold_coexpression(fold, dimensions)
 
 
-COMPUTE: dict[str, Callable[[Path, int], pd.DataFrame]] = {"gmt": _pathways, "coexpression": _coexpression}
+def _graph(annotations: Path, neighbours: int) -> pd.DataFrame:
+    from core.gene_graph import gene_graph, gene_terms
+
+    return gene_graph(gene_terms(annotations), neighbours)
+
+
+COMPUTE: dict[str, Callable[[Path, int], pd.DataFrame]] = {
+    "gmt": _pathways,
+    "coexpression": _coexpression,
+    "graph": _graph,
+}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -12,7 +12,15 @@ from pydantic import ValidationError
 
 from blocks.paths import MODEL_CONTAINERS
 from core import catalog
-from core.catalog.schema import CONTROLS, NAME_PATTERN, DatasetSpec, EmbeddingSpec, LocalSource, ResolvedModel
+from core.catalog.schema import (
+    CONTROLS,
+    NAME_PATTERN,
+    DatasetSpec,
+    EmbeddingSpec,
+    LocalSource,
+    PretrainedSpec,
+    ResolvedModel,
+)
 from core.errors import UserError
 
 VARIABLE = "CALIPERT_SOURCE_"
@@ -22,20 +30,39 @@ BASELINES = ("additive", "linear")  # core computes them in every benchmark
 Origin: TypeAlias = Literal["raw", "mirror"]
 
 
-def named_source(name: str, sources: Mapping[str, str]) -> Path | None:
-    """The file that the user named for a data set or embedding: in `sources`, else in CALIPERT_SOURCE_<NAME>."""
+# What a file can be named for.
+Needed: TypeAlias = DatasetSpec | EmbeddingSpec | PretrainedSpec
+
+
+def named_source(spec: Needed, sources: Mapping[str, str]) -> Path | None:
+    """The file that the user named for a data set or embedding, or the folder for a model's weights: in `sources`, else
+    in CALIPERT_SOURCE_<NAME>."""
+    name = spec.name
     variable = VARIABLE + name.upper()
     given = sources.get(name) or os.environ.get(variable)
     if given is None:
         return None
     path = Path(given).expanduser().resolve()
-    if not path.is_file():
-        field = f"--source {name}=..." if name in sources else variable
+    field = f"--source {name}=..." if name in sources else variable
+    if isinstance(spec, PretrainedSpec):
+        missing = [file for file in spec.files if not (path / file).is_file()]
+        if missing:
+            raise UserError(path, field, f"no {missing[0]} in it", f"name the folder of {', '.join(spec.files)}")
+    elif not path.is_file():
         raise UserError(path, field, "no such file", "name the file where it is")
     return path
 
 
-def check_sources(specs: Iterable[DatasetSpec | EmbeddingSpec], sources: Mapping[str, str]) -> None:
+def inputs_of(models: Iterable[ResolvedModel]) -> list[EmbeddingSpec | PretrainedSpec]:
+    """What models need beside the data: embeddings, each by its parts, and weights to start from; each once."""
+    needed: dict[str, EmbeddingSpec | PretrainedSpec] = {}
+    for model in models:
+        needed |= {part.name: part for part in (catalog.parts(model.embedding) if model.embedding else [])}
+        needed |= {model.pretrained.name: model.pretrained} if model.pretrained else {}
+    return list(needed.values())
+
+
+def check_sources(specs: Iterable[Needed], sources: Mapping[str, str]) -> None:
     """Raise UserError, before any work, where a needed file is not named or not there, or nothing needs it."""
     needed = list(specs)
     _check_unused(needed, sources)
@@ -43,7 +70,7 @@ def check_sources(specs: Iterable[DatasetSpec | EmbeddingSpec], sources: Mapping
         _check_source(spec, sources)
 
 
-def _check_unused(needed: list[DatasetSpec | EmbeddingSpec], sources: Mapping[str, str]) -> None:
+def _check_unused(needed: Sequence[Needed], sources: Mapping[str, str]) -> None:
     unused = sorted(set(sources) - {spec.name for spec in needed})
     if unused:
         raise UserError(
@@ -54,8 +81,10 @@ def _check_unused(needed: list[DatasetSpec | EmbeddingSpec], sources: Mapping[st
         )
 
 
-def _check_source(spec: DatasetSpec | EmbeddingSpec, sources: Mapping[str, str]) -> None:
-    if named_source(spec.name, sources) is None and isinstance(spec.source, LocalSource):
+def _check_source(spec: Needed, sources: Mapping[str, str]) -> None:
+    if named_source(spec, sources) is not None or isinstance(spec, PretrainedSpec):
+        return
+    if isinstance(spec.source, LocalSource):
         raise UserError(
             f"catalog entry {spec.name}",
             "source",
@@ -108,10 +137,10 @@ def chosen_study(
     embedding without its file, a file for nothing. A data set whose own file is missing is no such fault.
     """
     specs = {dataset: chosen_dataset(dataset, origin=origin) for dataset in list(datasets) or study()}
-    embeddings = [model.embedding for model in chosen_models(models) if model.embedding]
-    for embedding in embeddings:
-        _check_source(embedding, sources)
-    _check_unused([*specs.values(), *embeddings], sources)
+    needed = inputs_of(chosen_models(models))
+    for one in needed:
+        _check_source(one, sources)
+    _check_unused([*specs.values(), *needed], sources)
     return specs
 
 

@@ -48,11 +48,11 @@ class Runs(NamedTuple):
     folds: dict[str, dict[int, str]]
 
 
-def recipe(model: ResolvedModel, seed: int, embeddings: Iterable[str | None]) -> Recipe:
-    """The recipe of a model of the catalog under the engine in use. embeddings: the keys of those of its folds."""
+def recipe(model: ResolvedModel, seed: int, given: Iterable[str | None]) -> Recipe:
+    """The recipe of a model of the catalog under the engine in use. given: keys of what its folds get beside cells."""
     embedding = model.embedding
     about = {"embedding": embedding.name, "dimensions": embedding.dimensions} if embedding else {}
-    inputs = list(dict.fromkeys(key for key in embeddings if key))
+    inputs = list(dict.fromkeys(key for key in given if key))
     return Recipe({**model.hyperparameters, **about}, engine_identity(model), seed, inputs)
 
 

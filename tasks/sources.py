@@ -15,7 +15,7 @@ from prefect import runtime, task
 
 from blocks.code import code_hash
 from blocks.paths import downloads_folder, store_folder
-from core.catalog.schema import DatasetSpec, EmbeddingSpec, HttpsSource, S3Source, SimulatedSource
+from core.catalog.schema import DatasetSpec, EmbeddingSpec, HttpsSource, PretrainedSpec, S3Source, SimulatedSource
 from core.errors import UserError
 from tasks.artifacts import LOG, checksum, made
 from tasks.downloads import MAY_PASS, download, write_whole
@@ -67,7 +67,7 @@ def fetch_source(spec: DatasetSpec | EmbeddingSpec, sources: dict[str, str]) -> 
     another try may help.
     """
     check_sources([spec], {name: file for name, file in sources.items() if name == spec.name})
-    named = named_source(spec.name, sources)
+    named = named_source(spec, sources)
     if named is not None:
         return named
     if isinstance(spec.source, SimulatedSource):
@@ -76,13 +76,22 @@ def fetch_source(spec: DatasetSpec | EmbeddingSpec, sources: dict[str, str]) -> 
         raise UserError(f"catalog entry {spec.name}", "source", "none", "give the entry a source")
     if not _target(spec.name, spec.source).exists() and runtime.task_run.run_count <= 1:
         LOG.info("%s: to fetch %s; licence: %s; to cite: %s", spec.name, spec.source.url, spec.licence, spec.citation)
+    return _fetched(spec.name, spec.source, "FILE")
+
+
+def fetch_files(spec: PretrainedSpec) -> dict[str, Path]:
+    """The files of a model's weights on this machine, by their names. Raises as `fetch_source` does."""
+    return {name: _fetched(spec.name, source, "FOLDER") for name, source in sorted(spec.files.items())}
+
+
+def _fetched(name: str, source: HttpsSource | S3Source, wanted: str) -> Path:
     try:
-        return downloaded(spec.name, spec.source)
+        return downloaded(name, source)
     except Exception as error:
         if not may_pass(error):
             raise
-        remedy = f"run again: it goes on where it broke off. Or name the file yourself: --source {spec.name}=FILE"
-        raise ConnectionLost(spec.source.url, "connection", f"{type(error).__name__}: {error}", remedy) from error
+        remedy = f"run again: it goes on where it broke off. Or name it yourself: --source {name}={wanted}"
+        raise ConnectionLost(source.url, "connection", f"{type(error).__name__}: {error}", remedy) from error
 
 
 def simulated(source: SimulatedSource) -> Path:

@@ -35,6 +35,7 @@ class FoldJob(BaseModel):
     """One training: a model, a fold and a seed. All in it is JSON, so that it travels to another machine.
 
     data: key of the fold's artifact (`split_fold`), which holds no test cell. embedding: key of its embedding, or None.
+    pretrained: key of the weights that the model starts from, or None.
     asked: covariate and condition of each test condition. target_sum: to which counts were scaled before the log.
     run_id: of the MLflow run of this fold, empty until it is opened.
     """
@@ -47,6 +48,7 @@ class FoldJob(BaseModel):
     seed: int
     data: str
     embedding: str | None
+    pretrained: str | None = None
     asked: list[dict[str, str]]
     target_sum: float
     run_id: str = ""
@@ -104,12 +106,12 @@ def trained(job: FoldJob, on_event: Callable[[Event], None], on_usage: Callable[
 
     on_event, on_usage: called only where the model is trained now, not where the store has it.
     """
-    data, embedding = _stored("fold", job.data), _embedding(job)
+    data = _stored("fold", job.data)
 
     def build(folder: Path) -> None:
         spec = {
             "cells": str(data / "train.h5ad"),
-            "embedding": embedding,
+            **_given(job),
             "hyperparameters": job.model.hyperparameters,
             "seed": job.seed,
             "threads": THREADS,
@@ -145,7 +147,7 @@ def predicted(job: FoldJob, directory: Path, on_event: Callable[[Event], None]) 
                 "model": str(directory),
                 "control": str(control),
                 "conditions": job.asked,
-                "embedding": _embedding(job),
+                **_given(job),
                 "seed": job.seed,
                 "threads": THREADS,
                 "output": scratch,
@@ -211,7 +213,8 @@ def _predictions(job: FoldJob) -> _Recipe:
 
 
 def _inputs(job: FoldJob) -> dict[str, str]:
-    return {"fold": job.data} | ({"embedding": job.embedding} if job.embedding else {})
+    keys = {"fold": job.data, "embedding": job.embedding, "pretrained": job.pretrained}
+    return {name: key for name, key in keys.items() if key}
 
 
 def _stored(kind: str, key: str) -> Path:
@@ -225,8 +228,12 @@ def _stored(kind: str, key: str) -> Path:
     return found
 
 
-def _embedding(job: FoldJob) -> str | None:
-    return str(_stored("embedding", job.embedding) / "embedding.parquet") if job.embedding else None
+def _given(job: FoldJob) -> dict[str, str | None]:
+    """Fields of both stages' specs: what the model is given beside cells."""
+    return {
+        "embedding": str(_stored("embedding", job.embedding) / "embedding.parquet") if job.embedding else None,
+        "pretrained": str(_stored("pretrained", job.pretrained)) if job.pretrained else None,
+    }
 
 
 @contextmanager

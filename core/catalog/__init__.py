@@ -1,17 +1,19 @@
 """The catalog: data sets, embeddings, models and groups, one YAML file each (docs/catalog.md)."""
 
-from core.catalog.registry import dataset, embedding, model, models, names
-from core.catalog.schema import DatasetSpec, EmbeddingSpec, GroupSpec, ModelSpec, ResolvedModel
+from core.catalog.registry import dataset, embedding, model, models, names, parts
+from core.catalog.schema import DatasetSpec, EmbeddingSpec, GroupSpec, ModelSpec, PretrainedSpec, ResolvedModel
 
 __all__ = [
     "DatasetSpec",
     "EmbeddingSpec",
     "GroupSpec",
     "ModelSpec",
+    "PretrainedSpec",
     "ResolvedModel",
     "dataset",
     "embedding",
     "model",
     "models",
     "names",
+    "parts",
 ]

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias, TypeVar, get_args
 import yaml
 from pydantic import ValidationError
 
-from core.catalog.schema import DatasetSpec, EmbeddingSpec, Entry, GroupSpec, ModelSpec, ResolvedModel
+from core.catalog.schema import TAKES, DatasetSpec, EmbeddingSpec, Entry, GroupSpec, ModelSpec, ResolvedModel
 from core.errors import UserError
 
 BUILT_IN = Path(__file__).parent
@@ -50,7 +50,32 @@ def dataset(name_or_path: str | Path) -> DatasetSpec:
 
 def embedding(name: str) -> EmbeddingSpec:
     """The embedding of that name. Raises UserError for an unknown name or an entry that does not fit the schema."""
-    return _entry("embedding", name, EmbeddingSpec)
+    spec = _entry("embedding", name, EmbeddingSpec)
+    found = [_part(spec, part) for part in spec.parts]
+    if found and spec.per_fold != any(part.per_fold for part in found):
+        made = "each fold, as one of its parts is" if not spec.per_fold else "all folds, as its parts are"
+        per_fold = str(not spec.per_fold).lower()
+        raise UserError(
+            _files("embedding")[name], "per_fold", str(spec.per_fold).lower(), f"{per_fold}: it is made for {made}"
+        )
+    return spec
+
+
+def parts(spec: EmbeddingSpec) -> list[EmbeddingSpec]:
+    """The tables that an embedding of several puts side by side; any other embedding is its own only part."""
+    return [embedding(name) for name in spec.parts] or [spec]
+
+
+def _part(whole: EmbeddingSpec, name: str) -> EmbeddingSpec:
+    where = _files("embedding")[whole.name]
+    if name not in _files("embedding"):
+        raise _unknown("embedding", name, names("embedding"), where)
+    part = _entry("embedding", name, EmbeddingSpec)
+    if part.form != "table":
+        raise UserError(
+            where, "parts", f"{name!r}, which is no single table", "name embeddings of kind gmt, coexpression"
+        )
+    return part
 
 
 def model(name: str) -> ResolvedModel:
@@ -88,12 +113,14 @@ def names(kind: Kind) -> list[str]:
 
 
 def _resolved() -> dict[str, ResolvedModel]:
-    embeddings = {name: _entry("embedding", name, EmbeddingSpec) for name in names("embedding")}
+    embeddings = {name: embedding(name) for name in names("embedding")}
     groups = _files("group")
     found: dict[str, ResolvedModel] = {}
     for template, path in sorted(_files("model").items()):
         spec = _entry("model", template, ModelSpec)
-        for choice in sorted(embeddings) if spec.embedding else [None]:
+        takes = TAKES["table" if spec.embedding is True else spec.embedding] if spec.embedding else ()
+        fitting = [name for name in sorted(embeddings) if embeddings[name].form in takes]
+        for choice in fitting if spec.embedding else [None]:
             name = template if choice is None else f"{template}_{choice}"
             if name in found or name in groups:
                 other = groups[name] if name in groups else f"model {found[name].template!r}"
@@ -103,6 +130,7 @@ def _resolved() -> dict[str, ResolvedModel]:
                 title=spec.title if choice is None else f"{spec.title}, {embeddings[choice].title}",
                 template=template,
                 embedding=None if choice is None else embeddings[choice],
+                pretrained=spec.pretrained,
                 hyperparameters=spec.hyperparameters,
                 container=spec.container,
                 time_limits=spec.time_limits,

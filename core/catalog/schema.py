@@ -198,25 +198,63 @@ class DatasetSpec(Entry):
         return self
 
 
+# What a model is told of genes: one table of genes x dimensions, several of them, or a graph between genes.
+Form: TypeAlias = Literal["table", "tables", "graph"]
+FORMS: dict[str, Form] = {"gmt": "table", "coexpression": "table", "graph": "graph", "several": "tables"}
+# What a model can be given, by the form that it takes: several tables may be one.
+TAKES: dict[Form, tuple[Form, ...]] = {"table": ("table",), "tables": ("table", "tables"), "graph": ("graph",)}
+
+
 class EmbeddingSpec(Entry):
-    """A gene embedding: genes x at most `dimensions` (fewer where the table behind it has a lower rank)."""
+    """What a model is told of genes.
+
+    dimensions: of a table, genes x at most so many (fewer where what is behind it has a lower rank); of a graph, the
+    most neighbours of a gene; of `several`, none. parts: the embeddings that `several` puts side by side.
+    """
 
     name: Name
     title: Text
-    kind: Literal["gmt", "coexpression"]
+    kind: Literal["gmt", "coexpression", "graph", "several"]
     source: Annotated[HttpsSource | S3Source | LocalSource, Field(discriminator="kind")] | None = None
-    dimensions: Count
+    dimensions: Count | None = None
+    parts: Annotated[tuple[Name, ...], Field(strict=False)] = ()
     per_fold: bool = False
     licence: Text = "not stated"
     citation: Text = "not stated"
 
+    @property
+    def form(self) -> Form:
+        """What the file holds."""
+        return FORMS[self.kind]
+
     @model_validator(mode="after")
-    def _source_fits_kind(self) -> EmbeddingSpec:
-        if self.kind == "gmt" and (self.source is None or self.per_fold):
-            raise ValueError("`kind: gmt` needs a `source` and is the same for all folds (`per_fold: false`)")
+    def _fields_fit_kind(self) -> EmbeddingSpec:
+        if self.kind == "several":
+            if self.source is not None or self.dimensions is not None or len(set(self.parts)) < max(2, len(self.parts)):
+                raise ValueError("`kind: several` has two or more `parts`, each once, and no `source` or `dimensions`")
+            return self
+        if self.parts or self.dimensions is None:
+            raise ValueError(f"`kind: {self.kind}` needs `dimensions` and has no `parts`")
         if self.kind == "coexpression" and (self.source is not None or not self.per_fold):
             raise ValueError("`kind: coexpression` is made from training cells: `per_fold: true`, no `source`")
+        if self.kind != "coexpression" and (self.source is None or self.per_fold):
+            raise ValueError(f"`kind: {self.kind}` needs a `source` and is the same for all folds (`per_fold: false`)")
         return self
+
+
+class PretrainedSpec(Entry):
+    """Published weights that a model starts from: files by the names under which the model looks for them."""
+
+    name: Name
+    files: Annotated[
+        dict[
+            Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")],
+            Annotated[HttpsSource | S3Source, Field(discriminator="kind")],
+        ],
+        Field(min_length=1),
+    ]
+    licence: Text = "not stated"
+    citation: Text = "not stated"
 
 
 class TimeLimits(Entry):
@@ -227,15 +265,17 @@ class TimeLimits(Entry):
 
 
 class ModelSpec(Entry):
-    """A model; with `embedding: true` a template that gives one model per embedding, `<name>_<embedding>`.
+    """A model; with an `embedding` a template that gives one model per embedding that fits, `<name>_<embedding>`.
 
-    container: the folder under model_containers, None for what core computes itself.
+    container: the folder under model_containers, None for what core computes itself. embedding: the form that it takes,
+    true for a table. pretrained: the weights that it starts from.
     """
 
     name: Name
     title: Text
     container: Name | None = None
-    embedding: bool = False
+    embedding: bool | Literal["tables", "graph"] = False
+    pretrained: PretrainedSpec | None = None
     hyperparameters: Settings = {}
     time_limits: TimeLimits = TimeLimits()
     citation: Text = "not stated"
@@ -263,6 +303,7 @@ class ResolvedModel(Entry):
     title: Text
     template: Name
     embedding: EmbeddingSpec | None
+    pretrained: PretrainedSpec | None = None
     hyperparameters: dict[str, JsonValue]
     container: Name | None
     time_limits: TimeLimits = TimeLimits()

@@ -130,7 +130,9 @@ def test_every_group_holds_known_models(name):
 
 def test_a_template_gives_one_model_per_embedding():
     ridges = [name for name in catalog.names("model") if catalog.model(name).template == "ridge"]
-    assert ridges == [f"ridge_{embedding}" for embedding in catalog.names("embedding")]
+    tables = [name for name in catalog.names("embedding") if catalog.embedding(name).form == "table"]
+    assert ridges == [f"ridge_{embedding}" for embedding in tables]
+    assert {"reactome", "coexpression"} <= set(tables)
     ridge = catalog.model("ridge_reactome")
     assert ridge.embedding == catalog.embedding("reactome")
     assert ridge.hyperparameters == {"alphas": [0.1, 1, 10]}
@@ -399,6 +401,12 @@ def test_a_group_with_an_unknown_model_is_named(users):
         ({"kind": "gmt", "per_fold": True, "source": {"kind": "local", "hint": "x"}}, "the same for all folds"),
         ({"kind": "coexpression"}, "`per_fold: true`"),
         ({"kind": "coexpression", "per_fold": True, "source": {"kind": "local", "hint": "x"}}, "no `source`"),
+        ({"kind": "graph"}, "needs a `source`"),
+        ({"kind": "gmt", "dimensions": None, "source": {"kind": "local", "hint": "x"}}, "needs `dimensions`"),
+        ({"kind": "graph", "parts": ["reactome"], "source": {"kind": "local", "hint": "x"}}, "has no `parts`"),
+        ({"kind": "several", "parts": ["reactome", "coexpression"]}, "no `source` or `dimensions`"),
+        ({"kind": "several", "dimensions": None, "parts": ["reactome"]}, "two or more `parts`"),
+        ({"kind": "several", "dimensions": None, "parts": ["reactome", "reactome"]}, "each once"),
     ],
 )
 def test_an_embedding_fits_its_kind(users, change, remedy):
@@ -406,6 +414,42 @@ def test_an_embedding_fits_its_kind(users, change, remedy):
     with pytest.raises(UserError) as error:
         catalog.embedding("mine")
     assert remedy in error.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("change", "found", "remedy"),
+    [
+        ({"parts": ["reactome", "coexpresion"]}, "coexpresion", "did you mean coexpression"),
+        ({"parts": ["reactome", "go"]}, "no single table", "gmt, coexpression"),
+        ({"parts": ["reactome", "coexpression"]}, "false", "true: it is made for each fold"),
+        ({"parts": ["reactome", "atlas"], "per_fold": True}, "true", "false: it is made for all folds"),
+    ],
+)
+def test_parts_of_several_are_tables_of_the_catalog(users, change, found, remedy):
+    atlas = {"kind": "gmt", "dimensions": 4, "source": {"kind": "local", "hint": "atlas.gmt"}}
+    users({"name": "atlas", "title": "atlas", **atlas}, "embeddings/atlas.yaml")
+    users({"name": "mine", "title": "mine", "kind": "several", **change}, "embeddings/mine.yaml")
+    with pytest.raises(UserError) as error:
+        catalog.embedding("mine")
+    assert found in error.value.found
+    assert remedy in error.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("takes", "given"),
+    [(True, {"coexpression", "reactome"}), ("tables", {"coexpression", "knowledge", "reactome"}), ("graph", {"go"})],
+)
+def test_a_template_is_joined_with_what_it_takes(users, takes, given):
+    users({"name": "mine", "title": "mine", "container": "mine", "embedding": takes}, "models/mine.yaml")
+    mine = [catalog.model(name) for name in catalog.names("model") if name.startswith("mine")]
+    assert {model.embedding.name for model in mine} == given
+    assert all(model.embedding == catalog.embedding(model.embedding.name) for model in mine)
+
+
+def test_parts_are_what_an_embedding_is_made_of():
+    knowledge = catalog.embedding("knowledge")
+    assert catalog.parts(knowledge) == [catalog.embedding("reactome"), catalog.embedding("coexpression")]
+    assert catalog.parts(catalog.embedding("go")) == [catalog.embedding("go")]
 
 
 def test_the_variable_must_name_a_folder_of_entries(tmp_path, monkeypatch):

@@ -20,12 +20,15 @@ from core.embedding import (
     coverage,
     fold_coexpression,
     gmt_membership,
+    known_genes,
     pathway_embedding,
     read_embedding,
     require_coverage,
+    side_by_side,
     write_embedding,
 )
 from core.errors import UserError
+from model_containers import contract
 
 GMT = "repair\tR-1\tBRCA1\tTP53\tATM\ncycle\tR-2\tTP53\tCDK1\ndeath\tR-3\tTP53\tBAX\tATM\tCASP3\n"
 
@@ -227,7 +230,7 @@ def test_reactome(shared):
     for file, covered, of in (("papalexi21.h5ad", 23, 25), ("norman19_small.h5ad", 18, 31)):
         labels = ad.read_h5ad(shared / "data" / file).obs["perturbation"].astype(str).unique()
         targets = {gene for label in labels if label != "control" for gene in label.split("+")}
-        assert [len(some) for some in coverage(found, targets)] == [covered, of - covered]
+        assert [len(some) for some in coverage(found.index, targets)] == [covered, of - covered]
 
     size = membership.groupby("pathway")["gene"].transform("size")
     row, column = (pd.factorize(membership[name], sort=True)[0] for name in ("gene", "pathway"))
@@ -383,17 +386,65 @@ def test_a_file_that_is_no_parquet_is_refused(tmp_path):
         read_embedding(tmp_path / "none.parquet")
 
 
+def test_several_stand_side_by_side(tmp_path):
+    one = pd.DataFrame({"d0": [1.0, 2.0]}, index=pd.Index(["B", "A"], name="gene"))
+    other = pd.DataFrame({"d0": [3.0, 4.0], "d1": [5.0, 0.0]}, index=pd.Index(["A", "C"], name="gene"))
+    found = side_by_side({"one": one, "other": other})
+    nan = np.nan
+    expected = pd.DataFrame(
+        {"one/d0": [2, 1, nan], "other/d0": [3, nan, 4], "other/d1": [5, nan, 0]},
+        index=pd.Index(["A", "B", "C"], name="gene"),
+    )
+    pd.testing.assert_frame_equal(found, expected)
+    write_embedding(found, tmp_path / "several.parquet")
+    assert list(known_genes(tmp_path / "several.parquet")) == ["A", "B", "C"]
+    read = contract.read_sources(tmp_path / "several.parquet")
+    assert list(read) == ["one", "other"]
+    for name, table in (("one", one), ("other", other)):
+        np.testing.assert_array_equal(read[name].sort_index(), table.sort_index())
+        assert sorted(read[name].index) == sorted(table.index)
+
+
+def test_a_plain_embedding_is_one_source(tmp_path):
+    table = pd.DataFrame({"d0": [1.0, 2.0]}, index=pd.Index(["B", "A"], name="gene"))
+    write_embedding(table, tmp_path / "embedding.parquet")
+    read = contract.read_sources(tmp_path / "embedding.parquet")
+    assert list(read) == ["embedding"]
+    pd.testing.assert_frame_equal(read["embedding"], table)
+    assert list(known_genes(tmp_path / "embedding.parquet")) == ["B", "A"]
+
+
+def test_a_graph_is_read_in_one_order(tmp_path):
+    edges = [("B", "A", 0.5), ("A", "C", 0.5), ("A", "B", 0.5), ("A", "D", 1.0)]
+    pd.DataFrame(edges, columns=["gene", "neighbour", "weight"]).to_parquet(tmp_path / "graph.parquet")
+    read = contract.read_graph(tmp_path / "graph.parquet")
+    assert read.to_numpy().tolist() == [["A", "D", 1.0], ["A", "B", 0.5], ["A", "C", 0.5], ["B", "A", 0.5]]
+    assert set(known_genes(tmp_path / "graph.parquet")) == {"A", "B"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "fault"), [({"weight": [1.5]}, "weight that is not"), ({"weight": [0.0]}, "weight that is not"),
+                           ({"share": [0.5]}, "wanted gene, neighbour, weight")]
+)  # fmt: skip
+def test_what_is_no_graph_is_refused(tmp_path, columns, fault):
+    pd.DataFrame({"gene": ["A"], "neighbour": ["B"]} | columns).to_parquet(tmp_path / "graph.parquet")
+    with pytest.raises(contract.ContractError, match=fault):
+        contract.read_graph(tmp_path / "graph.parquet")
+    with pytest.raises(contract.ContractError, match="needs a graph"):
+        contract.read_graph(None)
+
+
 def test_coverage_tells_apart_what_an_embedding_has(gmt):
     table = pathway_embedding(gmt(GMT), 2)
-    assert coverage(table, ["TP53", "NONE", "ATM", "TP53"]) == (["ATM", "TP53"], ["NONE"])
-    assert require_coverage("mine", table, ["NONE", "ATM"]) == (["ATM"], ["NONE"])
-    assert coverage(table, []) == ([], [])
+    assert coverage(table.index, ["TP53", "NONE", "ATM", "TP53"]) == (["ATM", "TP53"], ["NONE"])
+    assert require_coverage("mine", table.index, ["NONE", "ATM"]) == (["ATM"], ["NONE"])
+    assert coverage(table.index, []) == ([], [])
 
 
 def test_an_embedding_without_any_perturbed_gene_is_refused(gmt):
     table = pathway_embedding(gmt(GMT), 2)
     with pytest.raises(UserError, match=r"none of the 2 perturbed genes \(G0001, G0002\)") as error:
-        require_coverage("reactome", table, ["G0002", "G0001"])
+        require_coverage("reactome", table.index, ["G0002", "G0001"])
     assert error.value.where == "embedding reactome"
     assert "ATM" in error.value.found
 

