@@ -154,7 +154,7 @@ def test_the_form_of_a_benchmark_offers_what_the_catalog_has() -> None:
     assert "demo (fmlp_coexpression, ridge_coexpression)" in found["models"]["description"]
     assert "The catalog says 2." in found["folds"]["description"]
     assert found["origin"]["enum"] == ["raw", "mirror"]
-    assert set(found["sources"]["properties"]) >= {"norman19", "reactome", "go"}
+    assert set(found["sources"]["properties"]) >= {"norman19", "reactome"}
 
 
 def test_the_defaults_of_a_form_are_those_of_the_flow() -> None:
