@@ -22,7 +22,11 @@ from model_containers import contract
 MODELS = Path(contract.__file__).parent
 NAMES = sorted(path.parent.name for path in MODELS.glob("*/model.py"))
 # Few epochs: what the contract asks does not depend on how good a model is.
-HYPERPARAMETERS = {"fmlp": {"epochs": 4, "validate_every": 2, "hidden": 32, "latent": 8, "batch_size": 64}}
+HYPERPARAMETERS = {
+    "fmlp": {"epochs": 4, "validate_every": 2, "hidden": 32, "latent": 8, "batch_size": 64},
+    "presage": {"epochs": 4, "item_hidden": 16, "source_hidden": 8, "batch_size": 8},
+    "scgpt": {"width": 16, "heads": 2, "layers": 1, "hidden": 16, "epochs": 2, "sequence": 20, "pool": 8},
+}
 
 
 def command(name: str, stage: str, spec: Path, threads: int = 1) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,330 @@
+"""PRESAGE: from gene embeddings of several knowledge sources to log fold changes (Littman et al. 2025).
+
+A gene's embedding in each source passes that source's own MLP into a latent space that all sources share; the gene's
+latent is their mean under two sets of weights, one learned per source and one from graph attention; the latents of a
+condition's genes are summed, and a linear head gives the log fold change of the condition's mean profile against the
+covariate's control cells. README.md says what the paper leaves open.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import contract
+import neural
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import anndata as ad
+    import numpy as np
+    import pandas as pd
+    import torch
+
+DESCRIPTION = contract.Description(
+    name="presage", combinations=True, embedding=True, counts=False, gpu=True, input="means"
+)
+NEGATIVE_SLOPE = 0.2  # of every leaky ReLU
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The reference study's hyperparameters.
+
+    item_hidden: width of the latent of a gene and of the item_layers hidden layers between it and the linear head;
+    source_hidden: width of the source_layers hidden layers of a source's MLP; temperature of the softmax over the
+    learned weights of the sources; attention: share (0 to 1) of graph attention in the pooling, the learned weights
+    have the rest; learning_rate of Adam; batch_size (conditions); at most so many epochs, and fewer once the
+    validation loss has not fallen for `patience` of them.
+    """
+
+    item_hidden: int = 512
+    item_layers: int = 0
+    source_hidden: int = 128
+    source_layers: int = 2
+    temperature: float = 0.15
+    attention: float = 0.85
+    learning_rate: float = 2.4e-3
+    batch_size: int = 32
+    epochs: int = 1000
+    patience: int = 50
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if field.name not in ("item_layers", "attention") and getattr(self, field.name) <= 0:
+                raise ValueError(f"{field.name}: wanted a number above 0")
+        if self.item_layers < 0:
+            raise ValueError("item_layers: wanted a number of layers, 0 for none")
+        if not 0 <= self.attention <= 1:
+            raise ValueError("attention: wanted a share from 0 to 1")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What else the network's size hangs on; stored with the settings in model.json.
+
+    sources: dimensions of each source; names of the measured genes; names of the covariates that are learned.
+    """
+
+    sources: dict[str, int]
+    genes: list[str]
+    covariates: list[str]
+
+
+class Conditions(NamedTuple):
+    """(covariate, condition)s as the network takes them.
+
+    genes:      conditions x genes, 1 where the gene is perturbed.
+    sources:    of each source genes x dimensions, on the device; a row of zeros where the source lacks the gene.
+    is_lacking: sources x genes x 1, on the device: whether the source lacks the gene.
+    covariates: the row of each condition's covariate in Shape.covariates.
+    """
+
+    genes: np.ndarray
+    sources: list[torch.Tensor]
+    is_lacking: torch.Tensor
+    covariates: np.ndarray
+
+
+def train(task: contract.TrainTask) -> None:
+    """Train on the train perturbations and keep the weights of the least validation loss: weights.pt and model.json.
+
+    Without a val condition that has an embedding, all epochs are trained and the last weights kept.
+    """
+    import numpy as np
+
+    torch, device = neural.start_torch(task.threads)
+    settings = contract.hyperparameters(task, Settings)
+    sources = standardised(contract.read_sources(task.embedding))
+    changes, shape = usable(contract.read_means(task.cells), sources)
+    conditions = conditions_of(keys_of(changes.obs), sources, shape, device)
+    measured = torch.from_numpy(changes.X.astype(np.float32)).to(device)
+    is_train = (changes.obs["split"] == "train").to_numpy()
+    train_rows, val_rows = is_train.nonzero()[0], (~is_train).nonzero()[0]
+
+    torch.manual_seed(task.seed)  # the initial weights, drawn on the CPU: the same for every device
+    net = network(shape, settings).to(device)
+    adam, best = neural.Adam(list(net.parameters())), neural.Best(net)
+    parts = {"net": net, "adam": adam, "best": best}
+    for epoch in neural.epochs(task, settings.epochs, parts, lambda: best.stale >= settings.patience):
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        order = neural.generator(task.seed, epoch).permutation(train_rows)
+        for batch in neural.batches(order, settings.batch_size):
+            loss = squared_error(net, settings, conditions, measured, batch)
+            adam.step(loss, settings.learning_rate)
+            total += loss.detach() * len(batch)
+        contract.metric("train_loss", epoch, float(total) / len(train_rows))
+        if len(val_rows):
+            with torch.no_grad():
+                val_loss = float(squared_error(net, settings, conditions, measured, val_rows))
+            contract.metric("val_loss", epoch, val_loss)
+            best.offer(val_loss)
+    torch.save(best.weights, task.output / "weights.pt")
+    contract.write_json(task.output / "model.json", {"settings": asdict(settings), "shape": asdict(shape)})
+
+
+def predict(task: contract.PredictTask) -> None:
+    """The covariate's control mean plus the predicted log fold change of each condition whose genes have embeddings."""
+    import numpy as np
+
+    torch, device = neural.start_torch(task.threads)
+    stored = json.loads((task.model / "model.json").read_text(encoding="utf-8"))
+    settings, shape = Settings(**stored["settings"]), Shape(**stored["shape"])
+    sources = standardised(contract.read_sources(task.embedding))
+    found = dimensions_of(sources)
+    if found != shape.sources:
+        raise contract.ContractError(
+            f"{task.embedding}: sources and dimensions {found}; the model was trained with {shape.sources}"
+        )
+    net = network(shape, settings)
+    net.load_state_dict(torch.load(task.model / "weights.pt", weights_only=True))
+    net.to(device)
+    reasons = contract.unpredictable(task.conditions, covered(sources), shape.covariates)
+    keys = sorted(set(task.conditions) - set(reasons))
+    conditions = conditions_of(keys, sources, shape, device)
+    controls = control_means(contract.read_means(task.control))
+    profiles = controls.loc[[key.covariate for key in keys], shape.genes].to_numpy()
+    with torch.no_grad():
+        for rows in neural.batches(np.arange(len(keys)), settings.batch_size):
+            profiles[rows] += forward(net, settings, conditions, rows).cpu().numpy()
+    contract.write_predictions(task, keys, profiles, shape.genes, reasons)
+
+
+# ---- what is learned from
+
+
+def standardised(sources: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """Of each source, by name: every dimension centred and divided by its standard deviation over the source's genes,
+    then each gene's row divided by its length (README.md)."""
+    scaled = {}
+    for name, table in sorted(sources.items()):
+        spread = table.std(ddof=0)
+        scaled[name] = contract.unit_norm((table - table.mean()) / spread.where(spread > 0, 1.0))
+    return scaled
+
+
+def dimensions_of(sources: Mapping[str, pd.DataFrame]) -> dict[str, int]:
+    """How many dimensions each source has."""
+    return {name: table.shape[1] for name, table in sources.items()}
+
+
+def covered(sources: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """The genes that at least one source has, as the index of a table without columns."""
+    import pandas as pd
+
+    return pd.DataFrame(index=pd.Index(sorted(set().union(*(table.index for table in sources.values())))))
+
+
+def control_means(means: ad.AnnData) -> pd.DataFrame:
+    """Covariates x genes: the mean profile of each covariate's control cells of the train split."""
+    control = means[((means.obs["condition"] == contract.CONTROL) & (means.obs["split"] == "train")).to_numpy()]
+    profiles: pd.DataFrame = control.to_df()
+    return profiles.set_axis(control.obs["covariate"].to_numpy())
+
+
+def usable(means: ad.AnnData, sources: Mapping[str, pd.DataFrame]) -> tuple[ad.AnnData, Shape]:
+    """The log fold changes (mean log1p profile minus the covariate's control mean) of perturbations with embeddings.
+
+    Of the covariates that have such a perturbation in the train split. Raises ContractError if there is none.
+    """
+    known = covered(sources)
+    is_known = means.obs["condition"].map(lambda name: contract.is_embedded(name, known)).to_numpy(bool)
+    is_train = (means.obs["split"] == "train").to_numpy()
+    covariates = sorted(set(means.obs["covariate"][is_known & is_train]))
+    if not covariates:
+        raise contract.ContractError("cells: no train perturbation has an embedding")
+    changes = means[is_known & means.obs["covariate"].isin(covariates).to_numpy()].copy()
+    changes.X -= control_means(means).loc[changes.obs["covariate"]].to_numpy()
+    return changes, Shape(dimensions_of(sources), means.var_names.tolist(), covariates)
+
+
+def keys_of(obs: pd.DataFrame) -> list[contract.Key]:
+    """The key of each row."""
+    return list(map(contract.Key, obs["covariate"], obs["condition"]))
+
+
+def conditions_of(
+    keys: Sequence[contract.Key], sources: Mapping[str, pd.DataFrame], shape: Shape, device: Any
+) -> Conditions:
+    """The keys as the network takes them."""
+    import numpy as np
+    import torch
+
+    names = sorted({gene for key in keys for gene in contract.genes_of(key.condition)})
+    column = {gene: index for index, gene in enumerate(names)}
+    genes = np.zeros((len(keys), len(names)), dtype=np.float32)
+    for row, key in enumerate(keys):
+        genes[row, [column[gene] for gene in contract.genes_of(key.condition)]] = 1
+    tables = [table.reindex(names).fillna(0.0).to_numpy(np.float32) for table in sources.values()]
+    is_lacking = np.array([[name not in table.index for name in names] for table in sources.values()], dtype=bool)
+    return Conditions(
+        genes,
+        [torch.from_numpy(table).to(device) for table in tables],
+        torch.from_numpy(is_lacking.reshape(len(tables), len(names), 1)).to(device),
+        np.array([shape.covariates.index(key.covariate) for key in keys], dtype=np.int64),
+    )
+
+
+# ---- the network
+
+
+def network(shape: Shape, settings: Settings) -> torch.nn.ModuleDict:
+    """Its weights, by part.
+
+    first:     of each source a layer from its dimensions.
+    later:     the further layers of all sources' MLPs, stacked: one product for all of them.
+    pool:      a weight for each source.
+    attention: from the pooled latent and from a source's latent to the score of the source.
+    covariate: with several of them, a scale and a shift of the latent for each.
+    head:      from summed latents to log fold changes.
+    """
+    import torch
+    from torch import nn
+
+    def stacked(before: int, after: int) -> nn.ParameterList:
+        shapes = [(len(shape.sources), before, after), (len(shape.sources), 1, after)]
+        bound = before**-0.5  # as of a single layer
+        return nn.ParameterList([nn.Parameter(torch.empty(size).uniform_(-bound, bound)) for size in shapes])
+
+    item, hidden = settings.item_hidden, settings.source_hidden
+    widths = [hidden] * settings.source_layers + [item]
+    net = nn.ModuleDict(
+        {
+            "first": nn.ModuleList([nn.Linear(size, widths[0]) for size in shape.sources.values()]),
+            "later": nn.ModuleList([stacked(*pair) for pair in pairwise(widths)]),
+            "pool": nn.ParameterList([nn.Parameter(torch.zeros(len(shape.sources), 1, 1))]),
+            "attention": nn.ModuleList([nn.Linear(item, hidden), nn.Linear(item, hidden), nn.Linear(hidden, 1)]),
+        }
+    )
+    if len(shape.covariates) > 1:
+        sizes = (len(shape.covariates), item)
+        net["covariate"] = nn.ParameterList([nn.Parameter(torch.ones(sizes)), nn.Parameter(torch.zeros(sizes))])
+    head: list[nn.Module] = []
+    for _ in range(settings.item_layers):
+        head += [nn.Linear(item, item), nn.LeakyReLU(NEGATIVE_SLOPE)]
+    net["head"] = nn.Sequential(*head, nn.Linear(item, len(shape.genes)))
+    return net
+
+
+def forward(net: torch.nn.ModuleDict, settings: Settings, conditions: Conditions, rows: np.ndarray) -> torch.Tensor:
+    """Predicted log fold changes of some conditions: rows x measured genes. Each of their genes is encoded once."""
+    import torch
+
+    device = conditions.is_lacking.device
+    used = conditions.genes[rows].any(axis=0).nonzero()[0]
+    member = torch.from_numpy(conditions.genes[rows][:, used]).to(device)
+    genes = torch.from_numpy(used).to(device)
+    sources = [table[genes] for table in conditions.sources]
+    latent = member @ pooled(net, settings, aligned(net, sources), conditions.is_lacking[:, genes])
+    if "covariate" in net:
+        scale, shift = net["covariate"]
+        covariates = torch.from_numpy(conditions.covariates[rows]).to(device)
+        latent = latent * scale[covariates] + shift[covariates]
+    return net["head"](latent)
+
+
+def aligned(net: torch.nn.ModuleDict, sources: list[torch.Tensor]) -> torch.Tensor:
+    """Sources x genes x latent: each source's embeddings (genes x dimensions) after its MLP."""
+    import torch
+    from torch.nn.functional import leaky_relu
+
+    latent = torch.stack([layer(table) for layer, table in zip(net["first"], sources, strict=True)])
+    for weight, bias in net["later"]:
+        latent = torch.baddbmm(bias, leaky_relu(latent, NEGATIVE_SLOPE), weight)
+    return latent
+
+
+def pooled(
+    net: torch.nn.ModuleDict, settings: Settings, latents: torch.Tensor, is_lacking: torch.Tensor
+) -> torch.Tensor:
+    """Genes x latent: the mean over the sources that a gene has, by learned weights and by graph attention.
+
+    latents: sources x genes x latent; is_lacking: sources x genes x 1. The graph is a star: the gene, which is the
+    mean by learned weights, among its sources; a source's score comes from both (Brody et al. 2022).
+    """
+    from torch.nn.functional import leaky_relu
+
+    def mean(scores: torch.Tensor) -> torch.Tensor:
+        return (scores.masked_fill(is_lacking, float("-inf")).softmax(dim=0) * latents).sum(dim=0)
+
+    by_weight = mean(net["pool"][0] / settings.temperature)
+    of_gene, of_source, score = net["attention"]
+    by_attention = mean(score(leaky_relu(of_gene(by_weight) + of_source(latents), NEGATIVE_SLOPE)))
+    return settings.attention * by_attention + (1 - settings.attention) * by_weight
+
+
+def squared_error(
+    net: torch.nn.ModuleDict, settings: Settings, conditions: Conditions, measured: torch.Tensor, rows: np.ndarray
+) -> torch.Tensor:
+    """The loss: mean over some conditions and all genes of (predicted - measured)^2; measured: conditions x genes."""
+    import torch
+
+    wanted = measured[torch.from_numpy(rows).to(measured.device)]
+    return (forward(net, settings, conditions, rows) - wanted).square().mean()
+
+
+if __name__ == "__main__":
+    contract.main(DESCRIPTION, train, predict)
