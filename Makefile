@@ -1,15 +1,18 @@
 # make help lists the targets. Override PYTHON to choose the interpreter of .venv, and TORCH_INDEX to take
-# PyTorch from another index, such as https://download.pytorch.org/whl/cpu where there is no NVIDIA GPU.
+# PyTorch from another index, such as https://download.pytorch.org/whl/cpu where there is no NVIDIA GPU. `make images`
+# takes TORCH_INDEX too, and BASE_IMAGE, the image with Python 3.11 that all are built on.
 PYTHON ?= python3
 TORCH_INDEX ?=
+BASE_IMAGE ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 BIN := .venv/bin
 RUNTIME := .venv/.runtime-installed
 TOOLS := .venv/.test-tools-installed
+MODELS := $(notdir $(patsubst %/model.py,%,$(wildcard model_containers/*/model.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fault up down clean
+.PHONY: help setup demo images test fault up down clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,6 +21,10 @@ setup: $(RUNTIME) ## install into .venv, if anything changed since the last time
 
 demo: setup ## benchmark two models on a simulated screen
 	$(BIN)/calipert run demo
+
+images: setup ## build the images of all models, for CALIPERT_ENGINE=docker
+	$(BIN)/calipert model build $(if $(BASE_IMAGE),--arg BASE_IMAGE=$(BASE_IMAGE)) \
+		$(if $(TORCH_INDEX),--arg TORCH_INDEX=$(TORCH_INDEX)) $(MODELS)
 
 test: $(TOOLS) ## run lint, types, import contracts and all tests
 	$(BIN)/ruff check .

@@ -114,6 +114,8 @@ class DockerEngine(Block):
         with docker_client() as client, _explained(model_folder.name, stage, gpu):
             _remove_leftovers(client)
             image = usable_image(client, model_folder)
+            if gpu is not None:
+                _require_unused(client, gpu, model_folder.name, stage)
             one = _Stage(client, str(image.id), model_folder.name, stage, self.limits, on_event, timeout_s, deadline)
             with scratch(scratch_folder(), "stage") as folder, _Guard(client, one.id, gpu) as guard:
                 one.guard = guard
@@ -349,6 +351,18 @@ def _remove_leftovers(client: docker.DockerClient) -> None:
     for stage_id in {thing["Labels"][STAGE] for thing in made if known_dead(thing["Labels"][OWNER])}:
         LOG.warning("removing the containers of a stage that a killed process left (%s)", stage_id)
         docker_guard.remove(client, f"{STAGE}={stage_id}")
+
+
+def _require_unused(client: docker.DockerClient, gpu: Gpu, model: str, stage: Stage) -> None:
+    """Raise ModelFailed where a container uses the GPU although this process has leased it: of another data folder,
+    whose flow and guard were killed, or with lock files elsewhere."""
+    users = client.api.containers(filters={"label": f"{GPU}={gpu.id}"})
+    if users:
+        name = users[0]["Names"][0].removeprefix("/")
+        ending = (
+            f"cannot have GPU {gpu.id}: the container {name} uses it. If nobody waits for it, `docker rm -f {name}`"
+        )
+        raise ModelFailed(model, stage, ending, None, ())
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from blocks.settings import Services, child_environment
 NAMING = (
     "AWS_",
     "CALIPERT_CATALOG",
+    "CALIPERT_DOCKER",
     "CALIPERT_ENGINE",
     "CALIPERT_GPUS",
     "CALIPERT_KUBERNETES",
@@ -35,6 +36,7 @@ NAMING = (
     "CALIPERT_SOURCE_",
     "CALIPERT_STORE",
     "CUDA_VISIBLE_DEVICES",
+    "DOCKER_",
 )
 WORKER = "worker-"  # how the names of workers begin; the work pool follows
 WORKERS = tuple(f"{WORKER}{pool}" for pool in (CPU, GPU))

@@ -18,7 +18,7 @@ import pytest
 
 from blocks import cancellation, docker_engine
 from blocks.cancellation import Stopped, stop_all
-from blocks.docker_engine import DATA, OWNER, STAGE, DockerEngine
+from blocks.docker_engine import DATA, GPU, OWNER, STAGE, DockerEngine
 from blocks.docker_limits import Limits
 from blocks.engines import LAST_LINES, ModelFailed, Usage
 from blocks.gpus import holders, lease
@@ -299,6 +299,19 @@ def test_a_gpu_without_its_runtime_is_explained(model, tmp_path, monkeypatch, do
     monkeypatch.setenv("CALIPERT_LOCKS", str(tmp_path / "locks"))
     with lease("test") as gpu, pytest.raises(UserError, match=r"(?s)GPU-none.*NVIDIA container toolkit"):
         run(model, tmp_path, "", gpu=gpu)
+
+
+def test_a_gpu_that_a_stranger_still_uses_is_refused(model, tmp_path, monkeypatch, docker_client, base_image):
+    monkeypatch.setenv("CALIPERT_GPUS", "GPU-0")
+    monkeypatch.setenv("CALIPERT_LOCKS", str(tmp_path / "locks"))
+    stranger = docker_client.containers.run(
+        base_image, ["sleep", "600"], detach=True, name="calipert-test-stranger", labels={GPU: "GPU-0"}, init=True
+    )
+    try:
+        with lease("test") as gpu, pytest.raises(ModelFailed, match="container calipert-test-stranger uses it"):
+            run(model, tmp_path, "", gpu=gpu)
+    finally:
+        stranger.remove(force=True)
 
 
 def test_an_exception_in_the_caller_ends_the_container(model, tmp_path):
