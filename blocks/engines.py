@@ -51,7 +51,8 @@ class Usage:
     """What a model's stage took; None where the engine cannot know it.
 
     seconds: wall clock. cpu_seconds: of its processes, those excepted that it never waited for. peak_memory_bytes: of
-    its largest process, not the sum over processes. device: `cpu`, or what it had of GPUs, as the engine names them.
+    its largest process, not the sum over processes; of a container, of all its processes at the moments of a look at
+    it. device: `cpu`, or what it had of GPUs, as the engine names them.
     """
 
     seconds: float
