@@ -420,6 +420,22 @@ def noted(seen: list[Any], function):
     return call
 
 
+def test_dropout_is_for_the_steps_of_training_alone(scgpt, panel, tmp_path, monkeypatch):
+    seen = set()
+    forward = scgpt.forward
+
+    def noting(net, *given):
+        seen.add((torch.is_grad_enabled(), net.training))
+        return forward(net, *given)
+
+    monkeypatch.setattr(scgpt, "forward", noting)
+    scgpt.train(panel.train_task(tmp_path, hyperparameters=SMALL))
+    assert seen == {(True, True), (False, False)}
+    seen.clear()
+    scgpt.predict(panel.predict_task(tmp_path, tmp_path))
+    assert seen == {(False, False)}
+
+
 def test_another_seed_gives_other_weights(scgpt, panel, tmp_path):
     written = []
     for seed in (1, 2, 1):
@@ -506,7 +522,6 @@ def relative_error(scgpt, planted: Planted, pretrained: Path | None) -> float:
     return errors.to_numpy().mean() / ((truth - mean) ** 2).to_numpy().mean()
 
 
-@pytest.mark.slow
 def test_it_learns_from_what_the_checkpoint_knows_of_genes(scgpt, tmp_path):
     """Genes that it never saw perturbed; a checkpoint that takes one gene for another is of no use."""
     (tmp_path / "known").mkdir()
@@ -515,6 +530,5 @@ def test_it_learns_from_what_the_checkpoint_knows_of_genes(scgpt, tmp_path):
     assert relative_error(scgpt, plant(tmp_path / "shuffled", shuffled=True), tmp_path / "shuffled") > 0.8
 
 
-@pytest.mark.slow
 def test_it_learns_combinations_from_single_genes_and_other_combinations(scgpt, tmp_path):
     assert relative_error(scgpt, plant(tmp_path, pairs=True), None) < 0.5
