@@ -526,7 +526,7 @@ def test_it_learns_from_what_the_checkpoint_knows_of_genes(scgpt, tmp_path):
     """Genes that it never saw perturbed; a checkpoint that takes one gene for another is of no use."""
     (tmp_path / "known").mkdir()
     (tmp_path / "shuffled").mkdir()
-    assert relative_error(scgpt, plant(tmp_path / "known"), tmp_path / "known") < 0.3
+    assert relative_error(scgpt, plant(tmp_path / "known"), tmp_path / "known") < 0.5
     assert relative_error(scgpt, plant(tmp_path / "shuffled", shuffled=True), tmp_path / "shuffled") > 0.8
 
 
