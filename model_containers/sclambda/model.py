@@ -1,0 +1,475 @@
+"""scLAMBDA (Wang et al. 2024): cells and perturbations disentangled in one latent space (docs/catalog.md section 3).
+
+A cell's expression minus the control mean -> its latent z, a normal distribution; the embedding of its condition, the
+sum over the perturbed genes -> a latent s; z + s, and with more than one covariate a learned latent of the covariate
+-> the expression; s -> the embedding again. A critic estimates the mutual information of z and s, which the networks
+are trained to be rid of: what the perturbation did to a cell has to be told by s. README.md says what the paper leaves
+open.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import contract
+import neural
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import anndata as ad
+    import numpy as np
+    import pandas as pd
+    import torch
+    from scipy.sparse import csr_matrix
+
+DESCRIPTION = contract.Description(
+    name="sclambda", combinations=True, embedding=True, counts=False, gpu=True, input="cells"
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The reference study's hyperparameters.
+
+    latent and hidden widths; negative_slope of the leaky ReLU; epochs; batch_size (cells); information_weight: of the
+    mutual information in the loss (lambda_MI); adversarial_step: how far an embedding is moved against the networks,
+    in each dimension of an embedding of length 1 (eps); learning_rate of Adam, multiplied by decay every decay_every
+    epochs; critic_weight_decay; critic_steps for each step of the networks; a validation every validate_every epochs.
+    """
+
+    latent: int = 30
+    hidden: int = 512
+    negative_slope: float = 0.2
+    epochs: int = 200
+    batch_size: int = 500
+    information_weight: float = 200.0
+    adversarial_step: float = 1e-3
+    learning_rate: float = 5e-4
+    decay: float = 0.2
+    decay_every: int = 30
+    critic_weight_decay: float = 1e-4
+    critic_steps: int = 5
+    validate_every: int = 10
+
+    def __post_init__(self) -> None:
+        may_be_zero = ("information_weight", "adversarial_step", "critic_weight_decay")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in may_be_zero and value < 0:
+                raise ValueError(f"{field.name}: wanted a number of at least 0")
+            if field.name not in may_be_zero and value <= 0:
+                raise ValueError(f"{field.name}: wanted a number above 0")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What else the networks' sizes hang on; stored with the settings in model.json.
+
+    dimensions of the embedding, names of the measured genes, names of the covariates of the train cells.
+    """
+
+    dimensions: int
+    genes: list[str]
+    covariates: list[str]
+
+
+class Conditions(NamedTuple):
+    """Distinct (covariate, condition)s as the networks take them, on the device.
+
+    embedding:  conditions x dimensions, summed over the perturbed genes; zeros for control.
+    covariates: the row of each condition's covariate in Shape.covariates.
+    """
+
+    embedding: torch.Tensor
+    covariates: torch.Tensor
+
+
+class Cells(NamedTuple):
+    """Cells, of which none lies in two splits.
+
+    condition: the row of each cell's condition in Conditions.
+    covariate: the row of each cell's covariate in Shape.covariates.
+    rows:      from numbers of cells to their log1p expression, dense, on the device.
+    baseline:  covariates x genes on the device, the mean over control cells that is taken off.
+    """
+
+    condition: np.ndarray
+    covariate: np.ndarray
+    rows: Callable[[np.ndarray], torch.Tensor]
+    baseline: torch.Tensor
+
+    def shifts(self, batch: np.ndarray) -> torch.Tensor:
+        """Expression of some cells minus their covariate's control mean: cells x genes."""
+        import torch
+
+        return self.rows(batch) - self.baseline[torch.from_numpy(self.covariate[batch]).to(self.baseline.device)]
+
+
+def train(task: contract.TrainTask) -> None:
+    """Train on the train cells, keep the weights of the best validation correlation: weights.pt and model.json.
+
+    Without a val condition that has an embedding, the last weights are kept.
+    """
+    import numpy as np
+
+    torch, device = neural.start_torch(task.threads)
+    settings = contract.hyperparameters(task, Settings)
+    embedding = scaled(contract.read_embedding(task.embedding))
+    cells = contract.read_cells(task.cells)
+    kept, shape = usable(cells, embedding)
+    keys = list(map(contract.Key, cells.obs["covariate"], cells.obs["condition"]))
+    row_of = {key: row for row, key in enumerate(sorted({key for key, keep in zip(keys, kept, strict=True) if keep}))}
+    conditions = conditions_of(list(row_of), embedding, shape, device)
+    condition = np.array([row_of.get(key, -1) for key in keys])
+    covariate = np.array([shape.covariates.index(key.covariate) if key in row_of else -1 for key in keys])
+    is_train = kept & (cells.obs["split"] == "train").to_numpy()
+    is_control = is_train & (cells.obs["condition"] == contract.CONTROL).to_numpy()
+    baseline = group_means(cells.X[is_control], covariate[is_control], len(shape.covariates))
+    # The val conditions with their measured mean shifts; their cells are needed no longer.
+    is_val = kept & ~is_train
+    val_rows, val_of_cell = np.unique(condition[is_val], return_inverse=True)
+    val_covariates = conditions.covariates[torch.from_numpy(val_rows).to(device)].cpu().numpy()
+    val_shifts = group_means(cells.X[is_val], val_of_cell, len(val_rows)) - baseline[val_covariates]
+    held = neural.held(cells.X[is_train], device)
+    del cells
+    train_cells = Cells(condition[is_train], covariate[is_train], held, on_device(baseline, device))
+    controls = np.flatnonzero(is_control[is_train])
+
+    torch.manual_seed(task.seed)  # the initial weights, drawn on the CPU: the same for every device
+    net = networks(shape, settings).to(device)
+    critic = layers(settings, 2 * settings.latent, 1).to(device)
+    adam = neural.Adam(list(net.parameters()))
+    critic_adam = neural.Adam(list(critic.parameters()), settings.critic_weight_decay)
+    best = neural.Best(net)
+    parts: dict[str, neural.Stateful] = {"net": net, "critic": critic, "adam": adam, "critic_adam": critic_adam}
+    for epoch in neural.epochs(task, settings.epochs, parts | {"best": best}):
+        rate = settings.learning_rate * settings.decay ** ((epoch - 1) // settings.decay_every)
+        total = torch.zeros(len(Losses._fields), dtype=torch.float64, device=device)
+        order = neural.generator(task.seed, epoch).permutation(len(train_cells.condition))
+        for batch in neural.batches(order, settings.batch_size):
+            losses = step(net, critic, (adam, critic_adam), rate, settings, conditions, train_cells, batch)
+            total += torch.hstack(losses).detach() * len(batch)
+        for name, value in zip(Losses._fields, (total / len(order)).tolist(), strict=True):
+            contract.metric(name, epoch, value)
+        if len(val_rows) and epoch % settings.validate_every == 0:
+            states = latents(net, train_cells, controls, settings.batch_size)
+            of_covariate = covariate[is_train][controls]
+            predicted = mean_shifts(net, conditions, val_rows, states, of_covariate)
+            correlation = float(np.mean(list(map(pearson, predicted, val_shifts))))
+            contract.metric("val_correlation", epoch, correlation)
+            best.offer(-correlation)
+    torch.save(best.weights, task.output / "weights.pt")
+    contract.write_json(task.output / "model.json", {"settings": asdict(settings), "shape": asdict(shape)})
+
+
+def predict(task: contract.PredictTask) -> None:
+    """Predict every condition whose genes have an embedding, in the covariates of the train cells.
+
+    A covariate's prediction is its control mean, plus the mean over its control cells of what the networks make of
+    the cell's latent and the condition's.
+    """
+    import numpy as np
+
+    torch, device = neural.start_torch(task.threads)
+    stored = json.loads((task.model / "model.json").read_text(encoding="utf-8"))
+    settings, shape = Settings(**stored["settings"]), Shape(**stored["shape"])
+    embedding = scaled(contract.read_embedding(task.embedding, shape.dimensions))
+    net = networks(shape, settings)
+    net.load_state_dict(torch.load(task.model / "weights.pt", weights_only=True))
+    net.to(device)
+    reasons = contract.unpredictable(task.conditions, embedding, shape.covariates)
+    keys = sorted(set(task.conditions) - set(reasons))
+    conditions = conditions_of(keys, embedding, shape, device)
+    control = contract.read_cells(task.control)
+    control = control[control.obs["covariate"].isin(shape.covariates)]
+    covariate = np.array([shape.covariates.index(name) for name in control.obs["covariate"]])
+    baseline = group_means(control.X, covariate, len(shape.covariates))
+    none = np.full(len(covariate), -1)
+    cells = Cells(none, covariate, neural.held(control.X, device), on_device(baseline, device))
+    states = latents(net, cells, np.arange(len(covariate)), settings.batch_size)
+    profiles = mean_shifts(net, conditions, np.arange(len(keys)), states, covariate)
+    profiles += baseline[conditions.covariates.cpu().numpy()]
+    contract.write_predictions(task, keys, profiles, shape.genes, reasons)
+
+
+# ---- what goes in
+
+
+def scaled(embedding: pd.DataFrame) -> pd.DataFrame:
+    """Each dimension centred and divided by its standard deviation over all genes, then each gene's row brought to the
+    length sqrt(dimensions): a value is about 1 in size, whatever the source (README.md)."""
+    spread = embedding.std(ddof=0)
+    standard = (embedding - embedding.mean()) / spread.where(spread > 0, 1.0)
+    return contract.unit_norm(standard) * embedding.shape[1] ** 0.5
+
+
+def usable(cells: ad.AnnData, embedding: pd.DataFrame) -> tuple[np.ndarray, Shape]:
+    """Which cells to learn from: train cells of control and of conditions with embeddings, val cells of the latter.
+
+    Only covariates with a train perturbation count. Raises ContractError if there is none, or if one of them has no
+    control cell in the train split.
+    """
+    conditions = cells.obs["condition"].astype("category")
+    known = [name for name in conditions.cat.categories if contract.is_embedded(name, embedding)]
+    is_known = conditions.isin(known).to_numpy()
+    is_train = (cells.obs["split"] == "train").to_numpy()
+    covariates = sorted(set(cells.obs["covariate"][is_known & is_train]))
+    if not covariates:
+        raise contract.ContractError("cells: no train perturbation has an embedding")
+    is_control = (conditions == contract.CONTROL).to_numpy() & is_train
+    without = sorted(set(covariates) - set(cells.obs["covariate"][is_control]))
+    if without:
+        raise contract.ContractError(f"cells: covariate {without[0]} has no control cell in the train split")
+    kept = (is_known | is_control) & cells.obs["covariate"].isin(covariates).to_numpy()
+    return kept, Shape(embedding.shape[1], cells.var_names.tolist(), covariates)
+
+
+def group_means(matrix: csr_matrix, group: np.ndarray, count: int) -> np.ndarray:
+    """Mean rows of `count` groups: count x columns, float64. group: the number of each row's; each group has one."""
+    import numpy as np
+    from scipy.sparse import csr_matrix
+
+    share = 1 / np.bincount(group, minlength=count)
+    member = csr_matrix((share[group], (group, np.arange(len(group)))), (count, len(group)))
+    means: np.ndarray = (member @ matrix).toarray()
+    return means
+
+
+def conditions_of(keys: Sequence[contract.Key], embedding: pd.DataFrame, shape: Shape, device: Any) -> Conditions:
+    """The distinct keys as the networks take them."""
+    import numpy as np
+    import torch
+
+    summed = np.zeros((len(keys), shape.dimensions))
+    for row, key in enumerate(keys):
+        summed[row] = embedding.loc[list(contract.genes_of(key.condition))].to_numpy().sum(axis=0)
+    covariates = np.array([shape.covariates.index(key.covariate) for key in keys], dtype=np.int64)
+    return Conditions(on_device(summed, device), torch.from_numpy(covariates).to(device))
+
+
+def on_device(array: np.ndarray, device: Any) -> torch.Tensor:
+    """The numbers as float32 on the device."""
+    import numpy as np
+    import torch
+
+    return torch.from_numpy(array.astype(np.float32)).to(device)
+
+
+# ---- the networks
+
+
+def layers(settings: Settings, before: int, after: int) -> torch.nn.Sequential:
+    """A network with one hidden layer."""
+    from torch import nn
+
+    steps: list[nn.Module] = []
+    for width, following in pairwise((before, settings.hidden, after)):
+        steps += [nn.Linear(width, following), nn.LeakyReLU(settings.negative_slope)]
+    return nn.Sequential(*steps[:-1])
+
+
+def networks(shape: Shape, settings: Settings) -> torch.nn.ModuleDict:
+    """cell: a cell's shift -> mean and log variance of z; perturbation: embedding -> s; covariate: a latent each;
+    expression: z + s + covariate -> shift; embedding: s -> embedding."""
+    from torch import nn
+
+    latent, n_genes = settings.latent, len(shape.genes)
+    net = nn.ModuleDict(
+        {
+            "cell": layers(settings, n_genes, 2 * latent),
+            "perturbation": layers(settings, shape.dimensions, latent),
+            "expression": layers(settings, latent, n_genes),
+            "embedding": layers(settings, latent, shape.dimensions),
+        }
+    )
+    if len(shape.covariates) > 1:
+        net["covariate"] = nn.Embedding(len(shape.covariates), latent)
+    return net
+
+
+def through(net: torch.nn.Module, given: torch.Tensor) -> torch.Tensor:
+    """What a network makes of it: computed in bfloat16 on a GPU, weights and result in float32.
+
+    Each call casts the weights anew: between two of them an optimizer may have changed them.
+    """
+    import torch
+
+    with torch.autocast(given.device.type, torch.bfloat16, enabled=given.device.type == "cuda"):
+        result: torch.Tensor = net(given)
+    return result.float()
+
+
+# ---- the losses
+
+
+class Losses(NamedTuple):
+    """What is minimised, and its terms, each a mean over the cells of a batch.
+
+    train_loss:       the sum of the others, `information` times its weight.
+    expression_error: sum over genes of (decoded - measured)^2, at the moved embedding.
+    embedding_error:  sum over dimensions of (decoded - given)^2, likewise.
+    divergence:       Kullback-Leibler divergence of z from the standard normal distribution.
+    information:      the critic's estimate of the mutual information of z and s, in nats.
+    """
+
+    train_loss: torch.Tensor
+    expression_error: torch.Tensor
+    embedding_error: torch.Tensor
+    divergence: torch.Tensor
+    information: torch.Tensor
+
+
+def step(
+    net: torch.nn.ModuleDict,
+    critic: torch.nn.Sequential,
+    optimizers: tuple[neural.Adam, neural.Adam],
+    rate: float,
+    settings: Settings,
+    conditions: Conditions,
+    cells: Cells,
+    batch: np.ndarray,
+) -> Losses:
+    """Steps of the critic up the information, then one of the networks down their loss.
+
+    optimizers: of the networks and of the critic.
+    """
+    import numpy as np
+    import torch
+
+    numbers, of_cell = np.unique(cells.condition[batch], return_inverse=True)
+    device = conditions.embedding.device
+    rows, at = torch.from_numpy(numbers).to(device), torch.from_numpy(of_cell).to(device)
+    given, shifts = Conditions(conditions.embedding[rows], conditions.covariates[rows]), cells.shifts(batch)
+    mean, log_variance = through(net["cell"], shifts).chunk(2, dim=1)
+    z = mean + torch.randn_like(mean) * (log_variance / 2).exp()
+    moved = against(net, settings, given, at, z.detach(), shifts)
+    s, expression_error, embedding_error = decoded(net, given, moved, at, z, shifts)
+    s = s[at]
+
+    def shuffled() -> torch.Tensor:
+        return torch.randperm(len(batch), device=device)
+
+    for _ in range(settings.critic_steps):
+        critic_loss = -information(critic, z.detach(), s.detach(), shuffled())
+        optimizers[1].step(critic_loss, rate)
+    shared = information(critic, z, s, shuffled())
+    divergence = 0.5 * (mean.square() + log_variance.exp() - log_variance - 1).sum(dim=1).mean()
+    loss = expression_error + embedding_error + divergence + settings.information_weight * shared
+    optimizers[0].step(loss, rate)
+    return Losses(loss, expression_error, embedding_error, divergence, shared)
+
+
+def against(
+    net: torch.nn.ModuleDict,
+    settings: Settings,
+    given: Conditions,
+    at: torch.Tensor,
+    z: torch.Tensor,
+    shifts: torch.Tensor,
+) -> torch.Tensor:
+    """The embeddings, each value moved by a step in the direction that makes both decodings worse (Goodfellow et al.
+    2015): conditions x dimensions. The step is meant for an embedding of length 1, of which ours is a multiple."""
+    import torch
+
+    embedding = given.embedding.clone().requires_grad_()
+    _, expression_error, embedding_error = decoded(net, given, embedding, at, z, shifts)
+    (gradient,) = torch.autograd.grad(expression_error + embedding_error, embedding)
+    return given.embedding + settings.adversarial_step * gradient.shape[1] ** 0.5 * gradient.sign()
+
+
+def decoded(
+    net: torch.nn.ModuleDict,
+    given: Conditions,
+    embedding: torch.Tensor,
+    at: torch.Tensor,
+    z: torch.Tensor,
+    shifts: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The latents s of these embeddings (conditions x latent), and the errors of both decodings.
+
+    given: the conditions of a batch, whose own embeddings are to be decoded. embedding: theirs, moved or not.
+    at: the condition of each cell. z, shifts: the latent and the shift of each cell.
+    """
+    import torch
+
+    s = through(net["perturbation"], embedding)
+    predicted = through(net["expression"], z + with_covariate(net, given, s)[at])
+    expression_error = (predicted - shifts).square().sum(dim=1).mean()
+    n_cells = torch.bincount(at, minlength=len(s))
+    of_condition = (through(net["embedding"], s) - given.embedding).square().sum(dim=1)
+    return s, expression_error, (n_cells * of_condition).sum() / len(at)
+
+
+def with_covariate(net: torch.nn.ModuleDict, conditions: Conditions, s: torch.Tensor) -> torch.Tensor:
+    """The latents of conditions, with those of their covariates added where there are several."""
+    return s + net["covariate"](conditions.covariates) if "covariate" in net else s
+
+
+def information(critic: torch.nn.Sequential, z: torch.Tensor, s: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """The Donsker-Varadhan bound on the mutual information of z and s in nats (MINE, Belghazi et al. 2018).
+
+    z, s: cells x latent. others: a permutation of the cells, which gives z the s of another.
+    """
+    import math
+
+    import torch
+
+    joint = through(critic, torch.cat([z, s], dim=1)).mean()
+    apart = through(critic, torch.cat([z, s[others]], dim=1))
+    return joint - (torch.logsumexp(apart, dim=0)[0] - math.log(len(z)))
+
+
+# ---- prediction
+
+
+def latents(net: torch.nn.ModuleDict, cells: Cells, numbers: np.ndarray, batch_size: int) -> torch.Tensor:
+    """The mean latents z of some cells: cells x latent."""
+    import torch
+
+    with torch.no_grad():
+        found = [net["cell"](cells.shifts(batch)).chunk(2, dim=1)[0] for batch in neural.batches(numbers, batch_size)]
+    return torch.cat(found)
+
+
+def mean_shifts(
+    net: torch.nn.ModuleDict, conditions: Conditions, rows: np.ndarray, states: torch.Tensor, covariate: np.ndarray
+) -> np.ndarray:
+    """Predicted mean shift of some conditions from control: rows x genes, float64.
+
+    states: latents of control cells. covariate: of each of them. The last layer is linear, so that the mean over the
+    cells is taken before it.
+    """
+    import numpy as np
+    import torch
+
+    *hidden, last = net["expression"]
+    own = [states[torch.from_numpy(covariate == one).to(states.device)] for one in range(covariate.max() + 1)]
+    with torch.no_grad():
+        at = torch.from_numpy(rows).to(states.device)
+        given = Conditions(conditions.embedding[at], conditions.covariates[at])
+        s = with_covariate(net, given, net["perturbation"](given.embedding))
+        means = torch.empty(len(rows), last.in_features, device=states.device)
+        for row, one in enumerate(given.covariates.tolist()):
+            decoding = own[one] + s[row]
+            for layer in hidden:
+                decoding = layer(decoding)
+            means[row] = decoding.mean(dim=0)
+        shifts: np.ndarray = last(means).cpu().numpy().astype(np.float64)
+    return shifts
+
+
+def pearson(predicted: np.ndarray, measured: np.ndarray) -> float:
+    """Correlation over genes; NaN if either is constant."""
+    import numpy as np
+
+    one, other = predicted - predicted.mean(), measured - measured.mean()
+    length = np.linalg.norm(one) * np.linalg.norm(other)
+    return float(one @ other / length) if length > 0 else float("nan")
+
+
+if __name__ == "__main__":
+    contract.main(DESCRIPTION, train, predict)
