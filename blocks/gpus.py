@@ -71,7 +71,7 @@ def devices() -> list[str]:
     CALIPERT_GPUS names them (`0,1`; `none` or nothing for none), else nvidia-smi does: the UUID of each GPU, or of each
     of its MIG instances where it is divided. CUDA_VISIBLE_DEVICES restricts them, where it is set. A number or the
     start of a UUID becomes the whole UUID if nvidia-smi knows it: two names of one GPU would be two leases of it.
-    Raises UserError if nvidia-smi is installed and fails.
+    Raises UserError if nvidia-smi is installed and fails, or does not list what CALIPERT_GPUS names.
     """
     chosen, visible = os.environ.get(GPUS), os.environ.get(VISIBLE)
     if chosen is not None and chosen.strip() in ("", NONE):
@@ -80,7 +80,7 @@ def devices() -> list[str]:
     if chosen is None:
         found = [id for ids in known.values() for id in ids]
     else:
-        found = [id for name in _split(chosen) for id in _ids(name, known) or [name]]
+        found = [id for name in _split(chosen) for id in _ids(name, known) or [_unlisted(name, known)]]
     if visible is not None:
         granted: list[str] = []
         for name in _split(visible):
@@ -301,6 +301,15 @@ def _known() -> dict[str, list[str]]:
     if known and answer.returncode:
         LOG.warning("%s -L ended with exit status %d; GPUs may be missing: %s", tool, answer.returncode, text)
     return known
+
+
+def _unlisted(name: str, known: Mapping[str, list[str]]) -> str:
+    """A name of CALIPERT_GPUS that nvidia-smi does not list: taken as it stands where there is no nvidia-smi."""
+    if known or not re.fullmatch(r"\d+|(GPU|MIG)-\S+", name):
+        listed = ", ".join(number for number in known if number.isdigit()) or "0, 1, ..."
+        remedy = f"set it to numbers ({listed}) or UUIDs as `nvidia-smi -L` shows them, or to `{NONE}`"
+        raise UserError("environment", GPUS, f"{name!r}, which is no GPU of this host", remedy)
+    return name
 
 
 def _ids(name: str, known: Mapping[str, list[str]]) -> list[str] | None:

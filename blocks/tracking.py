@@ -23,7 +23,7 @@ import pandas as pd
 from prefect.blocks.core import Block
 from pydantic import Field, field_validator
 
-from blocks.mlflow_api import Metric, Point, Refused, Run, Server
+from blocks.mlflow_api import Refused, Run, Server
 from blocks.mlflow_runs import (
     KEY,
     PARENT,
@@ -210,11 +210,11 @@ class MLflowTracking(Block):
         """Say in a fold's run which flow run trains it now."""
         self._server.log(run_id, tags={_TRAINED_BY: flow_run_id})
 
-    def fail_training(self, run_id: str, flow_run_id: str, reason: str) -> None:
-        """End a fold's run as FAILED, as `fail` does, if this flow run was the last that began to train it: the end of
+    def kill_training(self, run_id: str, flow_run_id: str, reason: str) -> None:
+        """End a fold's run as KILLED, as `fail` does, if this flow run was the last that began to train it: the end of
         an earlier one may be told late."""
         if self._server.run(run_id).tags.get(_TRAINED_BY) == flow_run_id:
-            self.fail(run_id, reason)
+            self.fail(run_id, reason, "KILLED")
 
     def live_curve(self, run_id: str) -> Callable[[Mapping[str, object]], None]:
         """A function that takes the events of a training while it runs and writes its metrics, some at a time.
@@ -284,16 +284,15 @@ class MLflowTracking(Block):
 
     def log_usage(self, run_id: str, usage: Usage) -> None:
         """Write what a training took to its run: `system.seconds` (wall clock), `system.cpu_seconds` and
-        `system.peak_memory_mb` (millions of bytes), and the tag `device`. Of several trainings the last one's is the
-        run's value."""
+        `system.peak_memory_mb` (millions of bytes), and the tag `device`."""
         took = {
             "system.seconds": usage.seconds,
             "system.cpu_seconds": usage.cpu_seconds,
             "system.peak_memory_mb": None if usage.peak_memory_bytes is None else usage.peak_memory_bytes / 1e6,
         }
-        now = int(time.time() * 1000)
-        metrics = [Metric(name, Point(value, now, 0)) for name, value in took.items() if value is not None]
-        self._server.log(run_id, metrics, tags={"device": usage.device})
+        points: Points = {(name, 0): value for name, value in took.items() if value is not None}
+        server = self._server
+        write(server, server.run(run_id), points, {"device": usage.device})
 
     def log_leaderboard(self, leaderboard: pd.DataFrame, run_ids: Mapping[str, str]) -> None:
         """Write each model's rows of the leaderboard as metrics `<metric>.<column>` of its run (columns:
@@ -386,13 +385,11 @@ class MLflowTracking(Block):
         server = self._server
         at_once(lambda run: end(server, run, "FINISHED"), with_running_children(server, run_ids))
 
-    def fail(self, run_id: str, reason: str) -> None:
-        """End a run, and those of its folds that are still running, as FAILED, with the reason in the tag `failure`.
-
-        The tag stays until the run finishes.
-        """
+    def fail(self, run_id: str, reason: str, status: str = "FAILED") -> None:
+        """End a run, and those of its folds that are still running, as FAILED, or KILLED, with the reason in the tag
+        `failure`, which stays until the run finishes."""
         server = self._server
-        at_once(lambda run: end(server, run, "FAILED", reason), with_running_children(server, [run_id]))
+        at_once(lambda run: end(server, run, status, reason), with_running_children(server, [run_id]))
 
     def end_interrupted(self, flow_run_id: str, reason: str) -> list[str]:
         """End as KILLED every run that this flow run left running, and return their ids: for what is done when a flow

@@ -30,6 +30,7 @@ def up() -> None:
     Raises UserError if a service does not start, a catalog entry does not fit, or nvidia-smi fails.
     """
     rows, at_once = table(), trainings_at_once()
+    Console().print("starting what does not run yet of Prefect, MLflow and the workers (up to a minute)", style="dim")
     running = services.ensure_servers()
     settings.adopt(running)
     # Only now: prefect reads its settings when it is imported.

@@ -56,7 +56,7 @@ class Pool(NamedTuple):
 
 class FlowRun(NamedTuple):
     """A flow run. state: Prefect's name of it. begun, ended: None where it has not. doing: the steps that run now.
-    folds: (finished, failed, all) of those that have a run in MLflow, or None."""
+    folds: (finished, failed, all) of those that have a run in MLflow, or None. models: as they were asked for."""
 
     id: str
     name: str
@@ -69,6 +69,7 @@ class FlowRun(NamedTuple):
     reason: str
     doing: list[str]
     folds: tuple[int, int, int] | None
+    models: list[str]
 
 
 @dataclass(frozen=True)
@@ -223,6 +224,7 @@ def _flow_run(told: dict[str, Any], flows: dict[str, str], doing: list[str], tra
         reason=one_line(state.get("message") or ""),
         doing=doing,
         folds=counted if folds else None,
+        models=list(told["parameters"].get("models") or []),
     )
 
 

@@ -76,7 +76,7 @@ def _runs(runs: dict[str, list[FlowRun]], now: datetime) -> Group:
         for run in of_kind[:most]:
             state = (run.state.lower().ljust(states), COLOURS.get(run.kind, ""))
             lines.append(Text.assemble(run.name.ljust(names), "  ", state, "  ", _when(run, now)))
-            if what := _what(run):
+            if what := " · ".join(filter(None, [_id(run), ", ".join(run.models), _what(run)])):
                 lines.append(Padding(Text(what), (0, 0, 0, 2)))
         if len(of_kind) > most:
             count = f"{len(of_kind) - most}{'+' if len(of_kind) == PAGE else ''}"
@@ -91,6 +91,11 @@ def _when(run: FlowRun, now: datetime) -> str:
         return f"since {_clock(run.begun, now)}, {_lasted((now - run.begun).total_seconds())}" if run.begun else ""
     lasted = f", {_lasted(run.seconds)}" if run.seconds else ""
     return f"{_clock(run.ended or run.due, now)}{lasted}"
+
+
+def _id(run: FlowRun) -> str:
+    """What `prefect flow-run cancel` and `logs` want to be told."""
+    return "" if run.kind == "COMPLETED" else run.id
 
 
 def _what(run: FlowRun) -> str:

@@ -18,7 +18,9 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowRunFilterState, FlowRunFilterStateType
 from prefect.client.schemas.objects import StateType
+from prefect.exceptions import TerminationSignal
 
+from blocks.cancellation import Stopped
 from blocks.code import code_hash
 from blocks.mlflow_api import Refused
 from blocks.secrets import mlflow_credentials
@@ -26,6 +28,7 @@ from blocks.tracking import REPORT, MLflowTracking, ModelRun
 from core.catalog.schema import DatasetSpec, ResolvedModel
 from core.controls import CONTROLS
 from core.errors import UserError
+from core.views import entries
 from tasks.artifacts import LOG, key_of
 from tasks.engine import engine_identity
 
@@ -140,7 +143,7 @@ def active_flow_runs(ids: list[str]) -> set[str]:
 
 @contextmanager
 def failing_with_the_flow(runs: Runs) -> Iterator[None]:
-    """Inside it, an error ends the benchmark's MLflow runs as FAILED before it goes on."""
+    """Inside it, an error ends the benchmark's MLflow runs, as `end_failed` does, before it goes on."""
     try:
         yield
     except BaseException as error:
@@ -149,16 +152,24 @@ def failing_with_the_flow(runs: Runs) -> Iterator[None]:
 
 
 def end_failed(run_ids: Iterable[str], error: BaseException) -> None:
-    """End MLflow runs as FAILED with the reason. What MLflow refuses is only logged: it must not hide the error."""
+    """End MLflow runs as FAILED with the reason, or as KILLED where the flow was ended from outside.
+
+    What MLflow refuses is only logged: it must not hide the error.
+    """
+    status, reason = "FAILED", f"{type(error).__name__}: {error}"
+    if isinstance(error, Stopped):
+        status, reason = "KILLED", str(error)
+    elif isinstance(error, TerminationSignal | KeyboardInterrupt):
+        status, reason = "KILLED", "the flow run was cancelled, or its process was ended by a signal"
     for run_id in run_ids:
         with _only_logged("the failure"):
-            tracking_server().fail(run_id, f"{type(error).__name__}: {error}")
+            tracking_server().fail(run_id, reason, status)
 
 
 def end_training(run_id: str, flow_run_id: str, reason: str) -> None:
-    """End the MLflow run of a training as FAILED, if it is this flow run's, and no later one's."""
+    """End the MLflow run of a training as KILLED, if it is this flow run's, and no later one's."""
     with _only_logged("the end of a training"):
-        tracking_server().fail_training(run_id, flow_run_id, reason)
+        tracking_server().kill_training(run_id, flow_run_id, reason)
 
 
 def end_interrupted(flow: object, flow_run: Any, state: Any) -> None:
@@ -213,7 +224,8 @@ def record_results(runs: Runs, results: Path) -> None:
 def show_results(spec: DatasetSpec, runs: Runs, results: Path, page: Path) -> None:
     """Prefect artifacts of the run: the leaderboard, and links to the report and to MLflow."""
     board = pd.read_parquet(results / "leaderboard.parquet")
-    table = board[board["calibrated"]].pivot(index=["model", "kind"], columns="metric", values="mean").reset_index()
+    table = board[board["calibrated"]].pivot(index=["model", "kind"], columns="metric", values="mean")
+    table = table.reindex(pd.MultiIndex.from_frame(entries(board)[["model", "kind"]])).reset_index()
     name = spec.name.replace("_", "-")
     create_table_artifact(
         key=f"leaderboard-{name}",

@@ -28,6 +28,8 @@ from tasks.record import end_failed, tracking_server
 
 THREADS = 1  # a model's bits may change with the number of threads; folds run beside each other instead
 
+USAGE = "usage.json"
+
 Event = Mapping[str, Any]
 
 
@@ -101,10 +103,11 @@ def finished(job: FoldJob) -> Path | None:
     return ArtifactStore().find("predictions", predictions_key(job))
 
 
-def trained(job: FoldJob, on_event: Callable[[Event], None], on_usage: Callable[[Usage], None]) -> Path:
-    """The model directory of one fold: weights and training.jsonl (the events that the model sent).
+def trained(job: FoldJob, on_event: Callable[[Event], None]) -> Path:
+    """The model directory of one fold: weights, training.jsonl (the events that the model sent), usage.json (what its
+    training took).
 
-    on_event, on_usage: called only where the model is trained now, not where the store has it.
+    on_event: called only where the model is trained now, not where the store has it.
     """
     data = _stored("fold", job.data)
 
@@ -126,7 +129,8 @@ def trained(job: FoldJob, on_event: Callable[[Event], None], on_usage: Callable[
             limit = job.model.time_limits.train
             with _checkpoint(job) as checkpoint:
                 spec["checkpoint"] = checkpoint
-                on_usage(engine().run("train", container(job.model), spec, on_event=keep, timeout_s=limit, gpu=gpu))
+                usage = engine().run("train", container(job.model), spec, on_event=keep, timeout_s=limit, gpu=gpu)
+        (folder / USAGE).write_text(json.dumps(asdict(usage), sort_keys=True), encoding="utf-8")
 
     return _model(job).made(build, f"the model of {job.name}")
 
@@ -185,15 +189,13 @@ def train_fold(job: FoldJob) -> Path:
         progress(event)
         say(event)
 
-    usages: list[Usage] = []
     try:
-        directory = trained(job, learn, usages.append)
+        directory = trained(job, learn)
         predictions = predicted(job, directory, say)
     except BaseException as error:
         end_failed([job.run_id], error)
         raise
-    for usage in usages:
-        tracking.log_usage(job.run_id, usage)
+    tracking.log_usage(job.run_id, Usage(**json.loads((directory / USAGE).read_text(encoding="utf-8"))))
     tracking.log_curve(job.run_id, directory / "training.jsonl")
     tracking.finish(job.run_id)
     lacking = len(json.loads((predictions / "unpredicted.json").read_text(encoding="utf-8")))

@@ -113,9 +113,6 @@ def test_without_nvidia_smi_there_is_no_gpu(nvidia_smi):
         ("0", None, [WHOLE]),
         (f"0, {WHOLE}", None, [WHOLE]),
         ("1", PARTS[0], [PARTS[0]]),
-        ("fake-0,fake-1", None, ["fake-0", "fake-1"]),
-        ("fake-0,fake-1", "fake-1", ["fake-1"]),
-        ("fake-0,fake-1", "0", []),
     ],
 )
 def test_devices(nvidia_smi, monkeypatch, chosen, visible, expected):
@@ -124,6 +121,24 @@ def test_devices(nvidia_smi, monkeypatch, chosen, visible, expected):
         if value is not None:
             monkeypatch.setenv(name, value)
     assert devices() == expected
+
+
+@pytest.mark.parametrize("listed", [LISTED, None])
+@pytest.mark.parametrize("chosen", ["abc", "0,gpu1"])
+def test_what_is_no_gpu_is_refused(nvidia_smi, monkeypatch, listed, chosen):
+    if listed:
+        nvidia_smi(listed)
+    monkeypatch.setenv(gpus.GPUS, chosen)
+    with pytest.raises(UserError, match="no GPU of this host"):
+        devices()
+
+
+def test_a_number_that_nvidia_smi_does_not_list_is_refused(nvidia_smi, monkeypatch):
+    nvidia_smi(LISTED)
+    monkeypatch.setenv(gpus.GPUS, "0,7")
+    with pytest.raises(UserError) as caught:
+        devices()
+    assert caught.value.found.startswith("'7'")
 
 
 def test_numbers_are_names_where_nvidia_smi_is_absent(host, monkeypatch):
@@ -166,38 +181,38 @@ def test_a_host_without_gpu_trains_on_the_cpu_and_says_so_once(caplog):
 
 
 def test_a_lease_takes_the_first_free_gpu_and_gives_it_back(host):
-    host("a,b")
+    host("GPU-a,GPU-b")
     with lease("one") as first:
         with lease("two") as second:
-            assert [first.id, second.id] == ["a", "b"]
-            assert holders() == [("a", Holder(os.getpid(), "one")), ("b", Holder(os.getpid(), "two"))]
-        assert free() == ["b"]
-    assert free() == ["a", "b"]
+            assert [first.id, second.id] == ["GPU-a", "GPU-b"]
+            assert holders() == [("GPU-a", Holder(os.getpid(), "one")), ("GPU-b", Holder(os.getpid(), "two"))]
+        assert free() == ["GPU-b"]
+    assert free() == ["GPU-a", "GPU-b"]
 
 
 def test_an_error_gives_the_gpu_back(host):
-    host("a")
+    host("GPU-a")
     with pytest.raises(KeyboardInterrupt), lease("one"):
         raise KeyboardInterrupt
-    assert free() == ["a"]
+    assert free() == ["GPU-a"]
 
 
 def test_a_longer_name_of_an_earlier_holder_leaves_nothing(host):
-    host("a")
+    host("GPU-a")
     for name in ("a name that is rather long", "short", "Schrödinger\n2"):
         with lease(name):
-            assert holders() == [("a", Holder(os.getpid(), name))]
+            assert holders() == [("GPU-a", Holder(os.getpid(), name))]
 
 
 def test_a_gpu_whose_holder_has_not_written_yet_is_held(host):
-    host("a")
+    host("GPU-a")
     with lease("one") as gpu:
         os.ftruncate(gpu.descriptor, 0)
-        assert holders() == [("a", Holder(None, "has just taken it"))]
+        assert holders() == [("GPU-a", Holder(None, "has just taken it"))]
 
 
 def test_who_waits_says_so_once_and_takes_what_comes_free(host, caplog, monkeypatch):
-    host("a,b")
+    host("GPU-a,GPU-b")
     caplog.set_level(logging.INFO, "calipert")
     polls = []
     with ExitStack() as one, ExitStack() as two:
@@ -211,26 +226,26 @@ def test_who_waits_says_so_once_and_takes_what_comes_free(host, caplog, monkeypa
 
         monkeypatch.setattr(gpus, "time", SimpleNamespace(sleep=sleep))
         with lease("three") as gpu:
-            assert gpu.id == "b"
+            assert gpu.id == "GPU-b"
     assert polls == [gpus.POLL_S] * 3
     assert [message for message in caplog.messages if "three" in message] == [
         "three waits: all 2 GPUs are busy",
-        "three has GPU b",
+        "three has GPU GPU-b",
     ]
 
 
 def test_who_waits_is_ended_by_a_stop(host, monkeypatch):
-    host("a")
+    host("GPU-a")
     monkeypatch.setattr(gpus, "time", SimpleNamespace(sleep=lambda seconds: stop_all("cancelled")))
     with lease("one"), pytest.raises(Stopped, match="two was stopped: cancelled"), lease("two"):
         pass
     with pytest.raises(Stopped), lease("three"):
         pass
-    assert free() == ["a"]
+    assert free() == ["GPU-a"]
 
 
 def test_threads_of_one_process_exclude_each_other(host):
-    host("a,b")
+    host("GPU-a,GPU-b")
     guard, held, seen = threading.Lock(), set(), []
 
     def use(number: int) -> bool:
@@ -246,27 +261,27 @@ def test_threads_of_one_process_exclude_each_other(host):
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(use, range(8)))
-    assert set(seen) == {"a", "b"}
-    assert free() == ["a", "b"]
+    assert set(seen) == {"GPU-a", "GPU-b"}
+    assert free() == ["GPU-a", "GPU-b"]
 
 
 def test_locks_are_for_all_users_whatever_the_umask(host, tmp_path):
-    host("a,MIG-GPU-1/2/0")
+    host("GPU-a,MIG-GPU-1/2/0")
     before = os.umask(0o077)
     try:
         with lease("one"), lease("two"):
             pass
     finally:
         os.umask(before)
-    assert sorted(path.name for path in (tmp_path / "locks").iterdir()) == ["MIG-GPU-1%2F2%2F0.lock", "a.lock"]
+    assert sorted(path.name for path in (tmp_path / "locks").iterdir()) == ["GPU-a.lock", "MIG-GPU-1%2F2%2F0.lock"]
     assert stat.S_IMODE((tmp_path / "locks").stat().st_mode) == gpus.FOLDER_MODE
     assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "locks").iterdir()} == {gpus.FILE_MODE}
 
 
 def test_a_link_is_no_lock(host, tmp_path):
-    host("a")
+    host("GPU-a")
     (tmp_path / "precious").write_text("text")
-    (lock_folder() / "a.lock").symlink_to(tmp_path / "precious")
+    (lock_folder() / "GPU-a.lock").symlink_to(tmp_path / "precious")
     for use in (lambda: lease("one").__enter__(), holders):
         with pytest.raises(UserError, match=r"a\.lock"):
             use()
@@ -274,14 +289,14 @@ def test_a_link_is_no_lock(host, tmp_path):
 
 
 def test_a_pipe_is_no_lock(host):
-    host("a")
-    os.mkfifo(lock_folder() / "a.lock")
+    host("GPU-a")
+    os.mkfifo(lock_folder() / "GPU-a.lock")
     with pytest.raises(UserError, match=r"a\.lock"), lease("one"):
         pass
 
 
 def test_a_folder_of_locks_that_cannot_be_used(host, tmp_path, monkeypatch):
-    host("a")
+    host("GPU-a")
     (tmp_path / "file").touch()
     monkeypatch.setenv(gpus.LOCKS, str(tmp_path / "file"))
     with pytest.raises(UserError, match=r"(?s)file.*CALIPERT_LOCKS"), lease("one"):
@@ -305,19 +320,19 @@ def test_the_shared_folder_is_the_first_that_can_be_made(host, tmp_path, monkeyp
 
 
 def test_a_lock_file_that_is_deleted_while_it_is_taken_is_no_lease(host, monkeypatch):
-    host("a")
+    host("GPU-a")
     real, removed = fcntl.flock, []
 
     def flock(file: object, how: int) -> None:
         real(file, how)
         if not removed:
             removed.append(True)
-            (lock_folder() / "a.lock").unlink()
+            (lock_folder() / "GPU-a.lock").unlink()
 
     monkeypatch.setattr(fcntl, "flock", flock)
     with lease("one") as gpu:
-        assert os.path.samestat(os.fstat(gpu.descriptor), (lock_folder() / "a.lock").stat())
-        assert holders() == [("a", Holder(os.getpid(), "one"))]
+        assert os.path.samestat(os.fstat(gpu.descriptor), (lock_folder() / "GPU-a.lock").stat())
+        assert holders() == [("GPU-a", Holder(os.getpid(), "one"))]
 
 
 # ---- deaths
@@ -339,7 +354,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[bytes]]]:
 
 
 def test_a_fork_of_a_killed_holder_does_not_keep_the_gpu(host, tmp_path, start):
-    host("a")
+    host("GPU-a")
     holder = start(f"""
         import os, time
         from pathlib import Path
@@ -355,10 +370,10 @@ def test_a_fork_of_a_killed_holder_does_not_keep_the_gpu(host, tmp_path, start):
     assert wait_for((tmp_path / "child").exists)
     child = int((tmp_path / "child").read_text())
     try:
-        assert holders() == [("a", Holder(holder.pid, "one"))]
+        assert holders() == [("GPU-a", Holder(holder.pid, "one"))]
         holder.kill()
         holder.wait()
-        assert wait_for(lambda: free() == ["a"])
+        assert wait_for(lambda: free() == ["GPU-a"])
         assert is_alive(child)
     finally:
         os.kill(child, signal.SIGKILL)
@@ -383,7 +398,7 @@ time.sleep(600)
 
 def test_a_model_that_left_its_group_keeps_its_gpu_until_it_is_dead(host, tmp_path, runaway, start):
     """Killing the flow ends its supervisor and what is in its group. Who ran away still uses the GPU."""
-    host("a")
+    host("GPU-a")
     flow = start(f"""
         from pathlib import Path
         from blocks.engines import ProcessEngine
@@ -398,14 +413,14 @@ def test_a_model_that_left_its_group_keeps_its_gpu_until_it_is_dead(host, tmp_pa
         flow.wait()
         assert wait_for(lambda: not is_alive(supervisor))
         assert is_alive(model)
-        assert holders() == [("a", Holder(flow.pid, "one"))]
+        assert holders() == [("GPU-a", Holder(flow.pid, "one"))]
     finally:
         os.kill(model, signal.SIGKILL)
-    assert wait_for(lambda: free() == ["a"])
+    assert wait_for(lambda: free() == ["GPU-a"])
 
 
 def test_a_lease_that_ends_before_its_model_does_not_free_the_gpu(host, tmp_path, runaway):
-    host("a")
+    host("GPU-a")
 
     def refuse(event: object) -> None:
         raise KeyboardInterrupt
@@ -419,7 +434,7 @@ def test_a_lease_that_ends_before_its_model_does_not_free_the_gpu(host, tmp_path
         assert free() == []
     finally:
         os.kill(model, signal.SIGKILL)
-    assert wait_for(lambda: free() == ["a"])
+    assert wait_for(lambda: free() == ["GPU-a"])
 
 
 # A model that claims its GPU for itself: by a lock of the test's own, which it holds until it is dead. Whoever finds
@@ -524,7 +539,7 @@ def test_eight_gpus_forty_folds_and_random_kills(host, tmp_path):
     Only the flows are killed: their supervisors and models have to die of it. Every fourth model has left its group and
     lives on, on its GPU, after its flow is dead.
     """
-    names = [f"fake-{number}" for number in range(8)]
+    names = [f"GPU-fake-{number}" for number in range(8)]
     host(",".join(names))
     folder, model = tmp_path / "evidence", tmp_path / "toy"
     folder.mkdir()

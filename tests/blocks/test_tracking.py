@@ -373,10 +373,10 @@ def test_the_late_end_of_an_earlier_training_does_not_end_the_run_of_a_later_one
     fold = open_model(tracking, dataset, folds=(0,)).folds[0]
     tracking.begin_training(fold, "first")
     tracking.begin_training(fold, "second")
-    tracking.fail_training(fold, "first", "killed")
+    tracking.kill_training(fold, "first", "killed")
     assert client.get_run(fold).info.status == "RUNNING"
-    tracking.fail_training(fold, "second", "killed, too")
-    assert client.get_run(fold).info.status == "FAILED"
+    tracking.kill_training(fold, "second", "killed, too")
+    assert client.get_run(fold).info.status == "KILLED"
     assert client.get_run(fold).data.tags["failure"] == "killed, too"
 
 

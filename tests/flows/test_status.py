@@ -56,6 +56,7 @@ def flow_run(kind: str, name: str = "benchmark-demo", **changes: Any) -> FlowRun
         "reason": "",
         "doing": [],
         "folds": None,
+        "models": [],
     }
     return FlowRun(**{**given, **changes})
 
@@ -77,7 +78,11 @@ def test_a_reason_is_one_line(message: str, line: str | None) -> None:
 
 def test_every_state_says_what_matters() -> None:
     runs = {
-        "active": [flow_run("RUNNING", folds=(3, 1, 10), doing=["ridge fold 4", "knn fold 1", "a", "b"])],
+        "active": [
+            flow_run(
+                "RUNNING", folds=(3, 1, 10), doing=["ridge fold 4", "knn fold 1", "a", "b"], models=["ridge", "knn"]
+            )
+        ],
         "waiting": [flow_run("SCHEDULED", "prepare-norman19", due=NOW + timedelta(days=1), begun=None)],
         "failed": [flow_run("CRASHED", "calibrate-tiny", ended=NOW, seconds=7500, reason="its process [was] killed")],
         "done": [flow_run("COMPLETED", "embed-esm2", ended=NOW - timedelta(days=2), seconds=12.4)],
@@ -92,10 +97,12 @@ def test_every_state_says_what_matters() -> None:
     assert "gpu paused; none: what is sent here waits" in lines
     since = NOW - timedelta(minutes=30)
     place = lines.index(f"benchmark-demo running since {since.astimezone():%H:%M}, 30 min")
-    assert lines[place + 1] == "3 of 10 folds done, 1 failed; ridge fold 4; knn fold 1; a and 1 more"
+    assert lines[place + 1] == (
+        "benchmark-demo · ridge, knn · 3 of 10 folds done, 1 failed; ridge fold 4; knn fold 1; a and 1 more"
+    )
     assert f"prepare-norman19 scheduled due {(NOW + timedelta(days=1)).astimezone():%b %d %H:%M}" in text
     place = lines.index(f"calibrate-tiny crashed {NOW.astimezone():%H:%M}, 2 h 5 min")
-    assert lines[place + 1] == "its process [was] killed"
+    assert lines[place + 1] == "calibrate-tiny · its process [was] killed"
     assert f"embed-esm2 completed {(NOW - timedelta(days=2)).astimezone():%b %d %H:%M}, 12 s" in lines
     assert "GPU GPU-1 demo, ridge, fold 1 (process 7)" in lines
     assert "store 12 artifacts, 3.4 MB; 5 TB free" in text

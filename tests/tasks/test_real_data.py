@@ -80,7 +80,7 @@ def test_knowledge_beats_the_dataset_mean_on_held_out_perturbations(shared: Path
                 asked=asked,
                 target_sum=spec.target_sum,
             )
-            predictions = predicted(job, trained(job, lambda _: None, lambda _: None), lambda _: None)
+            predictions = predicted(job, trained(job, lambda _: None), lambda _: None)
             profiles.append(ad.read_h5ad(predictions / "predictions.h5ad"))
     assert len(profiles) == len(wanted)
     ratios = _wmse_ratios(ad.concat(profiles), reference)
