@@ -2,8 +2,9 @@
 
 A gene's embedding in each source passes that source's own MLP into a latent space that all sources share; the gene's
 latent is their mean under two sets of weights, one learned per source and one from graph attention; the latents of a
-condition's genes are summed, and a linear head gives the log fold change of the condition's mean profile against the
-covariate's control cells. README.md says what the paper leaves open.
+condition's genes are summed, with more than one covariate a learned latent of the covariate is added, and a linear head
+gives the log fold change of the condition's mean profile against the covariate's control cells. README.md says what the
+paper leaves open.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Settings:
     source_hidden: width of the source_layers hidden layers of a source's MLP; temperature of the softmax over the
     learned weights of the sources; attention: share (0 to 1) of graph attention in the pooling, the learned weights
     have the rest; learning_rate of Adam; batch_size (conditions); at most so many epochs, and fewer once the
-    validation loss has not fallen for `patience` of them.
+    validation loss (1 - mean correlation) has not fallen for `patience` of them.
     """
 
     item_hidden: int = 512
@@ -92,11 +93,15 @@ class Conditions(NamedTuple):
 def train(task: contract.TrainTask) -> None:
     """Train on the train perturbations and keep the weights of the least validation loss: weights.pt and model.json.
 
-    Without a val condition that has an embedding, all epochs are trained and the last weights kept.
+    The head begins as the mean of the train perturbations. Without a val condition that has an embedding, all epochs
+    are trained and the last weights kept.
     """
     import numpy as np
 
     torch, device = neural.start_torch(task.threads)
+    if device.type == "cuda":
+        # TF32. Half precision would cast every weight anew in each step, of a few conditions only.
+        torch.set_float32_matmul_precision("high")
     settings = contract.hyperparameters(task, Settings)
     sources = standardised(contract.read_sources(task.embedding))
     changes, shape = usable(contract.read_means(task.cells), sources)
@@ -107,19 +112,22 @@ def train(task: contract.TrainTask) -> None:
 
     torch.manual_seed(task.seed)  # the initial weights, drawn on the CPU: the same for every device
     net = network(shape, settings).to(device)
+    net["head"][-1].bias.data = measured[torch.from_numpy(train_rows).to(device)].mean(dim=0)
     adam, best = neural.Adam(list(net.parameters())), neural.Best(net)
     parts = {"net": net, "adam": adam, "best": best}
     for epoch in neural.epochs(task, settings.epochs, parts, lambda: best.stale >= settings.patience):
         total = torch.zeros((), dtype=torch.float64, device=device)
         order = neural.generator(task.seed, epoch).permutation(train_rows)
         for batch in neural.batches(order, settings.batch_size):
-            loss = squared_error(net, settings, conditions, measured, batch)
+            wanted = measured[torch.from_numpy(batch).to(device)]
+            loss = (forward(net, settings, conditions, batch) - wanted).square().mean()
             adam.step(loss, settings.learning_rate)
             total += loss.detach() * len(batch)
         contract.metric("train_loss", epoch, float(total) / len(train_rows))
         if len(val_rows):
             with torch.no_grad():
-                val_loss = float(squared_error(net, settings, conditions, measured, val_rows))
+                predicted = forward(net, settings, conditions, val_rows)
+            val_loss = 1 - mean_correlation(predicted, measured[torch.from_numpy(val_rows).to(device)])
             contract.metric("val_loss", epoch, val_loss)
             best.offer(val_loss)
     torch.save(best.weights, task.output / "weights.pt")
@@ -238,7 +246,7 @@ def network(shape: Shape, settings: Settings) -> torch.nn.ModuleDict:
     later:     the further layers of all sources' MLPs, stacked: one product for all of them.
     pool:      a weight for each source.
     attention: from the pooled latent and from a source's latent to the score of the source.
-    covariate: with several of them, a scale and a shift of the latent for each.
+    covariate: with several of them, a latent for each, 0 at first.
     head:      from summed latents to log fold changes.
     """
     import torch
@@ -260,8 +268,8 @@ def network(shape: Shape, settings: Settings) -> torch.nn.ModuleDict:
         }
     )
     if len(shape.covariates) > 1:
-        sizes = (len(shape.covariates), item)
-        net["covariate"] = nn.ParameterList([nn.Parameter(torch.ones(sizes)), nn.Parameter(torch.zeros(sizes))])
+        net["covariate"] = nn.Embedding(len(shape.covariates), item)
+        nn.init.zeros_(net["covariate"].weight)
     head: list[nn.Module] = []
     for _ in range(settings.item_layers):
         head += [nn.Linear(item, item), nn.LeakyReLU(NEGATIVE_SLOPE)]
@@ -280,9 +288,7 @@ def forward(net: torch.nn.ModuleDict, settings: Settings, conditions: Conditions
     sources = [table[genes] for table in conditions.sources]
     latent = member @ pooled(net, settings, aligned(net, sources), conditions.is_lacking[:, genes])
     if "covariate" in net:
-        scale, shift = net["covariate"]
-        covariates = torch.from_numpy(conditions.covariates[rows]).to(device)
-        latent = latent * scale[covariates] + shift[covariates]
+        latent = latent + net["covariate"](torch.from_numpy(conditions.covariates[rows]).to(device))
     return net["head"](latent)
 
 
@@ -316,14 +322,13 @@ def pooled(
     return settings.attention * by_attention + (1 - settings.attention) * by_weight
 
 
-def squared_error(
-    net: torch.nn.ModuleDict, settings: Settings, conditions: Conditions, measured: torch.Tensor, rows: np.ndarray
-) -> torch.Tensor:
-    """The loss: mean over some conditions and all genes of (predicted - measured)^2; measured: conditions x genes."""
-    import torch
+def mean_correlation(predicted: torch.Tensor, measured: torch.Tensor) -> float:
+    """Mean over conditions of the Pearson correlation over genes of the two (both conditions x genes); 0 for a constant
+    row."""
+    from torch.nn.functional import cosine_similarity
 
-    wanted = measured[torch.from_numpy(rows).to(measured.device)]
-    return (forward(net, settings, conditions, rows) - wanted).square().mean()
+    centred = (values - values.mean(dim=1, keepdim=True) for values in (predicted, measured))
+    return float(cosine_similarity(*centred, dim=1).mean())
 
 
 if __name__ == "__main__":

@@ -82,3 +82,8 @@ def test_knn_halves_the_error_of_the_dataset_mean(relative, tmp_path, gene):
 def test_fmlp_halves_the_error_of_the_dataset_mean(relative, tmp_path):
     """JAK2: the hardest of the three, none of whose neighbours is nearer than a cosine of 0.75."""
     assert relative("fmlp", "JAK2", {}, tmp_path) < 0.5
+
+
+@pytest.mark.parametrize("gene", ["IFNGR1", "IFNGR2", "JAK2"])
+def test_presage_halves_the_error_of_the_dataset_mean(relative, tmp_path, gene):
+    assert relative("presage", gene, {}, tmp_path) < 0.5

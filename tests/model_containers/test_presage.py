@@ -10,8 +10,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import sparse
 from torch.nn.functional import leaky_relu
 
+from core.metrics import squared_error
+from core.simulate import SimulationSettings, planted_profiles, simulate
 from model_containers import contract, neural
 
 SMALL = {"item_hidden": 16, "source_hidden": 8, "batch_size": 4}
@@ -36,8 +39,8 @@ def case(presage, request):
     settings = presage.Settings(**SMALL, **request.param)
     torch.manual_seed(0)
     net = presage.network(shape, settings)
-    with torch.no_grad():  # they begin at 0 or 1, where the test would see nothing of them
-        for weights in (*net["pool"], *net["covariate"]):
+    with torch.no_grad():  # they begin at 0, where the test would see nothing of them
+        for weights in (*net["pool"], net["covariate"].weight):
             weights.normal_()
     return net, settings, keys, sources, presage.conditions_of(keys, sources, shape, CPU)
 
@@ -68,8 +71,7 @@ def of_gene(net, settings, gene: str, sources) -> torch.Tensor:
 def one_by_one(net, settings, key, sources) -> torch.Tensor:
     """The predicted log fold change of one condition, by the definition."""
     latent = sum(of_gene(net, settings, gene, sources) for gene in contract.genes_of(key.condition))
-    scale, shift = (part["xy".index(key.covariate)] for part in net["covariate"])
-    return net["head"](latent * scale + shift)
+    return net["head"](latent + net["covariate"].weight["xy".index(key.covariate)])
 
 
 def test_a_prediction_is_that_of_the_definition(presage, case):
@@ -79,17 +81,33 @@ def test_a_prediction_is_that_of_the_definition(presage, case):
     torch.testing.assert_close(presage.forward(net, settings, conditions, rows), expected)
 
 
-def test_loss_and_gradient_are_those_of_single_conditions(presage, case):
+def test_gradient_is_that_of_the_definition(presage, case):
     net, settings, keys, sources, conditions = case
-    measured = torch.randn(5, 7, generator=torch.Generator().manual_seed(1))
     rows = np.array([3, 1, 4])
-    loss = presage.squared_error(net, settings, conditions, measured, rows)
-    found = torch.autograd.grad(loss, list(net.parameters()))
-    predicted = torch.stack([one_by_one(net, settings, keys[row], sources) for row in rows])
-    expected = torch.nn.functional.mse_loss(predicted, measured[rows])
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    for one, other in zip(found, torch.autograd.grad(expected, list(net.parameters())), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    found = presage.forward(net, settings, conditions, rows).square().sum()
+    expected = torch.stack([one_by_one(net, settings, keys[row], sources) for row in rows]).square().sum()
+    gradients = (torch.autograd.grad(one, list(net.parameters())) for one in (found, expected))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_validation_is_by_correlation(presage):
+    rng = np.random.default_rng(0)
+    predicted, measured = rng.normal(size=(2, 4, 9)).astype(np.float32)
+    measured[3] = 2.0
+    expected = sum(np.corrcoef(predicted[row], measured[row])[0, 1] for row in range(3)) / 4
+    found = presage.mean_correlation(torch.from_numpy(predicted), torch.from_numpy(measured))
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_head_begins_as_the_mean_of_the_train_perturbations(presage, panel, tmp_path):
+    settings = SMALL | {"epochs": 1, "learning_rate": 1e-30}
+    presage.train(panel.train_task(tmp_path, hyperparameters=settings))
+    means = contract.read_means(panel.folder / "train.h5ad")
+    embedding = contract.read_embedding(panel.folder / "embedding.parquet")
+    changes, _ = presage.usable(means, {"one": embedding})
+    bias = torch.load(tmp_path / "weights.pt", weights_only=True)["head.0.bias"]
+    np.testing.assert_allclose(bias, changes.X[changes.obs["split"] == "train"].mean(axis=0), atol=1e-6)
 
 
 def test_one_source_is_not_weighed(presage):
@@ -157,9 +175,11 @@ def test_the_weights_of_the_least_validation_loss_are_kept_and_the_training_ends
     keys = tuple(contract.Key("line", name) for name in val)
     presage.predict(panel.predict_task(tmp_path, tmp_path, conditions=keys))
     means = contract.read_means(panel.folder / "train.h5ad")
-    truth = means[means.obs["condition"].isin(val)]
-    errors = ad.read_h5ad(tmp_path / "predictions.h5ad").X - truth.X
-    assert (errors**2).mean() == pytest.approx(losses[best], rel=1e-4)
+    control = presage.control_means(means).loc["line"].to_numpy()
+    predicted = ad.read_h5ad(tmp_path / "predictions.h5ad").X - control
+    measured = means[means.obs["condition"].isin(val)].X - control
+    correlations = [np.corrcoef(one, other)[0, 1] for one, other in zip(predicted, measured, strict=True)]
+    assert 1 - np.mean(correlations) == pytest.approx(losses[best], abs=1e-5)
 
 
 def test_without_val_conditions_all_epochs_are_trained(presage, panel, tmp_path, capsys):
@@ -182,27 +202,28 @@ def test_without_val_conditions_all_epochs_are_trained(presage, panel, tmp_path,
 
 def test_a_training_that_was_cut_off_goes_on_to_the_same_bytes(presage, two_lines, tmp_path, monkeypatch):
     monkeypatch.setattr(neural, "SAVING_SHARE", float("inf"))  # a checkpoint after every epoch
+    monkeypatch.setattr(contract, "_METRICS", [])  # those of other tests' trainings
     settings = SMALL | {"epochs": 12}
-    presage.train(two_lines.train_task(whole := new(tmp_path / "whole"), hyperparameters=settings))
+    told: list[tuple[str, int, float]] = []
 
-    monkeypatch.setattr(contract, "_METRICS", [])  # each training is a process
+    def train(output: Path, dies_in: int | None = None, **changes: object) -> list[tuple[str, int, float]]:
+        def metric(name: str, step: int, value: float) -> None:
+            if step == dies_in:
+                raise KeyboardInterrupt
+            told.append((name, step, value))
 
-    def killed(name: str, step: int, value: float) -> None:
-        if step == 7:
-            raise KeyboardInterrupt
+        monkeypatch.setattr(contract, "metric", metric)
+        told.clear()
+        presage.train(two_lines.train_task(output, hyperparameters=settings, **changes))
+        return list(told)
 
-    task = two_lines.train_task(
-        new(tmp_path / "broken"), hyperparameters=settings, checkpoint=new(tmp_path / "checkpoint")
-    )
-    monkeypatch.setattr(contract, "metric", killed)
+    whole = train(new(tmp_path / "whole"))
+    broken, checkpoint = new(tmp_path / "broken"), new(tmp_path / "checkpoint")
     with pytest.raises(KeyboardInterrupt):
-        presage.train(task)
-    steps: list[int] = []
-    monkeypatch.setattr(contract, "metric", lambda name, step, value: steps.append(step))
-    presage.train(task)
-    assert min(steps) == 7, "those of the epochs before are not computed again"
+        train(broken, dies_in=7, checkpoint=checkpoint)
+    assert train(broken, checkpoint=checkpoint) == [one for one in whole if one[1] >= 7]
     for name in ("weights.pt", "model.json"):
-        assert (task.output / name).read_bytes() == (whole / name).read_bytes()
+        assert (broken / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def new(folder: Path) -> Path:
@@ -259,3 +280,64 @@ def test_other_sources_than_in_training_are_refused(presage, panel, two_sources,
     presage.train(panel.train_task(tmp_path, hyperparameters=SMALL | {"epochs": 1}, embedding=two_sources))
     with pytest.raises(contract.ContractError, match=r"the model was trained with {'a': 6, 'b': 4}"):
         presage.predict(panel.predict_task(tmp_path, tmp_path))
+
+
+# ---- that it learns
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory) -> tuple[Path, pd.DataFrame, ad.AnnData]:
+    """A simulated screen: the folder of train.h5ad and control.h5ad; the programs of each perturbed gene, along which
+    its perturbation acts; the planted profiles of a fifth of the conditions, held out."""
+    folder = tmp_path_factory.mktemp("planted")
+    settings = SimulationSettings(
+        seed=3, genes=400, singles=100, program_share=0.2, null_share=0.1, cells_per_condition=30, control_cells=200
+    )
+    screen = simulate(settings)
+    names = sorted(set(screen.cells.obs["perturbation"]) - {"control"})
+    held_out, val = names[::5], names[1::10]
+    counts = screen.cells.X.toarray().astype(np.float64)
+    X = sparse.csr_matrix(np.log1p(1e4 * counts / counts.sum(axis=1, keepdims=True)).astype(np.float32))
+    obs = screen.cells.obs.astype(str).rename(columns={"cell_line": "covariate", "perturbation": "condition"})
+    obs["split"] = np.where(obs["condition"].isin(val), "val", "train")
+    cells = ad.AnnData(X, obs=obs, var=pd.DataFrame(index=screen.cells.var_names))
+    cells[~obs["condition"].isin(held_out).to_numpy()].copy().write_h5ad(folder / "train.h5ad")
+    cells[(obs["condition"] == "control").to_numpy()].copy().write_h5ad(folder / "control.h5ad")
+    programs = screen.truth.varm["line_1"].drop(columns="general").loc[names]
+    truth = planted_profiles(screen)
+    return folder, programs, truth[truth.obs["condition"].isin(held_out)]
+
+
+def relative_error(presage, planted, embedding: pd.DataFrame, output: Path) -> float:
+    """The model's mean wmse of what is held out divided by dataset_mean's; weights: the planted effects, squared."""
+    folder, _, truth = planted
+    embedding.to_parquet(output / "embedding.parquet")
+    common = {"embedding": output / "embedding.parquet", "seed": 1, "threads": 1, "output": output}
+    presage.train(contract.TrainTask(cells=folder / "train.h5ad", hyperparameters={}, **common))
+    keys = tuple(map(contract.Key, truth.obs["covariate"], truth.obs["condition"]))
+    presage.predict(contract.PredictTask(model=output, control=folder / "control.h5ad", conditions=keys, **common))
+    predicted = ad.read_h5ad(output / "predictions.h5ad").to_df()
+    means = contract.read_means(folder / "train.h5ad")
+    true = truth.to_df().set_axis([f"{line}|{name}" for line, name in keys]).loc[predicted.index].to_numpy()
+    weights = (true - presage.control_means(means).to_numpy()) ** 2
+    profiles = (predicted.to_numpy(), np.broadcast_to(contract.dataset_means(means).to_numpy(), true.shape))
+    model, dataset_mean = (squared_error(profile, true, weights).mean() for profile in profiles)
+    return float(model / dataset_mean)
+
+
+def test_it_learns_what_genes_have_in_common(presage, planted, tmp_path):
+    assert relative_error(presage, planted, planted[1], tmp_path) < 0.7
+
+
+def test_from_the_embeddings_of_other_genes_it_learns_nothing(presage, planted, tmp_path):
+    programs = planted[1]
+    order = np.random.default_rng(0).permutation(len(programs))
+    assert relative_error(presage, planted, programs.iloc[order].set_axis(programs.index), tmp_path) > 0.9
+
+
+def test_it_learns_from_two_sources_with_half_of_the_knowledge_each(presage, planted, tmp_path):
+    """Better than from one of them."""
+    halves = [planted[1].iloc[:, :6].add_prefix("a/"), planted[1].iloc[:, 6:].add_prefix("b/")]
+    one = relative_error(presage, planted, halves[0], new(tmp_path / "one"))
+    both = relative_error(presage, planted, pd.concat(halves, axis=1), new(tmp_path / "both"))
+    assert both < one - 0.05
