@@ -27,11 +27,13 @@ from requests.exceptions import RequestException
 
 from blocks import docker_guard
 from blocks.cancellation import killed_by_stop, raise_if_stopped
+from blocks.docker_checkpoints import Checkpoint
 from blocks.docker_images import usable_image
 from blocks.docker_limits import Limits, change, read_limits
 from blocks.docker_logs import Printed
-from blocks.docker_output import RefusedOutput, move_into, unpack
+from blocks.docker_output import RefusedOutput, members, move_into, unpack
 from blocks.docker_stage import (
+    CHECKPOINT,
     OUTPUT,
     Machine,
     User,
@@ -102,10 +104,11 @@ class DockerEngine(Block):
         spec: the stage's JSON (docs/models.md) with paths of this machine; the container sees those files and folders
         alone. on_event: called in this thread with each event that the model prints; any other line becomes a log
         event. timeout_s: wall-clock limit in seconds. gpu: the leased one that the container gets.
-        The output reaches the spec's folder whole, and only after a good end.
+        The output reaches the spec's folder whole, and only after a good end; the spec's `checkpoint` now and then
+        while the model runs (blocks.docker_checkpoints).
         Raises ModelFailed if the model exits with an error, meets a limit, or writes what is no plain file or folder,
         UserError if the engine, the image or a GPU cannot be used, and Stopped if its flow ends meanwhile or has ended.
-        Whatever ends this call, be it the death of this process by any signal, removes the containers and the volume;
+        Whatever ends this call, be it the death of this process by any signal, removes the containers and volumes;
         the GPU stays leased until they are gone.
         """
         name = f"{model_folder.name} {stage}"
@@ -161,6 +164,7 @@ class _Stage:
         self.guard: _Guard
         self.last: deque[str] = deque(maxlen=LAST_LINES)
         self.meter = _Meter()
+        self.checkpoint: Checkpoint | None = None
 
     def run(self, spec: Mapping[str, Any], folder: Path, gpu: Gpu | None) -> Usage:
         info = self.client.info()
@@ -170,15 +174,19 @@ class _Stage:
         labels |= {} if gpu is None else {GPU: gpu.id}
         mounts = write_spec(spec, folder / "spec.json", user)
         create = self.client.containers.create
-        volume = self.client.volumes.create(
-            named, driver="local", driver_opts=volume_options(self.limits), labels=labels
-        )
-        keeper = create(name=f"{named}-output", labels=labels, **keeper_options(self.image, volume.name, user))
+        kept = spec.get("checkpoint")
+        volumes = {place: f"{named}-{place[1:]}" for place in ([OUTPUT] if kept is None else [OUTPUT, CHECKPOINT])}
+        for volume in volumes.values():
+            self.client.volumes.create(volume, driver="local", driver_opts=volume_options(self.limits), labels=labels)
+        keeper = create(name=f"{named}-keeper", labels=labels, **keeper_options(self.image, volumes, user))
         options = model_options(
-            self.image, self.stage, mounts, volume.name, user, self.limits, machine, int(spec.get("threads", 1)), gpu
+            self.image, self.stage, mounts, volumes, user, self.limits, machine, int(spec.get("threads", 1)), gpu
         )
         container = create(name=named, labels=labels, **options)
         keeper.start()
+        if kept is not None:
+            self.checkpoint = Checkpoint(container, Path(kept), self.limits, user, self._check)
+            self.checkpoint.restore()
         printed = Printed(container)
         try:
             container.start()
@@ -196,8 +204,7 @@ class _Stage:
         rests: dict[bool, bytes] = {True: b"", False: b""}
         size = 0
         while True:
-            self._check()
-            self.meter.read(container)
+            self._look(container)
             try:
                 chunk = printed.chunks.get(timeout=max(0.0, min(WAIT_S, self.deadline - monotonic())))
             except queue.Empty:
@@ -222,6 +229,16 @@ class _Stage:
         else:
             self.last.append(line)
 
+    def _look(self, container: Container) -> None:
+        """What is to be done now and then while the container runs. Raises what ends a stage before its own end."""
+        self._check()
+        self.meter.read(container)
+        if self.checkpoint is not None:
+            try:
+                self.checkpoint.keep()
+            except RefusedOutput as error:
+                raise self._failure(f"wrote what is refused as a checkpoint: {error}") from error
+
     def _check(self) -> None:
         """Raise what ends a stage before its own end."""
         raise_if_stopped(f"{self.model} {self.stage}")
@@ -237,8 +254,7 @@ class _Stage:
             if container.status in ("exited", "dead"):
                 state: dict[str, Any] = container.attrs["State"]
                 return state
-            self._check()
-            self.meter.read(container)
+            self._look(container)
             with suppress(RequestException):  # it still runs
                 container.wait(timeout=WAIT_S)
 
@@ -262,7 +278,8 @@ class _Stage:
         try:
             # What is refused is not read to its end, and the engine removes no container that it still reads.
             with closing(container.get_archive(OUTPUT, chunk_size=CHUNK)[0]) as chunks:
-                unpack(chunks, folder, int(self.limits.output), self.limits.output_files)
+                found = members(chunks, OUTPUT, int(self.limits.output), self.limits.output_files)
+                unpack(found, folder)
             move_into(folder, output)
         except RefusedOutput as error:
             raise self._failure(f"wrote what is refused: {error}", 0) from error

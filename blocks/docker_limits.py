@@ -21,10 +21,11 @@ Count = Annotated[int, Field(gt=0)]
 class Limits(BaseModel):
     """The limits of one container; sizes in bytes, or as `16GiB`. docs/containers.md says what each is for.
 
-    memory: of all its processes, its /tmp, /dev/shm and output, without swap; None for half of the machine's.
+    memory: of all its processes, its /tmp, /dev/shm, output and checkpoint, without swap; None for half of the
+    machine's.
     cpus: None for as many as the stage was given threads. pids: processes and threads. temporary: of /tmp.
-    shared_memory: of /dev/shm. output, output_files: bytes and number of files and folders that it may write. printed:
-    bytes on stdout and stderr together.
+    shared_memory: of /dev/shm. output, output_files: bytes and number of files and folders that it may write, and as
+    many again as a checkpoint. printed: bytes on stdout and stderr together.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

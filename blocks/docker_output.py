@@ -1,9 +1,9 @@
-"""A model's output, brought out of its container as an archive that is checked member by member.
+"""What a model writes, brought out of its container as an archive that is checked member by member.
 
-Nothing of the host is bound to /output: a folder of the host could be filled until the disk is full, through deleted
-files that no watcher sees, and would have to be read with the model's links in it. Instead /output is a memory file
-system whose size and number of files the kernel limits; a second container, which sleeps and cannot write to it, keeps
-it from the model's end until it was read.
+Nothing of the host is bound to /output or /checkpoint: a folder of the host could be filled until the disk is full,
+through deleted files that no watcher sees, and would have to be read with the model's links in it. Instead each is a
+memory file system whose size and number of files the kernel limits; a second container, which sleeps and cannot write
+to it, keeps it while the model's own does not run.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import os
 import shutil
 import tarfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from io import RawIOBase
 from pathlib import Path, PurePosixPath
+from typing import IO, NamedTuple
 
-# Of a path below /output, in bytes: what any file system takes.
+# Of a member's path, in bytes: what any file system takes.
 LONGEST_PATH = 1024
 _KINDS = {
     tarfile.SYMTYPE: "a symbolic link",
@@ -30,25 +32,73 @@ class RefusedOutput(Exception):
     """The output holds what it may not; the message says what."""
 
 
-def unpack(chunks: Iterable[bytes], folder: Path, most_bytes: int, most_files: int) -> None:
-    """Write the files and folders of an archive of /output into an empty folder, as files of this user.
+class Member(NamedTuple):
+    """A file or folder. path: below the folder that was archived. content: None for a folder. size: in bytes."""
 
-    chunks: of a tar whose members lie below `output/`. Contents are taken, and nothing else: no owner, mode or time.
+    path: PurePosixPath
+    content: IO[bytes] | None
+    size: int
+
+
+def members(chunks: Iterable[bytes], root: str, most_bytes: int, most_files: int) -> Iterator[Member]:
+    """The files and folders in an archive of a folder, each checked; a content can be read until the next is asked for.
+
+    chunks: of the tar. root: the folder's path in its container; the folder itself is left out.
     Raises RefusedOutput for anything but plain files and folders, for names that lead out of the folder, and for more
-    bytes or files than the limits; what came before is left in `folder`.
+    bytes or files than the limits; TarError where the archive cannot be read.
     """
     size = 0
+    with tarfile.open(fileobj=_Stream(iter(chunks)), mode="r|", bufsize=2**18) as archive:
+        for number, member in enumerate(archive):
+            if number > most_files:
+                raise RefusedOutput(f"more than {most_files:,} files and folders")
+            size += member.size
+            if size > most_bytes:
+                raise RefusedOutput(f"more than {most_bytes:,} bytes, at {member.name!r}")
+            path = _below(member.name, PurePosixPath(root).name)
+            content = _content(archive, member)
+            if path != PurePosixPath():
+                yield Member(path, content, member.size)
+
+
+@contextmanager
+def _broken_ones_refused() -> Iterator[None]:
+    """An archive may break off in the midst of a content, which is read by who asked for the member."""
     try:
-        with tarfile.open(fileobj=_Stream(iter(chunks)), mode="r|", bufsize=2**18) as archive:
-            for number, member in enumerate(archive):
-                if number > most_files:
-                    raise RefusedOutput(f"more than {most_files:,} files and folders")
-                size += member.size
-                if size > most_bytes:
-                    raise RefusedOutput(f"more than {most_bytes:,} bytes, at {member.name!r}")
-                _write(archive, member, folder)
+        yield
     except tarfile.TarError as error:
         raise RefusedOutput(f"no readable archive ({error})") from error
+
+
+@_broken_ones_refused()
+def unpack(found: Iterable[Member], folder: Path) -> None:
+    """Write files and folders into an empty folder, as files of this user.
+
+    Contents are taken, and nothing else: no owner, mode or time. Raises RefusedOutput where `members` refuses one or
+    the archive cannot be read; what came before is left.
+    """
+    for member in found:
+        path = folder / member.path
+        if member.content is None:
+            path.mkdir()
+        else:
+            with path.open("xb") as file:
+                shutil.copyfileobj(member.content, file, 2**18)
+
+
+@_broken_ones_refused()
+def repack(found: Iterable[Member], path: Path, uid: int, gid: int) -> None:
+    """Write files and folders into a tar, as those of a user.
+
+    Contents are taken, and nothing else. Raises as `unpack` does; a tar without an end is left.
+    """
+    # Of the formats the one that keeps names that are no UTF-8.
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as archive:
+        for member in found:
+            info = tarfile.TarInfo(str(member.path))
+            info.uid, info.gid, info.size = uid, gid, member.size
+            info.type, info.mode = (tarfile.DIRTYPE, 0o755) if member.content is None else (tarfile.REGTYPE, 0o644)
+            archive.addfile(info, member.content)
 
 
 def move_into(source: Path, output: Path) -> None:
@@ -62,25 +112,23 @@ def move_into(source: Path, output: Path) -> None:
         shutil.move(path, output / path.name)
 
 
-def _write(archive: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
-    path = folder / _below(member.name)
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes] | None:
+    """What is in a file; None for a folder."""
     if member.type == tarfile.DIRTYPE:
-        path.mkdir(exist_ok=path == folder)
-    elif member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and (content := archive.extractfile(member)) is not None:
-        with path.open("xb") as file:
-            shutil.copyfileobj(content, file, 2**18)
-    else:
-        raise RefusedOutput(f"{member.name!r}, which is {_KINDS.get(member.type, 'no plain file')}")
+        return None
+    if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and (content := archive.extractfile(member)) is not None:
+        return content
+    raise RefusedOutput(f"{member.name!r}, which is {_KINDS.get(member.type, 'no plain file')}")
 
 
-def _below(name: str) -> PurePosixPath:
-    """The path below /output of a member."""
+def _below(name: str, root: str) -> PurePosixPath:
+    """The path of a member below the folder that was archived."""
     path = PurePosixPath(name)
-    if path.is_absolute() or path.parts[:1] != ("output",) or ".." in path.parts:
+    if path.is_absolute() or path.parts[:1] != (root,) or ".." in path.parts:
         raise RefusedOutput(f"{name!r}, a name that leads elsewhere")
     if len(os.fsencode(name)) > LONGEST_PATH:
         raise RefusedOutput(f"a path of more than {LONGEST_PATH} bytes, {name[:80]!r}...")
-    return path.relative_to("output")
+    return path.relative_to(root)
 
 
 class _Stream(RawIOBase):

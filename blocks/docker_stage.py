@@ -18,10 +18,13 @@ from blocks.gpus import VISIBLE, Gpu
 from core.errors import UserError
 from model_containers.contract import THREAD_VARIABLES
 
-INPUT, OUTPUT, SPEC, TEMPORARY = "/input", "/output", "/spec.json", "/tmp"  # noqa: S108 - within the container
+# Places within the container.
+INPUT, OUTPUT, CHECKPOINT, SPEC, TEMPORARY = "/input", "/output", "/checkpoint", "/spec.json", "/tmp"  # noqa: S108
 NOBODY = 65534
 # The fields of a spec that name what a model reads; everything else of the host stays out of its sight.
-INPUTS = ("cells", "embedding", "model", "control")
+INPUTS = ("cells", "embedding", "pretrained", "model", "control")
+# Those that name where it writes.
+PLACES = {"output": OUTPUT, "checkpoint": CHECKPOINT}
 # What a model says when it meets one of its limits, and which.
 MET = {
     "No space left on device": "output",
@@ -64,7 +67,7 @@ def write_spec(spec: Mapping[str, Any], path: Path, user: User) -> list[Mount]:
 
     Raises UserError for an input that the container's user may not read.
     """
-    inside = {name: value for name, value in spec.items() if name != "output"} | {"output": OUTPUT}
+    inside = dict(spec) | {name: place for name, place in PLACES.items() if spec.get(name) is not None}
     mounts = [_seen(path, SPEC)]
     for field in INPUTS:
         if spec.get(field) is None:
@@ -81,7 +84,7 @@ def write_spec(spec: Mapping[str, Any], path: Path, user: User) -> list[Mount]:
 
 
 def volume_options(limits: Limits) -> dict[str, str]:
-    """Of the volume at /output: memory, of which a model cannot get more than the size or the number of files."""
+    """Of each volume that a model writes to: memory, of which it gets no more than the size and number of files."""
     # Two more: the folder itself, and one too many, so that it is said to be too many.
     return {
         "type": "tmpfs",
@@ -109,13 +112,16 @@ def walls(user: User) -> dict[str, Any]:
     }
 
 
-def keeper_options(image: str, volume: str, user: User) -> dict[str, Any]:
-    """Of the container that keeps the volume from the model's end until it was read, and can only read it."""
+def keeper_options(image: str, volumes: Mapping[str, str], user: User) -> dict[str, Any]:
+    """Of the container that keeps the volumes while the model does not run, and can only read them.
+
+    volumes: where each lies -> its name.
+    """
     return walls(user) | {
         "image": image,
         "entrypoint": ["sleep"],
         "command": ["infinity"],
-        "mounts": [Mount(OUTPUT, volume, type="volume", read_only=True, no_copy=True)],
+        "mounts": [Mount(at, name, type="volume", read_only=True, no_copy=True) for at, name in volumes.items()],
         "mem_limit": 2**26,
         "memswap_limit": 2**26,
         "pids_limit": 16,
@@ -127,14 +133,15 @@ def model_options(
     image: str,
     stage: Stage,
     mounts: list[Mount],
-    volume: str,
+    volumes: Mapping[str, str],
     user: User,
     limits: Limits,
     machine: Machine,
     threads: int,
     gpu: Gpu | None,
 ) -> dict[str, Any]:
-    """Of the model's own container. threads: as the spec has it. gpu: the leased one, or None."""
+    """Of the model's own container. volumes: as in `keeper_options`. threads: as the spec has it. gpu: the leased one,
+    or None."""
     memory = memory_limit(limits, machine)
     return walls(user) | {
         "image": image,
@@ -142,7 +149,7 @@ def model_options(
         "hostname": "calipert",
         "working_dir": TEMPORARY,
         "environment": _environment(threads, gpu),
-        "mounts": [*mounts, Mount(OUTPUT, volume, type="volume", no_copy=True)],
+        "mounts": [*mounts, *(Mount(at, name, type="volume", no_copy=True) for at, name in volumes.items())],
         # Executable: compilers of GPU kernels load what they wrote there.
         "tmpfs": {TEMPORARY: f"size={int(limits.temporary)},mode=1777,nosuid,nodev,exec"},
         "shm_size": int(limits.shared_memory),
@@ -168,7 +175,7 @@ def met_limit(last_lines: list[str]) -> str:
     text = "\n".join(last_lines)
     field = next((field for said, field in MET.items() if said in text), None)
     if field == "output":
-        return f"; /output and /tmp are limited{change('output')}, or `temporary`"
+        return f"; /output, /checkpoint and /tmp are limited{change('output')}, or `temporary`"
     return "" if field is None else f"; its {field.replace('_', ' ')} are limited{change(field)}"
 
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from blocks.checkpoints import checkpoint
 from blocks.code import code_hash
-from blocks.engines import ProcessEngine, Usage
+from blocks.engines import Usage
 from blocks.gpus import Gpu, lease
 from blocks.store import ArtifactStore, artifact_key
 from core.catalog.schema import ResolvedModel
@@ -240,8 +240,8 @@ def _given(job: FoldJob) -> dict[str, str | None]:
 
 @contextmanager
 def _checkpoint(job: FoldJob) -> Iterator[str | None]:
-    """The folder from which a killed training goes on; a container has none that outlives it."""
-    if not isinstance(engine(), ProcessEngine):
+    """The folder from which a killed training goes on; None where models run on other machines."""
+    if runs_elsewhere():
         yield None
         return
     with checkpoint(_model(job).key) as folder:

@@ -104,9 +104,11 @@ def test_events_arrive_in_order_and_output_belongs_to_the_caller(model, tmp_path
 
 
 def test_the_spec_leads_to_the_inputs_and_they_cannot_be_written(model, tmp_path):
-    cells, trained = tmp_path / "train.h5ad", tmp_path / "model"
+    cells, trained, pretrained = tmp_path / "train.h5ad", tmp_path / "model", tmp_path / "pretrained"
     cells.write_text("cells")
     trained.mkdir()
+    pretrained.mkdir()
+    (pretrained / "published").write_text("published")
     (trained / "weights").write_text("weights")
     (tmp_path / "test.h5ad").write_text("secret")
     code = """
@@ -116,12 +118,13 @@ def test_the_spec_leads_to_the_inputs_and_they_cannot_be_written(model, tmp_path
             except OSError as error:
                 print(type(error).__name__, error.strerror)
         print(pathlib.Path(spec["cells"]).read_text(), (pathlib.Path(spec["model"]) / "weights").read_text())
-        print(sorted(os.listdir("/input")), spec["embedding"], spec["cells"])
+        print(sorted(os.listdir("/input")), spec["embedding"], spec["cells"], os.listdir(spec["pretrained"]))
     """
-    outcome = run(model, tmp_path, code, {"cells": str(cells), "model": str(trained), "embedding": None})
+    given = {"cells": str(cells), "model": str(trained), "pretrained": str(pretrained), "embedding": None}
+    outcome = run(model, tmp_path, code, given)
     assert outcome.messages[:5] == ["OSError Read-only file system"] * 5
     assert outcome.messages[5] == "cells weights"
-    assert outcome.messages[6] == "['cells.h5ad', 'model'] None /input/cells.h5ad"
+    assert outcome.messages[6] == "['cells.h5ad', 'model', 'pretrained'] None /input/cells.h5ad ['published']"
     assert cells.read_text() == "cells"
 
 
@@ -230,7 +233,7 @@ def test_a_busy_reader_slows_the_model_and_nobody_keeps_what_it_prints(model, tm
 
     def busy(event: Mapping[str, Any]) -> None:
         time.sleep(3)
-        (name,) = (name for name in nothing_left() if name.startswith("/") and "output" not in name)
+        (name,) = (name for name in nothing_left() if name.startswith("/") and "keeper" not in name)
         counts.append(int(docker_client.containers.get(name[1:]).exec_run("cat /tmp/count").output))
         raise KeyboardInterrupt
 
@@ -241,7 +244,9 @@ def test_a_busy_reader_slows_the_model_and_nobody_keeps_what_it_prints(model, tm
 
 def test_a_full_output_is_explained(model, tmp_path):
     code = "(output / 'big').write_bytes(bytes(2**25))"
-    with pytest.raises(ModelFailed, match=r"(?s)exit code 1; /output and /tmp are limited: to change it, set `output`"):
+    with pytest.raises(
+        ModelFailed, match=r"(?s)exit code 1; /output, /checkpoint and /tmp are limited: to change it, set `output`"
+    ):
         run(model, tmp_path, code)
 
 

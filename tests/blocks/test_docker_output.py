@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from blocks.docker_output import RefusedOutput, move_into, unpack
+from blocks.docker_output import RefusedOutput, members, move_into, repack, unpack
 
 
 def member(name: str, content: bytes = b"", **fields: object) -> tuple[tarfile.TarInfo, bytes]:
@@ -22,15 +22,18 @@ def member(name: str, content: bytes = b"", **fields: object) -> tuple[tarfile.T
 OUTPUT = member("output", type=tarfile.DIRTYPE, mode=0o1777)
 
 
-def unpacked(
-    folder: Path, *members: tuple[tarfile.TarInfo, bytes], most_bytes: int = 1000, most_files: int = 3
-) -> None:
+def archived(*given: tuple[tarfile.TarInfo, bytes]) -> list[bytes]:
+    """A tar, in pieces."""
     whole = io.BytesIO()
     with tarfile.open(fileobj=whole, mode="w") as archive:
-        for info, content in members:
+        for info, content in given:
             archive.addfile(info, io.BytesIO(content))
     data = whole.getvalue()
-    unpack([data[start : start + 700] for start in range(0, len(data), 700)], folder, most_bytes, most_files)
+    return [data[start : start + 700] for start in range(0, len(data), 700)]
+
+
+def unpacked(folder: Path, *given: tuple[tarfile.TarInfo, bytes], most_bytes: int = 1000, most_files: int = 3) -> None:
+    unpack(members(archived(*given), "/output", most_bytes, most_files), folder)
 
 
 def test_plain_files_and_folders_come_with_their_content_alone(tmp_path):
@@ -91,7 +94,32 @@ def test_a_file_twice_is_an_error(tmp_path):
 
 def test_what_is_no_archive_is_refused(tmp_path):
     with pytest.raises(RefusedOutput, match="no readable archive"):
-        unpack([b"x" * 1000], tmp_path, 1000, 3)
+        unpack(members([b"x" * 1000], "/output", 1000, 3), tmp_path)
+
+
+@pytest.mark.parametrize("again", [unpack, lambda found, folder: repack(found, folder / "tar", 1, 1)])
+def test_what_breaks_off_in_the_midst_of_a_file_is_refused(tmp_path, again):
+    broken = archived(OUTPUT, member("output/a", b"x" * 900))[:2]
+    with pytest.raises(RefusedOutput, match="no readable archive"):
+        again(members(broken, "/output", 1000, 3), tmp_path)
+
+
+def test_what_is_packed_again_is_a_users_and_nothing_but_content(tmp_path):
+    strange = "place/deep/\udcff\n" + "é" * 100
+    given = [
+        member("place", type=tarfile.DIRTYPE, mode=0),
+        member("place/deep", type=tarfile.DIRTYPE, mode=0),
+        member(strange, b"weights", mode=0o6777, mtime=1, uid=0, uname="root"),
+    ]
+    repack(members(archived(*given), "/place", 1000, 3), tmp_path / "tar", 7, 8)
+    with tarfile.open(tmp_path / "tar") as archive:
+        found = archive.getmembers()
+        assert [(one.name, one.uid, one.gid, one.uname) for one in found] == [
+            ("deep", 7, 8, ""),
+            (strange.removeprefix("place/"), 7, 8, ""),
+        ]
+        assert [one.mode for one in found] == [0o755, 0o644]
+        assert archive.extractfile(found[1]).read() == b"weights"
 
 
 def test_a_name_that_is_there_is_not_replaced(tmp_path):
