@@ -87,3 +87,11 @@ def test_fmlp_halves_the_error_of_the_dataset_mean(relative, tmp_path):
 @pytest.mark.parametrize("gene", ["IFNGR1", "IFNGR2", "JAK2"])
 def test_presage_halves_the_error_of_the_dataset_mean(relative, tmp_path, gene):
     assert relative("presage", gene, {}, tmp_path) < 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gene", ["IFNGR1", "IFNGR2", "JAK2"])
+def test_sclambda_halves_the_error_of_the_dataset_mean(relative, tmp_path, gene):
+    """Narrower and shorter than by default, and validated only once the learning rate has come down."""
+    settings = {"hidden": 128, "epochs": 40, "decay_every": 15, "validate_every": 20}
+    assert relative("sclambda", gene, settings, tmp_path) < 0.5
