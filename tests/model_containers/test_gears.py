@@ -297,12 +297,24 @@ def test_hyperparameters_in_their_range(gears, panel, tmp_path, field, value):
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory) -> tuple[Path, pd.DataFrame, ad.AnnData]:
-    """A simulated screen: the folder of train.h5ad and control.h5ad; the programs of each perturbed gene, along which
-    its perturbation acts; the planted profiles of a fifth of the conditions, held out."""
+    """A simulated screen of clear effects: the folder of train.h5ad and control.h5ad; the programs of each perturbed
+    gene, along which its perturbation acts; the planted profiles of a fifth of the conditions, held out."""
     folder = tmp_path_factory.mktemp("planted")
     screen = simulate(
         SimulationSettings(
-            seed=3, genes=300, singles=100, program_share=0.3, null_share=0.1, cells_per_condition=40, control_cells=200
+            seed=3,
+            genes=300,
+            singles=100,
+            programs=4,
+            program_share=0.3,
+            private_share=0,
+            null_share=0,
+            strength_sd=0.1,
+            general_response=0.2,
+            target_fold_change=0.8,
+            cells_per_condition=40,
+            control_cells=200,
+            counts_per_gene=10,
         )
     )
     names = sorted(set(screen.cells.obs["perturbation"]) - {"control"})
@@ -337,13 +349,13 @@ def relative_error(gears, planted, programs: pd.DataFrame, output: Path) -> floa
     return float(model / dataset_mean)
 
 
-# The screen has a tenth of the cells of a real one: more steps at a rate that falls later.
+# The screen has a tenth of the cells of a real one: the rate falls later.
 LEARNS = {"decay": 0.9, "go_neighbours": 5}
 
 
 @pytest.mark.slow
 def test_it_learns_what_neighbours_have_in_common(gears, planted, tmp_path):
-    assert relative_error(gears, planted, planted[1], tmp_path) < 0.7
+    assert relative_error(gears, planted, planted[1], tmp_path) < 0.5
 
 
 @pytest.mark.slow

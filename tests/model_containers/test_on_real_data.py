@@ -14,6 +14,7 @@ from core.cell_sums import CellSums
 from core.differential import effect_weights
 from core.embedding import pathway_embedding
 from core.files import open_h5ad
+from core.gene_graph import gene_graph, gene_terms
 from core.metrics import squared_error
 from core.reference import build_half_split, build_negatives
 from core.splits import draw_halves
@@ -41,12 +42,18 @@ def relative(sums: Sums, prepared: Prepare, shared, load, tmp_path_factory) -> R
     splits = [build_half_split(of_cells, seed, negatives) for seed in HALF_SEEDS]
     pathway_embedding(shared / "data" / "ReactomePathways.gmt", 128).to_parquet(folder / "embedding.parquet")
 
+    def graph() -> Path:
+        path = folder / "graph.parquet"
+        if not path.exists():
+            gene_graph(gene_terms(shared / "data" / "ReactomePathways.gmt")).to_parquet(path)
+        return path
+
     def run(name: str, gene: str, hyperparameters: dict[str, object], output: Path) -> float:
         of_gene = cells.obs[cells.obs["condition"] == gene].iloc[0]
         (fold,) = (int(column[5:]) for column, split in of_gene.items() if split == "test")
         write_fold(cells, fold, output)
         model = load(name)
-        embedding, control = folder / "embedding.parquet", output / "control.h5ad"
+        embedding, control = graph() if name == "gears" else folder / "embedding.parquet", output / "control.h5ad"
         model.train(contract.TrainTask(output / "train.h5ad", embedding, hyperparameters, 42, 1, output))
         asked = (contract.Key(str(of_gene["covariate"]), gene),)
         model.predict(contract.PredictTask(output, control, asked, embedding, 42, 1, output))
@@ -95,3 +102,10 @@ def test_sclambda_halves_the_error_of_the_dataset_mean(relative, tmp_path, gene)
     """Narrower and shorter than by default, and validated only once the learning rate has come down."""
     settings = {"hidden": 128, "epochs": 40, "decay_every": 15, "validate_every": 20}
     assert relative("sclambda", gene, settings, tmp_path) < 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gene", ["IFNGR1", "JAK2"])
+def test_gears_halves_the_error_of_the_dataset_mean(relative, tmp_path, gene):
+    """From shared pathways."""
+    assert relative("gears", gene, {}, tmp_path) < 0.5
