@@ -327,6 +327,16 @@ def unit_norm(embedding: pd.DataFrame) -> pd.DataFrame:
     return embedding.div(np.where(length > 0, length, 1.0), axis=0)
 
 
+def standardised(embedding: pd.DataFrame) -> pd.DataFrame:
+    """Each dimension centred and divided by its standard deviation over all genes, then `unit_norm`.
+
+    Sources differ in scale and offset by orders of magnitude, and a longer row than any in training would be
+    extrapolated. A dimension that is the same for all genes becomes zero.
+    """
+    spread = embedding.std(ddof=0)
+    return unit_norm((embedding - embedding.mean()) / spread.where(spread > 0, 1.0))
+
+
 # ---- conditions
 
 

@@ -98,7 +98,7 @@ def train(task: contract.TrainTask) -> None:
 
     torch, device = neural.start_torch(task.threads)
     settings = contract.hyperparameters(task, Settings)
-    embedding = standardised(contract.read_embedding(task.embedding))
+    embedding = contract.standardised(contract.read_embedding(task.embedding))
     cells = contract.read_cells(task.cells)
     kept, shape = usable(cells, embedding)
     keys = list(map(contract.Key, cells.obs["covariate"], cells.obs["condition"]))
@@ -138,7 +138,7 @@ def predict(task: contract.PredictTask) -> None:
     torch, device = neural.start_torch(task.threads)
     stored = json.loads((task.model / "model.json").read_text(encoding="utf-8"))
     settings, shape = Settings(**stored["settings"]), Shape(**stored["shape"])
-    embedding = standardised(contract.read_embedding(task.embedding, shape.dimensions))
+    embedding = contract.standardised(contract.read_embedding(task.embedding, shape.dimensions))
     net = network(shape, settings)
     net.load_state_dict(torch.load(task.model / "weights.pt", weights_only=True))
     net.to(device)
@@ -150,16 +150,6 @@ def predict(task: contract.PredictTask) -> None:
         for rows in neural.batches(np.arange(len(keys)), settings.batch_size):
             profiles[rows] = forward(net, conditions, rows).cpu().numpy()
     contract.write_predictions(task, keys, profiles, shape.genes, reasons)
-
-
-def standardised(embedding: pd.DataFrame) -> pd.DataFrame:
-    """Each dimension centred and divided by its standard deviation over all genes, then each gene's row by its length.
-
-    Sources differ in scale and offset by orders of magnitude, and a longer row than any in training would be
-    extrapolated (README.md).
-    """
-    spread = embedding.std(ddof=0)
-    return contract.unit_norm((embedding - embedding.mean()) / spread.where(spread > 0, 1.0))
 
 
 def usable(cells: ad.AnnData, embedding: pd.DataFrame) -> tuple[np.ndarray, Shape]:

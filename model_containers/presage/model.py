@@ -165,13 +165,8 @@ def predict(task: contract.PredictTask) -> None:
 
 
 def standardised(sources: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """Of each source, by name: every dimension centred and divided by its standard deviation over the source's genes,
-    then each gene's row divided by its length (README.md)."""
-    scaled = {}
-    for name, table in sorted(sources.items()):
-        spread = table.std(ddof=0)
-        scaled[name] = contract.unit_norm((table - table.mean()) / spread.where(spread > 0, 1.0))
-    return scaled
+    """Each source standardised over its own genes (README.md), by name."""
+    return {name: contract.standardised(table) for name, table in sorted(sources.items())}
 
 
 def dimensions_of(sources: Mapping[str, pd.DataFrame]) -> dict[str, int]:

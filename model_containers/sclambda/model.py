@@ -200,11 +200,9 @@ def predict(task: contract.PredictTask) -> None:
 
 
 def scaled(embedding: pd.DataFrame) -> pd.DataFrame:
-    """Each dimension centred and divided by its standard deviation over all genes, then each gene's row brought to the
-    length sqrt(dimensions): a value is about 1 in size, whatever the source (README.md)."""
-    spread = embedding.std(ddof=0)
-    standard = (embedding - embedding.mean()) / spread.where(spread > 0, 1.0)
-    return contract.unit_norm(standard) * embedding.shape[1] ** 0.5
+    """Standardised, with rows of the length sqrt(dimensions): a value is about 1 in size, whatever the source
+    (README.md)."""
+    return contract.standardised(embedding) * embedding.shape[1] ** 0.5
 
 
 def usable(cells: ad.AnnData, embedding: pd.DataFrame) -> tuple[np.ndarray, Shape]:

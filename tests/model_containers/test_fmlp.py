@@ -89,13 +89,13 @@ def test_one_covariate_has_no_latent(fmlp):
     assert "covariate" not in fmlp.network(fmlp.Shape(5, ["g"], ["x"]), fmlp.Settings(**SMALL))
 
 
-def test_standardising_forgets_scale_offset_and_length(fmlp):
+def test_standardising_forgets_scale_offset_and_length():
     rng = np.random.default_rng(1)
     table = pd.DataFrame(rng.normal(size=(20, 4)))
-    found = fmlp.standardised(table.assign(constant=7.0))
+    found = contract.standardised(table.assign(constant=7.0))
     np.testing.assert_allclose((found**2).sum(axis=1), 1)
     assert (found["constant"] == 0).all()
-    other = fmlp.standardised(table * [1e-3, 1, 10, 1e4] + [5, -3, 0, 1e3])
+    other = contract.standardised(table * [1e-3, 1, 10, 1e4] + [5, -3, 0, 1e3])
     np.testing.assert_allclose(found.drop(columns="constant"), other, atol=1e-9)
 
 
