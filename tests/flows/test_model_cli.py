@@ -117,7 +117,7 @@ def test_a_model_that_keeps_the_contract(average):
         ),
         ("contract.hyperparameters(task, Settings)", "", "it refuses a hyperparameter"),
         (".to_numpy()\n", ".to_numpy() + 100\n", "it answers every condition"),
-        (".to_numpy()\n", ".to_numpy() + task.threads / 100\n", "the same input gives the same bytes"),
+        (".to_numpy()\n", ".to_numpy() + (keys[0] > keys[-1]) / 100\n", "the same input gives the same bytes"),
         ("means.to_parquet(", "(task.cells.parent / 'mark').touch(); means.to_parquet(", "it leaves its input alone"),
     ],
 )
