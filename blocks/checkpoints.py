@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from blocks.paths import checkpoints_folder
@@ -32,6 +32,7 @@ def checkpoint(key: str) -> Iterator[Path]:
 def _give_up_old(parent: Path) -> None:
     oldest = time.time() - KEPT_S
     for folder in parent.iterdir() if parent.is_dir() else ():
-        # Of two that come at once one finds it gone.
-        if folder.is_dir() and max(path.stat().st_mtime for path in (folder, *folder.rglob("*"))) < oldest:
-            shutil.rmtree(folder, ignore_errors=True)
+        # A training renames its files, and its folder goes with its end, while others look.
+        with suppress(FileNotFoundError):
+            if folder.stat().st_mtime < oldest and all(path.stat().st_mtime < oldest for path in folder.rglob("*")):
+                shutil.rmtree(folder, ignore_errors=True)

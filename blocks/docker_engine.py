@@ -362,7 +362,7 @@ class _Guard:
 
 
 def _remove_leftovers(client: docker.DockerClient) -> None:
-    """Remove what processes left that used this data folder, are certainly dead, and whose guards are too."""
+    """Remove what processes left that used this data folder and are certainly dead; their guards may be at it, too."""
     label = {"label": f"{DATA}={data_folder()}"}
     made = [*client.api.containers(all=True, filters=label), *(client.api.volumes(filters=label)["Volumes"] or [])]
     for stage_id in {thing["Labels"][STAGE] for thing in made if known_dead(thing["Labels"][OWNER])}:

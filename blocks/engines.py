@@ -27,6 +27,7 @@ from blocks.cancellation import killed_by_stop, raise_if_stopped
 from blocks.gpus import VISIBLE, Gpu
 from blocks.paths import MODEL_CONTAINERS, scratch_folder
 from blocks.scratch import scratch
+from core.files import read_foreign_json
 from model_containers.contract import THREAD_VARIABLES, ContractError, Description
 
 LOG = logging.getLogger("calipert.engines")
@@ -208,7 +209,7 @@ def described(run: Callable[..., Usage], model_folder: Path, limit_s: float) -> 
         spec = {"output": str(output)}
         run("describe", model_folder, spec, on_event=lambda event: None, timeout_s=limit_s)
         try:
-            return Description(**json.loads((output / "describe.json").read_text(encoding="utf-8")))
+            return Description(**read_foreign_json(output / "describe.json", LONGEST_LINE))
         except (OSError, ValueError, TypeError, ContractError) as error:
             ending = f"did not write the describe.json of docs/models.md: {error}"
             raise ModelFailed(model_folder.name, "describe", ending, 0, ()) from error

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import anndata as ad
 import h5py
+import numpy as np
 import pandas as pd
 from anndata.io import read_elem, sparse_dataset, write_elem
 from scipy import sparse
@@ -17,6 +19,7 @@ from core.errors import UserError
 
 # Half a megabyte a chunk: HDF5 keeps one such chunk at hand. More than 2^31 values must be countable.
 STORAGE = {"compression": "lzf", "chunks": (1 << 17,), "indptr_dtype": "int64"}
+BYTES_OF_AN_OBJECT = 64  # what Python takes for a text beside its letters
 MARGIN = 1 << 16  # bytes that HDF5 writes beside the values
 
 T = TypeVar("T")
@@ -34,7 +37,7 @@ def open_foreign_h5ad(path: Path, most_bytes: int) -> ad.AnnData:
     def read(path: Path) -> ad.AnnData:
         with h5py.File(path) as file:
             _require_self_contained(file, path)
-            bytes_in_memory = _bytes_in_memory(file)
+            bytes_in_memory = _bytes_in_memory(file, most_bytes)
         if bytes_in_memory > most_bytes:
             found = f"{bytes_in_memory:,} bytes once it is read, of at most {most_bytes:,}"
             raise UserError(path, "size", found, "leave out everything but the predictions")
@@ -44,28 +47,60 @@ def open_foreign_h5ad(path: Path, most_bytes: int) -> ad.AnnData:
 
 
 def _require_self_contained(file: h5py.File, path: Path) -> None:
-    """Links to other files are not followed by this walk, and each object comes once, however many names it has."""
+    """Raises UserError for any link, which this walk does not follow, and for an object with a second name, which
+    anndata would read once for each."""
 
     def look(name: str, thing: h5py.Group | h5py.Dataset) -> None:
-        names = [f"{name}/{link}" for link in thing if _leads_out(thing, link)] if isinstance(thing, h5py.Group) else []
+        links = [f"{name}/{link}" for link in thing if _is_link(thing, link)] if isinstance(thing, h5py.Group) else []
         if isinstance(thing, h5py.Dataset) and (thing.is_virtual or thing.external):
-            names = [name]
-        if names:
-            raise UserError(path, names[0], "values from another file", "write all values into the file itself")
+            links = [name]
+        if links:
+            raise UserError(
+                path, links[0], "values from elsewhere", "write all values into the file, where they belong"
+            )
+        if h5py.h5o.get_info(thing.id).rc > 1:
+            raise UserError(path, name or "/", "an object with several names", "write it under one")
 
     look("", file)
     file.visititems(look)
 
 
-def _leads_out(group: h5py.Group, name: str) -> bool:
-    return not isinstance(group.get(name, getlink=True), h5py.HardLink | h5py.SoftLink)
+def _is_link(group: h5py.Group, name: str) -> bool:
+    return not isinstance(group.get(name, getlink=True), h5py.HardLink)
 
 
-def _bytes_in_memory(file: h5py.File) -> int:
-    """Of all datasets, as their shapes say; a compressed file may be a thousandth of it, and an empty one less."""
-    sizes: list[int] = []
-    file.visititems(lambda _, thing: sizes.append(thing.nbytes) if isinstance(thing, h5py.Dataset) else None)
-    return sum(sizes)
+def _bytes_in_memory(file: h5py.File, most: int) -> int:
+    """Of all datasets, as their shapes say, and of texts as long as they are: a compressed file may be a thousandth of
+    it, an empty one less, and a thousand texts may be one in the file. Counted until it is more than `most`."""
+    total = 0
+
+    def count(_: str, thing: h5py.Group | h5py.Dataset) -> None:
+        nonlocal total
+        if not isinstance(thing, h5py.Dataset) or thing.shape is None:
+            return
+        total += thing.nbytes
+        if not thing.dtype.hasobject:
+            return
+        total += BYTES_OF_AN_OBJECT * thing.size
+        for index in np.ndindex(thing.shape) if total <= most else ():
+            # One at a time: a few together may be larger than memory.
+            total += len(thing[index])
+            if total > most:
+                return
+
+    file.visititems(count)
+    return total
+
+
+def read_foreign_json(path: Path, most_bytes: int) -> Any:
+    """The value in a JSON file by somebody who may mean harm. Raises ValueError for one that is larger, or no JSON, and
+    OSError."""
+    if path.stat().st_size > most_bytes:
+        raise ValueError(f"{path.stat().st_size:,} bytes, of at most {most_bytes:,}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("brackets within brackets without end") from None
 
 
 def read_names(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +26,16 @@ SYMBOL, QUALIFIER, TERM, ASPECT, TAXON = 2, 3, 4, 8, 12
 ASPECTS = {"C", "F", "P"}
 
 
-def gene_graph(terms: pd.DataFrame, most: int = 100) -> pd.DataFrame:
+def gene_graph(terms: pd.DataFrame, most: int, among: Collection[str] = ()) -> pd.DataFrame:
     """The most similar genes of every gene: columns `gene`, `neighbour` (str) and `weight` (float64, 0 < weight <= 1).
 
     terms: columns `gene`, `term`; a pair that occurs twice counts once. most: how many neighbours a gene keeps at most,
-    those of the largest weight, of equal ones those first by name. Rows are sorted by gene, falling weight, neighbour.
+    those of the largest weight, of equal ones those first by name. among: the genes that the graph is between; if
+    empty, all that carry a term. Rows are sorted by gene, falling weight, neighbour.
     A gene that shares no term with another has no row. A neighbour's own neighbours need not hold the gene.
     """
     pairs = terms[["gene", "term"]].drop_duplicates()
+    pairs = pairs[pairs["gene"].isin(list(among))] if among else pairs
     genes, gene = np.unique(pairs["gene"].to_numpy(dtype=str), return_inverse=True)
     names, term = np.unique(pairs["term"].to_numpy(dtype=str), return_inverse=True)
     carries = sparse.csr_matrix((np.ones(len(gene)), (gene, term)), shape=(len(genes), len(names)))

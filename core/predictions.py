@@ -14,7 +14,7 @@ from scipy import sparse
 
 from core.arrays import Floats
 from core.errors import UserError, shown
-from core.files import open_foreign_h5ad, read_genes
+from core.files import open_foreign_h5ad, read_foreign_json, read_genes
 from core.harmonising import KEYS, SEPARATOR
 from core.reference import read_keys
 
@@ -24,6 +24,8 @@ SHARED_GENES = 0.95
 # How many times as large as the predictions that are asked for a file may be: more genes, layers, tables.
 ROOM = 16
 ROOM_BYTES = 2**30
+# Bytes of unpredicted.json: for each condition, and beside them.
+ROOM_REASON, ROOM_REASONS = 2**12, 2**20
 
 
 def align_predictions(
@@ -88,8 +90,8 @@ def check_model_output(
     keys = pd.DataFrame(asked, columns=KEYS)
     path = folder / "unpredicted.json"
     try:
-        unpredicted = json.loads(path.read_text(encoding="utf-8"))
-        reasons = {(row["covariate"], row["condition"]): str(row["reason"]) for row in unpredicted}
+        unpredicted = read_foreign_json(path, ROOM_REASONS + ROOM_REASON * len(asked))
+        reasons = {(str(row["covariate"]), str(row["condition"])): str(row["reason"]) for row in unpredicted}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(
             where, path.name, f"{type(error).__name__}: {error}", "write a list of covariate, condition and reason"

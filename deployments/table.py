@@ -164,7 +164,7 @@ def _one_training() -> Deployment:
 
 
 def _shared_embeddings() -> tuple[str, ...]:
-    return tuple(name for name in catalog.names("embedding") if not catalog.embedding(name).per_fold)
+    return tuple(name for name in catalog.names("embedding") if catalog.embedding(name).is_shared)
 
 
 def _inputs() -> tuple[str, ...]:

@@ -22,16 +22,13 @@ def embed(
 
     embedding: a name of the catalog.
     sources: files to use instead of downloads, by the name of the embedding, or of one of its parts.
-    Returns the folder of embedding.parquet in the store. Raises UserError for an embedding that is made per fold.
+    Returns the folder of embedding.parquet in the store. Raises UserError for one that each data set or fold makes.
     """
     spec = catalog.embedding(embedding)
-    if spec.per_fold:
-        raise UserError(
-            f"catalog entry {embedding}",
-            "per_fold",
-            "an embedding that is made from the training cells of a fold",
-            "benchmark a model that uses it: each fold makes its own",
-        )
+    if not spec.is_shared:
+        made = "from the training cells of a fold" if spec.per_fold else "between the genes that a data set perturbs"
+        remedy = "benchmark a model that uses it: it is made then"
+        raise UserError(f"catalog entry {embedding}", "kind", f"an embedding that is made {made}", remedy)
     check_sources(catalog.parts(spec), sources)
     # Which genes a data set perturbs is not known here: the benchmark checks that there are any.
-    return make_shared(spec, sources, [])
+    return make_shared(spec, sources)

@@ -14,6 +14,7 @@ import pandas as pd
 
 from blocks.engines import Engine, Event, ModelFailed, Stage
 from blocks.gpus import Gpu, lease
+from core.catalog.schema import Form
 from core.errors import UserError, shown
 from core.predictions import check_model_output
 from model_containers.contract import Description, Key
@@ -33,12 +34,12 @@ class Finding(NamedTuple):
 
 
 def check_model(
-    folder: Path, engine: Engine, hyperparameters: Mapping[str, Any], on_event: Callable[[Event], None]
+    folder: Path, engine: Engine, form: Form, hyperparameters: Mapping[str, Any], on_event: Callable[[Event], None]
 ) -> Iterator[Finding]:
     """What the contract asks of the model in a folder, one by one, while it is trained and asked twice on a small
     simulated fold. Ends early where the rest cannot be told: a stage failed.
 
-    Raises UserError where the engine cannot run it.
+    form: of what it is told of genes, if it needs to be told. Raises UserError where the engine cannot run it.
     """
     missing = [name for name in FILES if not (folder / name).is_file()]
     yield Finding("its folder is whole", f"there is no {', '.join(missing)}" if missing else None)
@@ -55,7 +56,7 @@ def check_model(
     with TemporaryDirectory() as scratch, _device(description, folder.name) as gpu:
         place = Path(scratch)
         place.chmod(0o755)
-        run = _Run(folder, engine, gpu, _panel(place), description, dict(hyperparameters), on_event)
+        run = _Run(folder, engine, gpu, _panel(place), description, form, dict(hyperparameters), on_event)
         yield from _stages(run, place)
 
 
@@ -89,6 +90,7 @@ class _Run:
         gpu: Gpu | None,
         panel: Panel,
         description: Description,
+        form: Form,
         hyperparameters: dict[str, Any],
         on_event: Callable[[Event], None],
     ) -> None:
@@ -97,6 +99,7 @@ class _Run:
         self.gpu = gpu
         self.panel = panel
         self.description = description
+        self.told = self._file("graph.parquet" if form == "graph" else "embedding.parquet")
         self.hyperparameters = hyperparameters
         self.on_event = on_event
         self.events: list[Event] = []
@@ -121,7 +124,7 @@ class _Run:
 
     def _stage(self, stage: Stage, output: Path, **fields: Any) -> None:
         output.mkdir()
-        embedding = self._file("embedding.parquet") if self.description.embedding else None
+        embedding = self.told if self.description.embedding else None
         spec = fields | {"embedding": embedding, "seed": 1, "output": str(output)}
         self.engine.run(stage, self.folder, spec, on_event=self._hear, timeout_s=LIMIT_S, gpu=self.gpu)
 

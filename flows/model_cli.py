@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from core.catalog.schema import Form
 from core.errors import UserError
 
 CONSOLE = Console(highlight=False)
@@ -65,6 +66,10 @@ def build(
 def check(
     folder: Annotated[str, typer.Argument(help="The path of your model's folder, or one under model_containers.")],
     hyperparameters: Annotated[str, typer.Option(help="JSON of what differs from the model's defaults.")] = "{}",
+    embedding: Annotated[
+        Literal["table", "tables", "graph"] | None,
+        typer.Option(help="What it is told of genes; without it what the catalog says, else one table."),
+    ] = None,
 ) -> None:
     """Run the contract's tests on a model under the engine in use (CALIPERT_ENGINE); exit status 1 if it fails one."""
     from flows.model_check import check_model
@@ -74,7 +79,7 @@ def check(
         raise UserError("environment", ENGINE, "an engine that runs models elsewhere", "set it to docker or process")
     path, settings = _folder(folder), _json_object(hyperparameters)
     failed = False
-    for finding in check_model(path, engine(), settings, lambda event: None):
+    for finding in check_model(path, engine(), embedding or _form(path.name), settings, lambda event: None):
         failed = failed or finding.fault is not None
         CONSOLE.print(
             f"[green]ok[/green]    {finding.asked}" if finding.fault is None else f"[red]fails[/red] {finding.asked}"
@@ -83,6 +88,15 @@ def check(
             CONSOLE.print(escape(finding.fault), style="red")
     if failed:
         raise typer.Exit(1)
+
+
+def _form(container: str) -> Form:
+    """What the models of the catalog that run in a container are told of genes; a table where there is none."""
+    from core import catalog
+
+    resolved = [catalog.model(name) for name in catalog.names("model")]
+    forms = {one.embedding.form for one in resolved if one.embedding and one.container == container}
+    return "graph" if forms == {"graph"} else "table"
 
 
 def _folder(name: str) -> Path:

@@ -334,7 +334,9 @@ def standardised(embedding: pd.DataFrame) -> pd.DataFrame:
     extrapolated. A dimension that is the same for all genes becomes zero.
     """
     spread = embedding.std(ddof=0)
-    return unit_norm((embedding - embedding.mean()) / spread.where(spread > 0, 1.0))
+    # A constant's spread is what rounding leaves of it.
+    varies = spread > 1e-12 * embedding.abs().max()
+    return unit_norm((embedding - embedding.mean()) / spread.where(varies, float("inf")))
 
 
 # ---- conditions

@@ -269,7 +269,8 @@ def _restored(task: contract.TrainTask, parts: Mapping[str, Stateful]) -> int:
         contract.log(f"the checkpoint of an earlier training cannot be read, and this one begins anew: {error}")
         return 0
     if state["task"] != _identity(task):
-        contract.log("the checkpoint is of a training with another seed or other hyperparameters: this one begins anew")
+        other = "another seed, other hyperparameters or another kind of device"
+        contract.log(f"the checkpoint is of a training with {other}: this one begins anew")
         return 0
     for name, part in parts.items():
         part.load_state_dict(state["parts"][name])
@@ -280,5 +281,8 @@ def _restored(task: contract.TrainTask, parts: Mapping[str, Stateful]) -> int:
 
 
 def _identity(task: contract.TrainTask) -> str:
-    text = json.dumps([task.seed, task.hyperparameters], sort_keys=True)
+    """A GPU computes other bits than a CPU: no training is half of one and half of the other."""
+    import torch
+
+    text = json.dumps([task.seed, task.hyperparameters, torch.cuda.is_available()], sort_keys=True)
     return sha256(text.encode()).hexdigest()

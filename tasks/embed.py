@@ -22,27 +22,27 @@ FILE = "embedding.parquet"
 def embed(spec: EmbeddingSpec, source: Path, perturbed: list[str]) -> Path:
     """embedding.parquet, a table of genes x dimensions or a graph; the artifact's folder.
 
-    source: the raw file of a shared embedding, or the fold (artifact) of a per-fold one. perturbed: the genes that
-    models will need, none where that is not known. Raises UserError where it covers none of them.
+    source: the raw file of a shared embedding, or the fold (artifact) of a per-fold one. perturbed: the genes that a
+    graph is between: among all genes hardly one of a gene's nearest would be perturbed in the same screen.
     """
     from core.embedding import write_embedding
 
     if spec.dimensions is None:
         raise ValueError(f"{spec.name} is put together from its parts")
     compute, dimensions = COMPUTE[spec.kind], spec.dimensions
-    folder = made(
+    genes = {"genes": sorted(perturbed)} if spec.form == "graph" else {}
+    return made(
         "embedding",
-        lambda folder: write_embedding(compute(source, dimensions), folder / FILE),
+        lambda folder: write_embedding(compute(source, dimensions, **genes), folder / FILE),
         inputs={"source": source if source.is_dir() else checksum(source)},
-        parameters={"kind": spec.kind, "dimensions": dimensions},
+        parameters={"kind": spec.kind, "dimensions": dimensions, **genes},
         code=code_hash("core.gene_graph" if spec.form == "graph" else "core.embedding"),
         label=f"the embedding {spec.name}",
     )
-    return _covering(spec, folder, perturbed)
 
 
 @task(name="join-embeddings", task_run_name="embed {spec.name}", cache_policy=NO_CACHE)
-def join(spec: EmbeddingSpec, parts: dict[str, Path], perturbed: list[str]) -> Path:
+def join(spec: EmbeddingSpec, parts: dict[str, Path]) -> Path:
     """embedding.parquet of several tables side by side; the artifact's folder. parts: their artifacts, by name."""
     from core.embedding import read_embedding, side_by_side, write_embedding
 
@@ -50,7 +50,7 @@ def join(spec: EmbeddingSpec, parts: dict[str, Path], perturbed: list[str]) -> P
         tables = {name: read_embedding(part / FILE) for name, part in parts.items()}
         write_embedding(side_by_side(tables), folder / FILE)
 
-    folder = made(
+    return made(
         "embedding",
         build,
         inputs=dict(parts),
@@ -58,27 +58,18 @@ def join(spec: EmbeddingSpec, parts: dict[str, Path], perturbed: list[str]) -> P
         code=code_hash("core.embedding"),
         label=f"the embedding {spec.name}",
     )
-    return _covering(spec, folder, perturbed)
 
 
-def _covering(spec: EmbeddingSpec, folder: Path, perturbed: list[str]) -> Path:
-    from core.embedding import known_genes, require_coverage
-
-    if perturbed:
-        require_coverage(spec.name, known_genes(folder / FILE), perturbed)
-    return folder
+def make_shared(spec: EmbeddingSpec, sources: dict[str, str]) -> Path:
+    """The artifact's folder of an embedding that is the same for all data sets."""
+    return _whole(spec, lambda part: embed(part, fetch_source(part, sources), []))
 
 
-def make_shared(spec: EmbeddingSpec, sources: dict[str, str], perturbed: list[str]) -> Path:
-    """The artifact's folder of an embedding that is the same for all folds."""
-    return _whole(spec, lambda part: embed(part, fetch_source(part, sources), perturbed), perturbed)
-
-
-def _whole(spec: EmbeddingSpec, make: Callable[[EmbeddingSpec], Path], perturbed: list[str]) -> Path:
+def _whole(spec: EmbeddingSpec, make: Callable[[EmbeddingSpec], Path]) -> Path:
     """An embedding from what makes its parts."""
     if spec.form != "tables":
         return make(spec)
-    return join(spec, {part.name: make(part) for part in catalog.parts(spec)}, perturbed)
+    return join(spec, {part.name: make(part) for part in catalog.parts(spec)})
 
 
 def make_embeddings(
@@ -86,24 +77,29 @@ def make_embeddings(
 ) -> dict[tuple[str, int], Path | None]:
     """(model, fold) -> folder of its embedding.parquet, None for a model without one. Each is made once.
 
-    data: the folds' artifacts. sources: files that the user named. perturbed: the genes that models will need.
+    data: the folds' artifacts. sources: files that the user named. perturbed: the genes that models will need. Raises
+    UserError where a model's embedding has none of them.
     """
+    from core.embedding import known_genes, require_coverage
+
     by_key: dict[tuple[str, int | None], Path] = {}
 
     def once(spec: EmbeddingSpec, fold: int) -> Path:
         key = (spec.name, fold if spec.per_fold else None)
         if key not in by_key:
             if spec.form == "tables":
-                by_key[key] = _whole(spec, lambda part: once(part, fold), perturbed)
+                by_key[key] = _whole(spec, lambda part: once(part, fold))
             else:
                 by_key[key] = embed(spec, data[fold] if spec.per_fold else fetch_source(spec, sources), perturbed)
         return by_key[key]
 
-    return {
-        (model.name, fold): once(model.embedding, fold) if model.embedding else None
-        for model in models
-        for fold in data
-    }
+    given: dict[tuple[str, int], Path | None] = {}
+    for model in models:
+        for fold in data:
+            folder = given[model.name, fold] = once(model.embedding, fold) if model.embedding else None
+            if folder and model.embedding:
+                require_coverage(model.embedding.name, known_genes(folder / FILE), perturbed)
+    return given
 
 
 def _pathways(gmt: Path, dimensions: int) -> pd.DataFrame:
@@ -118,13 +114,13 @@ def _coexpression(fold: Path, dimensions: int) -> pd.DataFrame:
     return fold_coexpression(fold, dimensions)
 
 
-def _graph(annotations: Path, neighbours: int) -> pd.DataFrame:
+def _graph(annotations: Path, neighbours: int, genes: list[str]) -> pd.DataFrame:
     from core.gene_graph import gene_graph, gene_terms
 
-    return gene_graph(gene_terms(annotations), neighbours)
+    return gene_graph(gene_terms(annotations), neighbours, genes)
 
 
-COMPUTE: dict[str, Callable[[Path, int], pd.DataFrame]] = {
+COMPUTE: dict[str, Callable[..., pd.DataFrame]] = {
     "gmt": _pathways,
     "coexpression": _coexpression,
     "graph": _graph,

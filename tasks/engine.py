@@ -47,6 +47,14 @@ def engine_identity(model: ResolvedModel) -> str:
     return _identity(container(model))
 
 
+def require_same(model: ResolvedModel) -> None:
+    """Raise UserError where a model's container is another one by now than when this process first looked at it: what
+    it trained would be kept under the key of the former."""
+    if engine().identity(container(model)) != engine_identity(model):
+        remedy = "let the flow run end before you change a model, and start it again now"
+        raise UserError(f"model {model.template}", "folder or image", "changed while the flow runs", remedy)
+
+
 @cache
 def _identity(folder: Path) -> str:
     return engine().identity(folder)

@@ -9,6 +9,7 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from blocks.code import code_hash
 from core.catalog.schema import PretrainedSpec, ResolvedModel
 from tasks.artifacts import LOG, checksum, made
 from tasks.inputs import named_source
@@ -38,7 +39,14 @@ def fetch_pretrained(spec: PretrainedSpec, sources: dict[str, str]) -> Path:
             shutil.copyfile(file, folder / name)
 
     inputs = {name: checksum(file) for name, file in files.items()}
-    return made("pretrained", build, inputs=inputs, parameters={}, code="1", label=f"the weights of {spec.name}")
+    return made(
+        "pretrained",
+        build,
+        inputs=inputs,
+        parameters={},
+        code=code_hash("tasks.pretrained"),
+        label=f"the weights of {spec.name}",
+    )
 
 
 def all_pretrained(models: Iterable[ResolvedModel], sources: dict[str, str]) -> dict[str, Path]:

@@ -54,7 +54,9 @@ class Runs(NamedTuple):
 def recipe(model: ResolvedModel, seed: int, given: Iterable[str | None]) -> Recipe:
     """The recipe of a model of the catalog under the engine in use. given: keys of what its folds get beside cells."""
     embedding = model.embedding
-    about = {"embedding": embedding.name, "dimensions": embedding.dimensions} if embedding else {}
+    about: dict[str, Any] = {"embedding": embedding.name} if embedding else {}
+    about |= {"dimensions": embedding.dimensions} if embedding and embedding.form == "table" else {}
+    about |= {"pretrained": model.pretrained.name} if model.pretrained else {}
     inputs = list(dict.fromkeys(key for key in given if key))
     return Recipe({**model.hyperparameters, **about}, engine_identity(model), seed, inputs)
 

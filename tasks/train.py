@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,11 +19,11 @@ from blocks.checkpoints import checkpoint
 from blocks.code import code_hash
 from blocks.engines import Usage
 from blocks.gpus import Gpu, lease
-from blocks.store import ArtifactStore, artifact_key
+from blocks.store import MANIFEST, ArtifactStore, artifact_key
 from core.catalog.schema import ResolvedModel
 from core.errors import UserError
 from tasks.artifacts import LOG, made
-from tasks.engine import container, engine, engine_identity, runs_elsewhere
+from tasks.engine import container, engine, engine_identity, require_same, runs_elsewhere
 from tasks.progress import shown_progress
 from tasks.record import end_failed, tracking_server
 
@@ -127,9 +128,11 @@ def trained(job: FoldJob, on_event: Callable[[Event], None]) -> Path:
                 on_event(event)
 
             limit = job.model.time_limits.train
+            require_same(job.model)
             with _checkpoint(job) as checkpoint:
                 spec["checkpoint"] = checkpoint
                 usage = engine().run("train", container(job.model), spec, on_event=keep, timeout_s=limit, gpu=gpu)
+        _require_free(folder, job.name)
         (folder / USAGE).write_text(json.dumps(asdict(usage), sort_keys=True), encoding="utf-8")
 
     return _model(job).made(build, f"the model of {job.name}")
@@ -157,6 +160,7 @@ def predicted(job: FoldJob, directory: Path, on_event: Callable[[Event], None]) 
                 "output": scratch,
             }
             limit = job.model.time_limits.predict
+            require_same(job.model)
             with _device(job) as gpu:
                 engine().run("predict", container(job.model), spec, on_event=on_event, timeout_s=limit, gpu=gpu)
             profiles, unpredicted = check_model_output(
@@ -236,6 +240,15 @@ def _given(job: FoldJob) -> dict[str, str | None]:
         "embedding": str(_stored("embedding", job.embedding) / "embedding.parquet") if job.embedding else None,
         "pretrained": str(_stored("pretrained", job.pretrained)) if job.pretrained else None,
     }
+
+
+def _require_free(folder: Path, name: str) -> None:
+    """Raise UserError where a model wrote what is written beside its output."""
+    taken = [own for own in (USAGE, MANIFEST) if os.path.lexists(folder / own)]
+    if taken:
+        raise UserError(
+            f"output of {name}", "name", f"{taken[0]!r}, a name that the benchmark uses itself", "choose another"
+        )
 
 
 @contextmanager

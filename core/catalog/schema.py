@@ -227,6 +227,11 @@ class EmbeddingSpec(Entry):
         """What the file holds."""
         return FORMS[self.kind]
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether it is the same for all data sets."""
+        return not self.per_fold and self.form != "graph"
+
     @model_validator(mode="after")
     def _fields_fit_kind(self) -> EmbeddingSpec:
         if self.kind == "several":

@@ -119,7 +119,7 @@ class Pairs(NamedTuple):
 
     condition: the row of each pair's condition in Conditions.
     perturbed: number of the perturbed cell in the file, control: that of the control cell.
-    weight:    of each pair in the loss: every condition weighs the same, whatever its number of cells; sum 1.
+    weight:    of each pair in the loss: each condition of a batch weighs the same, whatever its number of cells; sum 1.
     """
 
     condition: np.ndarray

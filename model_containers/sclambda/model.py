@@ -159,7 +159,7 @@ def train(task: contract.TrainTask) -> None:
             states = latents(net, train_cells, controls, settings.batch_size)
             of_covariate = covariate[is_train][controls]
             predicted = mean_shifts(net, conditions, val_rows, states, of_covariate)
-            correlation = float(np.mean(list(map(pearson, predicted, val_shifts))))
+            correlation = float(np.mean(np.nan_to_num(list(map(pearson, predicted, val_shifts)))))
             contract.metric("val_correlation", epoch, correlation)
             best.offer(-correlation)
     torch.save(best.weights, task.output / "weights.pt")
@@ -185,7 +185,7 @@ def predict(task: contract.PredictTask) -> None:
     keys = sorted(set(task.conditions) - set(reasons))
     conditions = conditions_of(keys, embedding, shape, device)
     control = contract.read_cells(task.control)
-    control = control[control.obs["covariate"].isin(shape.covariates)]
+    control = control[control.obs["covariate"].isin(shape.covariates), shape.genes]
     covariate = np.array([shape.covariates.index(name) for name in control.obs["covariate"]])
     baseline = group_means(control.X, covariate, len(shape.covariates))
     none = np.full(len(covariate), -1)
@@ -461,7 +461,7 @@ def mean_shifts(
 
 
 def pearson(predicted: np.ndarray, measured: np.ndarray) -> float:
-    """Correlation over genes; NaN if either is constant."""
+    """Correlation over genes; NaN, which counts as 0 in the mean, if either is constant."""
     import numpy as np
 
     one, other = predicted - predicted.mean(), measured - measured.mean()

@@ -48,3 +48,19 @@ def test_what_nobody_comes_back_to_is_given_up(data: Path) -> None:
     os.utime(data / "checkpoints" / "touched" / "state")
     cut_off("new", "half")
     assert sorted(path.name for path in (data / "checkpoints").iterdir()) == ["new", "touched"]
+
+
+def test_a_folder_that_goes_while_others_look_disturbs_nobody(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_off("a", "half")
+    seen = Path.rglob
+
+    def vanishing(self: Path, pattern: str) -> list[Path]:
+        return [*seen(self, pattern), self / "renamed meanwhile"]
+
+    monkeypatch.setattr(Path, "rglob", vanishing)
+    old = time.time() - checkpoints.KEPT_S - 60
+    for path in (data / "checkpoints" / "a" / "state", data / "checkpoints" / "a"):
+        os.utime(path, (old, old))
+    with checkpoint("b") as folder:
+        assert folder.is_dir()
+    assert (data / "checkpoints" / "a").is_dir()

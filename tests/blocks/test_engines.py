@@ -216,11 +216,11 @@ def test_usage_is_the_models_not_the_callers(model):
 
 def test_a_model_sees_its_gpu_alone(model, monkeypatch):
     folder = model("import os; print(os.environ['CUDA_VISIBLE_DEVICES'])")
-    monkeypatch.setenv("CALIPERT_GPUS", "fake-0,fake-1,fake-2")
+    monkeypatch.setenv("CALIPERT_GPUS", "GPU-0,GPU-1,GPU-2")
     monkeypatch.setenv("CALIPERT_LOCKS", str(folder))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "fake-1,fake-2")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1,GPU-2")
     with lease("one") as gpu:
-        assert [event["message"] for event in run(folder, gpu=gpu)] == ["fake-1"]
+        assert [event["message"] for event in run(folder, gpu=gpu)] == ["GPU-1"]
 
 
 def test_without_a_lease_a_model_sees_no_gpu(model, monkeypatch):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from core.errors import UserError
-from core.files import open_foreign_h5ad
+from core.files import open_foreign_h5ad, read_foreign_json
 
 
 @pytest.fixture
@@ -50,5 +50,31 @@ def test_values_of_another_file_are_not_taken(file, tmp_path, where, kind):
             layout = h5py.VirtualLayout((3, 4), "f8")
             layout[:] = h5py.VirtualSource(other, "X", (3, 4))
             given.create_virtual_dataset(where, layout)
-    with pytest.raises(UserError, match=f"(?s){where}.*values from another file"):
+    with pytest.raises(UserError, match=f"(?s){where}.*values from elsewhere"):
         open_foreign_h5ad(file, 10**9)
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_one_object_is_not_read_under_many_names(file, kind):
+    with h5py.File(file, "r+") as given:
+        for number in range(3):
+            given[f"layers/again{number}"] = given["layers/raw"] if kind == "hard" else h5py.SoftLink("/layers/raw")
+    with pytest.raises(UserError, match=r"several names|from elsewhere"):
+        open_foreign_h5ad(file, 10**9)
+
+
+def test_texts_count_as_long_as_they_are(file):
+    with h5py.File(file, "r+") as given:
+        given.create_dataset("uns/text", data=["x" * 10_000] * 100, dtype=h5py.string_dtype())
+    with pytest.raises(UserError, match="bytes once it is read, of at most 500,000"):
+        open_foreign_h5ad(file, 500_000)
+    assert open_foreign_h5ad(file, 2_000_000).n_obs == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"), [("[" * 100_000, "without end"), ("1" * 200_000, "of at most"), ("{", "property name")]
+)
+def test_json_that_is_too_large_or_none_is_refused(tmp_path, text, fault):
+    (tmp_path / "given.json").write_text(text)
+    with pytest.raises(ValueError, match=fault):
+        read_foreign_json(tmp_path / "given.json", 150_000)

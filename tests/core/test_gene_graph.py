@@ -38,7 +38,7 @@ def by_sets(terms_of: dict[str, set[str]], most: int) -> list[tuple[str, str, fl
 
 
 def test_a_graph_by_hand():
-    graph = gene_graph(table(TERMS))
+    graph = gene_graph(table(TERMS), 100)
     assert list(graph.columns) == ["gene", "neighbour", "weight"]
     assert list(graph.itertuples(index=False, name=None)) == [
         ("A", "B", 1.0),
@@ -80,10 +80,10 @@ def test_it_is_that_of_sets_whatever_the_order_and_the_size_of_the_blocks(terms_
 
 
 def test_no_term_is_shared():
-    graph = gene_graph(table({"A": "x", "B": "y"}))
+    graph = gene_graph(table({"A": "x", "B": "y"}), 100)
     assert list(graph.columns) == ["gene", "neighbour", "weight"]
     assert graph.empty
-    assert gene_graph(table({})).empty
+    assert gene_graph(table({}), 100).empty
 
 
 # ---- files
@@ -165,3 +165,10 @@ def test_a_file_that_breaks_off_is_refused(written):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match="No such file"):
         gene_terms(tmp_path / "none.gaf")
+
+
+def test_a_graph_among_some_genes_is_that_of_their_terms_alone():
+    some = {gene: terms for gene, terms in TERMS.items() if gene in ("A", "B", "D")}
+    expected = gene_graph(table(some), 1)
+    pd.testing.assert_frame_equal(gene_graph(table(TERMS), 1, among=["D", "B", "A", "absent"]), expected)
+    assert gene_graph(table(TERMS), 1, among=["absent"]).empty

@@ -72,7 +72,7 @@ def built(docker_client, base_image, request, monkeypatch) -> Callable[[str], Pa
 
 @pytest.mark.parametrize("name", sorted(SMALL))
 def test_it_passes_the_contracts_tests(built, name):
-    findings = list(check_model(built(name), DockerEngine(), SMALL[name], lambda event: None))
+    findings = list(check_model(built(name), DockerEngine(), "table", SMALL[name], lambda event: None))
     assert [finding for finding in findings if finding.fault] == []
     assert len(findings) == 9
 

@@ -79,18 +79,20 @@ def test_several_are_joined_for_each_fold_from_parts_that_are_made_once(
 
 
 def test_a_graph_is_made_of_shared_annotations(gmt: Path) -> None:
-    folder = embed.make_shared(catalog.embedding("go"), {"go": str(gmt)}, ["A"])
+    folder = embed.embed(catalog.embedding("go"), gmt, ["E", "A", "B", "F"])
     graph = contract.read_graph(folder / "embedding.parquet")
     weight = {(gene, other): value for gene, other, value in graph.itertuples(index=False)}
-    assert weight["A", "B"] == 1 / 3  # of three sets one holds both
-    assert weight["A", "E"] == 1 / 2
-    assert ("C", "D") not in weight
+    # Of three sets one holds A and B. C and D are not perturbed, F is in no set.
+    assert weight == {("A", "B"): 1 / 3, ("B", "A"): 1 / 3, ("A", "E"): 1 / 2, ("E", "A"): 1 / 2}
+    assert embed.embed(catalog.embedding("go"), gmt, ["A", "B", "E", "F"]) == folder
+    assert embed.embed(catalog.embedding("go"), gmt, ["A", "B"]) != folder
 
 
 @pytest.mark.parametrize("name", ["go", "reactome"])
 def test_what_knows_none_of_the_genes_is_refused(gmt: Path, name: str) -> None:
+    model = catalog.model("fmlp_reactome").model_copy(update={"embedding": catalog.embedding(name)})
     with pytest.raises(UserError, match=r"none of the 1 perturbed genes \(NOWHERE\)"):
-        embed.make_shared(catalog.embedding(name), {name: str(gmt)}, ["NOWHERE"])
+        embed.make_embeddings([model], {0: gmt.parent}, {name: str(gmt)}, ["NOWHERE"])
 
 
 def test_a_models_inputs_are_its_parts_and_weights_each_once() -> None:
