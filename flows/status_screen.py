@@ -17,7 +17,7 @@ from flows.status import ACTIVE, DAYS, FAILED, PAGE, WAITING, FlowRun, Pool, Sna
 
 COLOURS = {"COMPLETED": "green", "FAILED": "red", "CRASHED": "red", "CANCELLED": "yellow", "RUNNING": "cyan"}
 # Rows of each kind of flow run, so that all fit on one screen.
-MOST = {"active": 6, "waiting": 4, "failed": 5, "done": 4}
+MOST = {"active": 5, "waiting": 3, "failed": 5, "done": 4}
 NAMES = {"active": "running", "waiting": "scheduled", "failed": "failed", "done": "completed"}
 
 
