@@ -288,7 +288,7 @@ def test_predictions_that_are_read_from_another_file(handed_in, tmp_path, kind):
             thief.create_virtual_dataset("X", layout)
         if kind != "link":
             thief["X"].attrs.update(attributes)
-    with pytest.raises(UserError, match=r"(?s)predictions\.h5ad.*another file"):
+    with pytest.raises(UserError, match=r"(?s)predictions\.h5ad.*from elsewhere"):
         handed_in(path)
 
 
