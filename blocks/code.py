@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
+from threading import Lock
 
 from blocks.paths import PROJECT_ROOT
 
@@ -20,6 +21,9 @@ _AT_START = {
     for path in (PROJECT_ROOT / package).rglob("*")
     if path.suffix in (".py", TEMPLATE)
 }
+# CPython 3.11 counts the depth of syntax trees for all threads together: two at once can end in a SystemError
+# ("AST constructor recursion depth mismatch").
+_PARSING = Lock()
 
 
 def code_hash(module: str, root: Path = PROJECT_ROOT) -> str:
@@ -90,7 +94,9 @@ def _with_parents(module: str) -> Iterator[str]:
 def _imported(source: bytes, package: str) -> tuple[str, ...]:
     """Names that may be modules: `from a import b` names a and a.b, for b may be a submodule or an object."""
     names: list[str] = []
-    for node in ast.walk(ast.parse(source)):
+    with _PARSING:
+        tree = ast.parse(source)
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import ast
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -101,3 +104,24 @@ def test_a_template_beside_a_module_counts_with_it(project: Path) -> None:
     first = code_hash("core.a", project)
     template.write_text("<p>two</p>", encoding="utf-8")
     assert len({before, first, code_hash("core.a", project)}) == 3
+
+
+def test_threads_parse_one_after_the_other(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPython 3.11 ends with a SystemError where two threads build syntax trees at once."""
+    parse, at_once, seen = ast.parse, [], []
+
+    def slow_parse(source: bytes) -> ast.Module:
+        at_once.append(source)
+        seen.append(len(at_once))
+        time.sleep(0.002)
+        at_once.remove(source)
+        return parse(source)
+
+    monkeypatch.setattr(ast, "parse", slow_parse)
+    for number in range(8):
+        (project / "core" / f"n{number}.py").write_text(f"import core.b  # {number} {project}\n", encoding="utf-8")
+    with ThreadPoolExecutor(8) as threads:
+        closures = list(threads.map(lambda n: import_closure(f"core.n{n}", project), range(8)))
+    assert all("core.b" in closure for closure in closures)
+    assert len(seen) >= 8
+    assert max(seen) == 1

@@ -15,6 +15,7 @@ from core.differential import effect_weights
 from core.embedding import pathway_embedding
 from core.files import open_h5ad
 from core.gene_graph import gene_graph, gene_terms
+from core.harmonising import CONTROL
 from core.metrics import squared_error
 from core.reference import build_half_split, build_negatives
 from core.splits import draw_halves
@@ -45,7 +46,8 @@ def relative(sums: Sums, prepared: Prepare, shared, load, tmp_path_factory) -> R
     def graph() -> Path:
         path = folder / "graph.parquet"
         if not path.exists():
-            gene_graph(gene_terms(shared / "data" / "ReactomePathways.gmt")).to_parquet(path)
+            screen = sorted(set(cells.obs["condition"]) - {CONTROL})
+            gene_graph(gene_terms(shared / "data" / "ReactomePathways.gmt"), 100, screen).to_parquet(path)
         return path
 
     def run(name: str, gene: str, hyperparameters: dict[str, object], output: Path) -> float:
