@@ -1,6 +1,6 @@
-"""The contract between the benchmark and a model: three commands, each given one JSON file.
+"""The contract between the benchmark and a model, or a maker of gene embeddings: commands that are given one JSON file.
 
-`python model.py describe|train|predict SPEC.json`. This module is copied into every model's image and lies on
+`python model.py describe|train|predict|embed SPEC.json`. This module is copied into every model's image and lies on
 the path of every model that runs as a process. It imports nothing of the project, and numpy, pandas, scipy and
 anndata only inside the functions that need them: `describe` answers at once, and `main` can set the number of
 threads before a BLAS is loaded. The contract in full, file by file, is docs/models.md.
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
 CONTROL = "control"
+INPUTS = ("cells", "means", "files")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 # How many cells `read_means` holds at a time. Fixed, so that its sums keep their bits on every machine.
 BLOCK_OF_CELLS = 65_536
@@ -51,7 +52,8 @@ class Description:
     embedding:    it needs an embedding of genes.
     counts:       it needs raw counts (layers["counts"]) beside log1p expression.
     gpu:          it uses a GPU where there is one.
-    input:        "cells" if it learns from single cells, "means" if from the means of conditions alone.
+    input:        "cells" if it learns from single cells, "means" if from the means of conditions alone; "files" if it
+                  learns from neither, and makes embeddings of published files.
     """
 
     name: str
@@ -67,8 +69,8 @@ class Description:
         for field in ("combinations", "embedding", "counts", "gpu"):
             if not isinstance(getattr(self, field), bool):
                 raise ContractError(f"describe: {field}: {getattr(self, field)!r} is neither true nor false")
-        if self.input not in ("cells", "means"):
-            raise ContractError(f'describe: input: {self.input!r} is neither "cells" nor "means"')
+        if self.input not in INPUTS:
+            raise ContractError(f"describe: input: {self.input!r} is none of {', '.join(INPUTS)}")
 
 
 @dataclass(frozen=True)
@@ -118,32 +120,52 @@ class PredictTask:
     pretrained: Path | None = None
 
 
+@dataclass(frozen=True)
+class EmbedTask:
+    """One gene embedding to make, which the caller keeps for all data sets.
+
+    pretrained: folder of the published files that it is made of.
+    settings:   what differs from the maker's own defaults.
+    threads, output: as in TrainTask.
+    """
+
+    pretrained: Path
+    settings: dict[str, Any]
+    threads: int
+    output: Path
+
+
 def main(
     description: Description,
-    train: Callable[[TrainTask], None],
-    predict: Callable[[PredictTask], None],
+    train: Callable[[TrainTask], None] | None = None,
+    predict: Callable[[PredictTask], None] | None = None,
+    embed: Callable[[EmbedTask], None] | None = None,
     arguments: Sequence[str] | None = None,
 ) -> None:
-    """Answer the command line `describe|train|predict SPEC.json` (default: this process's own) with a model.
+    """Answer the command line `describe|train|predict|embed SPEC.json` (default: this process's own).
 
-    Writes the description as describe.json, or calls `train` or `predict` with the task that SPEC.json holds;
-    these write into `task.output`. A breach of the contract is one line on stderr and exit status 2; any other
-    error of the model is its traceback and exit status 1.
+    Writes the description as describe.json, or calls `train`, `predict` or `embed` with the task that SPEC.json holds;
+    these write into `task.output`. A model has the first two, a maker of embeddings the last. A breach of the contract
+    is one line on stderr and exit status 2; any other error of the model is its traceback and exit status 1.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    calls = {"train": train, "predict": predict, "embed": embed}
+    stages = ["describe", *(stage for stage, call in calls.items() if call)]
     try:
-        if len(arguments) != 2 or arguments[0] not in _FIELDS:
+        if len(arguments) != 2 or arguments[0] not in stages:
             given = " ".join(arguments) or "nothing"
-            raise ContractError(f"wanted: {'|'.join(_FIELDS)} SPEC.json; given: {given}")
+            raise ContractError(f"wanted: {'|'.join(stages)} SPEC.json; given: {given}")
         stage, spec = arguments[0], _read_spec(arguments[0], Path(arguments[1]))
         if stage == "describe":
             write_json(spec["output"] / "describe.json", asdict(description))
             return
         _use_threads(spec["threads"])
-        if stage == "train":
+        if train and stage == "train":
             train(TrainTask(**spec))
-        else:
+        elif predict and stage == "predict":
             predict(PredictTask(**spec))
+        elif embed:
+            embed(EmbedTask(**spec))
     except ContractError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -155,19 +177,28 @@ def hyperparameters(task: TrainTask, settings: type[Settings]) -> Settings:
     Unknown names and values of another type than the default's are refused (a whole number may stand for a
     decimal one, a list for a tuple); a ValueError of the dataclass's `__post_init__` becomes a ContractError.
     """
+    return _settings("hyperparameters", task.hyperparameters, settings)
+
+
+def embedding_settings(task: EmbedTask, settings: type[Settings]) -> Settings:
+    """The task's settings as an instance of `settings`, checked as `hyperparameters` are."""
+    return _settings("settings", task.settings, settings)
+
+
+def _settings(where: str, wanted: Mapping[str, Any], settings: type[Settings]) -> Settings:
     defaults = settings()
     known = {field.name: getattr(defaults, field.name) for field in fields(defaults)}  # type: ignore[arg-type]
     given = {}
-    for name, value in task.hyperparameters.items():
+    for name, value in wanted.items():
         if name not in known:
-            raise ContractError(f"hyperparameters: {name}: unknown; there are {', '.join(sorted(known))}")
+            raise ContractError(f"{where}: {name}: unknown; there are {', '.join(sorted(known))}")
         if not _same_type(value, known[name]):
-            raise ContractError(f"hyperparameters: {name}: {value!r} is of another type than {known[name]!r}")
+            raise ContractError(f"{where}: {name}: {value!r} is of another type than {known[name]!r}")
         given[name] = tuple(value) if isinstance(value, list) else value
     try:
         return settings(**given)
     except ValueError as error:
-        raise ContractError(f"hyperparameters: {error}") from None
+        raise ContractError(f"{where}: {error}") from None
 
 
 # ---- events: one JSON object a line on stdout
@@ -420,6 +451,23 @@ def write_predictions(
     write_json(task.output / "unpredicted.json", reasons)
 
 
+def write_embedding(task: EmbedTask, embedding: pd.DataFrame) -> None:
+    """Write embedding.parquet into the task's output.
+
+    embedding: genes (index, their symbols) x dimensions; written sorted by gene, as float64 d0, d1, ...
+    Raises ContractError where a gene stands twice or has a value that is not finite, or only zeros: a gene of which
+    nothing is known is left out.
+    """
+    import numpy as np
+
+    table = embedding.astype(np.float64).rename(index=str).sort_index().rename_axis("gene")
+    path = task.output / "embedding.parquet"
+    known = _checked(table, path)
+    if len(known) < len(table):
+        raise ContractError(f"{path}: gene {table.index.difference(known.index)[0]} has only zeros")
+    table.set_axis([f"d{column}" for column in range(table.shape[1])], axis=1).to_parquet(path)
+
+
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file: indented, keys in the order given, a newline at its end."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -506,8 +554,9 @@ _FIELDS: dict[str, dict[str, Callable[[object], object]]] = {
         "threads": _threads,
         "output": _folder,
     },
+    "embed": {"pretrained": _existing, "settings": _object, "threads": _threads, "output": _folder},
 }
-_DEFAULTS: dict[str, object] = {"embedding": None, "hyperparameters": {}, "threads": 1}
+_DEFAULTS: dict[str, object] = {"embedding": None, "hyperparameters": {}, "settings": {}, "threads": 1}
 
 
 def _read_spec(stage: str, path: Path) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def predict_spec(folder: Path, **changes: object) -> Path:
 
 def test_train_gets_the_task_of_the_spec(tmp_path):
     tasks: list[contract.TrainTask] = []
-    contract.main(DESCRIPTION, tasks.append, refuse, ["train", str(train_spec(tmp_path))])
+    contract.main(DESCRIPTION, tasks.append, refuse, arguments=["train", str(train_spec(tmp_path))])
     output = tmp_path / "output"
     assert tasks == [contract.TrainTask(Path(__file__), None, {"k": 3}, 1, 1, output)]
     assert output.is_dir()
@@ -53,7 +53,7 @@ def test_train_gets_the_task_of_the_spec(tmp_path):
 
 def test_predict_gets_the_task_of_the_spec_with_its_defaults(tmp_path):
     tasks: list[contract.PredictTask] = []
-    contract.main(DESCRIPTION, refuse, tasks.append, ["predict", str(predict_spec(tmp_path))])
+    contract.main(DESCRIPTION, refuse, tasks.append, arguments=["predict", str(predict_spec(tmp_path))])
     (task,) = tasks
     assert task.conditions == (Key("a", "A+B"),)
     assert (task.embedding, task.threads) == (None, 1)
@@ -76,7 +76,7 @@ def test_predict_gets_the_task_of_the_spec_with_its_defaults(tmp_path):
 )
 def test_a_wrong_train_spec_is_refused_with_the_field(tmp_path, capsys, changes, message):
     with pytest.raises(SystemExit) as ended:
-        contract.main(DESCRIPTION, refuse, refuse, ["train", str(train_spec(tmp_path, **changes))])
+        contract.main(DESCRIPTION, refuse, refuse, arguments=["train", str(train_spec(tmp_path, **changes))])
     assert ended.value.code == 2
     error = capsys.readouterr().err
     with pytest.raises(AssertionError, match=message):
@@ -99,14 +99,14 @@ def test_a_wrong_train_spec_is_refused_with_the_field(tmp_path, capsys, changes,
 )
 def test_wrong_conditions_are_refused(tmp_path, capsys, conditions):
     with pytest.raises(SystemExit):
-        contract.main(DESCRIPTION, refuse, refuse, ["predict", str(predict_spec(tmp_path, conditions=conditions))])
+        contract.main(DESCRIPTION, refuse, refuse, arguments=["predict", str(predict_spec(tmp_path, conditions=conditions))])
     assert "conditions: wanted" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [[], ["train"], ["learn", "spec.json"], ["train", "a", "b"]])
 def test_a_wrong_command_line_shows_the_right_one(capsys, arguments):
     with pytest.raises(SystemExit) as ended:
-        contract.main(DESCRIPTION, refuse, refuse, arguments)
+        contract.main(DESCRIPTION, refuse, refuse, arguments=arguments)
     assert ended.value.code == 2
     assert "wanted: describe|train|predict SPEC.json" in capsys.readouterr().err
 
@@ -117,14 +117,14 @@ def test_a_spec_that_is_no_json_object_is_refused(tmp_path, capsys, content):
     if content is not None:
         path.write_text(content)
     with pytest.raises(SystemExit):
-        contract.main(DESCRIPTION, refuse, refuse, ["train", str(path)])
+        contract.main(DESCRIPTION, refuse, refuse, arguments=["train", str(path)])
     assert "spec.json" in capsys.readouterr().err
 
 
 def test_threads_are_set_and_a_numpy_loaded_too_early_is_told(tmp_path, capsys):
-    contract.main(DESCRIPTION, lambda task: None, refuse, ["train", str(train_spec(tmp_path))])
+    contract.main(DESCRIPTION, lambda task: None, refuse, arguments=["train", str(train_spec(tmp_path))])
     assert capsys.readouterr().out == ""
-    contract.main(DESCRIPTION, lambda task: None, refuse, ["train", str(train_spec(tmp_path, threads=3))])
+    contract.main(DESCRIPTION, lambda task: None, refuse, arguments=["train", str(train_spec(tmp_path, threads=3))])
     assert "numpy was loaded before it could be told to use 3 threads" in capsys.readouterr().out
     assert {os.environ[name] for name in contract.THREAD_VARIABLES} == {"3"}
 
@@ -134,7 +134,7 @@ def test_an_error_of_the_model_is_not_hidden(tmp_path):
         raise ZeroDivisionError("of the model")
 
     with pytest.raises(ZeroDivisionError):
-        contract.main(DESCRIPTION, train, refuse, ["train", str(train_spec(tmp_path))])
+        contract.main(DESCRIPTION, train, refuse, arguments=["train", str(train_spec(tmp_path))])
 
 
 @pytest.mark.parametrize("field", ["name", "combinations", "embedding", "counts", "gpu", "input"])
