@@ -27,12 +27,13 @@ from blocks.cancellation import killed_by_stop, raise_if_stopped
 from blocks.gpus import VISIBLE, Gpu
 from blocks.paths import MODEL_CONTAINERS, scratch_folder
 from blocks.scratch import scratch
+from core.errors import UserError
 from core.files import read_foreign_json
 from model_containers.contract import THREAD_VARIABLES, ContractError, Description
 
 LOG = logging.getLogger("calipert.engines")
 
-Stage = Literal["describe", "train", "predict"]
+Stage = Literal["describe", "train", "predict", "embed"]
 Event = Mapping[str, Any]
 
 # What every model finds on its path; docs/models.md.
@@ -180,11 +181,10 @@ class ProcessEngine(Block):
     def identity(self, model_folder: Path) -> str:
         """SHA-256 of what decides a model's results: its folder's files, the contract, its packages' versions.
 
-        Raises ModelFailed if the environment lacks a package of the model's requirements.txt.
+        Raises UserError if the environment lacks a package of the model's requirements.txt.
         """
-        sources = sources_of(model_folder)
-        required = _required(sources["requirements.txt"]) if "requirements.txt" in sources else ()
-        versions = _versions(self.python, required, model_folder.name)
+        requirements = sources_of(model_folder).get("requirements.txt")
+        versions = _versions(self.python, () if requirements is None else _required(requirements), model_folder)
         return sha256((sources_hash(model_folder) + versions).encode()).hexdigest()
 
     def _environment(self, home: Path, threads: int, gpu: Gpu | None) -> dict[str, str]:
@@ -313,9 +313,10 @@ def _report(status: Path, supervisor_code: int, device: str) -> tuple[int, Usage
 def where_to_change(stage: Stage) -> str:
     if stage == "describe":
         return ": a model has to describe itself at once (docs/models.md)"
-    return (
-        f": to change it, set `time_limits: {{{stage}: SECONDS}}` in the model's entry of the catalog (docs/models.md)"
-    )
+    limit, entry = f"time_limits: {{{stage}: SECONDS}}", "model"
+    if stage == "embed":
+        limit, entry = "time_limit: SECONDS", "embedding"
+    return f": to change it, set `{limit}` in the {entry}'s entry of the catalog (docs/models.md)"
 
 
 def ending_of(exit_code: int) -> str:
@@ -339,15 +340,20 @@ def _required(requirements: Path) -> tuple[str, ...]:
 
 
 @cache
-def _versions(python: str, names: tuple[str, ...], model: str) -> str:
-    """`name==version` lines of these packages and the Python version, as that interpreter has them."""
+def _versions(python: str, names: tuple[str, ...], model_folder: Path) -> str:
+    """`name==version` lines of these packages and the Python version, as that interpreter has them.
+
+    Raises UserError if it lacks one.
+    """
     ask = (
         "import sys; from importlib.metadata import version; "
         "print(sys.version_info[:2], *(f'{n}=={version(n)}' for n in sys.argv[1:]), sep='\\n')"
     )
     answer = subprocess.run([python, "-I", "-c", ask, *names], capture_output=True, text=True, check=False)
     if answer.returncode:
-        ending = f"cannot run: {python} lacks a package of its requirements.txt"
-        last = tuple(answer.stderr.strip().splitlines()[-1:])
-        raise ModelFailed(model, "requirements", ending, answer.returncode, last)
+        lacks = "".join(answer.stderr.strip().splitlines()[-1:])
+        found = f"{python} lacks a package: {lacks}"
+        build = f"`calipert model build {model_folder.name}`"
+        remedy = f"run the model in its image: {build}, then set CALIPERT_ENGINE=docker (docs/containers.md)"
+        raise UserError(model_folder / "requirements.txt", "packages", found, remedy)
     return answer.stdout

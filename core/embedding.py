@@ -26,6 +26,8 @@ CELLS_AT_ONCE = 2048
 GENES_AT_ONCE = 1024
 # A row this much shorter than its gene's full profile holds rounding errors, no knowledge.
 VANISHING = 1e-10
+# In an embedding that others made: 100,000 genes x 4,096 dimensions, 3.3 GB.
+MOST_VALUES = 100_000 * 4_096
 
 
 def gmt_membership(path: Path) -> pd.DataFrame:
@@ -235,6 +237,30 @@ def read_embedding(path: Path) -> pd.DataFrame:
     if useless.any():
         raise UserError(path, "gene", f"zero or not finite: {shown(sorted(table.index[useless]))}", remedy)
     return table
+
+
+def read_foreign_embedding(path: Path) -> pd.DataFrame:
+    """`read_embedding` of a file that others wrote, rows sorted by gene, columns d0, d1, ...
+
+    Raises UserError also where it is not there, is no plain file, or says that it holds more than MOST_VALUES values:
+    compressed, they may take little room.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if path.is_symlink() or not path.is_file():
+        raise UserError(path.name, "file", "not there", "write it into the output (docs/models.md)")
+    try:
+        about = pq.read_metadata(path)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(
+            path.name, "format", f"no parquet table: {error}", "write a table genes x dimensions"
+        ) from error
+    if about.num_rows * about.num_columns > MOST_VALUES:
+        found = f"{about.num_rows:,} rows of {about.num_columns:,} columns"
+        raise UserError(path.name, "size", found, f"write at most {MOST_VALUES:,} values: one row a gene")
+    table = read_embedding(path).sort_index()
+    return table.set_axis([f"d{column}" for column in range(table.shape[1])], axis=1)
 
 
 def known_genes(path: Path) -> pd.Index:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from blocks.pools import CPU, GPU
 from core import catalog
 from core.catalog.schema import DatasetSpec, EmbeddingSpec
-from tasks.inputs import inputs_of, study
+from tasks.inputs import inputs_of, inputs_of_embedding, study
 
 
 class Schedule(NamedTuple):
@@ -123,7 +123,7 @@ def _of_embedding(name: str) -> Deployment:
         tags=("calipert", name, "embedding"),
         description=f"Makes the gene embedding **{name}**: {spec.title}. A benchmark that needs it makes it by itself."
         f"\n\nLicence: {spec.licence}.\n\nTo cite: {spec.citation}.",
-        choices={"embedding": (name,), "sources": tuple(part.name for part in catalog.parts(spec))},
+        choices={"embedding": (name,), "sources": tuple(one.name for one in inputs_of_embedding(spec))},
     )
 
 

@@ -10,7 +10,7 @@ from core import catalog
 from core.errors import UserError
 from flows.parameters import Embedding, Sources
 from tasks.embed import make_shared
-from tasks.inputs import check_sources
+from tasks.inputs import check_sources, inputs_of_embedding
 
 
 @flow(name="embed", flow_run_name="embed-{embedding}")
@@ -21,7 +21,8 @@ def embed(
     """Make a gene embedding that is shared by all data sets; benchmarks find it again.
 
     embedding: a name of the catalog.
-    sources: files to use instead of downloads, by the name of the embedding, or of one of its parts.
+    sources: files to use instead of downloads, by the name of the embedding or of one of its parts; a folder, by the
+        name of the published files that it is made of.
     Returns the folder of embedding.parquet in the store. Raises UserError for one that each data set or fold makes.
     """
     spec = catalog.embedding(embedding)
@@ -29,6 +30,6 @@ def embed(
         made = "from the training cells of a fold" if spec.per_fold else "between the genes that a data set perturbs"
         remedy = "benchmark a model that uses it: it is made then"
         raise UserError(f"catalog entry {embedding}", "kind", f"an embedding that is made {made}", remedy)
-    check_sources(catalog.parts(spec), sources)
+    check_sources(inputs_of_embedding(spec), sources)
     # Which genes a data set perturbs is not known here: the benchmark checks that there are any.
     return make_shared(spec, sources)

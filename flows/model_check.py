@@ -43,6 +43,7 @@ def check_model(
     """
     missing = [name for name in FILES if not (folder / name).is_file()]
     yield Finding("its folder is whole", f"there is no {', '.join(missing)}" if missing else None)
+    engine.identity(folder)  # of what the engine cannot run there is none
     try:
         description = engine.describe(folder)
     except ModelFailed as error:

@@ -13,20 +13,23 @@ from blocks.code import code_hash
 from core import catalog
 from core.catalog.schema import EmbeddingSpec, ResolvedModel
 from tasks.artifacts import checksum, made
+from tasks.embed_container import FILE, made_in_container
+from tasks.pretrained import fetch_pretrained
 from tasks.sources import fetch_source
-
-FILE = "embedding.parquet"
 
 
 @task(name="embed", task_run_name="embed {spec.name}", cache_policy=NO_CACHE)
 def embed(spec: EmbeddingSpec, source: Path, perturbed: list[str]) -> Path:
     """embedding.parquet, a table of genes x dimensions or a graph; the artifact's folder.
 
-    source: the raw file of a shared embedding, or the fold (artifact) of a per-fold one. perturbed: the genes that a
-    graph is between: among all genes hardly one of a gene's nearest would be perturbed in the same screen.
+    source: the raw file or the published files (artifact) of a shared embedding, or the fold (artifact) of a per-fold
+    one. perturbed: the genes that a graph is between: among all genes hardly one of a gene's nearest would be perturbed
+    in the same screen.
     """
     from core.embedding import write_embedding
 
+    if spec.container:
+        return made_in_container(spec, source)
     if spec.dimensions is None:
         raise ValueError(f"{spec.name} is put together from its parts")
     compute, dimensions = COMPUTE[spec.kind], spec.dimensions
@@ -62,7 +65,14 @@ def join(spec: EmbeddingSpec, parts: dict[str, Path]) -> Path:
 
 def make_shared(spec: EmbeddingSpec, sources: dict[str, str]) -> Path:
     """The artifact's folder of an embedding that is the same for all data sets."""
-    return _whole(spec, lambda part: embed(part, fetch_source(part, sources), []))
+    return _whole(spec, lambda part: embed(part, _fetched(part, sources), []))
+
+
+def _fetched(spec: EmbeddingSpec, sources: dict[str, str]) -> Path:
+    """The raw file, or the artifact of the published files, that a shared embedding is made of."""
+    if spec.pretrained:
+        return fetch_pretrained(catalog.pretrained(spec.pretrained), sources)
+    return fetch_source(spec, sources)
 
 
 def _whole(spec: EmbeddingSpec, make: Callable[[EmbeddingSpec], Path]) -> Path:
@@ -90,7 +100,7 @@ def make_embeddings(
             if spec.form == "tables":
                 by_key[key] = _whole(spec, lambda part: once(part, fold))
             else:
-                by_key[key] = embed(spec, data[fold] if spec.per_fold else fetch_source(spec, sources), perturbed)
+                by_key[key] = embed(spec, data[fold] if spec.per_fold else _fetched(spec, sources), perturbed)
         return by_key[key]
 
     given: dict[tuple[str, int], Path | None] = {}

@@ -1,17 +1,23 @@
-"""The engine that runs models, and where their containers lie."""
+"""The engine that runs models and makers of embeddings, where their containers lie, and what they compute on."""
 
 from __future__ import annotations
 
+import json
 import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
 from blocks.engines import Engine, ProcessEngine
+from blocks.gpus import Gpu, lease
 from blocks.paths import MODEL_CONTAINERS
-from core.catalog.schema import ResolvedModel
+from core.catalog.schema import EmbeddingSpec, ResolvedModel
 from core.errors import UserError
+from tasks.artifacts import made
 
 ENGINE = "CALIPERT_ENGINE"
+THREADS = 1  # bits may change with the number of threads; folds run beside each other instead
 PROCESS, DOCKER, KUBERNETES = "process", "docker", "kubernetes"
 
 
@@ -42,26 +48,53 @@ def _name() -> str:
     return name
 
 
-def engine_identity(model: ResolvedModel) -> str:
-    """What trains a model: the identity of its container under the engine in use, as it is at the first call."""
-    return _identity(container(model))
+def engine_identity(container: Path) -> str:
+    """What a container's results follow from: its identity under the engine in use, as it is at the first call.
+
+    container: a folder under model_containers.
+    """
+    return _identity(container)
 
 
-def require_same(model: ResolvedModel) -> None:
-    """Raise UserError where a model's container is another one by now than when this process first looked at it: what
-    it trained would be kept under the key of the former."""
-    if engine().identity(container(model)) != engine_identity(model):
+def require_same(container: Path) -> None:
+    """Raise UserError where a container is another one by now than when this process first looked at it: what it made
+    would be kept under the key of the former."""
+    if engine().identity(container) != engine_identity(container):
         remedy = "let the flow run end before you change a model, and start it again now"
-        raise UserError(f"model {model.template}", "folder or image", "changed while the flow runs", remedy)
+        raise UserError(f"model {container.name}", "folder or image", "changed while the flow runs", remedy)
 
 
 @cache
-def _identity(folder: Path) -> str:
-    return engine().identity(folder)
+def _identity(container: Path) -> str:
+    return engine().identity(container)
 
 
-def container(model: ResolvedModel) -> Path:
-    """The folder of a model under model_containers."""
-    if model.container is None:
-        raise ValueError(f"{model.name} is computed by the project itself and has no container")
-    return MODEL_CONTAINERS / model.container
+def container_of(entry: ResolvedModel | EmbeddingSpec) -> Path:
+    """The folder under model_containers of a model, or of what makes an embedding."""
+    if entry.container is None:
+        raise ValueError(f"{entry.name} is computed by the project itself and has no container")
+    return MODEL_CONTAINERS / entry.container
+
+
+def device(container: Path, name: str) -> AbstractContextManager[Gpu | None]:
+    """A GPU of this machine for a container that runs here and uses one; None where there is none, and for others.
+
+    name: what the lease is for, as others who wait for a GPU are told.
+    """
+    return nullcontext() if runs_elsewhere() or not _uses_gpu(container) else lease(name)
+
+
+def _uses_gpu(container: Path) -> bool:
+    def build(folder: Path) -> None:
+        description = engine().describe(container)
+        (folder / "describe.json").write_text(json.dumps(asdict(description), sort_keys=True), encoding="utf-8")
+
+    found = made(
+        "description",
+        build,
+        inputs={},
+        parameters={"container": container.name},
+        code=engine_identity(container),
+        label=f"the description of {container.name}",
+    )
+    return bool(json.loads((found / "describe.json").read_text(encoding="utf-8"))["gpu"])

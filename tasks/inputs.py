@@ -54,12 +54,19 @@ def named_source(spec: Needed, sources: Mapping[str, str]) -> Path | None:
 
 
 def inputs_of(models: Iterable[ResolvedModel]) -> list[EmbeddingSpec | PretrainedSpec]:
-    """What models need beside the data: embeddings, each by its parts, and weights to start from; each once."""
+    """What models need beside the data: what their embeddings are made of, and weights to start from; each once."""
     needed: dict[str, EmbeddingSpec | PretrainedSpec] = {}
     for model in models:
-        needed |= {part.name: part for part in (catalog.parts(model.embedding) if model.embedding else [])}
+        needed |= {one.name: one for one in (inputs_of_embedding(model.embedding) if model.embedding else [])}
         needed |= {model.pretrained.name: model.pretrained} if model.pretrained else {}
     return list(needed.values())
+
+
+def inputs_of_embedding(spec: EmbeddingSpec) -> list[EmbeddingSpec | PretrainedSpec]:
+    """What an embedding is made of, by the names under which files are named: itself or its parts, or the published
+    files of those that are made of such."""
+    parts = catalog.parts(spec)
+    return [catalog.pretrained(part.pretrained) if part.pretrained else part for part in parts]
 
 
 def check_sources(specs: Iterable[Needed], sources: Mapping[str, str]) -> None:

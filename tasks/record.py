@@ -30,7 +30,7 @@ from core.controls import CONTROLS
 from core.errors import UserError
 from core.views import entries
 from tasks.artifacts import LOG, key_of
-from tasks.engine import engine_identity
+from tasks.engine import container_of, engine_identity
 
 
 class Recipe(NamedTuple):
@@ -58,7 +58,7 @@ def recipe(model: ResolvedModel, seed: int, given: Iterable[str | None]) -> Reci
     about |= {"dimensions": embedding.dimensions} if embedding and embedding.form == "table" else {}
     about |= {"pretrained": model.pretrained.name} if model.pretrained else {}
     inputs = list(dict.fromkeys(key for key in given if key))
-    return Recipe({**model.hyperparameters, **about}, engine_identity(model), seed, inputs)
+    return Recipe({**model.hyperparameters, **about}, engine_identity(container_of(model)), seed, inputs)
 
 
 def tracking_server() -> MLflowTracking:

@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,16 +18,13 @@ from pydantic import BaseModel, ConfigDict
 from blocks.checkpoints import checkpoint
 from blocks.code import code_hash
 from blocks.engines import Usage
-from blocks.gpus import Gpu, lease
 from blocks.store import MANIFEST, ArtifactStore, artifact_key
 from core.catalog.schema import ResolvedModel
 from core.errors import UserError
 from tasks.artifacts import LOG, made
-from tasks.engine import container, engine, engine_identity, require_same, runs_elsewhere
+from tasks.engine import THREADS, container_of, device, engine, engine_identity, require_same, runs_elsewhere
 from tasks.progress import shown_progress
 from tasks.record import end_failed, tracking_server
-
-THREADS = 1  # a model's bits may change with the number of threads; folds run beside each other instead
 
 USAGE = "usage.json"
 
@@ -110,7 +107,7 @@ def trained(job: FoldJob, on_event: Callable[[Event], None]) -> Path:
 
     on_event: called only where the model is trained now, not where the store has it.
     """
-    data = _stored("fold", job.data)
+    data, model = _stored("fold", job.data), container_of(job.model)
 
     def build(folder: Path) -> None:
         spec = {
@@ -121,17 +118,17 @@ def trained(job: FoldJob, on_event: Callable[[Event], None]) -> Path:
             "threads": THREADS,
             "output": str(folder),
         }
-        with (folder / "training.jsonl").open("w", encoding="utf-8") as curve, _device(job) as gpu:
+        with (folder / "training.jsonl").open("w", encoding="utf-8") as curve, device(model, job.name) as gpu:
 
             def keep(event: Event) -> None:
                 curve.write(json.dumps(dict(event), sort_keys=True) + "\n")
                 on_event(event)
 
             limit = job.model.time_limits.train
-            require_same(job.model)
+            require_same(model)
             with _checkpoint(job) as checkpoint:
                 spec["checkpoint"] = checkpoint
-                usage = engine().run("train", container(job.model), spec, on_event=keep, timeout_s=limit, gpu=gpu)
+                usage = engine().run("train", model, spec, on_event=keep, timeout_s=limit, gpu=gpu)
         _require_free(folder, job.name)
         (folder / USAGE).write_text(json.dumps(asdict(usage), sort_keys=True), encoding="utf-8")
 
@@ -146,7 +143,7 @@ def predicted(job: FoldJob, directory: Path, on_event: Callable[[Event], None]) 
     from core.files import read_genes
     from core.predictions import check_model_output
 
-    control = _stored("fold", job.data) / "control.h5ad"
+    control, model = _stored("fold", job.data) / "control.h5ad", container_of(job.model)
 
     def build(folder: Path) -> None:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -160,9 +157,9 @@ def predicted(job: FoldJob, directory: Path, on_event: Callable[[Event], None]) 
                 "output": scratch,
             }
             limit = job.model.time_limits.predict
-            require_same(job.model)
-            with _device(job) as gpu:
-                engine().run("predict", container(job.model), spec, on_event=on_event, timeout_s=limit, gpu=gpu)
+            require_same(model)
+            with device(model, job.name) as gpu:
+                engine().run("predict", model, spec, on_event=on_event, timeout_s=limit, gpu=gpu)
             profiles, unpredicted = check_model_output(
                 Path(scratch), job.asked, read_genes(control), job.model.name, job.target_sum
             )
@@ -209,12 +206,12 @@ def train_fold(job: FoldJob) -> Path:
 
 def _model(job: FoldJob) -> _Recipe:
     parameters = {"hyperparameters": job.model.hyperparameters, "seed": job.seed, "threads": THREADS}
-    return _Recipe("model", _inputs(job), parameters, engine_identity(job.model))
+    return _Recipe("model", _inputs(job), parameters, engine_identity(container_of(job.model)))
 
 
 def _predictions(job: FoldJob) -> _Recipe:
     parameters = {"conditions": job.asked, "seed": job.seed, "threads": THREADS, "target_sum": job.target_sum}
-    code = engine_identity(job.model) + code_hash("core.predictions")
+    code = engine_identity(container_of(job.model)) + code_hash("core.predictions")
     return _Recipe("predictions", {"model": _model(job).key, **_inputs(job)}, parameters, code)
 
 
@@ -259,20 +256,3 @@ def _checkpoint(job: FoldJob) -> Iterator[str | None]:
         return
     with checkpoint(_model(job).key) as folder:
         yield str(folder)
-
-
-def _device(job: FoldJob) -> AbstractContextManager[Gpu | None]:
-    """A GPU of this machine for a model that runs here and uses one; None where there is none, and for others."""
-    return nullcontext() if runs_elsewhere() or not _uses_gpu(job.model) else lease(job.name)
-
-
-def _uses_gpu(model: ResolvedModel) -> bool:
-    folder_of_model = container(model)
-
-    def build(folder: Path) -> None:
-        description = engine().describe(folder_of_model)
-        (folder / "describe.json").write_text(json.dumps(asdict(description), sort_keys=True), encoding="utf-8")
-
-    recipe = _Recipe("description", {}, {"model": model.template}, engine_identity(model))
-    found = recipe.made(build, f"the description of {model.template}")
-    return bool(json.loads((found / "describe.json").read_text(encoding="utf-8"))["gpu"])

@@ -1,6 +1,6 @@
-"""The catalog: data sets, embeddings, models and groups, one YAML file each (docs/catalog.md)."""
+"""The catalog: data sets, embeddings, models, groups and published files, one YAML file each (docs/catalog.md)."""
 
-from core.catalog.registry import dataset, embedding, model, models, names, parts
+from core.catalog.registry import dataset, embedding, model, models, names, parts, pretrained
 from core.catalog.schema import DatasetSpec, EmbeddingSpec, GroupSpec, ModelSpec, PretrainedSpec, ResolvedModel
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "models",
     "names",
     "parts",
+    "pretrained",
 ]

@@ -1,7 +1,7 @@
 """Finds, reads and checks the catalog's YAML files.
 
 The built-in entries lie beside this module, those of the user in the folder named by CALIPERT_CATALOG: sub-folders
-datasets, embeddings, models, groups, one file `<name>.yaml` per entry.
+datasets, embeddings, models, groups, pretrained, one file `<name>.yaml` per entry.
 """
 
 from __future__ import annotations
@@ -17,7 +17,16 @@ from typing import Any, Literal, TypeAlias, TypeVar, get_args
 import yaml
 from pydantic import ValidationError
 
-from core.catalog.schema import TAKES, DatasetSpec, EmbeddingSpec, Entry, GroupSpec, ModelSpec, ResolvedModel
+from core.catalog.schema import (
+    TAKES,
+    DatasetSpec,
+    EmbeddingSpec,
+    Entry,
+    GroupSpec,
+    ModelSpec,
+    PretrainedSpec,
+    ResolvedModel,
+)
 from core.errors import UserError
 
 BUILT_IN = Path(__file__).parent
@@ -25,9 +34,10 @@ VARIABLE = "CALIPERT_CATALOG"
 GUIDE = "docs/catalog.md"
 SUFFIXES = (".yaml", ".yml")
 
-Kind: TypeAlias = Literal["dataset", "embedding", "model", "group"]
+Kind: TypeAlias = Literal["dataset", "embedding", "model", "group", "pretrained"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-Spec = TypeVar("Spec", DatasetSpec, EmbeddingSpec, ModelSpec, GroupSpec)
+FOLDERS: dict[Kind, str] = {kind: "pretrained" if kind == "pretrained" else f"{kind}s" for kind in KINDS}
+Spec = TypeVar("Spec", DatasetSpec, EmbeddingSpec, ModelSpec, GroupSpec, PretrainedSpec)
 
 
 def dataset(name_or_path: str | Path) -> DatasetSpec:
@@ -51,6 +61,7 @@ def dataset(name_or_path: str | Path) -> DatasetSpec:
 def embedding(name: str) -> EmbeddingSpec:
     """The embedding of that name. Raises UserError for an unknown name or an entry that does not fit the schema."""
     spec = _entry("embedding", name, EmbeddingSpec)
+    _named_pretrained("embedding", spec)
     found = [_part(spec, part) for part in spec.parts]
     if found and spec.per_fold != any(part.per_fold for part in found):
         made = "each fold, as one of its parts is" if not spec.per_fold else "all folds, as its parts are"
@@ -66,6 +77,20 @@ def parts(spec: EmbeddingSpec) -> list[EmbeddingSpec]:
     return [embedding(name) for name in spec.parts] or [spec]
 
 
+def pretrained(name: str) -> PretrainedSpec:
+    """The published files of that name. Raises UserError as `embedding` does."""
+    return _entry("pretrained", name, PretrainedSpec)
+
+
+def _named_pretrained(kind: Literal["embedding", "model"], spec: EmbeddingSpec | ModelSpec) -> PretrainedSpec | None:
+    """What an entry's field `pretrained` names. Raises UserError, with the entry's file, for an unknown name."""
+    if spec.pretrained is None:
+        return None
+    if spec.pretrained not in _files("pretrained"):
+        raise _unknown("pretrained", spec.pretrained, names("pretrained"), _files(kind)[spec.name])
+    return pretrained(spec.pretrained)
+
+
 def _part(whole: EmbeddingSpec, name: str) -> EmbeddingSpec:
     where = _files("embedding")[whole.name]
     if name not in _files("embedding"):
@@ -73,7 +98,7 @@ def _part(whole: EmbeddingSpec, name: str) -> EmbeddingSpec:
     part = _entry("embedding", name, EmbeddingSpec)
     if part.form != "table":
         raise UserError(
-            where, "parts", f"{name!r}, which is no single table", "name embeddings of kind gmt, coexpression"
+            where, "parts", f"{name!r}, which is no single table", "name embeddings that are one table each"
         )
     return part
 
@@ -119,6 +144,7 @@ def _resolved() -> dict[str, ResolvedModel]:
     for template, path in sorted(_files("model").items()):
         spec = _entry("model", template, ModelSpec)
         takes = TAKES["table" if spec.embedding is True else spec.embedding] if spec.embedding else ()
+        weights = _named_pretrained("model", spec)
         fitting = [name for name in sorted(embeddings) if embeddings[name].form in takes]
         for choice in fitting if spec.embedding else [None]:
             name = template if choice is None else f"{template}_{choice}"
@@ -130,7 +156,7 @@ def _resolved() -> dict[str, ResolvedModel]:
                 title=spec.title if choice is None else f"{spec.title}, {embeddings[choice].title}",
                 template=template,
                 embedding=None if choice is None else embeddings[choice],
-                pretrained=spec.pretrained,
+                pretrained=weights,
                 hyperparameters=spec.hyperparameters,
                 container=spec.container,
                 time_limits=spec.time_limits,
@@ -152,7 +178,7 @@ def _entry(kind: Kind, name: str, schema: type[Spec]) -> Spec:
 
 def _files(kind: Kind) -> dict[str, Path]:
     """Entry name -> file, built-in and the user's."""
-    folder = f"{kind}s"
+    folder = FOLDERS[kind]
     files = {path.stem: path for path in _yaml_files(BUILT_IN / folder)}
     for path in _yaml_files(_users_folder() / folder) if os.environ.get(VARIABLE) else []:
         if path.stem in files:
@@ -168,11 +194,11 @@ def _files(kind: Kind) -> dict[str, Path]:
 
 def _users_folder() -> Path:
     folder = Path(os.environ[VARIABLE])
-    if not any((folder / f"{kind}s").is_dir() for kind in KINDS):
+    if not any((folder / name).is_dir() for name in FOLDERS.values()):
         raise UserError(
             VARIABLE,
             "folder",
-            f"{folder}, without any of the sub-folders {', '.join(f'{kind}s' for kind in KINDS)}",
+            f"{folder}, without any of the sub-folders {', '.join(FOLDERS.values())}",
             f"point {VARIABLE} to a folder of catalog entries ({GUIDE}), or unset it",
         )
     return folder

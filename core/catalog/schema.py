@@ -200,24 +200,51 @@ class DatasetSpec(Entry):
 
 # What a model is told of genes: one table of genes x dimensions, several of them, or a graph between genes.
 Form: TypeAlias = Literal["table", "tables", "graph"]
-FORMS: dict[str, Form] = {"gmt": "table", "coexpression": "table", "graph": "graph", "several": "tables"}
+FORMS: dict[str, Form] = {
+    "gmt": "table",
+    "coexpression": "table",
+    "container": "table",
+    "graph": "graph",
+    "several": "tables",
+}
 # What a model can be given, by the form that it takes: several tables may be one.
 TAKES: dict[Form, tuple[Form, ...]] = {"table": ("table",), "tables": ("table", "tables"), "graph": ("graph",)}
+
+
+class PretrainedSpec(Entry):
+    """Published files that a model starts from or an embedding is made of, by the names that it looks for."""
+
+    name: Name
+    title: Text
+    files: Annotated[
+        dict[
+            Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")],
+            Annotated[HttpsSource | S3Source, Field(discriminator="kind")],
+        ],
+        Field(min_length=1),
+    ]
+    licence: Text = "not stated"
+    citation: Text = "not stated"
 
 
 class EmbeddingSpec(Entry):
     """What a model is told of genes.
 
     dimensions: of a table, genes x at most so many (fewer where what is behind it has a lower rank); of a graph, the
-    most neighbours of a gene; of `several`, none. parts: the embeddings that `several` puts side by side.
+    most neighbours of a gene. parts: the embeddings that `several` puts side by side. container: the folder under
+    model_containers that makes it, of the published files `pretrained`, with `settings`, within `time_limit` seconds.
     """
 
     name: Name
     title: Text
-    kind: Literal["gmt", "coexpression", "graph", "several"]
+    kind: Literal["gmt", "coexpression", "graph", "several", "container"]
     source: Annotated[HttpsSource | S3Source | LocalSource, Field(discriminator="kind")] | None = None
     dimensions: Count | None = None
     parts: Annotated[tuple[Name, ...], Field(strict=False)] = ()
+    container: Name | None = None
+    pretrained: Name | None = None
+    settings: Settings = {}
+    time_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 24 * 3600
     per_fold: bool = False
     licence: Text = "not stated"
     citation: Text = "not stated"
@@ -234,32 +261,28 @@ class EmbeddingSpec(Entry):
 
     @model_validator(mode="after")
     def _fields_fit_kind(self) -> EmbeddingSpec:
-        if self.kind == "several":
-            if self.source is not None or self.dimensions is not None or len(set(self.parts)) < max(2, len(self.parts)):
-                raise ValueError("`kind: several` has two or more `parts`, each once, and no `source` or `dimensions`")
-            return self
-        if self.parts or self.dimensions is None:
-            raise ValueError(f"`kind: {self.kind}` needs `dimensions` and has no `parts`")
-        if self.kind == "coexpression" and (self.source is not None or not self.per_fold):
-            raise ValueError("`kind: coexpression` is made from training cells: `per_fold: true`, no `source`")
-        if self.kind != "coexpression" and (self.source is None or self.per_fold):
-            raise ValueError(f"`kind: {self.kind}` needs a `source` and is the same for all folds (`per_fold: false`)")
+        needed = NEEDED[self.kind]
+        # `per_fold` of `several` is that of its parts, which the registry knows.
+        given = {field for field in OF_A_KIND if getattr(self, field) and (self.kind, field) != ("several", "per_fold")}
+        if missing := sorted(needed - given):
+            raise ValueError(f"`kind: {self.kind}` needs `{missing[0]}`")
+        if others := sorted(given - needed - OPTIONAL.get(self.kind, set())):
+            raise ValueError(f"`kind: {self.kind}` has no `{others[0]}`")
+        if self.kind == "several" and len(set(self.parts)) < max(2, len(self.parts)):
+            raise ValueError("`kind: several` has two or more `parts`, each once")
         return self
 
 
-class PretrainedSpec(Entry):
-    """Published weights that a model starts from: files by the names under which the model looks for them."""
-
-    name: Name
-    files: Annotated[
-        dict[
-            Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")],
-            Annotated[HttpsSource | S3Source, Field(discriminator="kind")],
-        ],
-        Field(min_length=1),
-    ]
-    licence: Text = "not stated"
-    citation: Text = "not stated"
+# The fields of an embedding that each kind must have, and may have; all other kinds have them not.
+NEEDED: dict[str, set[str]] = {
+    "gmt": {"source", "dimensions"},
+    "coexpression": {"dimensions", "per_fold"},
+    "graph": {"source", "dimensions"},
+    "several": {"parts"},
+    "container": {"container", "pretrained"},
+}
+OPTIONAL = {"container": {"settings"}}
+OF_A_KIND = set().union(*NEEDED.values(), *OPTIONAL.values())
 
 
 class TimeLimits(Entry):
@@ -273,14 +296,14 @@ class ModelSpec(Entry):
     """A model; with an `embedding` a template that gives one model per embedding that fits, `<name>_<embedding>`.
 
     container: the folder under model_containers, None for what core computes itself. embedding: the form that it takes,
-    true for a table. pretrained: the weights that it starts from.
+    true for a table. pretrained: the published files that it starts from.
     """
 
     name: Name
     title: Text
     container: Name | None = None
     embedding: bool | Literal["tables", "graph"] = False
-    pretrained: PretrainedSpec | None = None
+    pretrained: Name | None = None
     hyperparameters: Settings = {}
     time_limits: TimeLimits = TimeLimits()
     citation: Text = "not stated"

@@ -2,7 +2,8 @@
 
 Each gene of a cell is a token: its embedding, its expression and a flag where it is perturbed, summed; a stack of
 transformer layers; and a decoder that scales and shifts each gene's expression. It starts from the weights of a
-published checkpoint where the task has them. README.md says what is decided here that the paper leaves open.
+published checkpoint where the task has them; that checkpoint's embedding of genes is there for other models.
+README.md says what is decided here that the paper leaves open.
 """
 
 from __future__ import annotations
@@ -31,10 +32,18 @@ DESCRIPTION = contract.Description(
 # What fine-tuning takes over from a checkpoint; the decoder and the flag of perturbed genes begin at random.
 TAKEN_OVER = ("encoder.", "value_encoder.", "transformer_encoder.")
 EMBEDDING = "encoder.embedding.weight"
+NORM = ("encoder.enc_norm.weight", "encoder.enc_norm.bias")
 # Checkpoints that were trained with flash attention call torch's names otherwise.
 RENAMED = {"self_attn._impl.": "self_attn.", "self_attn.Wqkv.": "self_attn.in_proj_"}
+# Rows of a vocabulary that are no genes: `<pad>`, `<cls>`, `<eoc>`.
+NO_GENE = "<"
 # Another draw than that of any epoch, which count from 1.
 VALIDATION = 0
+
+
+@dataclass(frozen=True)
+class NoSettings:
+    """Of the embedding: there is nothing to choose."""
 
 
 @dataclass(frozen=True)
@@ -486,5 +495,24 @@ def profile(
     return found
 
 
+def embed(task: contract.EmbedTask) -> None:
+    """What a checkpoint's gene encoder makes of each gene of its vocabulary: its row, normalised."""
+    import pandas as pd
+    import torch
+    from torch.nn.functional import layer_norm
+
+    contract.embedding_settings(task, NoSettings)
+    pretrained = read_pretrained(task.pretrained)
+    genes = sorted(gene for gene in pretrained.vocabulary if not gene.startswith(NO_GENE))
+    missing = [name for name in NORM if name not in pretrained.tensors]
+    if missing:
+        raise contract.ContractError(f"{task.pretrained / 'best_model.pt'}: there is no {missing[0]}")
+    weight, bias = (pretrained.tensors[name].to(torch.float64) for name in NORM)
+    rows = pretrained.tensors[EMBEDDING][[pretrained.vocabulary[gene] for gene in genes]].to(torch.float64)
+    table = layer_norm(rows, (rows.shape[1],), weight, bias)
+    contract.write_embedding(task, pd.DataFrame(table.numpy(), index=genes))
+    contract.progress(1, 1, "table")
+
+
 if __name__ == "__main__":
-    contract.main(DESCRIPTION, train, predict)
+    contract.main(DESCRIPTION, train, predict, embed)

@@ -397,14 +397,14 @@ def test_a_group_with_an_unknown_model_is_named(users):
 @pytest.mark.parametrize(
     ("change", "remedy"),
     [
-        ({"kind": "gmt"}, "needs a `source`"),
-        ({"kind": "gmt", "per_fold": True, "source": {"kind": "local", "hint": "x"}}, "the same for all folds"),
-        ({"kind": "coexpression"}, "`per_fold: true`"),
+        ({"kind": "gmt"}, "needs `source`"),
+        ({"kind": "gmt", "per_fold": True, "source": {"kind": "local", "hint": "x"}}, "has no `per_fold`"),
+        ({"kind": "coexpression"}, "needs `per_fold`"),
         ({"kind": "coexpression", "per_fold": True, "source": {"kind": "local", "hint": "x"}}, "no `source`"),
-        ({"kind": "graph"}, "needs a `source`"),
+        ({"kind": "graph"}, "needs `source`"),
         ({"kind": "gmt", "dimensions": None, "source": {"kind": "local", "hint": "x"}}, "needs `dimensions`"),
         ({"kind": "graph", "parts": ["reactome"], "source": {"kind": "local", "hint": "x"}}, "has no `parts`"),
-        ({"kind": "several", "parts": ["reactome", "coexpression"]}, "no `source` or `dimensions`"),
+        ({"kind": "several", "parts": ["reactome", "coexpression"]}, "has no `dimensions`"),
         ({"kind": "several", "dimensions": None, "parts": ["reactome"]}, "two or more `parts`"),
         ({"kind": "several", "dimensions": None, "parts": ["reactome", "reactome"]}, "each once"),
     ],
@@ -420,7 +420,7 @@ def test_an_embedding_fits_its_kind(users, change, remedy):
     ("change", "found", "remedy"),
     [
         ({"parts": ["reactome", "coexpresion"]}, "coexpresion", "did you mean coexpression"),
-        ({"parts": ["reactome", "go"]}, "no single table", "gmt, coexpression"),
+        ({"parts": ["reactome", "go"]}, "no single table", "one table each"),
         ({"parts": ["reactome", "coexpression"]}, "false", "true: it is made for each fold"),
         ({"parts": ["reactome", "atlas"], "per_fold": True}, "true", "false: it is made for all folds"),
     ],
@@ -435,9 +435,12 @@ def test_parts_of_several_are_tables_of_the_catalog(users, change, found, remedy
     assert remedy in error.value.remedy
 
 
+TABLES = {"coexpression", "reactome", "scgpt"}
+
+
 @pytest.mark.parametrize(
     ("takes", "given"),
-    [(True, {"coexpression", "reactome"}), ("tables", {"coexpression", "knowledge", "reactome"}), ("graph", {"go"})],
+    [(True, TABLES), ("tables", TABLES | {"knowledge"}), ("graph", {"go"})],
 )
 def test_a_template_is_joined_with_what_it_takes(users, takes, given):
     users({"name": "mine", "title": "mine", "container": "mine", "embedding": takes}, "models/mine.yaml")
@@ -454,7 +457,7 @@ def test_parts_are_what_an_embedding_is_made_of():
 
 def test_the_variable_must_name_a_folder_of_entries(tmp_path, monkeypatch):
     monkeypatch.setenv("CALIPERT_CATALOG", str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match="sub-folders datasets, embeddings, models, groups"):
+    with pytest.raises(UserError, match="sub-folders datasets, embeddings, models, groups, pretrained"):
         catalog.names("dataset")
 
 

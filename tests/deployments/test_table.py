@@ -70,6 +70,7 @@ def test_every_flow_has_a_deployment_for_every_data_set_and_every_shared_embeddi
     assert len(names) == len(set(names))
     assert set(names) == {f"{flow}/{name}" for flow in OF_DATASETS for name in [*STUDY, *BESIDE]} | {
         "embed/reactome",
+        "embed/scgpt",
         "reproduce/all",
         "train-fold/any",
     }

@@ -99,7 +99,9 @@ def test_a_wrong_train_spec_is_refused_with_the_field(tmp_path, capsys, changes,
 )
 def test_wrong_conditions_are_refused(tmp_path, capsys, conditions):
     with pytest.raises(SystemExit):
-        contract.main(DESCRIPTION, refuse, refuse, arguments=["predict", str(predict_spec(tmp_path, conditions=conditions))])
+        contract.main(
+            DESCRIPTION, refuse, refuse, arguments=["predict", str(predict_spec(tmp_path, conditions=conditions))]
+        )
     assert "conditions: wanted" in capsys.readouterr().err
 
 

@@ -532,3 +532,31 @@ def test_it_learns_from_what_the_checkpoint_knows_of_genes(scgpt, tmp_path):
 
 def test_it_learns_combinations_from_single_genes_and_other_combinations(scgpt, tmp_path):
     assert relative_error(scgpt, plant(tmp_path, pairs=True), None) < 0.5
+
+
+# ---- its embedding of genes
+
+
+def test_the_embedding_is_the_checkpoints_rows_normalised(scgpt, tmp_path):
+    published = publish(tmp_path / "published", ["GENE2", "GENE1", "GENE3"])
+    output = tmp_path / "output"
+    output.mkdir()
+    scgpt.embed(contract.EmbedTask(published.folder, {}, 1, output))
+    table = contract.read_embedding(output / "embedding.parquet")
+    assert table.index.tolist() == ["GENE1", "GENE2", "GENE3"]
+    # Behind the padding, genes stand in the vocabulary in reverse order.
+    rows = published.tensors["encoder.embedding.weight"].double().numpy()[[2, 3, 1]]
+    weight, bias = (published.tensors[f"encoder.enc_norm.{name}"].double().numpy() for name in ("weight", "bias"))
+    spread = np.sqrt(rows.var(axis=1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(table, (rows - rows.mean(axis=1, keepdims=True)) / spread * weight + bias, rtol=1e-10)
+    with pytest.raises(contract.ContractError, match="settings: pooling: unknown"):
+        scgpt.embed(contract.EmbedTask(published.folder, {"pooling": "mean"}, 1, output))
+
+
+def test_without_the_layer_behind_the_rows_there_is_no_embedding(scgpt, tmp_path):
+    published = publish(tmp_path, ["a"])
+    saved = torch.load(tmp_path / "best_model.pt", weights_only=True)
+    del saved["encoder.enc_norm.bias"]
+    torch.save(saved, tmp_path / "best_model.pt")
+    with pytest.raises(contract.ContractError, match=r"best_model.pt: there is no encoder\.enc_norm\.bias"):
+        scgpt.embed(contract.EmbedTask(published.folder, {}, 1, tmp_path))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import anndata as ad
@@ -10,16 +12,18 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
+from blocks.engines import ModelFailed
 from core import catalog
 from core.catalog.schema import PretrainedSpec
 from core.errors import UserError
 from model_containers import contract
-from tasks import embed, pretrained, sources
+from tasks import embed, engine, pretrained, sources
 from tasks.inputs import inputs_of, named_source
 
 GMT = "one\tR-1\tA\tB\tC\ntwo\tR-2\tB\tD\nthree\tR-3\tA\tD\tE\n"
 WEIGHTS = PretrainedSpec(
     name="net",
+    title="a net",
     files={
         "args.json": {"kind": "https", "url": "https://example.org/args.json"},
         "best.pt": {"kind": "https", "url": "https://example.org/best.pt"},
@@ -132,3 +136,80 @@ def test_weights_are_downloaded_under_their_names(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(sources, "downloaded", download)
     folder = pretrained.fetch_pretrained(WEIGHTS, {})
     assert (folder / "best.pt").read_text() == "https://example.org/best.pt"
+
+
+PUBLISHED = """name: {name}
+title: published files
+files:
+  table.json: {{kind: https, url: https://example.org/table.json}}
+"""
+MAKER = """name: mine
+title: of published files
+kind: container
+container: maker
+pretrained: tables
+settings: {{times: {times}}}
+"""
+MODEL = """
+import json
+from dataclasses import dataclass
+import contract
+
+@dataclass(frozen=True)
+class Settings:
+    times: float = 1.0
+
+def embed(task):
+    import pandas as pd
+    times = contract.embedding_settings(task, Settings).times
+    table = pd.DataFrame.from_dict(json.loads((task.pretrained / "table.json").read_text()), orient="index")
+    contract.log("a table")
+    contract.write_embedding(task, table * times)
+
+description = contract.Description("maker", False, False, False, gpu=False, input="files")
+contract.main(description, embed=embed)
+"""
+
+
+@pytest.fixture
+def maker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., catalog.EmbeddingSpec]:
+    """An entry of an embedding that a container of the user's makes."""
+    folder = tmp_path / "containers" / "maker"
+    folder.mkdir(parents=True)
+    (folder / "model.py").write_text(MODEL)
+    monkeypatch.setattr(engine, "MODEL_CONTAINERS", folder.parent)
+    monkeypatch.setenv("CALIPERT_CATALOG", str(tmp_path / "catalog"))
+    for kind in ("embeddings", "pretrained"):
+        (tmp_path / "catalog" / kind).mkdir(parents=True)
+
+    def entry(times: float = 1.0, pretrained: str = "tables") -> catalog.EmbeddingSpec:
+        (tmp_path / "catalog" / "pretrained" / f"{pretrained}.yaml").write_text(PUBLISHED.format(name=pretrained))
+        (tmp_path / "catalog" / "embeddings" / "mine.yaml").write_text(MAKER.format(times=times))
+        return catalog.embedding("mine")
+
+    return entry
+
+
+def test_a_container_makes_an_embedding_of_published_files(maker, tmp_path: Path) -> None:
+    published = tmp_path / "published"
+    published.mkdir()
+    (published / "table.json").write_text(json.dumps({"B": [1.0, 2.0], "A": [3.0, 4.0]}))
+    sources = {"tables": str(published)}
+    folder = embed.make_shared(maker(), sources)
+    table = contract.read_embedding(folder / "embedding.parquet")
+    assert table.to_dict() == {"d0": {"A": 3.0, "B": 1.0}, "d1": {"A": 4.0, "B": 2.0}}
+    assert embed.make_shared(maker(), sources) == folder
+    twice = embed.make_shared(maker(times=2.0), sources)
+    assert contract.read_embedding(twice / "embedding.parquet").loc["A"].tolist() == [6.0, 8.0]
+    model = catalog.model("ridge_mine")
+    assert [one.name for one in inputs_of([model])] == ["tables"]
+    assert embed.make_embeddings([model], {0: tmp_path}, sources, ["A"])["ridge_mine", 0] == twice
+    (published / "table.json").write_text(json.dumps({"A": [0.0, 0.0]}))
+    with pytest.raises(ModelFailed, match="gene A has only zeros"):
+        embed.make_shared(maker(), sources)
+
+
+def test_published_files_that_the_catalog_lacks_are_named(maker) -> None:
+    with pytest.raises(UserError, match="'tables', which is not known") as error:
+        maker(pretrained="others")
+    assert "mine.yaml" in str(error.value)

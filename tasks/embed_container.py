@@ -1,0 +1,50 @@
+"""Embeddings that a container makes of published files: a protein language model, a foundation model of cells."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from blocks.code import code_hash
+from core.catalog.schema import EmbeddingSpec
+from tasks.artifacts import LOG, made
+from tasks.engine import THREADS, container_of, device, engine, engine_identity, require_same
+from tasks.progress import shown_progress
+
+FILE = "embedding.parquet"
+
+
+def made_in_container(spec: EmbeddingSpec, published: Path) -> Path:
+    """embedding.parquet, checked, of an embedding whose kind is `container`; the artifact's folder.
+
+    published: the artifact of the files that it is made of. Raises UserError where what the container wrote is no
+    embedding, and ModelFailed where it ends otherwise than well.
+    """
+    from core.embedding import read_foreign_embedding, write_embedding
+
+    container = container_of(spec)
+    progress = shown_progress(f"embedding {spec.name}")
+
+    def hear(event: Mapping[str, Any]) -> None:
+        progress(event)
+        if event.get("event") == "log":
+            LOG.info("embedding %s: %s", spec.name, event["message"])
+
+    def build(folder: Path) -> None:
+        require_same(container)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch, device(container, f"embedding {spec.name}") as gpu:
+            task = {"pretrained": str(published), "settings": spec.settings, "threads": THREADS, "output": scratch}
+            engine().run("embed", container, task, on_event=hear, timeout_s=spec.time_limit, gpu=gpu)
+            table = read_foreign_embedding(Path(scratch) / FILE)
+        write_embedding(table, folder / FILE)
+
+    return made(
+        "embedding",
+        build,
+        inputs={"pretrained": published},
+        parameters={"kind": spec.kind, "settings": spec.settings, "threads": THREADS},
+        code=engine_identity(container) + code_hash("core.embedding"),
+        label=f"the embedding {spec.name}",
+    )
