@@ -1,4 +1,4 @@
-"""Progress of long steps as Prefect artifacts, which the page of the flow run shows while they run."""
+"""Progress of long steps while they run: as Prefect artifacts on the page of the flow run, and lines of the log."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from prefect.exceptions import PrefectException
 from tasks.artifacts import LOG
 
 PAUSE_S = 2.0  # between two updates: each is a request to the server
+LINES_S = 30.0  # between two lines of the log
 
 
 def artifact_name(text: str) -> str:
@@ -24,23 +25,27 @@ def artifact_name(text: str) -> str:
 
 
 def shown_progress(what: str) -> Callable[[Mapping[str, Any]], None]:
-    """A function that takes a model's events and shows those of progress, at most one every two seconds.
+    """A function that takes a model's events and shows those of progress: one in two seconds as an artifact of the flow
+    run, where there is one, and one in thirty as a line of the log.
 
-    what: says what progresses. What ends within two seconds shows nothing. A lost server only costs the display.
+    what: says what progresses. What ends before has nothing shown. A lost server only costs the artifact.
     """
     artifact: UUID | None = None
-    shown = time.monotonic()
+    shown = logged = time.monotonic()
     lost = runtime.flow_run.id is None
 
     def take(event: Mapping[str, Any]) -> None:
-        nonlocal artifact, shown, lost
-        if lost or event.get("event") != "progress" or not event["total"]:
+        nonlocal artifact, shown, logged, lost
+        if event.get("event") != "progress" or not event["total"]:
             return
-        whole = event["done"] >= event["total"]
-        if time.monotonic() - shown < PAUSE_S and not (whole and artifact):
+        now, whole = time.monotonic(), event["done"] >= event["total"]
+        said = f"{what}: {event['done']} of {event['total']} {event['unit']}s"
+        if now - logged >= LINES_S:
+            LOG.info("%s", said)
+            logged = now
+        if lost or (now - shown < PAUSE_S and not (whole and artifact)):
             return
         percent = min(100.0, 100.0 * event["done"] / event["total"])
-        said = f"{what}: {event['done']} of {event['total']} {event['unit']}s"
         try:
             if artifact is None:
                 artifact = _created(artifact_name(what), percent, said)
@@ -48,7 +53,7 @@ def shown_progress(what: str) -> Callable[[Mapping[str, Any]], None]:
                 update_progress_artifact(artifact_id=artifact, progress=percent, description=said)
         except (httpx.HTTPError, PrefectException) as error:
             lost = True
-            LOG.warning("%s goes on, but its progress is shown no more: %s", what, error)
+            LOG.warning("%s goes on, but its page shows its progress no more: %s", what, error)
         shown = time.monotonic()
 
     return take
