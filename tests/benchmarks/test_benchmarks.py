@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -19,16 +20,17 @@ ROOT = Path(__file__).parents[2]
 comparison = SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks" / "comparison.py")))
 
 
-def run(name: str, *options: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"COLUMNS": "120"}
+def run(name: str, *options: str, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"COLUMNS": "120", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", f"benchmarks.{name}", *options]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
 
 
 def needs(package: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(find_spec(package) is None, reason=f"{package} is not installed (the extra `bench`)")
 
 
+TOY_FOLD = "--conditions 12 --cells 600 --genes 40"
 BENCHMARKS = [
     pytest.param(
         "differential_expression",
@@ -51,6 +53,13 @@ BENCHMARKS = [
         id="calibration",
         marks=[needs("scperteval"), pytest.mark.slow],
     ),
+    pytest.param(
+        "training",
+        f"--part --models fmlp,presage,sclambda {TOY_FOLD}",
+        "presage: val_loss",
+        id="training",
+        marks=pytest.mark.slow,
+    ),
 ]
 
 
@@ -66,6 +75,40 @@ def test_results_agree_with_the_peers(name: str, options: str, compared: str) ->
     if name == "differential_expression":
         passes = re.findall(r"^(\d+) +(\d+\.\d\d) +\d", times, re.MULTILINE)
         assert passes == [("100", "1.00"), ("300", "1.00")]
+
+
+@pytest.mark.slow
+def test_a_peer_that_is_trained_with_other_cells_is_found_out(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks")
+    peer = tmp_path / "benchmarks" / "dense_rows" / "model.py"
+    code = peer.read_text(encoding="utf-8")
+    changed = code.replace("sampler=batch.tolist()", "sampler=((batch + 1) % len(cells)).tolist()")
+    assert changed != code
+    peer.write_text(changed, encoding="utf-8")
+    done = run("training", "--part", "--models", "fmlp", *TOY_FOLD.split(), root=tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert re.search(r"^fmlp: train_loss .* NO$", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_whole_trainings_stand_beside_published_ones() -> None:
+    """What runs where there is a GPU."""
+    done = run("training", "--whole", "--models", "fmlp,gears", *TOY_FOLD.split())
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^gears, published, on an H200 +4,680\.000", done.stdout, re.MULTILINE)
+    assert re.search(r"^gears, calipert +\d+\.\d{3} +\d[\d,]*\.\dx +<= 480 s", done.stdout, re.MULTILINE)
+    assert re.search(r"^fmlp, calipert +\d+\.\d{3} +<= 20 s", done.stdout, re.MULTILINE)
+    assert re.search(r"^fmlp, calipert +100 +cells +\d[\d,]*\.\d ", done.stdout, re.MULTILINE), "all epochs"
+    assert "Agreement" not in done.stdout, "there is no peer"
+
+
+@pytest.mark.slow
+def test_the_largest_models_are_timed_without_a_peer() -> None:
+    done = run("training", "--part", "--models", "gears,scgpt", *TOY_FOLD.split())
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("gears", "scgpt"):
+        assert re.search(rf"^{name}, calipert +2 +perturbed cells +\d[\d,]*\.\d ", done.stdout, re.MULTILINE), name
+    assert "published" not in done.stdout
 
 
 def test_the_preparation_says_where_time_memory_and_disk_went(tmp_path: Path) -> None:
