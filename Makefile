@@ -9,7 +9,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 BIN := .venv/bin
 RUNTIME := .venv/.runtime-installed
 TOOLS := .venv/.test-tools-installed
-MODELS := $(notdir $(patsubst %/model.py,%,$(wildcard model_containers/*/model.py)))
+# An image under another licence than the project's own is built by choice: calipert model build NAME.
+MODELS := $(notdir $(patsubst %/Dockerfile,%,$(shell grep -l 'licenses="MIT"' model_containers/*/Dockerfile)))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo images test fault up down clean

@@ -24,6 +24,7 @@ from blocks.cancellation import Stopped, models_end_with, stop_all
 from blocks.engines import LAST_LINES, ModelFailed, ProcessEngine, Usage
 from blocks.gpus import lease
 from blocks.paths import scratch_folder
+from core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -506,5 +507,5 @@ def test_identity_follows_what_decides_the_results(model, tmp_path, monkeypatch)
 def test_identity_names_a_package_that_is_not_installed(model):
     folder = model("")
     (folder / "requirements.txt").write_text("numpy==2.0.0\nno-such-package-anywhere==1.0\n")
-    with pytest.raises(ModelFailed, match=r"lacks a package.*\n.*no-such-package-anywhere"):
+    with pytest.raises(UserError, match=r"lacks a package.*no-such-package-anywhere\n.*CALIPERT_ENGINE=docker"):
         ProcessEngine().identity(folder)

@@ -17,10 +17,21 @@ import numpy as np
 import pytest
 
 from blocks.engines import ProcessEngine
+from core.errors import UserError
 from model_containers import contract
 
 MODELS = Path(contract.__file__).parent
 NAMES = sorted(path.parent.name for path in MODELS.glob("*/model.py"))
+
+
+def pins(requirements: Path) -> dict[str, str]:
+    """Package -> version."""
+    return dict(line.split("==") for line in requirements.read_text().splitlines() if "==" in line)
+
+
+CONSTRAINTS = pins(MODELS.parent / "constraints.txt")
+# A model of packages that are none of the project's runs in its image alone.
+IN_IMAGE = [name for name in NAMES if not set(pins(MODELS / name / "requirements.txt")) <= set(CONSTRAINTS)]
 # Few epochs: what the contract asks does not depend on how good a model is.
 HYPERPARAMETERS = {
     "fmlp": {"epochs": 4, "validate_every": 2, "hidden": 32, "latent": 8, "batch_size": 64},
@@ -58,7 +69,7 @@ def write_spec(path: Path, **fields: Any) -> Path:
     return path
 
 
-@pytest.fixture(scope="session", params=NAMES)
+@pytest.fixture(scope="session", params=[name for name in NAMES if name not in IN_IMAGE])
 def trained(request, two_lines, tmp_path_factory) -> SimpleNamespace:
     """A model trained and asked in two environments of other threads and hash seed; on one the rows asked turned."""
     name = request.param
@@ -152,17 +163,23 @@ def test_a_wrong_hyperparameter_is_named(name, panel, tmp_path):
 def test_build_folder_is_whole(name):
     folder = MODELS / name
     assert {"Dockerfile", "README.md", "model.py", "requirements.txt"} <= {path.name for path in folder.iterdir()}
-    constraints = (MODELS.parent / "constraints.txt").read_text().splitlines()
-    pinned = dict(line.split("==") for line in constraints if "==" in line)
-    for line in (folder / "requirements.txt").read_text().splitlines():
-        package, version = line.split("==")
-        assert pinned[package] == version
+    lines = (folder / "requirements.txt").read_text().splitlines()
+    found = pins(folder / "requirements.txt")
+    assert len(found) == len(lines), "all are pinned, and once"
+    if name not in IN_IMAGE:
+        assert found.items() <= CONSTRAINTS.items()
     dockerfile = (folder / "Dockerfile").read_text()
     assert dockerfile.startswith("ARG BASE_IMAGE=python:3.11-slim\nFROM ${BASE_IMAGE}\n")
     for source in re.findall(r"^COPY (\S+(?: \S+)*) \S+$", dockerfile, flags=re.MULTILINE):
         for path in source.split():
             assert (MODELS / path).is_file(), "the build context is model_containers"
     assert "\nUSER 65534:65534\n" in dockerfile
+
+
+@pytest.mark.parametrize("name", IN_IMAGE)
+def test_a_model_of_other_packages_is_refused_by_the_process_engine(name):
+    with pytest.raises(UserError, match=rf"calipert model build {name}.*CALIPERT_ENGINE=docker"):
+        ProcessEngine().identity(MODELS / name)
 
 
 def test_the_model_in_the_guide_works(panel, tmp_path):

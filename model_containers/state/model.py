@@ -1,0 +1,464 @@
+"""STATE (Adduri et al. 2025) by the command line of Arc's own package: `state tx train` and `state tx infer`.
+
+Its package cannot live in the project's environment: this model runs in its image alone. Here its input is laid out and
+its output read; README.md says how a screen is told to it and why a training runs in parts.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import contract
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    import anndata as ad
+    import numpy as np
+    import pandas as pd
+
+DESCRIPTION = contract.Description(
+    name="state", combinations=True, embedding=True, counts=False, gpu=True, input="cells"
+)
+LICENCE = "arc-state is published under CC BY-NC-SA 4.0: for non-commercial use"
+WORK, RUN = "work", "run"
+LAST, BEST, PROGRESS = "last.ckpt", "best.ckpt", "progress.json"
+WEIGHTS = "weights.ckpt"
+LAST_LINES = 25
+# So often, in steps, STATE writes down the loss of a batch.
+LOG_EVERY = 50
+# How much of a prediction, dense float32, is made at a time: some copies of it lie in memory.
+BLOCK_BYTES = 2**29
+# All of a checkpoint that a prediction needs.
+OF_WEIGHTS = ("pytorch-lightning_version", "hparams_name", "hyper_parameters", "state_dict")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The published defaults of `state tx train model=state`; predicted_cells is ours.
+
+    hidden width, layers, heads and feedforward width of the transformer; set_size: cells that attend to each other;
+    batch_size: sets in a batch; steps; learning_rate of Adam; largest_norm of a gradient; a validation every
+    validate_every steps; workers: processes beside the training that read cells, or 0; predicted_cells of a condition,
+    whose mean is its prediction.
+    """
+
+    hidden: int = 768
+    layers: int = 8
+    heads: int = 12
+    feedforward: int = 3072
+    set_size: int = 512
+    batch_size: int = 16
+    steps: int = 400_000
+    learning_rate: float = 1e-4
+    largest_norm: float = 10.0
+    validate_every: int = 2000
+    workers: int = 0
+    predicted_cells: int = 1024
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.name == "workers" and value < 0:
+                raise ValueError("workers: wanted a number of at least 0")
+            if each.name != "workers" and value <= 0:
+                raise ValueError(f"{each.name}: wanted a number above 0")
+        if self.hidden % self.heads:
+            raise ValueError(f"heads: wanted a divisor of hidden ({self.hidden})")
+        if self.steps % self.validate_every:
+            raise ValueError(f"steps: wanted a multiple of validate_every ({self.validate_every})")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What else a prediction has to know; stored in model.json.
+
+    dimensions of the embedding, names of the measured genes, names of the covariates of the train cells.
+    """
+
+    dimensions: int
+    genes: list[str]
+    covariates: list[str]
+
+
+@dataclass
+class Progress:
+    """How far a training is; least: its least validation loss so far. Its files lie beside it (LAST, BEST)."""
+
+    task: str
+    steps: int = 0
+    least: float = float("inf")
+    metrics: list[tuple[str, int, float]] = field(default_factory=list)
+
+
+def train(task: contract.TrainTask) -> None:
+    """Train in parts of `validate_every` steps and keep the weights of the least validation loss: weights.ckpt and
+    model.json. Without a val condition that has an embedding, the last weights are kept."""
+    settings = contract.hyperparameters(task, Settings)
+    contract.log(LICENCE)
+    embedding = scaled(contract.read_embedding(task.embedding))
+    cells = contract.read_cells(task.cells)
+    kept, shape = usable(cells, embedding)
+    work = task.output / WORK
+    work.mkdir()
+    write_screen(cells[kept].copy(), embedding, shape, work)
+    del cells
+    progress = restored(task, work)
+    while progress.steps < settings.steps:
+        progress.steps += settings.validate_every
+        losses = run_part(work, settings, seed_of(task.seed, progress.steps), progress.steps)
+        for name, value in losses.items():
+            contract.metric(name, progress.steps, value)
+        if "val_loss" not in losses or losses["val_loss"] < progress.least:
+            progress.least = losses.get("val_loss", progress.least)
+            keep_weights(work)
+        progress.metrics = contract.metrics()
+        contract.progress(progress.steps, settings.steps, "step")
+        if task.checkpoint is not None and progress.steps < settings.steps:
+            save(progress, work, task.checkpoint)
+    (work / BEST).rename(task.output / WEIGHTS)
+    shutil.rmtree(work)
+    contract.write_json(task.output / "model.json", {"settings": asdict(settings), "shape": asdict(shape)})
+
+
+def predict(task: contract.PredictTask) -> None:
+    """Predict every condition whose genes have an embedding, in the covariates of the train cells: the mean over
+    predicted cells, each of a control cell that is drawn from those of the covariate."""
+    import numpy as np
+
+    stored = json.loads((task.model / "model.json").read_text(encoding="utf-8"))
+    settings, shape = Settings(**stored["settings"]), Shape(**stored["shape"])
+    embedding = scaled(contract.read_embedding(task.embedding, shape.dimensions))
+    reasons = contract.unpredictable(task.conditions, embedding, shape.covariates)
+    keys = sorted(set(task.conditions) - set(reasons))
+    work = task.output / WORK
+    write_run(work, {f"p{row}": key.condition for row, key in enumerate(keys)}, embedding)
+    load_plain(task.model / WEIGHTS)  # STATE loads any pickle: ours is seen to be none before
+    control = contract.read_cells(task.control)[:, shape.genes]
+    profiles = np.empty((len(keys), len(shape.genes)))
+    done = 0
+    for covariate, rows in blocks(keys, control, settings.predicted_cells):
+        own = control[(control.obs["covariate"] == covariate).to_numpy()]
+        profiles[rows] = mean_profiles(work, task, own.X, [f"p{row}" for row in rows], settings.predicted_cells)
+        done += len(rows)
+        contract.progress(done, len(keys), "condition")
+    shutil.rmtree(work)
+    contract.write_predictions(task, keys, profiles, shape.genes, reasons)
+
+
+# ---- what STATE is told
+
+
+def scaled(embedding: pd.DataFrame) -> pd.DataFrame:
+    """Standardised, with rows of the length sqrt(dimensions): a value is about 1 in size, whatever the source."""
+    return contract.standardised(embedding) * embedding.shape[1] ** 0.5
+
+
+def usable(cells: ad.AnnData, embedding: pd.DataFrame) -> tuple[np.ndarray, Shape]:
+    """Which cells to learn from: train cells of control and of conditions with embeddings, val cells of the latter.
+
+    Only covariates with a train perturbation count. Raises ContractError if there is none, or if one of them has no
+    control cell in the train split.
+    """
+    conditions = cells.obs["condition"].astype("category")
+    known = [name for name in conditions.cat.categories if contract.is_embedded(name, embedding)]
+    is_known = conditions.isin(known).to_numpy()
+    is_train = (cells.obs["split"] == "train").to_numpy()
+    covariates = sorted(set(cells.obs["covariate"][is_known & is_train]))
+    if not covariates:
+        raise contract.ContractError("cells: no train perturbation has an embedding")
+    is_control = (conditions == contract.CONTROL).to_numpy() & is_train
+    without = sorted(set(covariates) - set(cells.obs["covariate"][is_control]))
+    if without:
+        raise contract.ContractError(f"cells: covariate {without[0]} has no control cell in the train split")
+    kept = (is_known | is_control) & cells.obs["covariate"].isin(covariates).to_numpy()
+    return kept, Shape(embedding.shape[1], cells.var_names.tolist(), covariates)
+
+
+def write_screen(cells: ad.AnnData, embedding: pd.DataFrame, shape: Shape, work: Path) -> None:
+    """cells.h5ad, features.pt (a vector for each condition) and screen.toml (what is for validation).
+
+    Names are replaced by numbers: no gene's or cell line's name can mean something to STATE, TOML or its shell.
+    """
+    import pandas as pd
+
+    names = sorted(set(cells.obs["condition"]) - {contract.CONTROL})
+    code = {name: f"p{row}" for row, name in enumerate(names)} | {contract.CONTROL: contract.CONTROL}
+    line = {name: f"line{row}" for row, name in enumerate(shape.covariates)}
+    is_val = cells.obs["split"] == "val"
+    text = '[datasets]\nscreen = "cells.h5ad"\n\n[training]\nscreen = "train"\n'
+    for covariate in shape.covariates:
+        own = cells.obs["condition"][is_val & (cells.obs["covariate"] == covariate)]
+        text += f'\n[fewshot."screen.{line[covariate]}"]\nval = {json.dumps(sorted(code[name] for name in set(own)))}\n'
+    (work / "screen.toml").write_text(text, encoding="utf-8")
+    write_features(work / "features.pt", {code[name]: name for name in names}, embedding)
+    obs = {"condition": cells.obs["condition"].map(code), "covariate": cells.obs["covariate"].map(line)}
+    cells.obs = pd.DataFrame(obs, dtype="category")
+    cells.write_h5ad(work / "cells.h5ad")
+
+
+def write_run(work: Path, conditions: Mapping[str, str], embedding: pd.DataFrame) -> None:
+    """What `state tx infer` looks for beside the weights. conditions: from codes to conditions."""
+    (work / RUN).mkdir(parents=True)
+    (work / RUN / "config.yaml").write_text("data: {kwargs: {}}\n", encoding="utf-8")
+    (work / RUN / "var_dims.pkl").write_bytes(pickle.dumps({"pert_dim": embedding.shape[1]}))
+    write_features(work / RUN / "pert_onehot_map.pt", conditions, embedding)
+
+
+def write_features(path: Path, conditions: Mapping[str, str], embedding: pd.DataFrame) -> None:
+    """A vector for each code: the sum of the embeddings of its condition's genes; zeros for control."""
+    import numpy as np
+    import torch
+
+    def vector(condition: str) -> torch.Tensor:
+        rows = embedding.loc[list(contract.genes_of(condition))].to_numpy()
+        return torch.from_numpy(rows.sum(axis=0).astype(np.float32))
+
+    torch.save({code: vector(name) for code, name in {contract.CONTROL: contract.CONTROL, **conditions}.items()}, path)
+
+
+# ---- training
+
+
+def run_part(work: Path, settings: Settings, seed: int, steps: int) -> dict[str, float]:
+    """Train up to so many steps, from those that LAST holds or from new weights; LAST holds them then.
+
+    Returns the mean train_loss of the part and, where there are val conditions, the val_loss at its end.
+    """
+    import torch
+
+    checkpoints = work / RUN / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    if (work / LAST).exists():
+        (work / LAST).rename(checkpoints / "last.ckpt")  # the name at which STATE looks for one to go on from
+    backbone = "model.kwargs.transformer_backbone_kwargs"
+    told = {
+        "data.kwargs.toml_config_path": "screen.toml",
+        "data.kwargs.perturbation_features_file": "features.pt",
+        "data.kwargs.pert_col": "condition",
+        "data.kwargs.cell_type_key": "covariate",
+        "data.kwargs.batch_col": "covariate",
+        "data.kwargs.control_pert": contract.CONTROL,
+        "data.kwargs.embed_key": "null",
+        "data.kwargs.output_space": "gene",
+        "data.kwargs.num_workers": settings.workers,
+        "+data.kwargs.random_seed": seed,
+        "model": "state",
+        "model.kwargs.cell_set_len": settings.set_size,
+        "model.kwargs.hidden_dim": settings.hidden,
+        # A second network for expression where that is not what the first one predicts; here it would idle.
+        "+model.kwargs.gene_decoder_bool": "false",
+        f"{backbone}.num_hidden_layers": settings.layers,
+        f"{backbone}.num_attention_heads": settings.heads,
+        f"{backbone}.num_key_value_heads": settings.heads,
+        f"{backbone}.head_dim": settings.hidden // settings.heads,
+        f"{backbone}.intermediate_size": settings.feedforward,
+        "training.train_seed": seed,
+        "training.max_steps": steps,
+        "training.batch_size": settings.batch_size,
+        "training.lr": settings.learning_rate,
+        "training.gradient_clip_val": settings.largest_norm,
+        "training.val_freq": settings.validate_every,
+        "+training.log_every_n_steps": min(LOG_EVERY, settings.validate_every),
+        "use_wandb": "false",
+        "output_dir": ".",
+        "name": RUN,
+    }
+    run_state(work, "train", [f"{name}={value}" for name, value in told.items()])
+    checkpoint = read_checkpoint(checkpoints / "final.ckpt")
+    losses = read_losses(work / RUN / "version_0" / "metrics.csv")
+    shutil.rmtree(work / RUN)
+    torch.save(checkpoint, work / LAST)
+    return losses
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint that STATE has just written, as plain values and tensors, without the paths of its files.
+
+    It holds numpy's numbers, which its own next run would refuse to load.
+    """
+    import numpy as np
+    import torch
+
+    with torch.serialization.safe_globals([np._core.multiarray.scalar, np.dtype, np.dtypes.Int64DType]):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return type(value)((plain(name), plain(each)) for name, each in value.items())
+        if isinstance(value, list):
+            return [plain(each) for each in value]
+        return value.item() if isinstance(value, np.generic) else value
+
+    return {name: plain(part) for name, part in checkpoint.items() if name != "callbacks"}
+
+
+def load_plain(path: Path) -> dict[str, Any]:
+    """A checkpoint of plain values and tensors. Raises an error for any other pickle."""
+    import torch
+
+    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return checkpoint
+
+
+def read_losses(path: Path) -> dict[str, float]:
+    """The mean train_loss and the last val_loss of what STATE has logged; what it has not logged is left out."""
+    import numpy as np
+
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    logged = {name: [float(row[name]) for row in rows if row.get(name)] for name in ("train_loss", "val_loss")}
+    found = {"train_loss": np.mean(logged["train_loss"]), "val_loss": (logged["val_loss"] or [None])[-1]}
+    return {name: float(value) for name, value in found.items() if value is not None}
+
+
+def keep_weights(work: Path) -> None:
+    """Take the weights of LAST as the best."""
+    import torch
+
+    checkpoint = load_plain(work / LAST)
+    torch.save({name: checkpoint[name] for name in OF_WEIGHTS}, work / BEST)
+
+
+def seed_of(seed: int, steps: int) -> int:
+    """The seed of the part that ends after so many steps: its draws hang on no other part."""
+    import numpy as np
+
+    return int(np.random.default_rng((seed, steps)).integers(2**31))
+
+
+def save(progress: Progress, work: Path, folder: Path) -> None:
+    """Keep a training for one that goes on from it: a folder beside that of the part before, which then goes."""
+    name = f"steps_{progress.steps:09d}"
+    unfinished = folder / f"{name}.partial"
+    if unfinished.exists():
+        shutil.rmtree(unfinished)
+    unfinished.mkdir()
+    for file in (LAST, BEST):
+        shutil.copyfile(work / file, unfinished / file)
+    contract.write_json(unfinished / PROGRESS, asdict(progress))
+    unfinished.rename(folder / name)
+    for other in folder.glob("steps_*"):
+        if other.name != name:
+            shutil.rmtree(other)
+
+
+def restored(task: contract.TrainTask, work: Path) -> Progress:
+    """Where a training that was killed has left off, its files in place and its metrics told again; else the start."""
+    began = Progress(identity(task))
+    kept = sorted(task.checkpoint.glob("steps_*[0-9]")) if task.checkpoint else []
+    if not kept:
+        return began
+    progress = Progress(**json.loads((kept[-1] / PROGRESS).read_text(encoding="utf-8")))
+    if progress.task != began.task:
+        other = "another seed, other hyperparameters or another kind of device"
+        contract.log(f"the checkpoint is of a training with {other}: this one begins anew")
+        return began
+    for file in (LAST, BEST):
+        load_plain(kept[-1] / file)
+        shutil.copyfile(kept[-1] / file, work / file)
+    for name, step, value in progress.metrics:
+        contract.metric(name, step, value)
+    contract.log(f"goes on after step {progress.steps}, where an earlier training was cut off")
+    return progress
+
+
+def identity(task: contract.TrainTask) -> str:
+    """A GPU computes other bits than a CPU: no training is half of one and half of the other."""
+    import torch
+
+    text = json.dumps([task.seed, task.hyperparameters, torch.cuda.is_available()], sort_keys=True)
+    return sha256(text.encode()).hexdigest()
+
+
+# ---- prediction
+
+
+def blocks(keys: Sequence[contract.Key], control: ad.AnnData, cells: int) -> Iterator[tuple[str, list[int]]]:
+    """(covariate, rows of its keys), as many keys at a time as are predicted in BLOCK_BYTES, at least one."""
+    count = max(1, BLOCK_BYTES // (4 * control.n_vars * cells))
+    for covariate in sorted({key.covariate for key in keys}):
+        rows = [row for row, key in enumerate(keys) if key.covariate == covariate]
+        for start in range(0, len(rows), count):
+            yield covariate, rows[start : start + count]
+
+
+def mean_profiles(work: Path, task: contract.PredictTask, control: Any, codes: Sequence[str], cells: int) -> np.ndarray:
+    """Predicted mean profiles of the conditions of these codes: codes x genes, float64.
+
+    control: CSR, the covariate's control cells. `state tx infer` replaces each further cell of a file by a prediction
+    from a control cell that it draws, so that their own expression may be left empty.
+    """
+    import anndata as ad
+    import numpy as np
+    import pandas as pd
+    from scipy.sparse import csr_matrix, vstack
+
+    n_control, n_genes = control.shape
+    condition = np.concatenate([np.repeat(contract.CONTROL, n_control), np.repeat(codes, cells)])
+    index = [str(row) for row in range(len(condition))]
+    obs = pd.DataFrame({"condition": condition, "covariate": "line"}, index=index, dtype="category")
+    empty = csr_matrix((len(codes) * cells, n_genes), dtype=np.float32)
+    ad.AnnData(vstack([control, empty], format="csr"), obs=obs).write_h5ad(work / "ask.h5ad")
+    told = {
+        "--model-dir": RUN,
+        "--checkpoint": str((task.model / WEIGHTS).resolve()),
+        "--adata": "ask.h5ad",
+        "--pert-col": "condition",
+        "--control-pert": contract.CONTROL,
+        "--celltype-col": "covariate",
+        "--seed": str(task.seed % 2**32),
+        "--output": "answer.npy",
+    }
+    run_state(work, "infer", [word for pair in told.items() for word in pair])
+    answer = np.load(work / "answer.npy", mmap_mode="r")[n_control:]
+    means: np.ndarray = answer.reshape(len(codes), cells, n_genes).mean(axis=1, dtype=np.float64)
+    return means
+
+
+# ---- the command line
+
+
+def run_state(work: Path, command: str, arguments: Iterable[str]) -> None:
+    """`state tx COMMAND` within a folder that is its home too. Where it fails the end of what it said goes to stderr,
+    and this process ends with exit status 1."""
+    environment = os.environ | {
+        "HOME": str(work.resolve()),
+        "LOGNAME": "calipert",  # PyTorch asks for the user's name, which not every user has in a container
+        "NUMBA_CACHE_DIR": str(work.resolve()),
+        "MPLCONFIGDIR": str(work.resolve()),
+        "PYTHONHASHSEED": "0",
+        "WANDB_MODE": "disabled",
+        "HF_HUB_OFFLINE": "1",
+    }
+    program = Path(sys.executable).with_name("state")
+    said = work / "said.txt"
+    with said.open("wb") as out:
+        done = subprocess.run(
+            [program, "tx", command, *arguments],
+            cwd=work,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+    if done.returncode:
+        lines = said.read_text(encoding="utf-8", errors="replace").splitlines()
+        print(*lines[-LAST_LINES:], sep="\n", file=sys.stderr)
+        print(f"state tx {command} ended with exit code {done.returncode}", file=sys.stderr)
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    contract.main(DESCRIPTION, train, predict)
