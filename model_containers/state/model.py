@@ -363,6 +363,8 @@ def restored(task: contract.TrainTask, work: Path) -> Progress:
     if progress.task != began.task:
         other = "another seed, other hyperparameters or another kind of device"
         contract.log(f"the checkpoint is of a training with {other}: this one begins anew")
+        for folder in kept:
+            shutil.rmtree(folder)
         return began
     for file in (LAST, BEST):
         load_plain(kept[-1] / file)
