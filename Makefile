@@ -23,7 +23,7 @@ setup: $(RUNTIME) ## install into .venv, if anything changed since the last time
 demo: setup ## benchmark two models on a simulated screen
 	$(BIN)/calipert run demo
 
-images: setup ## build the images of all models, for CALIPERT_ENGINE=docker
+images: setup ## build the images of the models, for CALIPERT_ENGINE=docker
 	$(BIN)/calipert model build $(if $(BASE_IMAGE),--arg BASE_IMAGE=$(BASE_IMAGE)) \
 		$(if $(TORCH_INDEX),--arg TORCH_INDEX=$(TORCH_INDEX)) $(MODELS)
 
