@@ -29,6 +29,7 @@ from unittest import mock
 import anndata as ad
 import numpy as np
 import pandas as pd
+import torch
 import typer
 from scipy import sparse
 
@@ -217,7 +218,7 @@ def main(
             few = write_fold(Path(folder) / "few", 1, 16, genes, filled)
         CONSOLE.print(
             f"{fold.samples['conditions']:,} training conditions, {genes:,} genes, {fold.samples['cells']:,} train "
-            f"cells, {fold.sparse / GB:.2f} GB in compressed rows; on {'the CPU' if gpu is None else f'GPU {gpu.id}'}\n"
+            f"cells, {fold.sparse / GB:.2f} GB in compressed rows; on {device_of(gpu)}\n"
         )
         base = peak(trained(PEER, fold, None, {"model": "imports"}, None).usage)
         timings, rows, agreements = [], [], []
@@ -236,6 +237,13 @@ def main(
     CONSOLE.print(f"What all models import takes {base:.2f} GB. 2 x sparse: twice the cells in compressed rows, GB.\n")
     if agreements:
         show_agreement(agreements)
+
+
+def device_of(gpu: Gpu | None) -> str:
+    """On what the models train."""
+    if gpu is None:
+        return "the CPU"
+    return f"GPU {gpu.id}" + ("" if torch.cuda.is_available() else ", which torch cannot use: on the CPU")
 
 
 def runs_of(name: str, fold: Fold, is_whole: bool, gpu: Gpu | None) -> dict[str, Training]:

@@ -91,10 +91,15 @@ def test_a_peer_that_is_trained_with_other_cells_is_found_out(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_whole_trainings_stand_beside_published_ones() -> None:
-    """What runs where there is a GPU."""
-    done = run("training", "--whole", "--models", "fmlp,gears", *TOY_FOLD.split())
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="a made-up GPU beside real ones is refused")
+def test_with_a_gpu_whole_trainings_stand_beside_published_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CALIPERT_GPUS", "7")
+    monkeypatch.setenv("CALIPERT_LOCKS", str(tmp_path / "locks"))
+    done = run("training", "--models", "fmlp,gears", *TOY_FOLD.split())
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "on GPU 7, which torch cannot use: on the CPU\n" in done.stdout
     assert re.search(r"^gears, published, on an H200 +4,680\.000", done.stdout, re.MULTILINE)
     assert re.search(r"^gears, calipert +\d+\.\d{3} +\d[\d,]*\.\dx +<= 480 s", done.stdout, re.MULTILINE)
     assert re.search(r"^fmlp, calipert +\d+\.\d{3} +<= 20 s", done.stdout, re.MULTILINE)
