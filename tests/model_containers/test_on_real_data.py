@@ -88,9 +88,10 @@ def test_knn_halves_the_error_of_the_dataset_mean(relative, tmp_path, gene):
 
 
 @pytest.mark.slow
-def test_fmlp_halves_the_error_of_the_dataset_mean(relative, tmp_path):
-    """JAK2: the hardest of the three, none of whose neighbours is nearer than a cosine of 0.75."""
-    assert relative("fmlp", "JAK2", {}, tmp_path) < 0.5
+@pytest.mark.parametrize("gene", ["IFNGR1", "IFNGR2", "JAK2"])
+def test_fmlp_halves_the_error_of_the_dataset_mean(relative, tmp_path, gene):
+    """JAK2 is the hardest of the three: none of its neighbours is nearer than a cosine of 0.75."""
+    assert relative("fmlp", gene, {}, tmp_path) < 0.5
 
 
 @pytest.mark.parametrize("gene", ["IFNGR1", "IFNGR2", "JAK2"])

@@ -1,9 +1,8 @@
-"""scLAMBDA: its latents, losses and steps against their definitions, and that it learns what is there to be learned."""
+"""scLAMBDA: its latents, losses and steps against their definitions; what it is trained on, which weights it keeps."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -13,8 +12,6 @@ import torch
 from scipy import sparse
 from torch.distributions import Normal, kl_divergence
 
-from core.metrics import squared_error
-from core.simulate import Simulation, SimulationSettings, planted_profiles, simulate
 from model_containers import contract, neural
 
 SMALL = {"hidden": 16, "latent": 4}
@@ -305,77 +302,3 @@ def test_other_dimensions_than_in_training_are_refused(sclambda, panel, tmp_path
 def test_hyperparameters_out_of_range_are_refused(sclambda, panel, tmp_path, field, value, wanted):
     with pytest.raises(contract.ContractError, match=f"hyperparameters: {field}: wanted a number {wanted}"):
         sclambda.train(panel.train_task(tmp_path, hyperparameters={field: value}))
-
-
-# ---- it learns
-
-FAST = {"hidden": 64, "latent": 10, "epochs": 75, "batch_size": 100, "learning_rate": 3e-3, "validate_every": 25}
-
-
-@pytest.fixture(scope="module")
-def screen() -> Simulation:
-    """Perturbed genes that each move four programs in a planted direction, 12 pairs of them too."""
-    fields = {"genes": 200, "singles": 60, "combinations": 12, "cells_per_condition": 25, "control_cells": 150}
-    planted = {
-        "programs": 4,
-        "program_share": 0.3,
-        "null_share": 0,
-        "private_share": 0,
-        "interaction_share": 0,
-        "effect_sharing": 1,
-    }
-    return simulate(SimulationSettings(**fields, **planted, strength=3))
-
-
-def relative_error(sclambda, screen: Simulation, embedding: pd.DataFrame, folder: Path) -> dict[str, float]:
-    """wmse of held-out singles and of held-out pairs, each a sum over conditions divided by dataset_mean's."""
-    truth = planted_profiles(screen).to_df()
-    truth.index = screen.truth.obs["condition"]
-    singles = sorted(name for name in truth.index if "+" not in name and name != "control")
-    held_out = {"singles": singles[::6], "pairs": [name for name in truth.index if "+" in name][::2]}
-    condition = screen.cells.obs["perturbation"].astype(str).to_numpy()
-    split = np.where(np.isin(condition, singles[1::12]), "val", "train")
-    kept = ~np.isin(condition, [*held_out["singles"], *held_out["pairs"]])
-    counts = screen.cells.X[kept].toarray()
-    expression = sparse.csr_matrix(np.log1p(1e4 * counts / counts.sum(axis=1, keepdims=True)))
-    obs = pd.DataFrame({"covariate": "line_1", "condition": condition[kept], "split": split[kept]})
-    cells = ad.AnnData(expression, obs=obs.rename(index=str), var=screen.cells.var[[]])
-    cells.write_h5ad(folder / "train.h5ad")
-    cells[cells.obs["condition"] == "control"].write_h5ad(folder / "control.h5ad")
-    embedding.to_parquet(folder / "embedding.parquet")
-    files = {"embedding": folder / "embedding.parquet", "seed": 1, "threads": 1, "output": folder}
-    sclambda.train(contract.TrainTask(cells=folder / "train.h5ad", hyperparameters=FAST, **files))
-    asked = tuple(contract.Key("line_1", name) for name in [*held_out["singles"], *held_out["pairs"]])
-    sclambda.predict(contract.PredictTask(model=folder, control=folder / "control.h5ad", conditions=asked, **files))
-    predicted = ad.read_h5ad(folder / "predictions.h5ad").to_df()
-    predicted.index = predicted.index.str.removeprefix("line_1|")
-    dataset_mean = contract.dataset_means(contract.read_means(folder / "train.h5ad"))
-    found = {}
-    for kind, names in held_out.items():
-        of_model, of_mean = (
-            squared_error(profiles, truth.loc[names].to_numpy(), (truth.loc[names] - truth.loc["control"]) ** 2).sum()
-            for profiles in (predicted.loc[names].to_numpy(), np.repeat(dataset_mean.to_numpy(), len(names), axis=0))
-        )
-        found[kind] = of_model / of_mean
-    return found
-
-
-def planted_embedding(screen: Simulation) -> pd.DataFrame:
-    """Each perturbed gene's move of the programs, of which the first is the same for all."""
-    table = pd.DataFrame(screen.truth.obsm["shift"], index=screen.truth.obs["condition"]).add_prefix("program")
-    return table[[("+" not in name) and name != "control" for name in table.index]].iloc[:, 1:].rename_axis("gene")
-
-
-@pytest.mark.slow
-def test_with_knowledge_it_beats_the_dataset_mean(sclambda, screen, tmp_path):
-    found = relative_error(sclambda, screen, planted_embedding(screen), tmp_path)
-    assert found["singles"] < 0.6
-    assert found["pairs"] < 0.75
-
-
-@pytest.mark.slow
-def test_with_the_knowledge_of_other_genes_it_does_not(sclambda, screen, tmp_path):
-    embedding = planted_embedding(screen)
-    order = np.random.default_rng(3).permutation(len(embedding))
-    found = relative_error(sclambda, screen, embedding.iloc[order].set_axis(embedding.index), tmp_path)
-    assert found["singles"] > 0.9
