@@ -31,7 +31,7 @@ def usable_image(client: docker.DockerClient, model_folder: Path) -> Image:
     volumes, which would be places on the disk that no limit holds for.
     """
     name = image_name(model_folder.name)
-    remedy = f"type `calipert model build {model_folder.name}`, or `make images` for all models"
+    remedy = f"type `calipert model build {model_folder.name}`, or `make images` for all of the project's licence"
     try:
         image = client.images.get(name)
     except ImageNotFound as error:
