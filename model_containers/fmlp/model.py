@@ -107,8 +107,9 @@ def train(task: contract.TrainTask) -> None:
     conditions = conditions_of(list(row_of), embedding, shape, device)
     is_train = kept & (cells.obs["split"] == "train").to_numpy()
     is_val = kept & ~is_train
-    train_cells = Cells(condition[is_train], neural.held(cells.X[is_train], device))
-    val_cells = Cells(condition[is_val], neural.held(cells.X[is_val], device))
+    rows = neural.held(cells.X, device)
+    train_cells = Cells(condition[is_train], neural.among(rows, np.flatnonzero(is_train)))
+    val_cells = Cells(condition[is_val], neural.among(rows, np.flatnonzero(is_val)))
     del cells
 
     torch.manual_seed(task.seed)  # the initial weights, drawn on the CPU: the same for every device

@@ -134,9 +134,9 @@ def train(task: contract.TrainTask) -> None:
     val_rows, val_of_cell = np.unique(condition[is_val], return_inverse=True)
     val_covariates = conditions.covariates[torch.from_numpy(val_rows).to(device)].cpu().numpy()
     val_shifts = group_means(cells.X[is_val], val_of_cell, len(val_rows)) - baseline[val_covariates]
-    held = neural.held(cells.X[is_train], device)
+    rows = neural.among(neural.held(cells.X, device), np.flatnonzero(is_train))
     del cells
-    train_cells = Cells(condition[is_train], covariate[is_train], held, on_device(baseline, device))
+    train_cells = Cells(condition[is_train], covariate[is_train], rows, on_device(baseline, device))
     controls = np.flatnonzero(is_control[is_train])
 
     torch.manual_seed(task.seed)  # the initial weights, drawn on the CPU: the same for every device

@@ -31,7 +31,13 @@ def test_rows_are_those_of_the_matrix(form):
     X = sparse.random(40, 7, 0.5, format="csr", dtype=np.float32, rng=np.random.default_rng(2))
     X = sparse.csr_matrix(X.multiply(np.isin(np.arange(40), [3, 17], invert=True)[:, None]))  # cells without an entry
     batch = np.array([17, 5, 3, 5, 39, 0])
-    np.testing.assert_array_equal(neural.held(X, CPU)(batch).numpy(), X.toarray()[batch])
+    rows = neural.held(X, CPU)
+    np.testing.assert_array_equal(rows(batch).numpy(), X.toarray()[batch])
+    chosen = np.array([39, 3, 8])
+    np.testing.assert_array_equal(neural.among(rows, chosen)(np.array([2, 0])).numpy(), X.toarray()[[8, 39]])
+    # What a GPU would do.
+    made = neural.dense_rows(X.indptr, torch.from_numpy(X.indices), torch.from_numpy(X.data), 7, batch)
+    np.testing.assert_array_equal(made.numpy(), X.toarray()[batch])
 
 
 @pytest.mark.parametrize(("weight_decay", "largest_norm"), [(0.0, None), (0.1, None), (0.0, 0.5)])
