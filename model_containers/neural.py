@@ -90,7 +90,7 @@ def _on_device(device: Any, *arrays: np.ndarray) -> list[torch.Tensor]:
 def dense_rows(
     start: np.ndarray, gene: torch.Tensor, value: torch.Tensor, n_genes: int, batch: np.ndarray
 ) -> torch.Tensor:
-    """Rows of CSR (start: of each row; gene and value of each entry), dense: a few kernels for all entries of a batch."""
+    """Rows of CSR (start: of each row; gene, value: of each entry), dense: a few kernels for all entries of a batch."""
     import numpy as np
     import torch
 
