@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 
 from deployments.table import Deployment
 
-FIELDS = 6  # up to so many keys of a mapping have a field each in the form; more are written as JSON
+FIELDS = 12  # up to so many keys of a mapping have a field each in the form; more are written as JSON
 
 
 def form(flow: Flow[..., Any], row: Deployment) -> dict[str, Any]:

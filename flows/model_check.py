@@ -39,7 +39,8 @@ def check_model(
     """What the contract asks of the model in a folder, one by one, while it is trained and asked twice on a small
     simulated fold. Ends early where the rest cannot be told: a stage failed.
 
-    form: of what it is told of genes, if it needs to be told. Raises UserError where the engine cannot run it.
+    form: of what it is told of genes, if it needs to be told. Raises UserError where the engine cannot run it, and for
+    what makes embeddings and trains nothing.
     """
     missing = [name for name in FILES if not (folder / name).is_file()]
     yield Finding("its folder is whole", f"there is no {', '.join(missing)}" if missing else None)
@@ -54,6 +55,9 @@ def check_model(
         "it describes itself, by its folder's name",
         None if named else f"it calls itself {description.name!r}, and its folder is {folder.name!r}",
     )
+    if description.input == "files":
+        remedy = "make one, by the flow `embed`: its output is checked there (docs/models.md)"
+        raise UserError(f"model {folder.name}", "input", "'files': it makes embeddings, and is no model", remedy)
     with TemporaryDirectory() as scratch, _device(description, folder.name) as gpu:
         place = Path(scratch)
         place.chmod(0o755)

@@ -21,19 +21,13 @@ app = typer.Typer(no_args_is_help=True, help="Build images of models, and check 
 
 @app.command(name="list")
 def list_() -> None:
-    """List the models of the catalog, their folders and whether their images are here."""
+    """List the containers of the catalog's models and embeddings, and whether their images are here."""
     from blocks.docker_engine import docker_client
     from blocks.docker_images import usable_image
-    from core import catalog
 
-    users: dict[str, list[str]] = {}
-    for name in catalog.names("model"):
-        container = catalog.model(name).container
-        if container is not None:
-            users.setdefault(container, []).append(name)
-    table = Table("container", "image", "models")
+    table = Table("container", "image", "models and embeddings")
     with docker_client() as client:
-        for container, names in sorted(users.items()):
+        for container, names in sorted(_users().items()):
             try:
                 state = str(usable_image(client, _folder(container)).id)[:19]
             except UserError as error:
@@ -88,6 +82,19 @@ def check(
             CONSOLE.print(escape(finding.fault), style="red")
     if failed:
         raise typer.Exit(1)
+
+
+def _users() -> dict[str, list[str]]:
+    """Container -> the models of the catalog that run in it, and the embeddings that it makes."""
+    from core import catalog
+
+    users: dict[str, list[str]] = {}
+    entries = {name: catalog.model(name) for name in catalog.names("model")}
+    made = {f"embedding {name}": catalog.embedding(name) for name in catalog.names("embedding")}
+    for name, entry in (entries | made).items():
+        if entry.container is not None:
+            users.setdefault(entry.container, []).append(name)
+    return users
 
 
 def _form(container: str) -> Form:

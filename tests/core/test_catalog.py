@@ -215,7 +215,7 @@ def test_guide_labels_of_papalexi21_become_their_targets(shared):
         (catalog.dataset, "papalexi", "papalexi21"),
         (catalog.dataset, "../demo", "demo"),
         (catalog.embedding, "reactom", "reactome"),
-        (catalog.model, "ridge", "ridge_reactome"),
+        (catalog.model, "ridge", "ridge_esm2"),
         (lambda name: catalog.models(["demo", name]), "fmlp_reactom", "fmlp_reactome"),
     ],
 )
@@ -435,7 +435,7 @@ def test_parts_of_several_are_tables_of_the_catalog(users, change, found, remedy
     assert remedy in error.value.remedy
 
 
-TABLES = {"coexpression", "reactome", "scgpt"}
+TABLES = {"coexpression", "esm2", "esm2_15b", "esm2_3b", "geneformer", "reactome", "scgpt"}
 
 
 @pytest.mark.parametrize(

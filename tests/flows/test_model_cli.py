@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from blocks.docker_engine import DockerEngine
 from blocks.engines import ModelFailed, Usage, described, event_of
 from core.errors import UserError
+from flows import model_cli
 from flows.cli import app
 from flows.model_check import check_model
 from model_containers import contract
@@ -134,6 +135,18 @@ def test_a_folder_that_is_not_whole(average):
     status, fails, output = check(str(folder))
     assert (status, fails) == (1, ["its folder is whole"])
     assert "there is no README.md" in output
+
+
+def test_a_maker_of_embeddings_is_no_model(capsys):
+    with pytest.raises(UserError, match="it makes embeddings, and is no model"):
+        check("geneformer")
+
+
+def test_the_list_has_models_and_embeddings():
+    users = model_cli._users()
+    assert users["scgpt"] == ["scgpt", "embedding scgpt"]
+    assert users["geneformer"] == ["embedding geneformer"]
+    assert "knn_geneformer" in users["knn"]
 
 
 def test_no_folder(tmp_path):

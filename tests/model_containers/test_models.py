@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from hashlib import sha256
@@ -30,6 +31,8 @@ def pins(requirements: Path) -> dict[str, str]:
 
 
 CONSTRAINTS = pins(MODELS.parent / "constraints.txt")
+# Folders that make embeddings, and train nothing, by what they say of themselves.
+MAKERS = [name for name in NAMES if runpy.run_path(str(MODELS / name / "model.py"))["DESCRIPTION"].input == "files"]
 # A model of packages that are none of the project's runs in its image alone.
 IN_IMAGE = [name for name in NAMES if not set(pins(MODELS / name / "requirements.txt")) <= set(CONSTRAINTS)]
 # Few epochs: what the contract asks does not depend on how good a model is.
@@ -69,7 +72,7 @@ def write_spec(path: Path, **fields: Any) -> Path:
     return path
 
 
-@pytest.fixture(scope="session", params=[name for name in NAMES if name not in IN_IMAGE])
+@pytest.fixture(scope="session", params=[name for name in NAMES if name not in {*IN_IMAGE, *MAKERS}])
 def trained(request, two_lines, tmp_path_factory) -> SimpleNamespace:
     """A model trained and asked in two environments of other threads and hash seed; on one the rows asked turned."""
     name = request.param
@@ -151,12 +154,20 @@ def test_stdout_is_events_and_progress_reaches_its_end(trained):
     assert done[-1]["done"] == done[-1]["total"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in MAKERS])
 def test_a_wrong_hyperparameter_is_named(name, panel, tmp_path):
     task = panel.train_task(tmp_path / "model", hyperparameters={"colour": "red"})
     done = command(name, "train", write_spec(tmp_path / "spec.json", **vars(task)))
     assert done.returncode == 2
     assert re.fullmatch(r"error: hyperparameters: colour: unknown; there are .*\n", done.stderr)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_wrong_setting_of_an_embedding_is_named(name, tmp_path):
+    task = {"pretrained": tmp_path, "settings": {"colour": "red"}, "output": tmp_path / "output"}
+    done = command(name, "embed", write_spec(tmp_path / "spec.json", **task))
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: settings: colour: unknown; there are .*\n", done.stderr)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -180,6 +191,23 @@ def test_build_folder_is_whole(name):
 def test_a_model_of_other_packages_is_refused_by_the_process_engine(name):
     with pytest.raises(UserError, match=rf"calipert model build {name}.*CALIPERT_ENGINE=docker"):
         ProcessEngine().identity(MODELS / name)
+
+
+def test_the_maker_of_embeddings_in_the_guide_works(tmp_path):
+    guide = (MODELS.parent / "docs" / "models.md").read_text()
+    (code,) = re.findall(r"```py\n(.*?)```", guide, flags=re.DOTALL)
+    folder, published = tmp_path / "scaled", tmp_path / "published"
+    for one in (folder, published):
+        one.mkdir()
+    (folder / "model.py").write_text(code)
+    (published / "table.csv").write_text("gene,x,y\nB,1,2\nA,3,4\n")
+    engine, events = ProcessEngine(), []
+    assert engine.describe(folder).input == "files"
+    task = {"pretrained": str(published), "settings": {"times": 2}, "output": str(tmp_path / "output")}
+    engine.run("embed", folder, task, on_event=events.append)
+    assert events == [{"event": "progress", "done": 1, "total": 1, "unit": "table"}]
+    table = contract.read_embedding(tmp_path / "output" / "embedding.parquet")
+    assert table.to_dict("index") == {"A": {"d0": 6, "d1": 8}, "B": {"d0": 2, "d1": 4}}
 
 
 def test_the_model_in_the_guide_works(panel, tmp_path):

@@ -1,0 +1,275 @@
+"""ESM-2 (Lin et al. 2023): what a protein language model makes of the canonical protein of each gene.
+
+The proteins are Ensembl's, the weights those that Meta publishes. README.md says which protein stands for a gene, and
+what is left out.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import contract
+import neural
+
+if TYPE_CHECKING:
+    import torch
+
+DESCRIPTION = contract.Description(
+    name="esm2", combinations=False, embedding=False, counts=False, gpu=True, input="files"
+)
+POOLINGS = ("mean", "bos", "sum", "max")
+LONGEST = 15_000
+# Tokens of a batch, padding included: one protein of the longest has fewer.
+TOKENS = 16_384
+BEGINNING, END, PADDING, UNKNOWN = "<cls>", "<eos>", "<pad>", "<unk>"
+# Patches and alternative haplotypes have longer names.
+CHROMOSOME = re.compile(r"\d{1,2}|X|Y|MT")
+# What a checkpoint may lack: a part for another task, and angles that follow from the width.
+NOT_NEEDED = ("contact_head.", "rotary_embeddings.inv_freq")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """pooling of the last hidden states: mean, sum or max over the residues, or bos, the state of the first token."""
+
+    pooling: str = "mean"
+
+    def __post_init__(self) -> None:
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling: {self.pooling!r} is none of {', '.join(POOLINGS)}")
+
+
+class Protein(NamedTuple):
+    """The canonical protein of a gene. It sorts by its rank among the genes that share a symbol.
+
+    elsewhere: it lies on a patch or an alternative haplotype, not on a chromosome. gene: its Ensembl id.
+    """
+
+    elsewhere: bool
+    gene: str
+    sequence: str
+
+
+def embed(task: contract.EmbedTask) -> None:
+    """The pooled last hidden state of each symbol's protein."""
+    import pandas as pd
+
+    pooling = contract.embedding_settings(task, Settings).pooling
+    torch, device = neural.start_torch(task.threads)
+    sequences = sequences_of(task.pretrained)
+    vocabulary = read_vocabulary(task.pretrained / "vocab.txt")
+    net = network(task.pretrained, len(vocabulary), device)
+    rows = {}
+    for symbols in batches(sequences):
+        tokens, real = padded([token_ids(sequences[symbol], vocabulary) for symbol in symbols], vocabulary[PADDING])
+        with torch.no_grad():
+            # float32 on every device: half precision would keep three digits of a mean over thousands of residues.
+            states = net(input_ids=tokens.to(device), attention_mask=real.to(device)).last_hidden_state
+        for symbol, protein in zip(symbols, states, strict=True):
+            rows[symbol] = pooled(protein, len(sequences[symbol]), pooling).cpu().numpy()
+        contract.progress(len(rows), len(sequences), "protein")
+    contract.write_embedding(task, pd.DataFrame.from_dict(rows, orient="index"))
+
+
+# ---- proteins
+
+
+def sequences_of(folder: Path) -> dict[str, str]:
+    """Symbol -> the amino acids of its canonical protein, of at most LONGEST residues. The log names the longer ones.
+
+    Of several genes with one symbol the one on a chromosome counts, else that of the smallest Ensembl id. Raises
+    ContractError where there is none.
+    """
+    canonical = canonical_transcripts(lines_of(the_file(folder, "*.canonical.tsv.gz")))
+    fasta = the_file(folder, "*.pep.all.fa.gz")
+    proteins = proteins_of(lines_of(fasta), canonical)
+    if not proteins:
+        raise contract.ContractError(f"{fasta}: no protein of a canonical transcript of a gene with a symbol")
+    too_long = sorted(symbol for symbol, protein in proteins.items() if len(protein.sequence) > LONGEST)
+    if too_long:
+        contract.log(f"left out, for more than {LONGEST:,} residues: {', '.join(too_long)}")
+    return {symbol: protein.sequence for symbol, protein in proteins.items() if symbol not in too_long}
+
+
+def canonical_transcripts(lines: Iterable[str]) -> set[str]:
+    """The canonical transcript of each gene, without its version.
+
+    lines: gene, transcript and a note, separated by tabs. Should a gene have several, one whose note says canonical
+    counts, and of these the smallest.
+    """
+    of_gene: dict[str, tuple[bool, str]] = {}
+    for line in lines:
+        gene, transcript, note = [*line.split("\t"), "", ""][:3]
+        found = ("canonical" not in note.lower(), without_version(transcript))
+        of_gene[gene] = min(found, of_gene.get(gene, found))
+    return {transcript for _, transcript in of_gene.values()}
+
+
+def proteins_of(lines: Iterable[str], transcripts: set[str]) -> dict[str, Protein]:
+    """Symbol -> protein, in a FASTA file of Ensembl's whose transcript is among these. Empty ones do not count."""
+    found: dict[str, Protein] = {}
+    for header, sequence in records(lines):
+        # ENSP.. pep chromosome:GRCh38:14:start:end:1 gene:ENSG.. transcript:ENST.. .. gene_symbol:TRDD1 description:..
+        parts = header.partition(" description:")[0].split()
+        fields = dict(part.split(":", 1) for part in parts[3:] if ":" in part)
+        if (
+            "gene_symbol" not in fields
+            or without_version(fields.get("transcript", "")) not in transcripts
+            or not sequence
+        ):
+            continue
+        region = parts[2].split(":")[2:3]
+        elsewhere = not (region and CHROMOSOME.fullmatch(region[0]))
+        protein = Protein(elsewhere, without_version(fields.get("gene", "")), sequence)
+        symbol = fields["gene_symbol"]
+        found[symbol] = min(protein, found.get(symbol, protein))
+    return found
+
+
+def records(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """(header without its `>`, sequence) of the records of a FASTA file."""
+    header, sequence = "", list[str]()
+    for line in lines:
+        if line.startswith(">"):
+            if header:
+                yield header, "".join(sequence)
+            header, sequence = line[1:], []
+        else:
+            sequence.append(line)
+    if header:
+        yield header, "".join(sequence)
+
+
+def without_version(stable_id: str) -> str:
+    """ENST00000415118.1 -> ENST00000415118."""
+    return stable_id.partition(".")[0]
+
+
+def the_file(folder: Path, pattern: str) -> Path:
+    """The one file of a folder that is named so. Raises ContractError where there is none, or several."""
+    found = sorted(folder.glob(pattern))
+    if len(found) != 1:
+        raise contract.ContractError(f"{folder}: {len(found)} files {pattern}; wanted one")
+    return found[0]
+
+
+def lines_of(path: Path) -> Iterator[str]:
+    """The lines of a gzipped text, without their ends. Raises ContractError for another file."""
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            for line in file:
+                yield line.strip()
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise contract.ContractError(f"{path}: no gzipped text: {error}") from None
+
+
+# ---- the network
+
+
+def network(folder: Path, n_tokens: int, device: Any) -> torch.nn.Module:
+    """ESM-2 of a checkpoint, on the device. n_tokens: of its vocabulary.
+
+    Raises ContractError unless all weights are there, in safetensors: nothing is unpickled, and nothing stays random.
+    """
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import torch
+    from safetensors import SafetensorError
+    from transformers import EsmModel
+    from transformers.utils import logging
+
+    require_esm2(folder / "config.json")
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what it would warn of is refused here
+    try:
+        net, about = EsmModel.from_pretrained(
+            folder,
+            add_pooling_layer=False,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise contract.ContractError(f"{folder}: no checkpoint of ESM-2: {error}") from None
+    missing = sorted(name for name in about["missing_keys"] if not name.startswith(NOT_NEEDED))
+    if missing:
+        raise contract.ContractError(f"{folder}: no checkpoint of ESM-2: it has no {missing[0]}")
+    if net.config.vocab_size != n_tokens:
+        raise contract.ContractError(
+            f"{folder / 'vocab.txt'}: {n_tokens} tokens; the network has {net.config.vocab_size}"
+        )
+    return net.eval().to(device)
+
+
+def require_esm2(path: Path) -> None:
+    """Raise ContractError unless a config.json is one of ESM-2: its forerunners have no rotary positions."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise contract.ContractError(f"{path}: not readable: {error}") from None
+    wanted = {"model_type": "esm", "position_embedding_type": "rotary"}
+    for field, value in wanted.items():
+        if not isinstance(config, dict) or config.get(field) != value:
+            raise contract.ContractError(f"{path}: no ESM-2: {field} is not {value!r}")
+
+
+def read_vocabulary(path: Path) -> dict[str, int]:
+    """Token -> its row. Raises ContractError where one is missing that every sequence needs."""
+    try:
+        tokens = path.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise contract.ContractError(f"{path}: not readable: {error}") from None
+    for wanted in (BEGINNING, END, PADDING, UNKNOWN):
+        if wanted not in tokens:
+            raise contract.ContractError(f"{path}: there is no token {wanted}")
+    return {token: row for row, token in enumerate(tokens)}
+
+
+def token_ids(sequence: str, vocabulary: Mapping[str, int]) -> list[int]:
+    """One token for each residue, between that of the beginning and that of the end. `*` and the like are unknown."""
+    residues = (vocabulary.get(residue, vocabulary[UNKNOWN]) for residue in sequence)
+    return [vocabulary[BEGINNING], *residues, vocabulary[END]]
+
+
+def batches(sequences: Mapping[str, str]) -> Iterator[list[str]]:
+    """Symbols by falling length, then by name, so many at a time that they have at most TOKENS tokens.
+
+    Where a machine has too little memory, it shows at once.
+    """
+    order = sorted(sequences, key=lambda symbol: (-len(sequences[symbol]), symbol))
+    while order:
+        size = TOKENS // (len(sequences[order[0]]) + 2)
+        yield order[:size]
+        order = order[size:]
+
+
+def padded(rows: list[list[int]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens of each protein, filled up to the longest, and 1 where they are no padding; both proteins x tokens."""
+    import torch
+
+    width = max(map(len, rows))
+    tokens = torch.tensor([row + [padding] * (width - len(row)) for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])
+    return tokens, (torch.arange(width) < lengths[:, None]).long()
+
+
+def pooled(states: torch.Tensor, n_residues: int, pooling: str) -> torch.Tensor:
+    """One vector (float64) of the states of a protein's tokens, tokens x width: beginning, residues, end, padding."""
+    if pooling == "bos":
+        return states[0].double()
+    residues = states[1 : 1 + n_residues].double()
+    if pooling == "max":
+        return residues.amax(dim=0)
+    return residues.sum(dim=0) if pooling == "sum" else residues.mean(dim=0)
+
+
+if __name__ == "__main__":
+    contract.main(DESCRIPTION, embed=embed)
