@@ -29,6 +29,11 @@ def downloads_folder() -> Path:
     return data_folder() / "downloads"
 
 
+def vectors_folder() -> Path:
+    """Vectors of texts that a service was paid for (blocks.vectors)."""
+    return data_folder() / "vectors"
+
+
 def prefect_folder() -> Path:
     """PREFECT_HOME of the private server: its database and results, and no settings of the user's."""
     return data_folder() / "prefect"

@@ -10,6 +10,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.folds import cancel_folds, folds_of, plan_folds, recipes_of, train_folds
 from flows.parameters import Dataset, Folds, Models, Origin, Seed, Sources
+from tasks.embed_texts import check_services
 from tasks.inputs import check_sources, chosen_dataset, chosen_models, inputs_of
 from tasks.prepare import build_reference, prepare_cells
 from tasks.record import end_interrupted, end_trainings, failing_with_the_flow, open_runs
@@ -40,6 +41,7 @@ def train(
     spec = chosen_dataset(dataset, folds, origin)
     chosen = chosen_models(models)
     check_sources([spec, *inputs_of(chosen)], sources)
+    check_services([model.embedding for model in chosen if model.embedding], sources)
 
     raw = fetch_source(spec, sources)
     cells = prepare_cells(spec, raw)

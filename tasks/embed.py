@@ -14,6 +14,7 @@ from core import catalog
 from core.catalog.schema import EmbeddingSpec, ResolvedModel
 from tasks.artifacts import checksum, made
 from tasks.embed_container import FILE, made_in_container
+from tasks.embed_texts import made_of_texts
 from tasks.pretrained import fetch_pretrained
 from tasks.sources import fetch_source
 
@@ -30,6 +31,8 @@ def embed(spec: EmbeddingSpec, source: Path, perturbed: list[str]) -> Path:
 
     if spec.container:
         return made_in_container(spec, source)
+    if spec.service:
+        return made_of_texts(spec, source)
     if spec.dimensions is None:
         raise ValueError(f"{spec.name} is put together from its parts")
     compute, dimensions = COMPUTE[spec.kind], spec.dimensions

@@ -1,4 +1,4 @@
-"""Published weights that models start from, brought into the store."""
+"""Published files that models start from and embeddings are made of, brought into the store."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from tasks.sources import fetch_files, passing
     retry_condition_fn=passing,
 )
 def fetch_pretrained(spec: PretrainedSpec, sources: dict[str, str]) -> Path:
-    """The artifact's folder of a model's published weights: the files of the entry, under its names.
+    """The artifact's folder of published files: those of the entry, under its names.
 
     Raises UserError and ConnectionLost as `fetch_source` does.
     """
     named = named_source(spec, sources)
     if named is None:
-        LOG.info("%s: weights; licence: %s; to cite: %s", spec.name, spec.licence, spec.citation)
+        LOG.info("%s: %s; licence: %s; to cite: %s", spec.name, spec.title, spec.licence, spec.citation)
     files = fetch_files(spec) if named is None else {name: named / name for name in sorted(spec.files)}
 
     def build(folder: Path) -> None:
@@ -45,7 +45,7 @@ def fetch_pretrained(spec: PretrainedSpec, sources: dict[str, str]) -> Path:
         inputs=inputs,
         parameters={},
         code=code_hash("tasks.pretrained"),
-        label=f"the weights of {spec.name}",
+        label=f"the published files {spec.name}",
     )
 
 

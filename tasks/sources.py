@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
@@ -82,6 +82,16 @@ def fetch_source(spec: DatasetSpec | EmbeddingSpec, sources: dict[str, str]) -> 
 def fetch_files(spec: PretrainedSpec) -> dict[str, Path]:
     """The files of a model's weights on this machine, by their names. Raises as `fetch_source` does."""
     return {name: _fetched(spec.name, source, "FOLDER") for name, source in sorted(spec.files.items())}
+
+
+def files_here(spec: PretrainedSpec, sources: Mapping[str, str]) -> dict[str, Path] | None:
+    """The files of an entry, by their names, where all are on this machine: in the folder that the user named, or
+    downloaded before; else None. Raises UserError for a folder that is not as it must be."""
+    named = named_source(spec, sources)
+    if named is not None:
+        return {name: named / name for name in sorted(spec.files)}
+    files = {name: _target(spec.name, source) for name, source in sorted(spec.files.items())}
+    return files if all(file.exists() for file in files.values()) else None
 
 
 def _fetched(name: str, source: HttpsSource | S3Source, wanted: str) -> Path:

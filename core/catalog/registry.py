@@ -18,6 +18,7 @@ import yaml
 from pydantic import ValidationError
 
 from core.catalog.schema import (
+    GENE_FILES,
     TAKES,
     DatasetSpec,
     EmbeddingSpec,
@@ -61,7 +62,10 @@ def dataset(name_or_path: str | Path) -> DatasetSpec:
 def embedding(name: str) -> EmbeddingSpec:
     """The embedding of that name. Raises UserError for an unknown name or an entry that does not fit the schema."""
     spec = _entry("embedding", name, EmbeddingSpec)
-    _named_pretrained("embedding", spec)
+    published = _named_pretrained("embedding", spec)
+    if published and spec.kind == "text" and (missing := sorted(set(GENE_FILES) - set(published.files))):
+        lacking = f"{spec.pretrained!r}, without {missing[0]}"
+        raise UserError(_files("embedding")[name], "pretrained", lacking, f"name one with {' and '.join(GENE_FILES)}")
     found = [_part(spec, part) for part in spec.parts]
     if found and spec.per_fold != any(part.per_fold for part in found):
         made = "each fold, as one of its parts is" if not spec.per_fold else "all folds, as its parts are"

@@ -57,6 +57,12 @@ def _without_credentials(url: str) -> str:
 
 
 PublicUrl: TypeAlias = Annotated[str, Field(pattern=r"^https://\S+$"), AfterValidator(_without_credentials)]
+# A key goes there with every request: in the clear to this machine alone.
+KeyedUrl: TypeAlias = Annotated[
+    str,
+    Field(pattern=r"^(https://|http://(127\.0\.0\.1|localhost)(:[0-9]+)?(/|$))\S*$"),
+    AfterValidator(_without_credentials),
+]
 Endpoint: TypeAlias = Annotated[str, Field(pattern=r"^https?://\S+$"), AfterValidator(_without_credentials)]
 
 # Free settings have no type that would catch YAML's trap: `1e-3` without a point is text.
@@ -204,9 +210,12 @@ FORMS: dict[str, Form] = {
     "gmt": "table",
     "coexpression": "table",
     "container": "table",
+    "text": "table",
     "graph": "graph",
     "several": "tables",
 }
+# The published files that the kind `text` reads: summaries of genes, and the genes' names.
+GENE_FILES = ("gene_summary.gz", "Homo_sapiens.gene_info.gz")
 # What a model can be given, by the form that it takes: several tables may be one.
 TAKES: dict[Form, tuple[Form, ...]] = {"table": ("table",), "tables": ("table", "tables"), "graph": ("graph",)}
 
@@ -227,22 +236,36 @@ class PretrainedSpec(Entry):
     citation: Text = "not stated"
 
 
+class TextService(Entry):
+    """A service that makes vectors of texts by the API of OpenAI: `POST <url>/embeddings`.
+
+    secret: the Secret block with its key.
+    """
+
+    url: KeyedUrl
+    model: Text
+    secret: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]
+
+
 class EmbeddingSpec(Entry):
     """What a model is told of genes.
 
     dimensions: of a table, genes x at most so many (fewer where what is behind it has a lower rank); of a graph, the
     most neighbours of a gene. parts: the embeddings that `several` puts side by side. container: the folder under
     model_containers that makes it, of the published files `pretrained`, with `settings`, within `time_limit` seconds.
+    service: makes it of what the published files `pretrained` say about the genes; dimensions: so many that it is asked
+    for, None for as many as it gives.
     """
 
     name: Name
     title: Text
-    kind: Literal["gmt", "coexpression", "graph", "several", "container"]
+    kind: Literal["gmt", "coexpression", "graph", "several", "container", "text"]
     source: Annotated[HttpsSource | S3Source | LocalSource, Field(discriminator="kind")] | None = None
     dimensions: Count | None = None
     parts: Annotated[tuple[Name, ...], Field(strict=False)] = ()
     container: Name | None = None
     pretrained: Name | None = None
+    service: TextService | None = None
     settings: Settings = {}
     time_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 24 * 3600
     per_fold: bool = False
@@ -280,8 +303,9 @@ NEEDED: dict[str, set[str]] = {
     "graph": {"source", "dimensions"},
     "several": {"parts"},
     "container": {"container", "pretrained"},
+    "text": {"service", "pretrained"},
 }
-OPTIONAL = {"container": {"settings"}}
+OPTIONAL = {"container": {"settings"}, "text": {"dimensions"}}
 OF_A_KIND = set().union(*NEEDED.values(), *OPTIONAL.values())
 
 

@@ -1,0 +1,76 @@
+"""Vectors of texts that a service was paid for, each kept in a file of its own until somebody deletes the folder.
+
+A file is named by the SHA-256 of what its vector follows from. It appears by one rename; one that is damaged all the
+same counts as not there.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from blocks.paths import vectors_folder
+from blocks.scratch import scratch
+from core.catalog.schema import TextService
+
+Vector: TypeAlias = npt.NDArray[np.float32]
+
+_LOG = logging.getLogger("calipert.vectors")
+_SCRATCH = "vectors"
+
+
+def vector_name(service: TextService, dimensions: int | None, text: str) -> str:
+    """SHA-256 (hex) of what a vector follows from. The service counts: two may call different models the same."""
+    recipe = [service.url, service.model, dimensions, text]
+    return sha256(json.dumps(recipe).encode()).hexdigest()
+
+
+def fault(vector: Vector, dimensions: int | None) -> str | None:
+    """Why this is no vector of a text, None if it is one. dimensions: how long it must be, None for any length."""
+    if vector.ndim != 1 or len(vector) != (dimensions or max(1, len(vector))):
+        wanted = f"{dimensions} numbers" if dimensions else "a list of numbers"
+        return f"shape {vector.shape} instead of {wanted}"
+    if not np.isfinite(vector).all():
+        return "numbers that are not finite"
+    return None if vector.any() else "nothing but zeros"
+
+
+def kept_vector(name: str, dimensions: int | None) -> Vector | None:
+    """The vector of that name, None where none is kept or its file is damaged, which is said in a warning.
+
+    Raises OSError for a file that is there and cannot be read: to ask for it again would cost.
+    """
+    path = _path(name)
+    try:
+        vector: Vector = np.load(path, allow_pickle=False)
+        why = fault(vector, dimensions)
+    except FileNotFoundError:
+        return None
+    except (ValueError, EOFError) as error:
+        why = str(error)
+    if why is None:
+        return vector
+    _LOG.warning("%s is damaged (%s): it counts as not there", path, why)
+    return None
+
+
+def keep_vectors(vectors: Mapping[str, Vector]) -> None:
+    """Keep vectors under their names; those that stand there are replaced."""
+    with scratch(vectors_folder(), _SCRATCH) as temporary:
+        for name, vector in vectors.items():
+            path = _path(name)
+            path.parent.mkdir(exist_ok=True)
+            np.save(temporary / path.name, vector)
+            (temporary / path.name).replace(path)
+
+
+def _path(name: str) -> Path:
+    # Not tens of thousands of files in one folder.
+    return vectors_folder() / name[:2] / f"{name}.npy"

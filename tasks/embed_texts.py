@@ -1,0 +1,148 @@
+"""Embeddings of what is written about genes: a service makes a vector of each text, and is paid for it once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from time import sleep
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from blocks.code import code_hash
+from blocks.secrets import secret
+from blocks.store import ArtifactStore, artifact_key
+from blocks.text_service import ServiceBusy, service_key, text_vectors
+from blocks.vectors import Vector, keep_vectors, kept_vector, vector_name
+from core import catalog
+from core.catalog.schema import GENE_FILES, EmbeddingSpec, TextService
+from tasks.artifacts import LOG, checksum, made
+from tasks.embed_container import FILE
+from tasks.progress import shown_progress
+from tasks.sources import ConnectionLost, files_here, passing
+
+KIND = "embedding"
+SUMMARIES, GENES = GENE_FILES
+# OpenAI takes 2,048 texts and 300,000 tokens at once; a token is a byte at least. What a kill loses is one such list.
+TEXTS_AT_ONCE, BYTES_AT_ONCE = 128, 250_000
+BYTES_OF_A_TOKEN = 4  # in English, about
+LONGEST_WAIT = 120.0  # seconds that a service may put us off before the next try
+
+
+def made_of_texts(spec: EmbeddingSpec, published: Path) -> Path:
+    """embedding.parquet of an embedding whose kind is `text`; the artifact's folder.
+
+    published: the artifact of the files with the texts. Raises UserError where the service's key is missing or refused,
+    or an answer is not what was asked for, and ConnectionLost where the service stays out of reach; vectors that came
+    before are kept, and the next run asks for the others.
+    """
+    from core.embedding import write_embedding
+    from core.gene_texts import gene_texts, text_embedding
+
+    def build(folder: Path) -> None:
+        texts = gene_texts(published / SUMMARIES, published / GENES)
+        write_embedding(text_embedding(texts, _vectors(spec, sorted(set(texts.values())))), folder / FILE)
+
+    files = {name: published / name for name in (SUMMARIES, GENES)}
+    return made(KIND, build, **_recipe(spec, files), label=f"the embedding {spec.name}")
+
+
+def check_services(specs: Iterable[EmbeddingSpec], sources: Mapping[str, str]) -> None:
+    """Raise UserError, before any work, where an embedding needs vectors of a service and the service's key is missing.
+
+    specs: embeddings of any kind. sources: files that the user named. An embedding that is made, or whose vectors are
+    all kept, needs no key.
+    """
+    parts = {part.name: part for spec in specs for part in catalog.parts(spec)}
+    for part in parts.values():
+        if part.service and secret(part.service.secret) is None and _must_ask(part, sources):
+            service_key(part.service)
+
+
+def _must_ask(spec: EmbeddingSpec, sources: Mapping[str, str]) -> bool:
+    from core.gene_texts import gene_texts
+
+    files = files_here(catalog.pretrained(str(spec.pretrained)), sources)
+    if files is None:
+        return True  # made anew every day: what is to be fetched holds texts that nobody asked for yet
+    recipe = _recipe(spec, files)
+    if ArtifactStore().find(KIND, artifact_key(KIND, **recipe)):
+        return False
+    return bool(_unknown(spec, set(gene_texts(files[SUMMARIES], files[GENES]).values())))
+
+
+def _recipe(spec: EmbeddingSpec, files: Mapping[str, Path]) -> dict[str, Any]:
+    """What the embedding follows from. By the files' content: whichever way they came, nothing is paid for twice."""
+    service = _service(spec)
+    return {
+        "inputs": {name: checksum(files[name]) for name in (SUMMARIES, GENES)},
+        "parameters": {
+            "kind": spec.kind,
+            "service": {"url": service.url, "model": service.model},
+            "dimensions": spec.dimensions,
+        },
+        "code": code_hash("core.gene_texts") + code_hash("core.embedding"),
+    }
+
+
+def _service(spec: EmbeddingSpec) -> TextService:
+    if spec.service is None:
+        raise ValueError(f"{spec.name} is made without a service")
+    return spec.service
+
+
+def _vectors(spec: EmbeddingSpec, texts: list[str]) -> dict[str, Vector]:
+    """Text -> vector; those that are not kept are asked for first. texts: sorted, each once."""
+    from core.gene_texts import batches
+
+    service = _service(spec)
+    unknown = _unknown(spec, texts)
+    if unknown:
+        service_key(service)
+        tokens = sum(len(text.encode()) for text in unknown) // BYTES_OF_A_TOKEN
+        LOG.info(
+            "embedding %s: %s of %s texts are asked of %s (model %s), about %s tokens, for which it may charge",
+            *(spec.name, f"{len(unknown):,}", f"{len(texts):,}", service.url, service.model, f"{tokens:,}"),
+        )
+        progress = shown_progress(f"embedding {spec.name}")
+        done = 0
+        for batch in batches(unknown, TEXTS_AT_ONCE, BYTES_AT_ONCE):
+            ask(spec, batch)
+            done += len(batch)
+            progress({"event": "progress", "done": done, "total": len(unknown), "unit": "text"})
+    found = {text: _kept(spec, text) for text in texts}
+    return {text: vector for text, vector in found.items() if vector is not None}
+
+
+def _unknown(spec: EmbeddingSpec, texts: Iterable[str]) -> list[str]:
+    return [text for text in texts if _kept(spec, text) is None]
+
+
+def _kept(spec: EmbeddingSpec, text: str) -> Vector | None:
+    return kept_vector(vector_name(_service(spec), spec.dimensions, text), spec.dimensions)
+
+
+@task(
+    name="ask-text-service",
+    task_run_name="ask for {spec.name}",
+    cache_policy=NO_CACHE,
+    retries=6,
+    retry_delay_seconds=[2, 10, 30, 60, 60, 60],
+    retry_condition_fn=passing,
+)
+def ask(spec: EmbeddingSpec, texts: list[str]) -> None:
+    """Ask for the vectors of texts, by one request, and keep them.
+
+    Raises UserError as `text_vectors` does, and ConnectionLost, after as long a wait as the service asks for, where
+    another try may help.
+    """
+    service = _service(spec)
+    try:
+        vectors = text_vectors(service, spec.dimensions, texts)
+    except ServiceBusy as busy:
+        sleep(min(busy.wait, LONGEST_WAIT))
+        remedy = "run again later: it goes on with the texts that are missing"
+        raise ConnectionLost(service.url, "connection", busy.why, remedy) from None
+    names = [vector_name(service, spec.dimensions, text) for text in texts]
+    keep_vectors(dict(zip(names, vectors, strict=True)))

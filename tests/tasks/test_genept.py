@@ -1,0 +1,430 @@
+"""Vectors of texts by a service: each is paid for once, only a whole answer counts, and nobody sees the key."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import runpy
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from prefect.states import Failed
+
+from blocks import text_service
+from core import catalog
+from core.errors import UserError
+from flows.benchmark import benchmark
+from flows.embed import embed as flow
+from tasks import embed, embed_texts, pretrained, sources
+from tasks.embed_texts import check_services
+from tasks.sources import ConnectionLost, passing
+
+STAND_IN = runpy.run_path(str(Path(__file__).with_name("text_service_stand_in.py")))
+ROOT = Path(__file__).resolve().parents[2]
+KEY = "sk-planted0123456789abcdef"
+TEXTS = {f"G{number}": f"What gene {number} does." for number in range(7)} | {"H": "What gene 0 does."}
+
+
+@pytest.fixture
+def data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A data folder of the test's own; tasks as plain functions, three texts at once, and no waits."""
+    monkeypatch.setenv("CALIPERT_DATA", str(tmp_path / "data"))
+    for module, name in ((embed, "embed"), (embed_texts, "ask"), (pretrained, "fetch_pretrained")):
+        monkeypatch.setattr(module, name, getattr(module, name).fn)
+    monkeypatch.setattr(embed, "fetch_pretrained", pretrained.fetch_pretrained)
+    monkeypatch.setattr(embed_texts, "TEXTS_AT_ONCE", 3)
+    monkeypatch.setattr(embed_texts, "sleep", lambda _: None)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def service(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The service, and an entry `mine` that names it."""
+    with STAND_IN["serving"]() as running:
+        monkeypatch.setenv("CALIPERT_CATALOG", str(tmp_path / "catalog"))
+        STAND_IN["write_entry"](tmp_path / "catalog", running.url)
+        yield running
+
+
+@pytest.fixture
+def key(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], None]:
+    """Puts a key, or none, into the place of the Secret block; at first KEY."""
+
+    def put(value: str | None) -> None:
+        for module in (text_service, embed_texts):
+            monkeypatch.setattr(module, "secret", lambda name: value if name == STAND_IN["SECRET"] else None)
+
+    put(KEY)
+    return put
+
+
+@pytest.fixture
+def make(service: Any, key: object, tmp_path: Path) -> Callable[..., Path]:
+    """Makes the embedding of genes with these texts; the artifact's folder."""
+
+    def call(texts: dict[str, str] = TEXTS, backwards: bool = False) -> Path:
+        genes = STAND_IN["write_genes"](tmp_path / "genes", texts, backwards)
+        return embed.make_shared(catalog.embedding("mine"), {"ncbi_genes": str(genes)})
+
+    return call
+
+
+def test_every_gene_has_the_vector_of_its_text(service: Any, make: Callable[..., Path]) -> None:
+    table = pd.read_parquet(make() / "embedding.parquet")
+    assert {gene: list(row) for gene, row in zip(table.index, table.to_numpy(), strict=True)} == {
+        gene: STAND_IN["vector"](text) for gene, text in TEXTS.items()
+    }
+    # A text of two genes is asked for once.
+    assert service.texts == sorted(set(TEXTS.values()))
+    assert [len(request["input"]) for request in service.asked] == [3, 3, 1]
+    assert {(request["model"], request["dimensions"]) for request in service.asked} == {("a-model", 4)}
+    assert {headers["Authorization"] for headers in service.headers} == {f"Bearer {KEY}"}
+
+
+def test_only_texts_that_are_new_are_asked_for(
+    service: Any, make: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    first = make()
+    assert f"7 of 7 texts are asked of {service.url} (model a-model), about 29 tokens" in caplog.text
+    service.asked.clear()
+    assert make() == first
+    assert not service.asked
+    more = make(TEXTS | {"NEW": "What the new gene does."})
+    assert service.texts == ["What the new gene does."]
+    assert "1 of 8 texts are asked" in caplog.text
+    assert list(pd.read_parquet(more / "embedding.parquet").index) == sorted([*TEXTS, "NEW"])
+
+
+def test_the_order_of_the_files_changes_no_byte(
+    service: Any, make: Callable[..., Path], data: Path, tmp_path: Path
+) -> None:
+    first = make()
+    (data / "vectors").rename(tmp_path / "away")
+    second = make(backwards=True)
+    assert second != first
+    assert (second / "embedding.parquet").read_bytes() == (first / "embedding.parquet").read_bytes()
+    assert service.texts == 2 * sorted(set(TEXTS.values()))
+
+
+def test_another_service_or_model_or_length_is_asked_anew(
+    service: Any, make: Callable[..., Path], tmp_path: Path
+) -> None:
+    found = {make()}
+    for change in (
+        {"url": service.url.replace("127.0.0.1", "localhost")},
+        {"model": "another"},
+        {"secret": STAND_IN["SECRET"]},
+    ):
+        about = {"url": service.url, "model": "a-model", "secret": STAND_IN["SECRET"]} | change
+        STAND_IN["write_entry"](tmp_path / "catalog", service.url, service=about)
+        found.add(make())
+    assert len(found) == 3
+    assert len(service.texts) == 3 * 7
+    # Without `dimensions` the service gives what it gives.
+    STAND_IN["write_entry"](tmp_path / "catalog", service.url, dimensions=None)
+    found.add(make())
+    assert len(found) == 4
+    assert "dimensions" not in service.asked[-1]
+
+
+# The key
+
+
+@pytest.mark.parametrize("run", [lambda: flow.fn("mine"), lambda: benchmark.fn("demo", ["fmlp_mine"])])
+def test_a_missing_key_is_named_before_any_download_or_call(
+    service: Any, key: Callable[[str | None], None], data: Path, run: Callable[[], object]
+) -> None:
+    key(None)
+    with pytest.raises(UserError, match="no such block") as error:
+        run()
+    assert error.value.field == STAND_IN["SECRET"]
+    assert "make the Secret block calipert-text-key" in error.value.remedy
+    assert not service.asked
+    assert not data.exists()
+
+
+def test_without_a_key_what_is_made_or_kept_can_be_used(
+    make: Callable[..., Path], key: Callable[[str | None], None], tmp_path: Path, service: Any
+) -> None:
+    folder = make()
+    key(None)
+    spec, named = catalog.embedding("mine"), {"ncbi_genes": str(tmp_path / "genes")}
+    check_services([spec], named)
+    # Other files with the same texts: the embedding is not made yet, its vectors are kept.
+    STAND_IN["write_genes"](tmp_path / "genes", TEXTS, backwards=True)
+    check_services([spec], named)
+    assert make(backwards=True) != folder
+    STAND_IN["write_genes"](tmp_path / "genes", TEXTS | {"NEW": "What the new gene does."})
+    with pytest.raises(UserError, match="no such block"):
+        check_services([spec], named)
+    with pytest.raises(UserError, match="no such block"):
+        make(TEXTS | {"NEW": "What the new gene does."})
+    assert len(service.texts) == 7
+
+
+def test_downloaded_files_count_as_there(
+    key: Callable[[str | None], None], make: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make()
+    monkeypatch.setattr(
+        sources, "download", lambda source, target: target.write_bytes((tmp_path / "genes" / target.name).read_bytes())
+    )
+    key(None)
+    with pytest.raises(UserError, match="no such block"):
+        check_services([catalog.embedding("mine")], {})
+    pretrained.fetch_pretrained(catalog.pretrained("ncbi_genes"), {})
+    check_services([catalog.embedding("mine")], {})
+
+
+@pytest.mark.parametrize("value", [f"{KEY}\n", f" {KEY}", f"{KEY}é"])
+def test_what_can_be_no_key_is_refused_and_not_shown(
+    service: Any, make: Callable[..., Path], key: Callable[[str | None], None], value: str
+) -> None:
+    key(value)
+    with pytest.raises(UserError, match="a blank, a line end or a letter that no key has") as error:
+        make()
+    assert KEY not in "".join(traceback.format_exception(error.value))
+    assert not service.asked
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_refused_key_is_asked_with_once_and_its_block_named(
+    service: Any, make: Callable[..., Path], status: int
+) -> None:
+    service.next = [lambda _: (status, {}, {"error": {"message": f"Incorrect API key provided: {KEY}"}})]
+    with pytest.raises(UserError) as error:
+        make()
+    assert (error.value.where, error.value.field) == (f"{service.url}/embeddings", "key")
+    assert f"HTTP {status}" in error.value.found
+    assert STAND_IN["SECRET"] in error.value.remedy
+    assert not passing(None, None, Failed(data=error.value))
+    assert len(service.asked) == 1
+    assert KEY not in "".join(traceback.format_exception(error.value))
+
+
+def test_the_key_is_in_no_file_log_or_error(
+    service: Any, make: Callable[..., Path], data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    for name in ("httpx", "httpcore", "calipert"):
+        caplog.set_level(logging.DEBUG, logger=name)
+    errors = []
+    for status in (400, 500, 429):
+        service.next = [lambda _, status=status: (status, {}, {"error": {"message": f"not with {KEY}"}})]
+        with pytest.raises(UserError) as error:
+            make()
+        assert f"HTTP {status}" in error.value.found
+        assert "not with ..." in error.value.found
+        errors += ["".join(traceback.format_exception(error.value)), repr(pickle.dumps(error.value))]
+    make()
+    assert service.headers[-1]["Authorization"] == f"Bearer {KEY}"
+    assert "httpcore" in {record.name.split(".")[0] for record in caplog.records}
+    assert KEY not in caplog.text
+    assert not [error for error in errors if KEY in error]
+    files = [path for path in data.rglob("*") if path.is_file()]
+    assert "manifest.json" in {path.name for path in files}
+    assert not [path for path in files if KEY.encode() in path.read_bytes()]
+
+
+# What the service answers
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "waited"),
+    [(429, {"Retry-After": "7"}, 7), (429, {"Retry-After": "9999"}, 120), (503, {}, 0), (408, {}, 0), (500, {}, 0)],
+)
+def test_what_may_pass_is_worth_another_try_after_the_wait_that_is_asked_for(
+    service: Any,
+    make: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    status: int,
+    headers: dict[str, str],
+    waited: float,
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(embed_texts, "sleep", waits.append)
+    service.next = [service.answer, lambda _: (status, headers, b"busy")]
+    with pytest.raises(ConnectionLost, match=f"HTTP {status}") as error:
+        make()
+    assert waits == [waited]
+    assert passing(None, None, Failed(data=error.value))
+    service.asked.clear()
+    make()
+    assert service.texts == sorted(set(TEXTS.values()))[3:]
+
+
+def test_a_service_out_of_reach_is_worth_another_try(service: Any, make: Callable[..., Path], tmp_path: Path) -> None:
+    STAND_IN["write_entry"](tmp_path / "catalog", "http://127.0.0.1:9/v1")
+    with pytest.raises(ConnectionLost, match="ConnectError") as error:
+        make()
+    assert passing(None, None, Failed(data=error.value))
+
+
+def test_a_used_up_account_is_no_matter_of_waiting(service: Any, make: Callable[..., Path]) -> None:
+    content = {"error": {"message": "You exceeded your quota", "code": "insufficient_quota"}}
+    service.next = [lambda _: (429, {}, content)]
+    with pytest.raises(UserError, match="You exceeded your quota") as error:
+        make()
+    assert error.value.field == "quota"
+    assert not passing(None, None, Failed(data=error.value))
+
+
+def good(request: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"index": place, "embedding": STAND_IN["vector"](text)} for place, text in enumerate(request["input"])]
+
+
+def with_last(*numbers: object) -> Callable[[dict[str, Any]], Any]:
+    return lambda request: {"data": [*good(request)[:-1], {"index": 2, "embedding": list(numbers)}]}
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (lambda request: {"data": good(request)[:-1]}, "not one vector for each of the 3 texts"),
+        (lambda request: {"data": good(request) + good(request)[:1]}, "not one vector for each"),
+        (lambda request: {"data": [*good(request)[:2], good(request)[1]]}, "not one vector for each"),
+        (lambda request: {"data": [good(request)[0] | {"index": place} for place in (1, 2, 3)]}, "not one vector"),
+        (lambda request: {"data": [row["embedding"] for row in good(request)]}, "not one vector for each"),
+        (lambda _: {"data": None}, "not one vector for each"),
+        (lambda _: ["data"], "not one vector for each"),
+        (lambda _: b"<html>welcome</html>", "not one vector for each"),
+        (with_last("AAAA"), "not one vector for each"),
+        (with_last(0.1, [0.2], 0.3, 0.4), "not one vector for each"),
+        (with_last(0.1, float("nan"), 0.3, 0.4), "not finite"),
+        (with_last(0.1, None, 0.3, 0.4), "not finite"),
+        (with_last(0.1, float("inf"), 0.3, 0.4), "not finite"),
+        (with_last(0, 0, 0, 0), "nothing but zeros"),
+        (with_last(0.1, 0.2, 0.3), r"shape \(3,\) instead of 4 numbers"),
+        (with_last([0.1], [0.2], [0.3], [0.4]), r"shape \(4, 1\) instead of 4 numbers"),
+        (with_last(), r"shape \(0,\) instead of 4 numbers"),
+    ],
+)
+def test_an_answer_that_is_not_whole_is_a_failure_and_never_a_vector(
+    service: Any, make: Callable[..., Path], data: Path, content: Callable[[dict[str, Any]], Any], found: str
+) -> None:
+    service.next = [lambda request: (200, {}, content(request))]
+    with pytest.raises(UserError, match=found) as error:
+        make()
+    assert error.value.field == "answer"
+    assert not passing(None, None, Failed(data=error.value))
+    assert len(service.asked) == 1
+    assert not list(data.glob("vectors/*/*.npy"))
+    assert not list(data.glob("store/embedding/*"))
+
+
+def test_a_redirection_is_not_followed_with_the_key(service: Any, make: Callable[..., Path]) -> None:
+    service.next = [lambda _: (307, {"Location": f"{service.url}/embeddings"}, b"")]
+    with pytest.raises(UserError, match="HTTP 307"):
+        make()
+    assert len(service.asked) == 1
+
+
+# What is kept
+
+
+@pytest.mark.parametrize("damage", [b"", b"no array", None])
+def test_a_damaged_vector_is_asked_for_again(
+    service: Any,
+    make: Callable[..., Path],
+    data: Path,
+    damage: bytes | None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    first = make()
+    path = sorted(data.glob("vectors/*/*.npy"))[0]
+    path.write_bytes(path.read_bytes()[:-3] if damage is None else damage)
+    service.asked.clear()
+    again = make(backwards=True)
+    assert len(service.texts) == 1
+    assert f"{path} is damaged" in caplog.text
+    assert (again / "embedding.parquet").read_bytes() == (first / "embedding.parquet").read_bytes()
+
+
+RUN = """
+import sys
+from blocks import text_service
+from tasks import embed, embed_texts, pretrained
+text_service.secret = embed_texts.secret = lambda name: sys.argv[2]
+embed.embed, embed_texts.ask, embed.fetch_pretrained = embed.embed.fn, embed_texts.ask.fn, embed.fetch_pretrained.fn
+embed_texts.TEXTS_AT_ONCE = 3
+from core import catalog
+print("RESULT", embed.make_shared(catalog.embedding("mine"), {"ncbi_genes": sys.argv[1]}))
+"""
+
+
+def test_killed_half_way_it_goes_on_with_the_texts_that_are_missing(
+    service: Any, make: Callable[..., Path], data: Path, tmp_path: Path
+) -> None:
+    genes = STAND_IN["write_genes"](tmp_path / "genes", TEXTS)
+    service.stalls_at = 2
+    with subprocess.Popen([sys.executable, "-c", RUN, str(genes), KEY], cwd=ROOT) as running:
+        deadline = time.monotonic() + 120
+        while len(service.asked) < 2:
+            assert running.poll() is None, "it ended by itself"
+            assert time.monotonic() < deadline, "nothing was asked"
+            time.sleep(0.1)
+        running.kill()
+    texts = sorted(set(TEXTS.values()))
+    assert service.texts == texts[:6]
+    assert not list(data.glob("store/embedding/*"))
+    service.asked.clear()
+    service.stalls_at = None
+    folder = make()
+    assert service.texts == texts[3:]
+    (data / "vectors").rename(tmp_path / "away")
+    undisturbed = make(backwards=True)
+    assert (folder / "embedding.parquet").read_bytes() == (undisturbed / "embedding.parquet").read_bytes()
+    assert [path.name for path in (data / "vectors").iterdir() if path.name.startswith("vectors")] == []
+
+
+# The entry
+
+
+@pytest.mark.parametrize(
+    ("change", "remedy"),
+    [
+        ({"service": None}, "`kind: text` needs `service`"),
+        ({"pretrained": None}, "`kind: text` needs `pretrained`"),
+        ({"settings": {"a": 1}}, "`kind: text` has no `settings`"),
+        ({"kind": "graph", "pretrained": None}, "`kind: graph` needs `source`"),
+        ({"pretrained": "scgpt_human"}, "gene_summary.gz and Homo_sapiens.gene_info.gz"),
+    ],
+)
+def test_an_entry_that_cannot_be_made_is_refused(
+    service: Any, tmp_path: Path, change: dict[str, Any], remedy: str
+) -> None:
+    STAND_IN["write_entry"](tmp_path / "catalog", service.url, **change)
+    with pytest.raises(UserError) as error:
+        catalog.embedding("mine")
+    assert remedy in error.value.remedy
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://example.org/v1",
+        "http://localhost.example.org/v1",
+        "http://127.0.0.1@example.org/v1",
+        "https://me:s3cr3t@example.org/v1",
+        "ftp://example.org",
+    ],
+)
+def test_a_key_goes_nowhere_in_the_clear_but_to_this_machine(service: Any, tmp_path: Path, url: str) -> None:
+    STAND_IN["write_entry"](tmp_path / "catalog", url)
+    with pytest.raises(UserError) as error:
+        catalog.embedding("mine")
+    assert error.value.field == "service.url"
+    assert "s3cr3t" not in "".join(traceback.format_exception(error.value))
+
+
+@pytest.mark.parametrize("url", ["https://example.org", "http://localhost:8000/v1", "http://127.0.0.1/v1"])
+def test_addresses_of_services(service: Any, tmp_path: Path, url: str) -> None:
+    STAND_IN["write_entry"](tmp_path / "catalog", url)
+    assert catalog.embedding("mine").service.url == url
