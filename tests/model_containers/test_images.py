@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 import tarfile
@@ -14,11 +15,14 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from blocks import docker_checkpoints
 from blocks.docker_engine import DockerEngine
 from blocks.docker_images import build_image, usable_image
+from blocks.engines import ProcessEngine
 from core.errors import UserError
 from flows.model_check import check_model
 from model_containers import contract
@@ -88,6 +92,26 @@ def test_it_passes_the_contracts_tests(built, name):
     findings = list(check_model(built(name), DockerEngine(), form, SMALL[name], lambda event: None))
     assert [finding for finding in findings if finding.fault] == []
     assert len(findings) == 9
+
+
+def test_an_embedding_is_the_same_as_that_of_a_process(built, tmp_path):
+    published, names = tmp_path / "published", ("token_dictionary_gc104M.pkl", "gene_name_id_dict_gc104M.pkl")
+    published.mkdir()
+    for name, content in zip(names, ({"ENSG1": 1, "ENSG2": 0}, {"AAA": "ENSG1", "BBB": "ENSG2"}), strict=True):
+        (published / name).write_bytes(pickle.dumps(content))
+    rows = np.arange(6, dtype=np.float32).reshape(2, 3)
+    save_file({"bert.embeddings.word_embeddings.weight": rows}, published / "model.safetensors")
+    (published / "model.safetensors").chmod(0o644)  # it is written for its owner alone
+    made = []
+    for engine in (DockerEngine(), ProcessEngine()):
+        output = tmp_path / type(engine).__name__
+        output.mkdir()
+        spec = {"pretrained": str(published), "settings": {}, "threads": 1, "output": str(output)}
+        engine.run("embed", built("geneformer"), spec, on_event=lambda event: None, timeout_s=300)
+        made.append((output / "embedding.parquet").read_bytes())
+    assert made[0] == made[1]
+    table = contract.read_embedding(tmp_path / "DockerEngine" / "embedding.parquet")
+    assert table.to_numpy().tolist() == [[3.0, 4.0, 5.0], [0.0, 1.0, 2.0]]
 
 
 def test_a_training_that_was_cut_off_goes_on_to_the_same_bytes(built, panel, tmp_path, monkeypatch):
