@@ -151,6 +151,13 @@ def test_groups_are_expanded_in_order_and_models_named_once():
     assert {"additive", "knn_reactome", "ridge_reactome"} <= set(names)
 
 
+def test_base_has_four_models_and_one_with_four_embeddings():
+    models = catalog.models(["base"])
+    assert [model.template for model in models] == ["gears", "scgpt", "sclambda", "presage", *["fmlp"] * 4]
+    embeddings = [model.embedding.name for model in models if model.template == "fmlp"]
+    assert embeddings == ["esm2", "geneformer", "scgpt", "genept"]
+
+
 def test_what_is_done_to_an_entry_does_not_reach_the_next_reader():
     catalog.model("ridge_reactome").hyperparameters["alphas"].append(100)
     catalog.models(["demo"])[0].hyperparameters["epochs"] = 1

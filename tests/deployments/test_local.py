@@ -179,7 +179,7 @@ def test_models_are_given_as_json_and_a_wrong_name_is_refused(stack: Stack) -> N
     assert stack.prefect(*later, 'models=["fmlp_coexpression","ridge_coexpression"]').returncode == 0
     done = stack.prefect(*later, 'models=["fmlp_coexpression","ridge_coexpresion"]')
     assert done.returncode == 1
-    assert "'ridge_coexpresion' is not one of ['demo', 'simple'," in " ".join(done.stdout.split())
+    assert "'ridge_coexpresion' is not one of ['base', 'demo', 'simple'," in " ".join(done.stdout.split())
     assert "Traceback" not in done.stdout + done.stderr
 
 

@@ -182,7 +182,11 @@ class TestWithServer:
     @pytest.mark.parametrize(
         ("name", "parameters", "words"),
         [
-            ("benchmark/demo", {"models": ["fmlp_coexpresion"]}, "'fmlp_coexpresion' is not one of ['demo', 'simple'"),
+            (
+                "benchmark/demo",
+                {"models": ["fmlp_coexpresion"]},
+                "'fmlp_coexpresion' is not one of ['base', 'demo', 'simple'",
+            ),
             ("benchmark/demo", {"dataset": "dmeo"}, "'dmeo' is not one of ['demo']"),
             ("prepare/norman19", {"sources": {"norman": "/a.h5ad"}}, "'norman' was unexpected"),
             ("embed/reactome", {"embedding": "coexpression"}, "'coexpression' is not one of ['reactome']"),

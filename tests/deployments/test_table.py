@@ -206,7 +206,7 @@ def test_right_parameters_are_taken(parameters: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     ("parameters", "field", "words"),
     [
-        ({"models": ["demo", "fmlp_reactom"]}, "models[1]", "'fmlp_reactom' is not one of ['demo', 'simple'"),
+        ({"models": ["demo", "fmlp_reactom"]}, "models[1]", "'fmlp_reactom' is not one of ['base', 'demo', 'simple'"),
         ({"models": "demo"}, "models", "is not of type 'array'"),
         ({"dataset": "norman19"}, "dataset", "'norman19' is not one of ['demo']"),
         ({"folds": 1}, "folds", "1 is less than the minimum of 2"),
