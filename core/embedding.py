@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations_with_replacement
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -28,6 +29,7 @@ GENES_AT_ONCE = 1024
 VANISHING = 1e-10
 # In an embedding that others made: 100,000 genes x 4,096 dimensions, 3.3 GB.
 MOST_VALUES = 100_000 * 4_096
+LONGEST_NAME, MOST_NAMES_BYTES = 100, 100_000 * 100
 
 
 def gmt_membership(path: Path) -> pd.DataFrame:
@@ -224,6 +226,11 @@ def read_embedding(path: Path) -> pd.DataFrame:
         raise UserError(
             path, "format", f"not a readable parquet table: {error}", "give an embedding.parquet"
         ) from error
+    return _checked(table, path)
+
+
+def _checked(table: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """A table that is an embedding, float64. Raises UserError as `read_embedding` does."""
     remedy = "give genes (index `gene`) x dimensions, numbers only, without genes that have no embedding"
     if table.index.name != "gene" or not table.index.map(lambda gene: isinstance(gene, str)).all():
         raise UserError(path, "index", f"{table.index.name!r}, {table.index.dtype}", remedy)
@@ -242,25 +249,43 @@ def read_embedding(path: Path) -> pd.DataFrame:
 def read_foreign_embedding(path: Path) -> pd.DataFrame:
     """`read_embedding` of a file that others wrote, rows sorted by gene, columns d0, d1, ...
 
-    Raises UserError also where it is not there, is no plain file, or says that it holds more than MOST_VALUES values:
-    compressed, they may take little room.
+    Raises UserError also where it is not there, is no plain file, or holds anything but names (of at most LONGEST_NAME
+    characters) and plain numbers, or more than MOST_VALUES of them: compressed, they may take little room.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    remedy = "write a table genes x dimensions: `gene`, d0, d1, ... (docs/models.md)"
     if path.is_symlink() or not path.is_file():
-        raise UserError(path.name, "file", "not there", "write it into the output (docs/models.md)")
+        raise UserError(path.name, "file", "not there", remedy)
     try:
         about = pq.read_metadata(path)
+        schema = about.schema.to_arrow_schema()
+        others = {field.name for field in schema if not _is_number(field.type)}
+        if others != {"gene"}:
+            raise UserError(path.name, "columns", f"no numbers in {shown(sorted(others - {'gene'}))}", remedy)
+        column = schema.get_field_index("gene")
+        groups = [about.row_group(number).column(column) for number in range(about.num_row_groups)]
+        names_bytes = sum(group.total_uncompressed_size for group in groups)
+        if about.num_rows * len(schema) > MOST_VALUES or names_bytes > MOST_NAMES_BYTES:
+            found = f"{about.num_rows:,} rows of {len(schema):,} columns, names of {names_bytes:,} bytes"
+            raise UserError(path.name, "size", found, f"write at most {MOST_VALUES:,} values: one row a gene")
+        # Each name once, however often it stands there.
+        names = pq.read_table(path, columns=["gene"], read_dictionary=["gene"])["gene"].unique().to_pylist()
+        if any(not isinstance(name, str) or len(name) > LONGEST_NAME for name in names):
+            found = f"a name that is none, or longer than {LONGEST_NAME} characters"
+            raise UserError(path.name, "gene", found, "give symbols")
+        table = pq.read_table(path, use_pandas_metadata=False).to_pandas(ignore_metadata=True).set_index("gene")
     except (OSError, pa.ArrowException) as error:
-        raise UserError(
-            path.name, "format", f"no parquet table: {error}", "write a table genes x dimensions"
-        ) from error
-    if about.num_rows * about.num_columns > MOST_VALUES:
-        found = f"{about.num_rows:,} rows of {about.num_columns:,} columns"
-        raise UserError(path.name, "size", found, f"write at most {MOST_VALUES:,} values: one row a gene")
-    table = read_embedding(path).sort_index()
-    return table.set_axis([f"d{column}" for column in range(table.shape[1])], axis=1)
+        raise UserError(path.name, "format", f"no parquet table: {error}", remedy) from error
+    checked = _checked(table, path).sort_index()
+    return checked.set_axis([f"d{column}" for column in range(checked.shape[1])], axis=1)
+
+
+def _is_number(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind))
 
 
 def known_genes(path: Path) -> pd.Index:

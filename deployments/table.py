@@ -73,6 +73,14 @@ FLOWS = (
 )
 
 
+class _Training(NamedTuple):
+    """What the forms of all flows that train offer: models and groups, what these need beside the data, a hint."""
+
+    models: tuple[str, ...]
+    inputs: tuple[str, ...]
+    groups: str
+
+
 def table() -> list[Deployment]:
     """All deployments: every flow with every data set of the catalog, the user's own included, every embedding that
     data sets share, `reproduce/all`, and `train-fold/any`, into which a benchmark fans out.
@@ -80,22 +88,23 @@ def table() -> list[Deployment]:
     Raises UserError for a catalog entry that does not fit the schema.
     """
     datasets = [catalog.dataset(name) for name in catalog.names("dataset")]
+    training = _Training(_models_and_groups(), _inputs(), _groups())
     return [
-        *(_of_dataset(flow, dataset) for flow in FLOWS for dataset in datasets),
+        *(_of_dataset(flow, dataset, training) for flow in FLOWS for dataset in datasets),
         *(_of_embedding(name) for name in _shared_embeddings()),
         _whole_study(),
         _one_training(),
     ]
 
 
-def _of_dataset(flow: _Flow, dataset: DatasetSpec) -> Deployment:
+def _of_dataset(flow: _Flow, dataset: DatasetSpec, training: _Training) -> Deployment:
     choices = {
         "dataset": (dataset.name,),
         "origin": ("raw",) if dataset.mirror is None else ("raw", "mirror"),
-        "sources": (dataset.name, *(_inputs() if flow.trains else ())),
+        "sources": (dataset.name, *(training.inputs if flow.trains else ())),
     }
-    training = {"models": _models_and_groups()} if flow.trains else {}
-    hints = {"models": _groups(), "folds": f"The catalog says {dataset.folds}."} if flow.trains else {}
+    models = {"models": training.models} if flow.trains else {}
+    hints = {"models": training.groups, "folds": f"The catalog says {dataset.folds}."} if flow.trains else {}
     if dataset.mirror is None:
         hints["origin"] = "This data set has no mirror."
     return Deployment(
@@ -107,7 +116,7 @@ def _of_dataset(flow: _Flow, dataset: DatasetSpec) -> Deployment:
         tags=("calipert", dataset.name, dataset.task),
         description=f"{flow.does} **{dataset.name}**: {dataset.title}."
         f"\n\nLicence of the data: {dataset.licence}.\n\nTo cite: {dataset.citation}.",
-        choices=choices | training,
+        choices=choices | models,
         hints=hints,
     )
 

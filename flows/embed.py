@@ -11,6 +11,7 @@ from core.errors import UserError
 from flows.parameters import Embedding, Sources
 from tasks.embed import make_shared
 from tasks.embed_texts import check_services
+from tasks.engine import check_containers
 from tasks.inputs import check_sources, inputs_of_embedding
 
 
@@ -32,6 +33,7 @@ def embed(
         remedy = "benchmark a model that uses it: it is made then"
         raise UserError(f"catalog entry {embedding}", "kind", f"an embedding that is made {made}", remedy)
     check_sources(inputs_of_embedding(spec), sources)
+    check_containers([], [spec])
     check_services([spec], sources)
     # Which genes a data set perturbs is not known here: the benchmark checks that there are any.
     return make_shared(spec, sources)

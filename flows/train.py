@@ -11,6 +11,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows.folds import cancel_folds, folds_of, plan_folds, recipes_of, train_folds
 from flows.parameters import Dataset, Folds, Models, Origin, Seed, Sources
 from tasks.embed_texts import check_services
+from tasks.engine import check_containers
 from tasks.inputs import check_sources, chosen_dataset, chosen_models, inputs_of
 from tasks.prepare import build_reference, prepare_cells
 from tasks.record import end_interrupted, end_trainings, failing_with_the_flow, open_runs
@@ -41,6 +42,7 @@ def train(
     spec = chosen_dataset(dataset, folds, origin)
     chosen = chosen_models(models)
     check_sources([spec, *inputs_of(chosen)], sources)
+    check_containers(chosen)
     check_services([model.embedding for model in chosen if model.embedding], sources)
 
     raw = fetch_source(spec, sources)

@@ -14,6 +14,7 @@ from tasks.engine import THREADS, container_of, device, engine, engine_identity,
 from tasks.progress import shown_progress
 
 FILE = "embedding.parquet"
+LONGEST_S = 24 * 3600.0  # unless the entry says otherwise
 
 
 def made_in_container(spec: EmbeddingSpec, published: Path) -> Path:
@@ -36,7 +37,7 @@ def made_in_container(spec: EmbeddingSpec, published: Path) -> Path:
         require_same(container)
         with tempfile.TemporaryDirectory(dir=folder) as scratch, device(container, f"embedding {spec.name}") as gpu:
             task = {"pretrained": str(published), "settings": spec.settings, "threads": THREADS, "output": scratch}
-            engine().run("embed", container, task, on_event=hear, timeout_s=spec.time_limit, gpu=gpu)
+            engine().run("embed", container, task, on_event=hear, timeout_s=spec.time_limit or LONGEST_S, gpu=gpu)
             table = read_foreign_embedding(Path(scratch) / FILE)
         write_embedding(table, folder / FILE)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import cache
@@ -12,6 +13,7 @@ from pathlib import Path
 from blocks.engines import Engine, ProcessEngine
 from blocks.gpus import Gpu, lease
 from blocks.paths import MODEL_CONTAINERS
+from core import catalog
 from core.catalog.schema import EmbeddingSpec, ResolvedModel
 from core.errors import UserError
 from tasks.artifacts import made
@@ -69,11 +71,25 @@ def _identity(container: Path) -> str:
     return engine().identity(container)
 
 
+def check_containers(models: Iterable[ResolvedModel], embeddings: Iterable[EmbeddingSpec] = ()) -> None:
+    """Raise UserError, before any work, where the engine in use cannot run a model or what makes an embedding: there is
+    no such folder, no image, or a package is missing. embeddings: beside those of the models."""
+    chosen = list(models)
+    wanted = [*embeddings, *(model.embedding for model in chosen if model.embedding)]
+    needed: list[ResolvedModel | EmbeddingSpec] = [*chosen, *(part for spec in wanted for part in catalog.parts(spec))]
+    for container in dict.fromkeys(container_of(one) for one in needed if one.container):
+        engine_identity(container)
+
+
 def container_of(entry: ResolvedModel | EmbeddingSpec) -> Path:
-    """The folder under model_containers of a model, or of what makes an embedding."""
+    """The folder under model_containers of a model, or of what makes an embedding. Raises UserError if it has none."""
     if entry.container is None:
         raise ValueError(f"{entry.name} is computed by the project itself and has no container")
-    return MODEL_CONTAINERS / entry.container
+    folder = MODEL_CONTAINERS / entry.container
+    if not (folder / "model.py").is_file():
+        remedy = f"put model.py into {folder}, or mend the name"
+        raise UserError(f"catalog entry {entry.name}", "container", f"{entry.container!r}, which is not there", remedy)
+    return folder
 
 
 def device(container: Path, name: str) -> AbstractContextManager[Gpu | None]:

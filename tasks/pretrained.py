@@ -9,7 +9,6 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from blocks.code import code_hash
 from core.catalog.schema import PretrainedSpec, ResolvedModel
 from tasks.artifacts import LOG, checksum, made
 from tasks.inputs import named_source
@@ -44,7 +43,7 @@ def fetch_pretrained(spec: PretrainedSpec, sources: dict[str, str]) -> Path:
         build,
         inputs=inputs,
         parameters={},
-        code=code_hash("tasks.pretrained"),
+        code="a copy",  # no code decides what is in it: embeddings of days and models' weights follow from its key
         label=f"the published files {spec.name}",
     )
 

@@ -25,7 +25,7 @@ from blocks.code import code_hash
 from blocks.mlflow_api import Refused
 from blocks.secrets import mlflow_credentials
 from blocks.tracking import REPORT, MLflowTracking, ModelRun
-from core.catalog.schema import DatasetSpec, ResolvedModel
+from core.catalog.schema import DatasetSpec, EmbeddingSpec, ResolvedModel
 from core.controls import CONTROLS
 from core.errors import UserError
 from core.views import entries
@@ -55,10 +55,21 @@ def recipe(model: ResolvedModel, seed: int, given: Iterable[str | None]) -> Reci
     """The recipe of a model of the catalog under the engine in use. given: keys of what its folds get beside cells."""
     embedding = model.embedding
     about: dict[str, Any] = {"embedding": embedding.name} if embedding else {}
-    about |= {"dimensions": embedding.dimensions} if embedding and embedding.form == "table" else {}
+    about |= _of_table(embedding) if embedding and embedding.form == "table" else {}
     about |= {"pretrained": model.pretrained.name} if model.pretrained else {}
     inputs = list(dict.fromkeys(key for key in given if key))
     return Recipe({**model.hyperparameters, **about}, engine_identity(container_of(model)), seed, inputs)
+
+
+def _of_table(spec: EmbeddingSpec) -> dict[str, Any]:
+    """What else than its name tells one table from another, as params of a model that takes it."""
+    about = {
+        "dimensions": spec.dimensions,
+        "embedding_pretrained": spec.pretrained,
+        "embedding_settings": spec.settings or None,
+        "embedding_service": spec.service.model if spec.service else None,
+    }
+    return {name: value for name, value in about.items() if value is not None}
 
 
 def tracking_server() -> MLflowTracking:

@@ -53,6 +53,7 @@ def _reads_as_number(text: str) -> bool:
 def _without_credentials(url: str) -> str:
     if "@" in urlsplit(url).netloc:
         raise ValueError("take the user name and password out: addresses are logged and reported (docs/secrets.md)")
+    _ = urlsplit(url).port  # a ValueError that says what is wrong, unless it is a number
     return url
 
 
@@ -267,7 +268,7 @@ class EmbeddingSpec(Entry):
     pretrained: Name | None = None
     service: TextService | None = None
     settings: Settings = {}
-    time_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 24 * 3600
+    time_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     per_fold: bool = False
     licence: Text = "not stated"
     citation: Text = "not stated"
@@ -305,7 +306,7 @@ NEEDED: dict[str, set[str]] = {
     "container": {"container", "pretrained"},
     "text": {"service", "pretrained"},
 }
-OPTIONAL = {"container": {"settings"}, "text": {"dimensions"}}
+OPTIONAL = {"container": {"settings", "time_limit"}, "text": {"dimensions"}}
 OF_A_KIND = set().union(*NEEDED.values(), *OPTIONAL.values())
 
 

@@ -2,10 +2,13 @@
 
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import scanpy as sc
 from hypothesis import HealthCheck, given, settings
@@ -23,6 +26,7 @@ from core.embedding import (
     known_genes,
     pathway_embedding,
     read_embedding,
+    read_foreign_embedding,
     require_coverage,
     side_by_side,
     write_embedding,
@@ -458,3 +462,65 @@ def test_the_coexpression_of_a_fold_comes_from_its_train_cells_alone(tmp_path: P
     cells = ad.AnnData(X, obs=obs, var=pd.DataFrame(index=genes))
     cells.write_h5ad(tmp_path / "train.h5ad")
     pd.testing.assert_frame_equal(fold_coexpression(tmp_path, 4), coexpression_embedding(X[:40], genes, 4))
+
+
+TABLE = {"gene": ["B", "A"], "x": [1.0, 2.0], "y": [3, 4]}
+
+
+def test_a_foreign_table_is_read_sorted_whatever_its_columns_are_called(tmp_path: Path) -> None:
+    pd.DataFrame(TABLE).set_index("gene").to_parquet(tmp_path / "embedding.parquet")
+    found = read_foreign_embedding(tmp_path / "embedding.parquet")
+    expected = pd.DataFrame({"d0": [2.0, 1.0], "d1": [4.0, 3.0]}, index=pd.Index(["A", "B"], name="gene"))
+    pd.testing.assert_frame_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("table", "found"),
+    [
+        ({"gene": ["A"], "x": [[0.0] * 9]}, "no numbers in x"),
+        ({"gene": ["A"], "x": ["a"]}, "no numbers in x"),
+        ({"gene": [1], "x": [1.0]}, "no numbers in"),
+        ({"x": [1.0]}, "no numbers in"),
+        ({"gene": ["A" * 101], "x": [1.0]}, "longer than 100 characters"),
+        ({"gene": ["A", None], "x": [1.0, 2.0]}, "a name that is none"),
+        ({"gene": ["A" * 10**6] * 3, "x": [1.0] * 3}, "longer than 100 characters"),
+        ({"gene": ["A", "A"], "x": [1.0, 2.0]}, "more than once: A"),
+        ({"gene": ["A"], "x": [float("nan")]}, "zero or not finite: A"),
+        ({"gene": ["A"], "x": [0.0]}, "zero or not finite: A"),
+        ({"gene": pd.Series([], dtype=str), "x": pd.Series([], dtype=float)}, "0 genes"),
+    ],
+)
+def test_a_foreign_table_that_is_none_is_refused(tmp_path: Path, table: dict[str, Any], found: str) -> None:
+    path = tmp_path / "embedding.parquet"
+    pq.write_table(pa.Table.from_pandas(pd.DataFrame(table), preserve_index=False), path)
+    with pytest.raises(UserError) as error:
+        read_foreign_embedding(path)
+    assert found in error.value.found
+    assert len(error.value.found) < 500
+
+
+def test_a_foreign_table_of_too_much_is_refused_before_it_is_read(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "embedding.parquet"
+    pq.write_table(pa.table({"gene": [f"{row:098d}" for row in range(1100)], "x": [1.0] * 1100}), path)
+    monkeypatch.setattr(pq, "read_table", None)
+    monkeypatch.setattr(module, "MOST_NAMES_BYTES", 100_000)
+    with pytest.raises(UserError, match="1,100 rows of 2 columns, names of 1"):
+        read_foreign_embedding(path)
+    monkeypatch.setattr(module, "MOST_NAMES_BYTES", 10**9)
+    monkeypatch.setattr(module, "MOST_VALUES", 2000)
+    with pytest.raises(UserError, match="1,100 rows of 2 columns"):
+        read_foreign_embedding(path)
+
+
+def test_what_is_no_parquet_file_or_none_of_its_own_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "embedding.parquet"
+    with pytest.raises(UserError, match="not there"):
+        read_foreign_embedding(path)
+    path.write_bytes(b"PAR1 and more")
+    with pytest.raises(UserError, match="no parquet table"):
+        read_foreign_embedding(path)
+    path.unlink()
+    pd.DataFrame(TABLE).to_parquet(tmp_path / "other.parquet")
+    path.symlink_to(tmp_path / "other.parquet")
+    with pytest.raises(UserError, match="not there"):
+        read_foreign_embedding(path)

@@ -13,6 +13,7 @@ import pytest
 from scipy import sparse
 
 from blocks.engines import ModelFailed
+from blocks.paths import MODEL_CONTAINERS
 from core import catalog
 from core.catalog.schema import PretrainedSpec
 from core.errors import UserError
@@ -213,3 +214,16 @@ def test_published_files_that_the_catalog_lacks_are_named(maker) -> None:
     with pytest.raises(UserError, match="'tables', which is not known") as error:
         maker(pretrained="others")
     assert "mine.yaml" in str(error.value)
+
+
+def test_a_maker_that_cannot_run_is_refused_before_any_work(maker, tmp_path: Path) -> None:
+    spec = maker()
+    (tmp_path / "containers" / "ridge").symlink_to(MODEL_CONTAINERS / "ridge")
+    engine.check_containers([catalog.model("ridge_mine")])
+    (tmp_path / "containers" / "maker" / "requirements.txt").write_text("no-such-package==1.0\n")
+    engine._identity.cache_clear()
+    with pytest.raises(UserError, match="calipert model build maker"):
+        engine.check_containers([catalog.model("ridge_mine")])
+    (tmp_path / "containers" / "maker" / "model.py").unlink()
+    with pytest.raises(UserError, match="'maker', which is not there"):
+        engine.check_containers([], [spec])
