@@ -442,7 +442,7 @@ def test_parts_of_several_are_tables_of_the_catalog(users, change, found, remedy
     assert remedy in error.value.remedy
 
 
-TABLES = {"coexpression", "esm2", "esm2_15b", "esm2_3b", "geneformer", "genept", "reactome", "scgpt"}
+TABLES = {"coexpression", "esm2", "esm2_3b", "geneformer", "genept", "reactome", "scgpt"}
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,6 @@ def test_every_flow_has_a_deployment_for_every_data_set_and_every_shared_embeddi
     assert set(names) == {f"{flow}/{name}" for flow in OF_DATASETS for name in [*STUDY, *BESIDE]} | {
         "embed/genept",
         "embed/esm2",
-        "embed/esm2_15b",
         "embed/esm2_3b",
         "embed/geneformer",
         "embed/reactome",

@@ -351,7 +351,7 @@ def test_the_catalogs_embedding_is_made_by_a_process_without_a_network(
 
 
 def test_sharded_weights_are_read(made, published):
-    """As those of 3B and 15B parameters are published."""
+    """As those of 3B parameters are published."""
     whole = made("whole").read_bytes()
     tensors = load_file(published / "model.safetensors")
     parts = {
@@ -366,7 +366,7 @@ def test_sharded_weights_are_read(made, published):
     assert made("sharded").read_bytes() == whole
 
 
-@pytest.mark.parametrize("name", ["esm2", "esm2_3b", "esm2_15b"])
+@pytest.mark.parametrize("name", ["esm2", "esm2_3b"])
 def test_the_files_of_the_catalog_are_what_is_read(load, name):
     spec = catalog.embedding(name)
     assert spec.container == "esm2"
