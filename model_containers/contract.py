@@ -139,6 +139,7 @@ def main(
     description: Description,
     train: Callable[[TrainTask], None] | None = None,
     predict: Callable[[PredictTask], None] | None = None,
+    *,
     embed: Callable[[EmbedTask], None] | None = None,
     arguments: Sequence[str] | None = None,
 ) -> None:
@@ -185,6 +186,12 @@ def embedding_settings(task: EmbedTask, settings: type[Settings]) -> Settings:
     return _settings("settings", task.settings, settings)
 
 
+def no_settings(task: EmbedTask) -> None:
+    """Refuse any setting: of a maker that has none."""
+    for name in task.settings:
+        raise ContractError(f"settings: {name}: unknown; there are none")
+
+
 def _settings(where: str, wanted: Mapping[str, Any], settings: type[Settings]) -> Settings:
     defaults = settings()
     known = {field.name: getattr(defaults, field.name) for field in fields(defaults)}  # type: ignore[arg-type]
@@ -226,6 +233,14 @@ def log(message: str) -> None:
 
 
 # ---- reading
+
+
+def only_file(folder: Path, pattern: str) -> Path:
+    """The one file of a folder whose name fits a glob pattern. Raises ContractError where there is none, or several."""
+    found = sorted(folder.glob(pattern))
+    if len(found) != 1:
+        raise ContractError(f"{folder}: {len(found)} files {pattern}; wanted one")
+    return found[0]
 
 
 def read_cells(path: Path, *, counts: bool = False) -> ad.AnnData:

@@ -88,8 +88,8 @@ def sequences_of(folder: Path) -> dict[str, str]:
     Of several genes with one symbol the one on a chromosome counts, else that of the smallest Ensembl id. Raises
     ContractError where there is none.
     """
-    canonical = canonical_transcripts(lines_of(the_file(folder, "*.canonical.tsv.gz")))
-    fasta = the_file(folder, "*.pep.all.fa.gz")
+    canonical = canonical_transcripts(lines_of(contract.only_file(folder, "*.canonical.tsv.gz")))
+    fasta = contract.only_file(folder, "*.pep.all.fa.gz")
     proteins = proteins_of(lines_of(fasta), canonical)
     if not proteins:
         raise contract.ContractError(f"{fasta}: no protein of a canonical transcript of a gene with a symbol")
@@ -153,14 +153,6 @@ def without_version(stable_id: str) -> str:
     return stable_id.partition(".")[0]
 
 
-def the_file(folder: Path, pattern: str) -> Path:
-    """The one file of a folder that is named so. Raises ContractError where there is none, or several."""
-    found = sorted(folder.glob(pattern))
-    if len(found) != 1:
-        raise contract.ContractError(f"{folder}: {len(found)} files {pattern}; wanted one")
-    return found[0]
-
-
 def lines_of(path: Path) -> Iterator[str]:
     """The lines of a gzipped text, without their ends. Raises ContractError for another file."""
     try:
@@ -177,7 +169,8 @@ def lines_of(path: Path) -> Iterator[str]:
 def network(folder: Path, n_tokens: int, device: Any) -> torch.nn.Module:
     """ESM-2 of a checkpoint, on the device. n_tokens: of its vocabulary.
 
-    Raises ContractError unless all weights are there, in safetensors: nothing is unpickled, and nothing stays random.
+    Raises ContractError unless all weights are there, in safetensors, and fit config.json: nothing is unpickled, and
+    nothing stays random.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
@@ -195,6 +188,7 @@ def network(folder: Path, n_tokens: int, device: Any) -> torch.nn.Module:
             dtype=torch.float32,
             local_files_only=True,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -202,6 +196,9 @@ def network(folder: Path, n_tokens: int, device: Any) -> torch.nn.Module:
     missing = sorted(name for name in about["missing_keys"] if not name.startswith(NOT_NEEDED))
     if missing:
         raise contract.ContractError(f"{folder}: no checkpoint of ESM-2: it has no {missing[0]}")
+    for name, found, wanted in sorted(about["mismatched_keys"]):
+        sizes = f"{name} is {tuple(found)}; config.json wants {tuple(wanted)}"
+        raise contract.ContractError(f"{folder}: no checkpoint of ESM-2: {sizes}")
     if net.config.vocab_size != n_tokens:
         raise contract.ContractError(
             f"{folder / 'vocab.txt'}: {n_tokens} tokens; the network has {net.config.vocab_size}"

@@ -6,7 +6,6 @@ That is the gene's row among its token embeddings. README.md says how rows becom
 from __future__ import annotations
 
 import pickle
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,18 +24,13 @@ NUMBER = (("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scala
 Value = TypeVar("Value", int, str)
 
 
-@dataclass(frozen=True)
-class NoSettings:
-    """There is nothing to choose."""
-
-
 def embed(task: contract.EmbedTask) -> None:
     """The token embedding of each symbol whose Ensembl id is a token."""
     import pandas as pd
 
-    contract.embedding_settings(task, NoSettings)
-    token_of = read_dictionary(the_file(task.pretrained, "token_dictionary*.pkl"), int)
-    gene_of = read_dictionary(the_file(task.pretrained, "gene_name_id_dict*.pkl"), str)
+    contract.no_settings(task)
+    token_of = read_dictionary(contract.only_file(task.pretrained, "token_dictionary*.pkl"), int)
+    gene_of = read_dictionary(contract.only_file(task.pretrained, "gene_name_id_dict*.pkl"), str)
     table = read_tensor(task.pretrained / "model.safetensors")
     rows = {symbol: token_of[gene] for symbol, gene in sorted(gene_of.items()) if gene in token_of}
     if not rows:
@@ -46,14 +40,6 @@ def embed(task: contract.EmbedTask) -> None:
         raise contract.ContractError(f"{task.pretrained}: {beyond[0]} is token {rows[beyond[0]]} of {len(table)}")
     contract.write_embedding(task, pd.DataFrame(table[list(rows.values())], index=list(rows)))
     contract.progress(1, 1, "table")
-
-
-def the_file(folder: Path, pattern: str) -> Path:
-    """The one file of a folder that is named so. Raises ContractError where there is none, or several."""
-    found = sorted(folder.glob(pattern))
-    if len(found) != 1:
-        raise contract.ContractError(f"{folder}: {len(found)} files {pattern}; wanted one")
-    return found[0]
 
 
 def read_tensor(path: Path) -> np.ndarray:

@@ -42,11 +42,6 @@ VALIDATION = 0
 
 
 @dataclass(frozen=True)
-class NoSettings:
-    """Of the embedding: there is nothing to choose."""
-
-
-@dataclass(frozen=True)
 class Settings:
     """The reference study's hyperparameters.
 
@@ -501,7 +496,7 @@ def embed(task: contract.EmbedTask) -> None:
     import torch
     from torch.nn.functional import layer_norm
 
-    contract.embedding_settings(task, NoSettings)
+    contract.no_settings(task)
     pretrained = read_pretrained(task.pretrained)
     genes = sorted(gene for gene in pretrained.vocabulary if not gene.startswith(NO_GENE))
     missing = [name for name in NORM if name not in pretrained.tensors]
@@ -515,4 +510,4 @@ def embed(task: contract.EmbedTask) -> None:
 
 
 if __name__ == "__main__":
-    contract.main(DESCRIPTION, train, predict, embed)
+    contract.main(DESCRIPTION, train, predict, embed=embed)

@@ -139,6 +139,11 @@ def test_an_error_of_the_model_is_not_hidden(tmp_path):
         contract.main(DESCRIPTION, train, refuse, arguments=["train", str(train_spec(tmp_path))])
 
 
+def test_embed_is_named_where_main_is_called():
+    with pytest.raises(TypeError, match="positional"):
+        contract.main(DESCRIPTION, refuse, refuse, ["describe", "spec.json"])  # type: ignore[misc]
+
+
 @pytest.mark.parametrize("field", ["name", "combinations", "embedding", "counts", "gpu", "input"])
 def test_a_wrong_description_is_refused(field):
     fields = vars(DESCRIPTION) | {field: 0}
@@ -191,6 +196,21 @@ def test_hyperparameters_stand_beside_the_defaults(tmp_path):
 def test_wrong_hyperparameters_are_refused_by_name(tmp_path, given):
     with pytest.raises(ContractError, match=f"hyperparameters: {next(iter(given))}: "):
         settings(tmp_path, **given)
+
+
+def test_a_maker_without_settings_refuses_any(tmp_path):
+    contract.no_settings(contract.EmbedTask(tmp_path, {}, 1, tmp_path))
+    with pytest.raises(ContractError, match="settings: k: unknown; there are none"):
+        contract.no_settings(contract.EmbedTask(tmp_path, {"k": 1}, 1, tmp_path))
+
+
+def test_the_only_file_is_the_one_whose_name_fits(tmp_path):
+    for name in ("a.txt", "b.txt", "c.tsv"):
+        (tmp_path / name).touch()
+    assert contract.only_file(tmp_path, "*.tsv") == tmp_path / "c.tsv"
+    for pattern, count in (("*.txt", 2), ("*.h5", 0)):
+        with pytest.raises(ContractError, match=rf"{count} files \{pattern}; wanted one"):
+            contract.only_file(tmp_path, pattern)
 
 
 # ---- events

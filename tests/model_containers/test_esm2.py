@@ -322,7 +322,10 @@ def move(folder: Path) -> None:
         (write("config.json", b"{"), r"config\.json: not readable"),
         (write("config.json", b"[]"), "no ESM-2: model_type is not 'esm'"),
         (set_config(position_embedding_type="absolute"), "no ESM-2: position_embedding_type is not 'rotary'"),
-        (set_config(hidden_size=32), "no checkpoint of ESM-2"),
+        (
+            set_config(intermediate_size=32),
+            r"encoder\.layer\.0\.intermediate\.dense\.bias is \(24,\); config\.json wants \(32,\)",
+        ),
         (write("model.safetensors", b"{}"), "no checkpoint of ESM-2"),
         (drop_tensor, r"it has no encoder\.layer\.1\.output\.dense\.bias"),
         (write_pickle, "no checkpoint of ESM-2"),

@@ -178,7 +178,7 @@ def test_files_that_are_no_such_are_refused(made, published, change, message):
 
 
 def test_a_wrong_setting_is_named(made):
-    with pytest.raises(contract.ContractError, match="settings: layer: unknown"):
+    with pytest.raises(contract.ContractError, match="settings: layer: unknown; there are none"):
         made(layer=3)
 
 

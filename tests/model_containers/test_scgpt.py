@@ -505,7 +505,7 @@ def test_the_embedding_is_the_checkpoints_rows_normalised(scgpt, tmp_path):
     weight, bias = (published.tensors[f"encoder.enc_norm.{name}"].double().numpy() for name in ("weight", "bias"))
     spread = np.sqrt(rows.var(axis=1, keepdims=True) + 1e-5)
     np.testing.assert_allclose(table, (rows - rows.mean(axis=1, keepdims=True)) / spread * weight + bias, rtol=1e-10)
-    with pytest.raises(contract.ContractError, match="settings: pooling: unknown"):
+    with pytest.raises(contract.ContractError, match="settings: pooling: unknown; there are none"):
         scgpt.embed(contract.EmbedTask(published.folder, {"pooling": "mean"}, 1, output))
 
 
