@@ -103,7 +103,8 @@ class Progress:
 
 def train(task: contract.TrainTask) -> None:
     """Train in parts of `validate_every` steps and keep the weights of the least validation loss: weights.ckpt and
-    model.json. Without a val condition that has an embedding, the last weights are kept."""
+    model.json. Without a val condition that has an embedding, the last weights are kept; those of the first part,
+    where every loss is NaN."""
     settings = contract.hyperparameters(task, Settings)
     contract.log(LICENCE)
     embedding = scaled(contract.read_embedding(task.embedding))
@@ -119,9 +120,10 @@ def train(task: contract.TrainTask) -> None:
         losses = run_part(work, settings, seed_of(task.seed, progress.steps), progress.steps)
         for name, value in losses.items():
             contract.metric(name, progress.steps, value)
-        if "val_loss" not in losses or losses["val_loss"] < progress.least:
-            progress.least = losses.get("val_loss", progress.least)
+        loss = losses.get("val_loss", progress.least)
+        if "val_loss" not in losses or loss < progress.least or not (work / BEST).exists():
             keep_weights(work)
+        progress.least = min(progress.least, loss)  # in this order: it stays where the loss is NaN
         progress.metrics = contract.metrics()
         contract.progress(progress.steps, settings.steps, "step")
         if task.checkpoint is not None and progress.steps < settings.steps:
@@ -359,20 +361,30 @@ def restored(task: contract.TrainTask, work: Path) -> Progress:
     kept = sorted(task.checkpoint.glob("steps_*[0-9]")) if task.checkpoint else []
     if not kept:
         return began
-    progress = Progress(**json.loads((kept[-1] / PROGRESS).read_text(encoding="utf-8")))
+    try:
+        progress = Progress(**json.loads((kept[-1] / PROGRESS).read_text(encoding="utf-8")))
+        for file in (LAST, BEST):
+            load_plain(kept[-1] / file)
+    except (OSError, EOFError, ValueError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
+        contract.log(f"the checkpoint of an earlier training cannot be read, and this one begins anew: {error}")
+        return begun_anew(began, kept)
     if progress.task != began.task:
         other = "another seed, other hyperparameters or another kind of device"
         contract.log(f"the checkpoint is of a training with {other}: this one begins anew")
-        for folder in kept:
-            shutil.rmtree(folder)
-        return began
+        return begun_anew(began, kept)
     for file in (LAST, BEST):
-        load_plain(kept[-1] / file)
         shutil.copyfile(kept[-1] / file, work / file)
     for name, step, value in progress.metrics:
         contract.metric(name, step, value)
     contract.log(f"goes on after step {progress.steps}, where an earlier training was cut off")
     return progress
+
+
+def begun_anew(began: Progress, kept: Iterable[Path]) -> Progress:
+    """The start, with the kept folders out of its way."""
+    for folder in kept:
+        shutil.rmtree(folder)
+    return began
 
 
 def identity(task: contract.TrainTask) -> str:

@@ -40,7 +40,7 @@ class Program:
     losses: of validation, by step.
     """
 
-    def __init__(self, losses: Mapping[int, float]) -> None:
+    def __init__(self, losses: Mapping[int, float | str]) -> None:
         self.losses = losses
         self.told: list[dict[str, str]] = []
         self.val: list[list[str]] = []
@@ -181,6 +181,34 @@ def test_without_val_conditions_the_last_weights_are_kept(state, program, panel,
     state.train(panel.train_task(tmp_path / "model", cells=tmp_path / "train.h5ad", hyperparameters=SMALL))
     assert program.val == [[], [], []]
     assert weight(tmp_path / "model") == sum(int(one["training.train_seed"]) % 1000 for one in program.told)
+
+
+@pytest.mark.parametrize(("losses", "kept"), [({2: "nan", 4: "nan", 6: "nan"}, 1), ({2: "nan", 4: 5.0, 6: "nan"}, 2)])
+def test_weights_are_kept_even_where_a_validation_loss_is_nan(state, program, panel, tmp_path, losses, kept):
+    """The first ones, until there is a loss."""
+    program.losses = losses
+    for name in ("checkpoint", "model"):
+        (tmp_path / name).mkdir()
+    checkpoint, model = tmp_path / "checkpoint", tmp_path / "model"
+    state.train(panel.train_task(model, hyperparameters=SMALL, checkpoint=checkpoint))
+    seeds = [int(one["training.train_seed"]) % 1000 for one in program.told]
+    assert weight(model) == sum(seeds[:kept])
+
+
+@pytest.mark.parametrize("file", ["progress.json", "last.ckpt", "best.ckpt"])
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-9])])
+def test_a_damaged_checkpoint_is_begun_anew(state, program, panel, tmp_path, capsys, file, damage):
+    checkpoint = tmp_path / "checkpoint"
+    for name in ("checkpoint", "first", "again"):
+        (tmp_path / name).mkdir()
+    state.train(panel.train_task(tmp_path / "first", hyperparameters=SMALL, checkpoint=checkpoint))
+    damage(checkpoint / "steps_000000004" / file)
+    program.told.clear()
+    capsys.readouterr()
+    state.train(panel.train_task(tmp_path / "again", hyperparameters=SMALL, checkpoint=checkpoint))
+    assert [one["training.max_steps"] for one in program.told] == ["2", "4", "6"]
+    assert contents(tmp_path / "again") == contents(tmp_path / "first")
+    assert "cannot be read, and this one begins anew" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("again", [SMALL, SMALL | {"batch_size": 5}])
