@@ -12,7 +12,7 @@ import httpx
 import numpy as np
 
 from blocks.secrets import secret
-from blocks.vectors import Vector, fault
+from blocks.vectors import Vector, address, fault
 from core.catalog.schema import TextService
 from core.errors import UserError
 
@@ -47,37 +47,40 @@ def text_vectors(service: TextService, dimensions: int | None, texts: Sequence[s
 
     dimensions: how long they must be, which the service is told; None leaves it to the service. Each text has
     one, which is finite and not all zero.
-    Raises ServiceBusy where another try may help, and UserError where the key is missing or refused, the request is
-    refused, or the answer is not what was asked for.
+    Raises ServiceBusy where another try may help, and UserError where the key is missing or refused, the address is
+    none, the request is refused, or the answer is not what was asked for.
     """
     key = service_key(service)
-    address = f"{service.url.rstrip('/')}/embeddings"
+    where = address(service)
     wanted = {"model": service.model, "input": list(texts)} | ({"dimensions": dimensions} if dimensions else {})
     try:
-        answer = httpx.post(address, json=wanted, headers={"Authorization": f"Bearer {key}"}, timeout=TIMEOUT)
+        answer = httpx.post(where, json=wanted, headers={"Authorization": f"Bearer {key}"}, timeout=TIMEOUT)
     except httpx.RequestError as error:
         # Not from it: it holds the request, and with it the key.
         raise ServiceBusy(f"{type(error).__name__}: {_without(key, str(error))}") from None
+    except (httpx.InvalidURL, UnicodeError) as error:  # a port that is none, a name that no host can have
+        found = f"no address that can be asked ({_without(key, str(error))})"
+        raise UserError(where, "service.url", found, "mend `url` of the entry (docs/catalog.md)") from None
     if not answer.is_success:
-        raise _refusal(service, address, answer, _without(key, _words(answer)))
-    return _read(answer, len(texts), dimensions, address)
+        raise _refusal(service, where, answer, _without(key, _words(answer)))
+    return _read(answer, len(texts), dimensions, where)
 
 
-def _refusal(service: TextService, address: str, answer: httpx.Response, words: str) -> Exception:
+def _refusal(service: TextService, where: str, answer: httpx.Response, words: str) -> Exception:
     """What an answer other than success means. words: the service's own, without the key."""
     status = answer.status_code
     said = f"HTTP {status} {httpx.codes.get_reason_phrase(status)}".strip()
     if status in REFUSED:
         # The service's words may repeat a part of the key.
         remedy = f"put a valid key into the Secret block {service.secret} (docs/secrets.md), and run again"
-        return UserError(address, "key", said, remedy)
+        return UserError(where, "key", said, remedy)
     said += f": {words}" if words else ""
     if status == httpx.codes.TOO_MANY_REQUESTS and "insufficient_quota" in answer.text:
         remedy = "raise the account's limit at the service, and run again: what was answered is kept"
-        return UserError(address, "quota", said, remedy)
+        return UserError(where, "quota", said, remedy)
     if status in MAY_PASS or answer.is_server_error:
         return ServiceBusy(said, _seconds(answer.headers.get("Retry-After", "")))
-    return UserError(address, "request", said, "check `service` and `dimensions` of the entry (docs/catalog.md)")
+    return UserError(where, "request", said, "check `service` and `dimensions` of the entry (docs/catalog.md)")
 
 
 def _words(answer: httpx.Response) -> str:
@@ -98,23 +101,23 @@ def _seconds(text: str) -> float:
     return float(text) if re.fullmatch(r"\d{1,6}(\.\d+)?", text) else 0.0
 
 
-def _read(answer: httpx.Response, n: int, dimensions: int | None, address: str) -> list[Vector]:
+def _read(answer: httpx.Response, n: int, dimensions: int | None, where: str) -> list[Vector]:
     try:
         data = answer.json()["data"]
         rows = {row["index"]: np.asarray(row["embedding"], dtype=np.float32) for row in data}
         in_order = [rows[place] for place in range(n)]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         data, in_order = [], []
     if len(data) != n:
-        raise _useless(address, f"not one vector for each of the {n} texts")
+        raise _useless(where, f"not one vector for each of the {n} texts")
     for vector in in_order:
         # Of one answer, all are equally long.
         why = fault(vector, dimensions or in_order[0].size)
         if why:
-            raise _useless(address, f"a vector with {why}")
+            raise _useless(where, f"a vector with {why}")
     return in_order
 
 
-def _useless(address: str, found: str) -> UserError:
+def _useless(where: str, found: str) -> UserError:
     remedy = "run again: what was answered well is kept. If it stays so, check `service` and `dimensions` of the entry"
-    return UserError(address, "answer", found, remedy)
+    return UserError(where, "answer", found, remedy)

@@ -1,7 +1,7 @@
 """Vectors of texts that a service was paid for, each kept in a file of its own until somebody deletes the folder.
 
-A file is named by the SHA-256 of what its vector follows from. It appears by one rename; one that is damaged all the
-same counts as not there.
+A file is named by the SHA-256 of what its vector follows from, and holds the SHA-256 of its numbers before them
+(float32, little-endian). It appears by one rename; one that is damaged all the same counts as not there.
 """
 
 from __future__ import annotations
@@ -24,11 +24,18 @@ Vector: TypeAlias = npt.NDArray[np.float32]
 
 _LOG = logging.getLogger("calipert.vectors")
 _SCRATCH = "vectors"
+_DIGEST = sha256().digest_size  # bytes
+_NUMBER = np.dtype("<f4")
+
+
+def address(service: TextService) -> str:
+    """Where a service is asked. A slash at the end of its `url` makes no other service."""
+    return f"{service.url.rstrip('/')}/embeddings"
 
 
 def vector_name(service: TextService, dimensions: int | None, text: str) -> str:
     """SHA-256 (hex) of what a vector follows from. The service counts: two may call different models the same."""
-    recipe = [service.url, service.model, dimensions, text]
+    recipe = [address(service), service.model, dimensions, text]
     return sha256(json.dumps(recipe).encode()).hexdigest()
 
 
@@ -49,14 +56,16 @@ def kept_vector(name: str, dimensions: int | None) -> Vector | None:
     """
     path = _path(name)
     try:
-        vector: Vector = np.load(path, allow_pickle=False)
-        why = fault(vector, dimensions)
+        content = path.read_bytes()
     except FileNotFoundError:
         return None
-    except (ValueError, EOFError) as error:
-        why = str(error)
-    if why is None:
-        return vector
+    digest, numbers = content[:_DIGEST], content[_DIGEST:]
+    why: str | None = "its checksum does not fit"
+    if sha256(numbers).digest() == digest and len(numbers) % _NUMBER.itemsize == 0:
+        vector = np.frombuffer(numbers, _NUMBER).astype(np.float32)
+        why = fault(vector, dimensions)
+        if why is None:
+            return vector
     _LOG.warning("%s is damaged (%s): it counts as not there", path, why)
     return None
 
@@ -67,10 +76,11 @@ def keep_vectors(vectors: Mapping[str, Vector]) -> None:
         for name, vector in vectors.items():
             path = _path(name)
             path.parent.mkdir(exist_ok=True)
-            np.save(temporary / path.name, vector)
+            numbers = vector.astype(_NUMBER).tobytes()
+            (temporary / path.name).write_bytes(sha256(numbers).digest() + numbers)
             (temporary / path.name).replace(path)
 
 
 def _path(name: str) -> Path:
     # Not tens of thousands of files in one folder.
-    return vectors_folder() / name[:2] / f"{name}.npy"
+    return vectors_folder() / name[:2] / f"{name}.vector"

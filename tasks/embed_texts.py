@@ -7,16 +7,18 @@ from pathlib import Path
 from time import sleep
 from typing import Any
 
-from prefect import task
+from prefect import runtime, task
 from prefect.cache_policies import NO_CACHE
 
 from blocks.code import code_hash
+from blocks.paths import vectors_folder
 from blocks.secrets import secret
 from blocks.store import ArtifactStore, artifact_key
 from blocks.text_service import ServiceBusy, service_key, text_vectors
-from blocks.vectors import Vector, keep_vectors, kept_vector, vector_name
+from blocks.vectors import Vector, address, keep_vectors, kept_vector, vector_name
 from core import catalog
 from core.catalog.schema import GENE_FILES, EmbeddingSpec, TextService
+from core.errors import UserError
 from tasks.artifacts import LOG, checksum, made
 from tasks.embed_container import FILE
 from tasks.progress import shown_progress
@@ -27,6 +29,7 @@ SUMMARIES, GENES = GENE_FILES
 # OpenAI takes 2,048 texts and 300,000 tokens at once; a token is a byte at least. What a kill loses is one such list.
 TEXTS_AT_ONCE, BYTES_AT_ONCE = 128, 250_000
 BYTES_OF_A_TOKEN = 4  # in English, about
+RETRIES = 6
 LONGEST_WAIT = 120.0  # seconds that a service may put us off before the next try
 
 
@@ -69,7 +72,8 @@ def _must_ask(spec: EmbeddingSpec, sources: Mapping[str, str]) -> bool:
     recipe = _recipe(spec, files)
     if ArtifactStore().find(KIND, artifact_key(KIND, **recipe)):
         return False
-    return bool(_unknown(spec, set(gene_texts(files[SUMMARIES], files[GENES]).values())))
+    texts = set(gene_texts(files[SUMMARIES], files[GENES]).values())
+    return any(_kept(spec, text) is None for text in texts)
 
 
 def _recipe(spec: EmbeddingSpec, files: Mapping[str, Path]) -> dict[str, Any]:
@@ -79,7 +83,7 @@ def _recipe(spec: EmbeddingSpec, files: Mapping[str, Path]) -> dict[str, Any]:
         "inputs": {name: checksum(files[name]) for name in (SUMMARIES, GENES)},
         "parameters": {
             "kind": spec.kind,
-            "service": {"url": service.url, "model": service.model},
+            "service": {"address": address(service), "model": service.model},
             "dimensions": spec.dimensions,
         },
         "code": code_hash("core.gene_texts") + code_hash("core.embedding"),
@@ -93,11 +97,15 @@ def _service(spec: EmbeddingSpec) -> TextService:
 
 
 def _vectors(spec: EmbeddingSpec, texts: list[str]) -> dict[str, Vector]:
-    """Text -> vector; those that are not kept are asked for first. texts: sorted, each once."""
+    """Text -> vector; those that are not kept are asked for first. texts: sorted, each once.
+
+    Raises UserError where one that was answered is not there afterwards.
+    """
     from core.gene_texts import batches
 
     service = _service(spec)
-    unknown = _unknown(spec, texts)
+    found = {text: _kept(spec, text) for text in texts}
+    unknown = [text for text, vector in found.items() if vector is None]
     if unknown:
         service_key(service)
         tokens = sum(len(text.encode()) for text in unknown) // BYTES_OF_A_TOKEN
@@ -111,12 +119,13 @@ def _vectors(spec: EmbeddingSpec, texts: list[str]) -> dict[str, Vector]:
             ask(spec, batch)
             done += len(batch)
             progress({"event": "progress", "done": done, "total": len(unknown), "unit": "text"})
-    found = {text: _kept(spec, text) for text in texts}
-    return {text: vector for text, vector in found.items() if vector is not None}
-
-
-def _unknown(spec: EmbeddingSpec, texts: Iterable[str]) -> list[str]:
-    return [text for text in texts if _kept(spec, text) is None]
+        found |= {text: _kept(spec, text) for text in unknown}
+    vectors = {text: vector for text, vector in found.items() if vector is not None}
+    if len(vectors) < len(texts):
+        lost = f"{len(texts) - len(vectors):,} that were answered are gone or damaged"
+        remedy = "leave the folder alone while a run needs it, and run again: only these are asked for"
+        raise UserError(vectors_folder(), "vectors", lost, remedy)
+    return vectors
 
 
 def _kept(spec: EmbeddingSpec, text: str) -> Vector | None:
@@ -127,21 +136,22 @@ def _kept(spec: EmbeddingSpec, text: str) -> Vector | None:
     name="ask-text-service",
     task_run_name="ask for {spec.name}",
     cache_policy=NO_CACHE,
-    retries=6,
+    retries=RETRIES,
     retry_delay_seconds=[2, 10, 30, 60, 60, 60],
     retry_condition_fn=passing,
 )
 def ask(spec: EmbeddingSpec, texts: list[str]) -> None:
     """Ask for the vectors of texts, by one request, and keep them.
 
-    Raises UserError as `text_vectors` does, and ConnectionLost, after as long a wait as the service asks for, where
-    another try may help.
+    Raises UserError as `text_vectors` does, and ConnectionLost where another try may help; before a try that is still
+    to come, after as long a wait as the service asks for.
     """
     service = _service(spec)
     try:
         vectors = text_vectors(service, spec.dimensions, texts)
     except ServiceBusy as busy:
-        sleep(min(busy.wait, LONGEST_WAIT))
+        if runtime.task_run.run_count <= RETRIES:
+            sleep(min(busy.wait, LONGEST_WAIT))
         remedy = "run again later: it goes on with the texts that are missing"
         raise ConnectionLost(service.url, "connection", busy.why, remedy) from None
     names = [vector_name(service, spec.dimensions, text) for text in texts]

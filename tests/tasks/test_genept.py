@@ -5,14 +5,18 @@ from __future__ import annotations
 import logging
 import pickle
 import runpy
+import shutil
+import signal
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from prefect.states import Failed
@@ -22,6 +26,7 @@ from core import catalog
 from core.errors import UserError
 from flows.benchmark import benchmark
 from flows.embed import embed as flow
+from flows.reproduce import reproduce
 from tasks import embed, embed_texts, pretrained, sources
 from tasks.embed_texts import check_services
 from tasks.sources import ConnectionLost, passing
@@ -29,6 +34,7 @@ from tasks.sources import ConnectionLost, passing
 STAND_IN = runpy.run_path(str(Path(__file__).with_name("text_service_stand_in.py")))
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "sk-planted0123456789abcdef"
+OTHER_SECRET = "calipert-other-key"  # noqa: S105 - the name of a block
 TEXTS = {f"G{number}": f"What gene {number} does." for number in range(7)} | {"H": "What gene 0 does."}
 
 
@@ -55,11 +61,12 @@ def service(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 @pytest.fixture
 def key(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], None]:
-    """Puts a key, or none, into the place of the Secret block; at first KEY."""
+    """Puts a key, or none, into the place of both Secret blocks; at first KEY."""
+    blocks = (STAND_IN["SECRET"], OTHER_SECRET)
 
     def put(value: str | None) -> None:
         for module in (text_service, embed_texts):
-            monkeypatch.setattr(module, "secret", lambda name: value if name == STAND_IN["SECRET"] else None)
+            monkeypatch.setattr(module, "secret", lambda name: value if name in blocks else None)
 
     put(KEY)
     return put
@@ -117,13 +124,8 @@ def test_another_service_or_model_or_length_is_asked_anew(
     service: Any, make: Callable[..., Path], tmp_path: Path
 ) -> None:
     found = {make()}
-    for change in (
-        {"url": service.url.replace("127.0.0.1", "localhost")},
-        {"model": "another"},
-        {"secret": STAND_IN["SECRET"]},
-    ):
-        about = {"url": service.url, "model": "a-model", "secret": STAND_IN["SECRET"]} | change
-        STAND_IN["write_entry"](tmp_path / "catalog", service.url, service=about)
+    for change in ({"url": service.url.replace("127.0.0.1", "localhost")}, {"model": "another"}):
+        write_service(tmp_path, service, change)
         found.add(make())
     assert len(found) == 3
     assert len(service.texts) == 3 * 7
@@ -131,13 +133,48 @@ def test_another_service_or_model_or_length_is_asked_anew(
     STAND_IN["write_entry"](tmp_path / "catalog", service.url, dimensions=None)
     found.add(make())
     assert len(found) == 4
+    assert len(service.texts) == 4 * 7
     assert "dimensions" not in service.asked[-1]
+    STAND_IN["write_entry"](tmp_path / "catalog", service.url, dimensions=3)
+    service.next = 3 * [lambda request: (200, {}, {"data": good(request, 3)})]
+    shorter = make()
+    assert shorter not in found
+    assert len(service.texts) == 5 * 7
+    assert service.asked[-1]["dimensions"] == 3
+    assert list(pd.read_parquet(shorter / "embedding.parquet").columns) == ["d0", "d1", "d2"]
+
+
+def write_service(tmp_path: Path, service: Any, change: dict[str, str]) -> None:
+    """The entry `mine` with another `service`."""
+    about = {"url": service.url, "model": "a-model", "secret": STAND_IN["SECRET"]} | change
+    STAND_IN["write_entry"](tmp_path / "catalog", service.url, service=about)
+
+
+@pytest.mark.parametrize("change", [{"secret": OTHER_SECRET}, {"url": "{url}/"}, {"url": "{url}//"}])
+def test_another_key_or_a_slash_at_the_end_is_no_other_service(
+    service: Any, make: Callable[..., Path], tmp_path: Path, change: dict[str, str]
+) -> None:
+    first = make()
+    write_service(tmp_path, service, {field: value.format(url=service.url) for field, value in change.items()})
+    assert make() == first
+    # Nor where the artifact is not there yet.
+    assert make(backwards=True) != first
+    assert len(service.texts) == 7
+    make(TEXTS | {"NEW": "What the new gene does."})
+    assert len(service.texts) == 8
 
 
 # The key
 
 
-@pytest.mark.parametrize("run", [lambda: flow.fn("mine"), lambda: benchmark.fn("demo", ["fmlp_mine"])])
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda: flow.fn("mine"),
+        lambda: benchmark.fn("demo", ["fmlp_mine"]),
+        lambda: reproduce.fn(["demo"], ["fmlp_mine"]),
+    ],
+)
 def test_a_missing_key_is_named_before_any_download_or_call(
     service: Any, key: Callable[[str | None], None], data: Path, run: Callable[[], object]
 ) -> None:
@@ -260,6 +297,30 @@ def test_what_may_pass_is_worth_another_try_after_the_wait_that_is_asked_for(
     assert service.texts == sorted(set(TEXTS.values()))[3:]
 
 
+@pytest.mark.parametrize(("try_", "waits"), [(1, [7]), (6, [7]), (7, [])])
+def test_after_the_last_try_nothing_waits(
+    service: Any, make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, try_: int, waits: list[float]
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(embed_texts, "sleep", waited.append)
+    monkeypatch.setenv("PREFECT__RUNTIME__TASK_RUN__RUN_COUNT", str(try_))
+    service.next = [lambda _: (429, {"Retry-After": "7"}, b"busy")]
+    with pytest.raises(ConnectionLost, match="HTTP 429"):
+        make()
+    assert waited == waits
+
+
+@pytest.mark.parametrize("url", ["https://a:b", "https://xn--"])
+def test_what_can_be_no_address_is_named_and_not_tried_again(service: Any, key: object, url: str) -> None:
+    # Such as the catalog may let pass.
+    about = catalog.embedding("mine").service.model_copy(update={"url": url})
+    with pytest.raises(UserError, match="no address that can be asked") as error:
+        text_service.text_vectors(about, 4, ["a text"])
+    assert (error.value.where, error.value.field) == (f"{url}/embeddings", "service.url")
+    assert not passing(None, None, Failed(data=error.value))
+    assert KEY not in "".join(traceback.format_exception(error.value))
+
+
 def test_a_service_out_of_reach_is_worth_another_try(service: Any, make: Callable[..., Path], tmp_path: Path) -> None:
     STAND_IN["write_entry"](tmp_path / "catalog", "http://127.0.0.1:9/v1")
     with pytest.raises(ConnectionLost, match="ConnectError") as error:
@@ -276,8 +337,9 @@ def test_a_used_up_account_is_no_matter_of_waiting(service: Any, make: Callable[
     assert not passing(None, None, Failed(data=error.value))
 
 
-def good(request: dict[str, Any]) -> list[dict[str, Any]]:
-    return [{"index": place, "embedding": STAND_IN["vector"](text)} for place, text in enumerate(request["input"])]
+def good(request: dict[str, Any], dimensions: int = 4) -> list[dict[str, Any]]:
+    texts = enumerate(request["input"])
+    return [{"index": place, "embedding": STAND_IN["vector"](text, dimensions)} for place, text in texts]
 
 
 def with_last(*numbers: object) -> Callable[[dict[str, Any]], Any]:
@@ -297,6 +359,7 @@ def with_last(*numbers: object) -> Callable[[dict[str, Any]], Any]:
         (lambda _: b"<html>welcome</html>", "not one vector for each"),
         (with_last("AAAA"), "not one vector for each"),
         (with_last(0.1, [0.2], 0.3, 0.4), "not one vector for each"),
+        (with_last(0.1, 10**400, 0.3, 0.4), "not one vector for each"),
         (with_last(0.1, float("nan"), 0.3, 0.4), "not finite"),
         (with_last(0.1, None, 0.3, 0.4), "not finite"),
         (with_last(0.1, float("inf"), 0.3, 0.4), "not finite"),
@@ -315,7 +378,7 @@ def test_an_answer_that_is_not_whole_is_a_failure_and_never_a_vector(
     assert error.value.field == "answer"
     assert not passing(None, None, Failed(data=error.value))
     assert len(service.asked) == 1
-    assert not list(data.glob("vectors/*/*.npy"))
+    assert not kept(data)
     assert not list(data.glob("store/embedding/*"))
 
 
@@ -329,17 +392,48 @@ def test_a_redirection_is_not_followed_with_the_key(service: Any, make: Callable
 # What is kept
 
 
-@pytest.mark.parametrize("damage", [b"", b"no array", None])
+def kept(data: Path) -> list[Path]:
+    return sorted(data.glob("vectors/??/*"))
+
+
+def flipped(content: bytes, place: int) -> bytes:
+    """Another number, and a good one: the bit is the lowest of a byte."""
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+def checked(numbers: bytes) -> bytes:
+    return sha256(numbers).digest() + numbers
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda _: b"",
+        lambda _: b"no array",
+        lambda _: b"PK\x03\x04",
+        lambda content: content[:-3],
+        lambda content: content[:-4],
+        lambda content: content + b"\0\0\0\0",
+        lambda content: flipped(content, 0),
+        lambda content: flipped(content, 32),
+        lambda content: flipped(content, 47),
+        lambda content: content[:32] + np.frombuffer(content[32:], np.float32).astype(np.float64).tobytes(),
+        lambda content: checked(content[32:-4]),
+        lambda content: checked(content[32:-3]),
+        lambda content: checked(np.float32([1, np.nan, 1, 1]).tobytes()),
+    ],
+)
 def test_a_damaged_vector_is_asked_for_again(
     service: Any,
     make: Callable[..., Path],
     data: Path,
-    damage: bytes | None,
+    damage: Callable[[bytes], bytes],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     first = make()
-    path = sorted(data.glob("vectors/*/*.npy"))[0]
-    path.write_bytes(path.read_bytes()[:-3] if damage is None else damage)
+    assert len(kept(data)) == 7
+    path = kept(data)[0]
+    path.write_bytes(damage(path.read_bytes()))
     service.asked.clear()
     again = make(backwards=True)
     assert len(service.texts) == 1
@@ -347,24 +441,66 @@ def test_a_damaged_vector_is_asked_for_again(
     assert (again / "embedding.parquet").read_bytes() == (first / "embedding.parquet").read_bytes()
 
 
+def test_each_kept_vector_is_read_once(
+    service: Any, make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make()
+    read: list[str] = []
+    kept_vector = embed_texts.kept_vector
+    monkeypatch.setattr(embed_texts, "kept_vector", lambda name, n: read.append(name) or kept_vector(name, n))
+    make(TEXTS | {"NEW": "What the new gene does."})
+    # The one that is asked for: before, and after.
+    assert (len(read), len(set(read))) == (9, 8)
+
+
+def test_vectors_that_went_missing_are_said(
+    service: Any, make: Callable[..., Path], data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = embed_texts.ask
+
+    def losing(*of_batch: Any) -> None:
+        shutil.rmtree(data / "vectors", ignore_errors=True)
+        ask(*of_batch)
+
+    monkeypatch.setattr(embed_texts, "ask", losing)
+    with pytest.raises(UserError, match="6 that were answered are gone") as error:
+        make()
+    assert (error.value.where, error.value.field) == (str(data / "vectors"), "vectors")
+    assert not list(data.glob("store/embedding/*"))
+    monkeypatch.setattr(embed_texts, "ask", ask)
+    service.asked.clear()
+    make()
+    assert len(service.texts) == 6
+
+
+# Killed at the n-th vector that is to be put under its name, 0: at none.
 RUN = """
-import sys
+import os, signal, sys
+from pathlib import Path
 from blocks import text_service
 from tasks import embed, embed_texts, pretrained
 text_service.secret = embed_texts.secret = lambda name: sys.argv[2]
 embed.embed, embed_texts.ask, embed.fetch_pretrained = embed.embed.fn, embed_texts.ask.fn, embed.fetch_pretrained.fn
 embed_texts.TEXTS_AT_ONCE = 3
+replace, replaced = Path.replace, []
+def dying(self, target):
+    if self.parent.name.startswith("vectors."):
+        replaced.append(self)
+        if len(replaced) == int(sys.argv[3]):
+            os.kill(os.getpid(), signal.SIGKILL)
+    return replace(self, target)
+Path.replace = dying
 from core import catalog
 print("RESULT", embed.make_shared(catalog.embedding("mine"), {"ncbi_genes": sys.argv[1]}))
 """
 
 
-def test_killed_half_way_it_goes_on_with_the_texts_that_are_missing(
+def test_killed_while_it_asks_it_goes_on_with_the_texts_that_are_missing(
     service: Any, make: Callable[..., Path], data: Path, tmp_path: Path
 ) -> None:
     genes = STAND_IN["write_genes"](tmp_path / "genes", TEXTS)
     service.stalls_at = 2
-    with subprocess.Popen([sys.executable, "-c", RUN, str(genes), KEY], cwd=ROOT) as running:
+    with subprocess.Popen([sys.executable, "-c", RUN, str(genes), KEY, "0"], cwd=ROOT) as running:
         deadline = time.monotonic() + 120
         while len(service.asked) < 2:
             assert running.poll() is None, "it ended by itself"
@@ -381,7 +517,25 @@ def test_killed_half_way_it_goes_on_with_the_texts_that_are_missing(
     (data / "vectors").rename(tmp_path / "away")
     undisturbed = make(backwards=True)
     assert (folder / "embedding.parquet").read_bytes() == (undisturbed / "embedding.parquet").read_bytes()
-    assert [path.name for path in (data / "vectors").iterdir() if path.name.startswith("vectors")] == []
+
+
+def test_killed_while_it_keeps_vectors_it_leaves_whole_ones_and_nothing_else_for_long(
+    service: Any, make: Callable[..., Path], data: Path, tmp_path: Path
+) -> None:
+    genes = STAND_IN["write_genes"](tmp_path / "genes", TEXTS)
+    command = [sys.executable, "-c", RUN, str(genes), KEY, "5"]
+    assert subprocess.run(command, cwd=ROOT, check=False, timeout=120).returncode == -signal.SIGKILL
+    assert len(kept(data)) == 4
+    # The folder of the one that is not whole yet, and its lock.
+    assert len(list(data.glob("vectors/vectors.*"))) == 2
+    service.asked.clear()
+    folder = make()
+    assert service.texts == sorted(set(TEXTS.values()))[4:]
+    assert len(kept(data)) == 7
+    assert not list(data.glob("vectors/vectors.*"))
+    (data / "vectors").rename(tmp_path / "away")
+    undisturbed = make(backwards=True)
+    assert (folder / "embedding.parquet").read_bytes() == (undisturbed / "embedding.parquet").read_bytes()
 
 
 # The entry
