@@ -23,8 +23,7 @@ TAXON = "#tax_id"
 NOTHING = ("", "-")  # how NCBI writes that there is none
 # Enhancers and silencers, over 100,000 of them, with summaries of one pattern.
 NO_GENE = "biological-region"
-# A model that takes 8,192 tokens takes 8,000 bytes of any text: a token is a byte at least. The longest summary of a
-# human gene is half as long.
+# A model that takes 8,192 tokens takes 8,000 bytes of any text: a token is a byte at least.
 MOST_BYTES = 8_000
 # Who wrote a summary, and in which month, says nothing about the gene.
 CREDIT = re.compile(r"\s*\[(?:provided|supplied) by [^\]]*\]\.?")
