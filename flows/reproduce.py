@@ -20,6 +20,7 @@ from flows.parameters import BenchmarkedModels, Datasets, Origin, Sources
 from flows.prepare import prepare
 from tasks.artifacts import LOG
 from tasks.embed_texts import check_services
+from tasks.engine import check_containers
 from tasks.inputs import chosen_models, chosen_study, inputs_of
 from tasks.record import end_interrupted, tracking_server
 from tasks.sources import ConnectionLost, fetch_source
@@ -77,7 +78,9 @@ def reproduce(
     A second run goes on from what the first one finished. Returns what became of each data set.
     """
     specs = chosen_study(datasets, models, origin, sources)
-    check_services([model.embedding for model in chosen_models(models) if model.embedding], sources)
+    chosen = chosen_models(models)
+    check_containers(chosen)
+    check_services([model.embedding for model in chosen if model.embedding], sources)
     tracking_server()
     outcomes: list[Outcome] = []
     connected = True
