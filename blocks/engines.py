@@ -351,9 +351,9 @@ def _versions(python: str, names: tuple[str, ...], model_folder: Path) -> str:
     )
     answer = subprocess.run([python, "-I", "-c", ask, *names], capture_output=True, text=True, check=False)
     if answer.returncode:
-        lacks = "".join(answer.stderr.strip().splitlines()[-1:])
+        lacks = "".join(answer.stderr.strip().splitlines()[-1:]).rpartition("found for ")[2]
         found = f"{python} lacks a package: {lacks}"
-        build = f"`calipert model build {model_folder.name}`"
-        remedy = f"run the model in its image: {build}, then set CALIPERT_ENGINE=docker (docs/containers.md)"
+        build = f"`calipert model build {model_folder.name}`, then set CALIPERT_ENGINE=docker (docs/containers.md)"
+        remedy = f"run it in its image: {build}; or install here what the file lists, where that fits the rest"
         raise UserError(model_folder / "requirements.txt", "packages", found, remedy)
     return answer.stdout

@@ -59,7 +59,8 @@ def trainings_at_once() -> int:
 def down() -> None:
     """Stops the workers and the servers that were started here, and nothing else."""
     stopped = services.stop()
-    Console().print(f"stopped: {', '.join(stopped)}" if stopped else "nothing was running")
+    nothing = f"nothing was running with its data in {data_folder()} (CALIPERT_DATA)"
+    Console().print(f"stopped: {', '.join(stopped)}" if stopped else nothing, soft_wrap=True)
 
 
 def status() -> None:

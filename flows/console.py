@@ -173,7 +173,10 @@ def error_panel(error: UserError) -> Panel:
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= _LONGEST else text[:_LONGEST].rstrip() + " …"
+    """Its beginning and its end, where a traceback says what went wrong."""
+    if len(text) <= _LONGEST:
+        return text
+    return f"{text[: _LONGEST // 2].rstrip()} … {text[-_LONGEST // 2 :].lstrip()}"
 
 
 class Column(NamedTuple):

@@ -107,15 +107,14 @@ def _form(container: str) -> Form:
 
 
 def _folder(name: str) -> Path:
-    """The folder of a model by its path, or by its name under model_containers. Raises UserError without a model.py."""
-    from blocks.paths import MODEL_CONTAINERS
+    """The folder of a model by its path, or by the name of a container. Raises UserError without a model.py."""
+    from tasks.inputs import container_places
 
-    named = MODEL_CONTAINERS / name
-    folder = named if named.is_dir() else Path(name).expanduser().resolve()
-    if not (folder / "model.py").is_file():
-        known = ", ".join(sorted(path.parent.name for path in MODEL_CONTAINERS.glob("*/model.py")))
-        raise UserError(name, "model", "no folder with a model.py", f"give the path of one, or one of: {known}")
-    return folder
+    for folder in (Path(name).expanduser().resolve(), *(place / name for place in container_places())):
+        if (folder / "model.py").is_file():
+            return folder
+    known = sorted(path.parent.name for place in container_places() for path in place.glob("*/model.py"))
+    raise UserError(name, "model", "no folder with a model.py", f"give the path of one, or one of: {', '.join(known)}")
 
 
 def _arguments(texts: list[str]) -> dict[str, str]:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from blocks.engines import Engine, ProcessEngine
 from blocks.gpus import Gpu, lease
-from blocks.paths import MODEL_CONTAINERS
 from core import catalog
 from core.catalog.schema import EmbeddingSpec, ResolvedModel
 from core.errors import UserError
 from tasks.artifacts import made
+from tasks.inputs import container_folder
 
 ENGINE = "CALIPERT_ENGINE"
 THREADS = 1  # bits may change with the number of threads; folds run beside each other instead
@@ -77,19 +77,23 @@ def check_containers(models: Iterable[ResolvedModel], embeddings: Iterable[Embed
     chosen = list(models)
     wanted = [*embeddings, *(model.embedding for model in chosen if model.embedding)]
     needed: list[ResolvedModel | EmbeddingSpec] = [*chosen, *(part for spec in wanted for part in catalog.parts(spec))]
+    faults: dict[str, UserError] = {}
     for container in dict.fromkeys(container_of(one) for one in needed if one.container):
-        engine_identity(container)
+        try:
+            engine_identity(container)
+        except UserError as error:
+            faults[container.name] = error
+    if faults:
+        first, *others = faults.values()
+        also = f"; {', '.join(list(faults)[1:])} cannot run either" if others else ""
+        raise UserError(first.where, first.field, f"{first.found}{also}", first.remedy) from first
 
 
 def container_of(entry: ResolvedModel | EmbeddingSpec) -> Path:
-    """The folder under model_containers of a model, or of what makes an embedding. Raises UserError if it has none."""
+    """The folder of a model, or of what makes an embedding. Raises UserError if there is none."""
     if entry.container is None:
         raise ValueError(f"{entry.name} is computed by the project itself and has no container")
-    folder = MODEL_CONTAINERS / entry.container
-    if not (folder / "model.py").is_file():
-        remedy = f"put model.py into {folder}, or mend the name"
-        raise UserError(f"catalog entry {entry.name}", "container", f"{entry.container!r}, which is not there", remedy)
-    return folder
+    return container_folder(entry.container, f"catalog entry {entry.name}")
 
 
 def device(container: Path, name: str) -> AbstractContextManager[Gpu | None]:

@@ -24,6 +24,7 @@ from core.catalog.schema import (
 from core.errors import UserError
 
 VARIABLE = "CALIPERT_SOURCE_"
+CONTAINERS = "containers"  # in the user's folder of entries
 BASELINES = ("additive", "linear")  # core computes them in every benchmark
 
 # Which published file of a data set: the one of its authors, or its preprocessed copy.
@@ -89,14 +90,18 @@ def _check_unused(needed: Sequence[Needed], sources: Mapping[str, str]) -> None:
 
 
 def _check_source(spec: Needed, sources: Mapping[str, str]) -> None:
-    if named_source(spec, sources) is not None or isinstance(spec, PretrainedSpec):
+    if named_source(spec, sources) is not None:
         return
-    if isinstance(spec.source, LocalSource):
+    if isinstance(spec, PretrainedSpec):
+        field, wanted, own = "files", "FOLDER", [one for one in spec.files.values() if isinstance(one, LocalSource)]
+    else:
+        field, wanted, own = "source", "FILE", [spec.source] if isinstance(spec.source, LocalSource) else []
+    if own:
         raise UserError(
             f"catalog entry {spec.name}",
-            "source",
-            f"no file named; wanted: {spec.source.hint}",
-            f"--source {spec.name}=FILE, or set {VARIABLE}{spec.name.upper()}",
+            field,
+            f"no {wanted.lower()} named; wanted: {', '.join(one.hint for one in own)}",
+            f"--source {spec.name}={wanted}, or set {VARIABLE}{spec.name.upper()}",
         )
 
 
@@ -162,12 +167,26 @@ def chosen_models(names: Iterable[str]) -> list[ResolvedModel]:
         if model.container is None:
             if model.name not in BASELINES:
                 raise UserError(where, "container", "none", "name the folder of the model under model_containers")
-        elif not (MODEL_CONTAINERS / model.container / "model.py").is_file():
-            remedy = f"put model.py into {MODEL_CONTAINERS / model.container}"
-            raise UserError(where, "container", f"{model.container!r}, where there is no model", remedy)
         else:
+            container_folder(model.container, where)
             chosen.append(model)
     return chosen
+
+
+def container_places() -> list[Path]:
+    """Where containers lie: model_containers, and `containers` in the user's folder of entries, if there is one."""
+    own = catalog.users_folder()
+    return [MODEL_CONTAINERS, *([own.resolve() / CONTAINERS] if own else [])]
+
+
+def container_folder(name: str, where: str) -> Path:
+    """The folder of a container, with its model.py. where: who names it. Raises UserError if there is none."""
+    places = container_places()
+    for place in places:
+        if (place / name / "model.py").is_file():
+            return place / name
+    remedy = f"put it into {' or '.join(str(place / name) for place in places)}, or mend the name"
+    raise UserError(where, "container", f"{name!r}, of which there is no model.py", remedy)
 
 
 def check_model_name(name: str) -> None:

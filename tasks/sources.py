@@ -15,7 +15,15 @@ from prefect import runtime, task
 
 from blocks.code import code_hash
 from blocks.paths import downloads_folder, store_folder
-from core.catalog.schema import DatasetSpec, EmbeddingSpec, HttpsSource, PretrainedSpec, S3Source, SimulatedSource
+from core.catalog.schema import (
+    DatasetSpec,
+    EmbeddingSpec,
+    HttpsSource,
+    LocalSource,
+    PretrainedSpec,
+    S3Source,
+    SimulatedSource,
+)
 from core.errors import UserError
 from tasks.artifacts import LOG, checksum, made
 from tasks.downloads import MAY_PASS, download, write_whole
@@ -80,8 +88,13 @@ def fetch_source(spec: DatasetSpec | EmbeddingSpec, sources: dict[str, str]) -> 
 
 
 def fetch_files(spec: PretrainedSpec) -> dict[str, Path]:
-    """The files of a model's weights on this machine, by their names. Raises as `fetch_source` does."""
-    return {name: _fetched(spec.name, source, "FOLDER") for name, source in sorted(spec.files.items())}
+    """Published files on this machine, by their names. Raises as `fetch_source` does."""
+    check_sources([spec], {})
+    return {name: _fetched(spec.name, source, "FOLDER") for name, source in _addresses(spec).items()}
+
+
+def _addresses(spec: PretrainedSpec) -> dict[str, HttpsSource | S3Source]:
+    return {name: source for name, source in sorted(spec.files.items()) if not isinstance(source, LocalSource)}
 
 
 def files_here(spec: PretrainedSpec, sources: Mapping[str, str]) -> dict[str, Path] | None:
@@ -90,8 +103,8 @@ def files_here(spec: PretrainedSpec, sources: Mapping[str, str]) -> dict[str, Pa
     named = named_source(spec, sources)
     if named is not None:
         return {name: named / name for name in sorted(spec.files)}
-    files = {name: _target(spec.name, source) for name, source in sorted(spec.files.items())}
-    return files if all(file.exists() for file in files.values()) else None
+    files = {name: _target(spec.name, source) for name, source in _addresses(spec).items()}
+    return files if len(files) == len(spec.files) and all(file.exists() for file in files.values()) else None
 
 
 def _fetched(name: str, source: HttpsSource | S3Source, wanted: str) -> Path:

@@ -1,7 +1,8 @@
 """Finds, reads and checks the catalog's YAML files.
 
 The built-in entries lie beside this module, those of the user in the folder named by CALIPERT_CATALOG: sub-folders
-datasets, embeddings, models, groups, pretrained, one file `<name>.yaml` per entry.
+datasets, embeddings, models, groups, pretrained, one file `<name>.yaml` per entry. (Beside them `containers` may lie,
+the user's own folders of models; tasks.inputs finds these.)
 """
 
 from __future__ import annotations
@@ -184,7 +185,8 @@ def _files(kind: Kind) -> dict[str, Path]:
     """Entry name -> file, built-in and the user's."""
     folder = FOLDERS[kind]
     files = {path.stem: path for path in _yaml_files(BUILT_IN / folder)}
-    for path in _yaml_files(_users_folder() / folder) if os.environ.get(VARIABLE) else []:
+    own = users_folder()
+    for path in _yaml_files(own / folder) if own else []:
         if path.stem in files:
             raise UserError(
                 path,
@@ -196,7 +198,10 @@ def _files(kind: Kind) -> dict[str, Path]:
     return files
 
 
-def _users_folder() -> Path:
+def users_folder() -> Path | None:
+    """The user's own folder of entries, if there is one. Raises UserError where it has none of the sub-folders."""
+    if not os.environ.get(VARIABLE):
+        return None
     folder = Path(os.environ[VARIABLE])
     if not any((folder / name).is_dir() for name in FOLDERS.values()):
         raise UserError(

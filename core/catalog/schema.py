@@ -229,7 +229,7 @@ class PretrainedSpec(Entry):
     files: Annotated[
         dict[
             Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")],
-            Annotated[HttpsSource | S3Source, Field(discriminator="kind")],
+            Annotated[HttpsSource | S3Source | LocalSource, Field(discriminator="kind")],
         ],
         Field(min_length=1),
     ]

@@ -13,13 +13,12 @@ import pytest
 from scipy import sparse
 
 from blocks.engines import ModelFailed
-from blocks.paths import MODEL_CONTAINERS
 from core import catalog
 from core.catalog.schema import PretrainedSpec
 from core.errors import UserError
 from model_containers import contract
 from tasks import embed, engine, pretrained, sources
-from tasks.inputs import inputs_of, named_source
+from tasks.inputs import check_sources, inputs_of, named_source
 
 GMT = "one\tR-1\tA\tB\tC\ntwo\tR-2\tB\tD\nthree\tR-3\tA\tD\tE\n"
 WEIGHTS = PretrainedSpec(
@@ -175,10 +174,9 @@ contract.main(description, embed=embed)
 @pytest.fixture
 def maker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., catalog.EmbeddingSpec]:
     """An entry of an embedding that a container of the user's makes."""
-    folder = tmp_path / "containers" / "maker"
+    folder = tmp_path / "catalog" / "containers" / "maker"
     folder.mkdir(parents=True)
     (folder / "model.py").write_text(MODEL)
-    monkeypatch.setattr(engine, "MODEL_CONTAINERS", folder.parent)
     monkeypatch.setenv("CALIPERT_CATALOG", str(tmp_path / "catalog"))
     for kind in ("embeddings", "pretrained"):
         (tmp_path / "catalog" / kind).mkdir(parents=True)
@@ -218,12 +216,25 @@ def test_published_files_that_the_catalog_lacks_are_named(maker) -> None:
 
 def test_a_maker_that_cannot_run_is_refused_before_any_work(maker, tmp_path: Path) -> None:
     spec = maker()
-    (tmp_path / "containers" / "ridge").symlink_to(MODEL_CONTAINERS / "ridge")
     engine.check_containers([catalog.model("ridge_mine")])
-    (tmp_path / "containers" / "maker" / "requirements.txt").write_text("no-such-package==1.0\n")
+    folder = tmp_path / "catalog" / "containers" / "maker"
+    (folder / "requirements.txt").write_text("no-such-package==1.0\n")
     engine._identity.cache_clear()
-    with pytest.raises(UserError, match="calipert model build maker"):
+    with pytest.raises(UserError, match=r"(?s)lacks a package: no-such-package\n.*calipert model build maker"):
         engine.check_containers([catalog.model("ridge_mine")])
-    (tmp_path / "containers" / "maker" / "model.py").unlink()
-    with pytest.raises(UserError, match="'maker', which is not there"):
+    (folder / "model.py").unlink()
+    with pytest.raises(UserError, match="'maker', of which there is no model"):
         engine.check_containers([], [spec])
+
+
+def test_published_files_of_ones_own_have_to_be_named(maker, tmp_path: Path) -> None:
+    spec = maker()
+    own = "name: tables\ntitle: mine\nfiles:\n  table.json: {kind: local, hint: my table}\n"
+    (tmp_path / "catalog" / "pretrained" / "tables.yaml").write_text(own)
+    with pytest.raises(UserError, match="no folder named; wanted: my table") as error:
+        check_sources(inputs_of([catalog.model("ridge_mine")]), {})
+    assert "--source tables=FOLDER" in error.value.remedy
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "table.json").write_text(json.dumps({"A": [1.0]}))
+    folder = embed.make_shared(spec, {"tables": str(tmp_path / "mine")})
+    assert contract.read_embedding(folder / "embedding.parquet").index.tolist() == ["A"]

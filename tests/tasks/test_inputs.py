@@ -19,7 +19,9 @@ def test_baselines_take_part_without_training() -> None:
     assert chosen_models(BASELINES) == []
 
 
-@pytest.mark.parametrize(("container", "found"), [(None, "none"), ("nowhere", "'nowhere', where there is no model")])
+@pytest.mark.parametrize(
+    ("container", "found"), [(None, "none"), ("nowhere", "'nowhere', of which there is no model.py")]
+)
 def test_a_model_without_a_program_is_refused(
     container: str | None, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
