@@ -39,6 +39,7 @@ _KEY = re.compile(r"[0-9a-f]{64}")
 # Beside the kinds, so that publishing is a rename within one file system. The dot keeps them apart.
 _TEMPORARY = ".temporary"
 _LOCKS = ".locks"
+QUIET_S = 2.0  # so long another may be at work on the same before it is said
 _SCRATCH = "artifact"
 # What this process (by its id) has done: the stores that it swept, and what it knows to be in which bucket.
 _swept: set[tuple[int, str]] = set()
@@ -198,9 +199,9 @@ class ArtifactStore(Block):
         folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(folder / key)
         try:
-            lock.acquire(blocking=False)
+            lock.acquire(timeout=QUIET_S)
         except filelock.Timeout:
-            _LOG.info("%s %s is being computed elsewhere: waiting for it", kind, key)
+            _LOG.info("another run here is making the same %s (%s...): waiting for it", kind, key[:12])
             lock.acquire()
         try:
             yield

@@ -38,7 +38,9 @@ def write_model_scores(
     go, in matched_controls.parquet, the scores of the controls on the same genes (named by `counterpart`) and,
     in missing_genes.json, the names of those that it lacks. Raises UserError where it shares less than 95 %.
     """
-    predictions = ad.concat([ad.read_h5ad(fold / "predictions.h5ad") for fold in folds], join="inner")
+    of_folds = [ad.read_h5ad(fold / "predictions.h5ad") for fold in folds]
+    # Without those of a fold in which nothing could be predicted, which pandas will not join much longer.
+    predictions = ad.concat([some for some in of_folds if some.n_obs] or of_folds, join="inner")
     own, negatives = read_reference(reference, SCORED_LAYERS)
     require_shared_genes(predictions.var_names, own.var_names, f"predictions of {model}")
     tables = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -60,7 +61,15 @@ def test_files_of_scores(single_cells: ad.AnnData, tmp_path: Path) -> None:
     fold.mkdir()
     model.write_h5ad(fold / "predictions.h5ad")
     (fold / "unpredicted.json").write_text('[{"covariate": "c", "condition": "X", "reason": "why"}]')
-    write_model_scores([fold], "averages", 7, folders["reference"], 42, folders["model"])
+    # A fold in which nothing could be predicted changes nothing, and pandas has nothing to complain about.
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
+    empty = pd.DataFrame(np.empty((0, 2)), columns=model.obs.columns, dtype=object)
+    ad.AnnData(np.empty((0, model.n_vars)), obs=empty, var=model.var).write_h5ad(nothing / "predictions.h5ad")
+    (nothing / "unpredicted.json").write_text("[]")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        write_model_scores([nothing, fold], "averages", 7, folders["reference"], 42, folders["model"])
     unpredicted = pd.read_parquet(folders["model"] / "unpredicted.parquet")
     assert unpredicted.to_numpy().tolist() == [["averages", "c", "X", "why"]]
     (lacking,) = set(reference.var_names) - set(model.var_names)
