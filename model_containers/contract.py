@@ -399,6 +399,30 @@ def is_embedded(condition: str, embedding: pd.DataFrame) -> bool:
     return bool(genes) and all(gene in embedding.index for gene in genes)
 
 
+def learnable(obs: pd.DataFrame, embedding: pd.DataFrame) -> tuple[np.ndarray, list[str]]:
+    """Which cells a model of embeddings can learn from (bool, one for each row of `obs`), and their covariates, sorted.
+
+    Train cells of control and of conditions with embeddings, val cells of the latter; only of covariates with such a
+    train perturbation. Raises ContractError if there is none.
+    """
+    conditions = obs["condition"].astype("category")
+    known = [name for name in conditions.cat.categories if is_embedded(name, embedding)]
+    is_known, is_train = conditions.isin(known).to_numpy(), (obs["split"] == "train").to_numpy()
+    covariates = sorted(set(obs["covariate"][is_known & is_train]))
+    if not covariates:
+        raise ContractError("cells: no train perturbation has an embedding")
+    is_control = (conditions == CONTROL).to_numpy()
+    return (is_known | (is_control & is_train)) & obs["covariate"].isin(covariates).to_numpy(), covariates
+
+
+def require_controls(obs: pd.DataFrame, covariates: Iterable[str]) -> None:
+    """Raise ContractError where one of these covariates has no control cell in the train split."""
+    of_control = obs["covariate"][(obs["condition"] == CONTROL) & (obs["split"] == "train")]
+    without = sorted(set(covariates) - set(of_control))
+    if without:
+        raise ContractError(f"cells: covariate {without[0]} has no control cell in the train split")
+
+
 def dataset_means(means: ad.AnnData) -> pd.DataFrame:
     """Each covariate's dataset_mean: covariate x genes (log1p), from what `read_means` returns.
 

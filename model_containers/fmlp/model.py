@@ -154,20 +154,11 @@ def predict(task: contract.PredictTask) -> None:
 
 
 def usable(cells: ad.AnnData, embedding: pd.DataFrame) -> tuple[np.ndarray, Shape]:
-    """Which cells to learn from: train cells of control and of conditions with embeddings, val cells of the latter.
+    """Which cells to learn from (`contract.learnable`).
 
-    Control is the condition without a gene, whose latent, the sum of none, is zero. Only covariates with a train
-    perturbation count. Raises ContractError if there is none.
+    Control is the condition without a gene, whose latent, the sum of none, is zero.
     """
-    conditions = cells.obs["condition"].astype("category")
-    known = [name for name in conditions.cat.categories if contract.is_embedded(name, embedding)]
-    is_known = conditions.isin(known).to_numpy()
-    is_train = (cells.obs["split"] == "train").to_numpy()
-    covariates = sorted(set(cells.obs["covariate"][is_known & is_train]))
-    if not covariates:
-        raise contract.ContractError("cells: no train perturbation has an embedding")
-    is_control = (conditions == contract.CONTROL).to_numpy()
-    kept = (is_known | (is_control & is_train)) & cells.obs["covariate"].isin(covariates).to_numpy()
+    kept, covariates = contract.learnable(cells.obs, embedding)
     return kept, Shape(embedding.shape[1], cells.var_names.tolist(), covariates)
 
 

@@ -167,23 +167,10 @@ def scaled(embedding: pd.DataFrame) -> pd.DataFrame:
 
 
 def usable(cells: ad.AnnData, embedding: pd.DataFrame) -> tuple[np.ndarray, Shape]:
-    """Which cells to learn from: train cells of control and of conditions with embeddings, val cells of the latter.
-
-    Only covariates with a train perturbation count. Raises ContractError if there is none, or if one of them has no
-    control cell in the train split.
-    """
-    conditions = cells.obs["condition"].astype("category")
-    known = [name for name in conditions.cat.categories if contract.is_embedded(name, embedding)]
-    is_known = conditions.isin(known).to_numpy()
-    is_train = (cells.obs["split"] == "train").to_numpy()
-    covariates = sorted(set(cells.obs["covariate"][is_known & is_train]))
-    if not covariates:
-        raise contract.ContractError("cells: no train perturbation has an embedding")
-    is_control = (conditions == contract.CONTROL).to_numpy() & is_train
-    without = sorted(set(covariates) - set(cells.obs["covariate"][is_control]))
-    if without:
-        raise contract.ContractError(f"cells: covariate {without[0]} has no control cell in the train split")
-    kept = (is_known | is_control) & cells.obs["covariate"].isin(covariates).to_numpy()
+    """Which cells to learn from (`contract.learnable`). Raises ContractError also where a covariate has no control cell
+    in the train split."""
+    kept, covariates = contract.learnable(cells.obs, embedding)
+    contract.require_controls(cells.obs, covariates)
     return kept, Shape(embedding.shape[1], cells.var_names.tolist(), covariates)
 
 
