@@ -17,8 +17,8 @@ from blocks.gpus import Gpu, lease
 from core.catalog.schema import Form
 from core.errors import UserError, shown
 from core.predictions import check_model_output
+from flows.model_panel import GENES, NO_EMBEDDING, UNSEEN, ZERO_EMBEDDING, Panel, write_panel
 from model_containers.contract import Description, Key
-from tasks.model_panel import GENES, NO_EMBEDDING, UNSEEN, ZERO_EMBEDDING, Panel, write_panel
 
 FILES = ("Dockerfile", "README.md", "model.py", "requirements.txt")
 COVARIATES = ("K562", "RPE1")

@@ -19,8 +19,8 @@ from core.differential import against_rest, effect_weights
 from core.metrics import squared_error
 from core.moments import group_moments
 from core.simulate import SimulationSettings, planted_profiles, simulate
+from flows.model_panel import Panel, write_panel
 from model_containers import contract
-from tasks.model_panel import Panel, write_panel
 
 # What models share they import by the names that it has in their containers.
 sys.modules["contract"] = contract
