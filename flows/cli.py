@@ -286,8 +286,9 @@ def _flow(flow: Any, **parameters: object) -> Any:
     try:
         return flow(**parameters)
     except ModelFailed as error:
-        remedy = "mend the model, or leave it out with --models; the whole log is in Prefect"
-        raise UserError("model", "output", str(error), remedy) from error
+        made, needing = ("embedding", "models that use it") if error.stage == "embed" else ("model", "it")
+        remedy = f"mend the {made}, or leave {needing} out with --models; the whole log is in Prefect"
+        raise UserError(made, "output", str(error), remedy) from error
 
 
 def _write_csv(table: Any, path: Path) -> None:

@@ -89,7 +89,7 @@ def _users() -> dict[str, list[str]]:
     from core import catalog
 
     users: dict[str, list[str]] = {}
-    entries = {name: catalog.model(name) for name in catalog.names("model")}
+    entries = {model.name: model for model in catalog.models(catalog.names("model"))}
     made = {f"embedding {name}": catalog.embedding(name) for name in catalog.names("embedding")}
     for name, entry in (entries | made).items():
         if entry.container is not None:
@@ -101,7 +101,7 @@ def _form(container: str) -> Form:
     """What the models of the catalog that run in a container are told of genes; a table where there is none."""
     from core import catalog
 
-    resolved = [catalog.model(name) for name in catalog.names("model")]
+    resolved = catalog.models(catalog.names("model"))
     forms = {one.embedding.form for one in resolved if one.embedding and one.container == container}
     return "graph" if forms == {"graph"} else "table"
 
