@@ -111,6 +111,7 @@ def test_without_any_text_there_is_no_embedding(texts_of: Callable[..., dict[str
         (gzip.compress(b""), "#tax_id", "no such column"),
         (gzip.compress(f"{SUMMARY}\n9606\t3717\tRefSeq\n".encode()), "line 2", "3 fields, the header has 4"),
     ],
+    ids=["absent", "not-compressed", "cut-off", "not-utf8", "no-source", "empty", "short-line"],
 )
 def test_a_file_that_is_not_ncbis_is_named(tmp_path: Path, content: bytes | None, field: str, found: str) -> None:
     path = tmp_path / "gene_summary.gz"
