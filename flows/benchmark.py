@@ -14,6 +14,7 @@ from tasks.embed_texts import check_services
 from tasks.engine import check_containers
 from tasks.inputs import check_sources, chosen_dataset, chosen_models, inputs_of
 from tasks.prepare import build_reference, measure_quality, prepare_cells
+from tasks.pretrained import fetch_inputs
 from tasks.record import (
     end_interrupted,
     failing_with_the_flow,
@@ -54,10 +55,12 @@ def benchmark(
     """
     spec = chosen_dataset(dataset, folds, origin)
     chosen = chosen_models(models)
-    check_sources([spec, *inputs_of(chosen)], sources)
+    needed = inputs_of(chosen)
+    check_sources([spec, *needed], sources)
     check_containers(chosen)
     check_services([model.embedding for model in chosen if model.embedding], sources)
 
+    inputs = fetch_inputs(needed, sources)
     raw = fetch_source(spec, sources)
     cells = prepare_cells(spec, raw)
     reference = build_reference(spec, cells)
@@ -67,7 +70,7 @@ def benchmark(
     source = described(spec, raw)
     record_calibration(spec, calibration, source)
 
-    jobs = plan_folds(spec, chosen, cells, reference, seed, sources)
+    jobs = plan_folds(spec, chosen, cells, reference, seed, inputs)
     runs = open_runs(spec, control_scores, recipes_of(jobs), folds_of(jobs), source)
     with failing_with_the_flow(runs):
         predictions = train_folds(jobs, runs)

@@ -13,6 +13,7 @@ from tasks.embed import make_shared
 from tasks.embed_texts import check_services
 from tasks.engine import check_containers
 from tasks.inputs import check_sources, inputs_of_embedding
+from tasks.pretrained import fetch_inputs
 
 
 @flow(name="embed", flow_run_name="embed-{embedding}")
@@ -32,8 +33,9 @@ def embed(
         made = "from the training cells of a fold" if spec.per_fold else "between the genes that a data set perturbs"
         remedy = "benchmark a model that uses it: it is made then"
         raise UserError(f"catalog entry {embedding}", "kind", f"an embedding that is made {made}", remedy)
-    check_sources(inputs_of_embedding(spec), sources)
+    needed = inputs_of_embedding(spec)
+    check_sources(needed, sources)
     check_containers([], [spec])
     check_services([spec], sources)
     # Which genes a data set perturbs is not known here: the benchmark checks that there are any.
-    return make_shared(spec, sources)
+    return make_shared(spec, fetch_inputs(needed, sources))

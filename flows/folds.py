@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -32,7 +32,6 @@ from core.catalog.schema import DatasetSpec, ResolvedModel
 from core.errors import UserError
 from tasks.artifacts import LOG, key_of
 from tasks.embed import make_embeddings
-from tasks.pretrained import all_pretrained
 from tasks.progress import shown_progress
 from tasks.record import Recipe, Runs, recipe
 from tasks.results import perturbed_genes, test_conditions
@@ -52,13 +51,15 @@ ACTIVE = (*WAITING, StateType.RUNNING, StateType.PAUSED)
 
 
 def plan_folds(
-    spec: DatasetSpec, models: list[ResolvedModel], cells: Path, reference: Path, seed: int, sources: dict[str, str]
+    spec: DatasetSpec, models: list[ResolvedModel], cells: Path, reference: Path, seed: int, inputs: Mapping[str, Path]
 ) -> list[FoldJob]:
-    """One job for each model and fold, model after model, with the folds' cells and the models' embeddings made."""
+    """One job for each model and fold, model after model, with the folds' cells and the models' embeddings made.
+
+    inputs: what these are made of and the models start from (tasks.pretrained).
+    """
     asked = test_conditions(reference) if models else {}
     data = {fold: split_fold(cells, fold) for fold in asked}
-    embedded = make_embeddings(models, data, sources, perturbed_genes(reference))
-    weights = all_pretrained(models, sources)
+    embedded = make_embeddings(models, data, inputs, perturbed_genes(reference))
     return [
         FoldJob(
             dataset=spec.name,
@@ -67,7 +68,7 @@ def plan_folds(
             seed=seed,
             data=key_of(data[fold]),
             embedding=key_of(embedding) if (embedding := embedded[model.name, fold]) else None,
-            pretrained=key_of(weights[model.name]) if model.name in weights else None,
+            pretrained=key_of(inputs[model.pretrained.name]) if model.pretrained else None,
             asked=asked[fold],
             target_sum=spec.target_sum,
         )

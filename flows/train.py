@@ -14,6 +14,7 @@ from tasks.embed_texts import check_services
 from tasks.engine import check_containers
 from tasks.inputs import check_sources, chosen_dataset, chosen_models, inputs_of
 from tasks.prepare import build_reference, prepare_cells
+from tasks.pretrained import fetch_inputs
 from tasks.record import end_interrupted, end_trainings, failing_with_the_flow, open_runs
 from tasks.score import score_controls
 from tasks.sources import described, fetch_source
@@ -41,16 +42,18 @@ def train(
     """
     spec = chosen_dataset(dataset, folds, origin)
     chosen = chosen_models(models)
-    check_sources([spec, *inputs_of(chosen)], sources)
+    needed = inputs_of(chosen)
+    check_sources([spec, *needed], sources)
     check_containers(chosen)
     check_services([model.embedding for model in chosen if model.embedding], sources)
 
+    inputs = fetch_inputs(needed, sources)
     raw = fetch_source(spec, sources)
     cells = prepare_cells(spec, raw)
     reference = build_reference(spec, cells)
     control_scores = score_controls(spec, reference)
 
-    jobs = plan_folds(spec, chosen, cells, reference, seed, sources)
+    jobs = plan_folds(spec, chosen, cells, reference, seed, inputs)
     source = described(spec, raw)
     runs = open_runs(spec, control_scores, recipes_of(jobs), folds_of(jobs), source, controls=False)
     with failing_with_the_flow(runs):

@@ -15,8 +15,6 @@ from core.catalog.schema import EmbeddingSpec, ResolvedModel
 from tasks.artifacts import checksum, made
 from tasks.embed_container import FILE, made_in_container
 from tasks.embed_texts import made_of_texts
-from tasks.pretrained import fetch_pretrained
-from tasks.sources import fetch_source
 
 
 @task(name="embed", task_run_name="embed {spec.name}", cache_policy=NO_CACHE)
@@ -66,16 +64,9 @@ def join(spec: EmbeddingSpec, parts: dict[str, Path]) -> Path:
     )
 
 
-def make_shared(spec: EmbeddingSpec, sources: dict[str, str]) -> Path:
-    """The artifact's folder of an embedding that is the same for all data sets."""
-    return _whole(spec, lambda part: embed(part, _fetched(part, sources), []))
-
-
-def _fetched(spec: EmbeddingSpec, sources: dict[str, str]) -> Path:
-    """The raw file, or the artifact of the published files, that a shared embedding is made of."""
-    if spec.pretrained:
-        return fetch_pretrained(catalog.pretrained(spec.pretrained), sources)
-    return fetch_source(spec, sources)
+def make_shared(spec: EmbeddingSpec, inputs: Mapping[str, Path]) -> Path:
+    """The artifact's folder of an embedding that is the same for all data sets. inputs: of `fetch_inputs`."""
+    return _whole(spec, lambda part: embed(part, inputs[part.pretrained or part.name], []))
 
 
 def _whole(spec: EmbeddingSpec, make: Callable[[EmbeddingSpec], Path]) -> Path:
@@ -86,11 +77,11 @@ def _whole(spec: EmbeddingSpec, make: Callable[[EmbeddingSpec], Path]) -> Path:
 
 
 def make_embeddings(
-    models: Iterable[ResolvedModel], data: Mapping[int, Path], sources: dict[str, str], perturbed: list[str]
+    models: Iterable[ResolvedModel], data: Mapping[int, Path], inputs: Mapping[str, Path], perturbed: list[str]
 ) -> dict[tuple[str, int], Path | None]:
     """(model, fold) -> folder of its embedding.parquet, None for a model without one. Each is made once.
 
-    data: the folds' artifacts. sources: files that the user named. perturbed: the genes that models will need. Raises
+    data: the folds' artifacts. inputs: of `fetch_inputs`. perturbed: the genes that models will need. Raises
     UserError where a model's embedding has none of them.
     """
     from core.embedding import known_genes, require_coverage
@@ -103,7 +94,8 @@ def make_embeddings(
             if spec.form == "tables":
                 by_key[key] = _whole(spec, lambda part: once(part, fold))
             else:
-                by_key[key] = embed(spec, data[fold] if spec.per_fold else _fetched(spec, sources), perturbed)
+                source = data[fold] if spec.per_fold else inputs[spec.pretrained or spec.name]
+                by_key[key] = embed(spec, source, perturbed)
         return by_key[key]
 
     given: dict[tuple[str, int], Path | None] = {}

@@ -65,8 +65,8 @@ def inputs_of(models: Iterable[ResolvedModel]) -> list[EmbeddingSpec | Pretraine
 
 def inputs_of_embedding(spec: EmbeddingSpec) -> list[EmbeddingSpec | PretrainedSpec]:
     """What an embedding is made of, by the names under which files are named: itself or its parts, or the published
-    files of those that are made of such."""
-    parts = catalog.parts(spec)
+    files of those that are made of such. What is made from the cells of a fold needs none."""
+    parts = [part for part in catalog.parts(spec) if not part.per_fold]
     return [catalog.pretrained(part.pretrained) if part.pretrained else part for part in parts]
 
 

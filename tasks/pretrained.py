@@ -1,4 +1,4 @@
-"""Published files that models start from and embeddings are made of, brought into the store."""
+"""What models start from and embeddings are made of, brought to this machine."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from core.catalog.schema import PretrainedSpec, ResolvedModel
+from core.catalog.schema import EmbeddingSpec, PretrainedSpec
 from tasks.artifacts import LOG, checksum, made
 from tasks.inputs import named_source
-from tasks.sources import fetch_files, passing
+from tasks.sources import fetch_files, fetch_source, passing
 
 
 @task(
@@ -48,10 +48,12 @@ def fetch_pretrained(spec: PretrainedSpec, sources: dict[str, str]) -> Path:
     )
 
 
-def all_pretrained(models: Iterable[ResolvedModel], sources: dict[str, str]) -> dict[str, Path]:
-    """Model -> folder of the weights that it starts from; models without any left out. Each is fetched once."""
-    specs = {model.name: model.pretrained for model in models if model.pretrained}
-    fetched = {
-        spec.name: fetch_pretrained(spec, sources) for spec in {one.name: one for one in specs.values()}.values()
+def fetch_inputs(needed: Iterable[EmbeddingSpec | PretrainedSpec], sources: dict[str, str]) -> dict[str, Path]:
+    """Name -> raw file of an embedding, or artifact's folder of published files (tasks.inputs says what is needed).
+
+    Raises UserError and ConnectionLost as `fetch_source` does.
+    """
+    return {
+        one.name: fetch_pretrained(one, sources) if isinstance(one, PretrainedSpec) else fetch_source(one, sources)
+        for one in needed
     }
-    return {name: fetched[spec.name] for name, spec in specs.items()}

@@ -346,9 +346,9 @@ def test_the_catalogs_embedding_is_made_by_a_process_without_a_network(
     monkeypatch.setenv("CALIPERT_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("CALIPERT_GPUS", "none")
     monkeypatch.setattr(embed, "embed", embed.embed.fn)
-    monkeypatch.setattr(embed, "fetch_pretrained", pretrained.fetch_pretrained.fn)
     spec = catalog.embedding("esm2")
-    folder = embed.make_shared(spec, {"esm2_150m": str(published)})
+    weights = pretrained.fetch_pretrained.fn(catalog.pretrained("esm2_150m"), {"esm2_150m": str(published)})
+    folder = embed.make_shared(spec, {"esm2_150m": weights})
     table = pd.read_parquet(folder / "embedding.parquet")
     pd.testing.assert_frame_equal(table, pd.read_parquet(made()), rtol=1e-5, atol=1e-5)
 

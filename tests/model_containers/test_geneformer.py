@@ -190,8 +190,9 @@ def test_the_catalogs_embedding_is_made_by_a_process(
 ) -> None:
     monkeypatch.setenv("CALIPERT_DATA", str(tmp_path / "data"))
     monkeypatch.setattr(embed, "embed", embed.embed.fn)
-    monkeypatch.setattr(embed, "fetch_pretrained", pretrained.fetch_pretrained.fn)
-    folder = embed.make_shared(catalog.embedding("geneformer"), {"geneformer_v2_104m": str(published)})
+    name = "geneformer_v2_104m"
+    weights = pretrained.fetch_pretrained.fn(catalog.pretrained(name), {name: str(published)})
+    folder = embed.make_shared(catalog.embedding("geneformer"), {name: weights})
     assert (folder / "embedding.parquet").read_bytes() == made().read_bytes()
 
 

@@ -29,6 +29,8 @@ from flows.embed import embed as flow
 from flows.reproduce import reproduce
 from tasks import embed, embed_texts, pretrained, sources
 from tasks.embed_texts import check_services
+from tasks.inputs import inputs_of_embedding
+from tasks.pretrained import fetch_inputs
 from tasks.sources import ConnectionLost, passing
 
 STAND_IN = runpy.run_path(str(Path(__file__).with_name("text_service_stand_in.py")))
@@ -44,7 +46,6 @@ def data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("CALIPERT_DATA", str(tmp_path / "data"))
     for module, name in ((embed, "embed"), (embed_texts, "ask"), (pretrained, "fetch_pretrained")):
         monkeypatch.setattr(module, name, getattr(module, name).fn)
-    monkeypatch.setattr(embed, "fetch_pretrained", pretrained.fetch_pretrained)
     monkeypatch.setattr(embed_texts, "TEXTS_AT_ONCE", 3)
     monkeypatch.setattr(embed_texts, "sleep", lambda _: None)
     return tmp_path / "data"
@@ -78,7 +79,8 @@ def make(service: Any, key: object, tmp_path: Path) -> Callable[..., Path]:
 
     def call(texts: dict[str, str] = TEXTS, backwards: bool = False) -> Path:
         genes = STAND_IN["write_genes"](tmp_path / "genes", texts, backwards)
-        return embed.make_shared(catalog.embedding("mine"), {"ncbi_genes": str(genes)})
+        spec = catalog.embedding("mine")
+        return embed.make_shared(spec, fetch_inputs(inputs_of_embedding(spec), {"ncbi_genes": str(genes)}))
 
     return call
 
@@ -478,9 +480,9 @@ RUN = """
 import os, signal, sys
 from pathlib import Path
 from blocks import text_service
-from tasks import embed, embed_texts, pretrained
+from tasks import embed, embed_texts, inputs, pretrained
 text_service.secret = embed_texts.secret = lambda name: sys.argv[2]
-embed.embed, embed_texts.ask, embed.fetch_pretrained = embed.embed.fn, embed_texts.ask.fn, embed.fetch_pretrained.fn
+embed.embed, embed_texts.ask, fetch = embed.embed.fn, embed_texts.ask.fn, pretrained.fetch_pretrained.fn
 embed_texts.TEXTS_AT_ONCE = 3
 replace, replaced = Path.replace, []
 def dying(self, target):
@@ -491,7 +493,9 @@ def dying(self, target):
     return replace(self, target)
 Path.replace = dying
 from core import catalog
-print("RESULT", embed.make_shared(catalog.embedding("mine"), {"ncbi_genes": sys.argv[1]}))
+spec = catalog.embedding("mine")
+needed = {one.name: fetch(one, {"ncbi_genes": sys.argv[1]}) for one in inputs.inputs_of_embedding(spec)}
+print("RESULT", embed.make_shared(spec, needed))
 """
 
 

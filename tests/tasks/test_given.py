@@ -14,11 +14,11 @@ from scipy import sparse
 
 from blocks.engines import ModelFailed
 from core import catalog
-from core.catalog.schema import PretrainedSpec
+from core.catalog.schema import EmbeddingSpec, PretrainedSpec
 from core.errors import UserError
 from model_containers import contract
 from tasks import embed, engine, pretrained, sources
-from tasks.inputs import check_sources, inputs_of, named_source
+from tasks.inputs import check_sources, inputs_of, inputs_of_embedding, named_source
 
 GMT = "one\tR-1\tA\tB\tC\ntwo\tR-2\tB\tD\nthree\tR-3\tA\tD\tE\n"
 WEIGHTS = PretrainedSpec(
@@ -35,7 +35,8 @@ WEIGHTS = PretrainedSpec(
 def without_a_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A data folder of the test's own; tasks as plain functions."""
     monkeypatch.setenv("CALIPERT_DATA", str(tmp_path / "data"))
-    for module, name in ((embed, "embed"), (embed, "join"), (embed, "fetch_source"), (pretrained, "fetch_pretrained")):
+    tasks = ((embed, "embed"), (embed, "join"), (pretrained, "fetch_source"), (pretrained, "fetch_pretrained"))
+    for module, name in tasks:
         monkeypatch.setattr(module, name, getattr(module, name).fn)
 
 
@@ -60,6 +61,11 @@ def folds(tmp_path: Path) -> dict[int, Path]:
     return found
 
 
+def shared(spec: EmbeddingSpec, sources: dict[str, str]) -> Path:
+    """The artifact of a shared embedding."""
+    return embed.make_shared(spec, pretrained.fetch_inputs(inputs_of_embedding(spec), sources))
+
+
 def test_several_are_joined_for_each_fold_from_parts_that_are_made_once(
     gmt: Path, folds: dict[int, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,7 +74,7 @@ def test_several_are_joined_for_each_fold_from_parts_that_are_made_once(
     made: list[str] = []
     original = embed.embed
     monkeypatch.setattr(embed, "embed", lambda spec, *rest: made.append(spec.name) or original(spec, *rest))
-    found = embed.make_embeddings([several, model], folds, {"reactome": str(gmt)}, ["A", "F"])
+    found = embed.make_embeddings([several, model], folds, {"reactome": gmt}, ["A", "F"])
     assert sorted(made) == ["coexpression", "coexpression", "reactome"]
     assert found["m", 0] != found["m", 1]
     assert found["fmlp_reactome", 0] == found["fmlp_reactome", 1]
@@ -78,7 +84,7 @@ def test_several_are_joined_for_each_fold_from_parts_that_are_made_once(
             "reactome": set("ABCDE"),
             "coexpression": {"A", "F"},
         }
-    again = embed.make_embeddings([several], folds, {"reactome": str(gmt)}, ["A"])
+    again = embed.make_embeddings([several], folds, {"reactome": gmt}, ["A"])
     assert again == {key: folder for key, folder in found.items() if key[0] == "m"}
 
 
@@ -96,20 +102,17 @@ def test_a_graph_is_made_of_shared_annotations(gmt: Path) -> None:
 def test_what_knows_none_of_the_genes_is_refused(gmt: Path, name: str) -> None:
     model = catalog.model("fmlp_reactome").model_copy(update={"embedding": catalog.embedding(name)})
     with pytest.raises(UserError, match=r"none of the 1 perturbed genes \(NOWHERE\)"):
-        embed.make_embeddings([model], {0: gmt.parent}, {name: str(gmt)}, ["NOWHERE"])
+        embed.make_embeddings([model], {0: gmt.parent}, {name: gmt}, ["NOWHERE"])
 
 
 def test_a_models_inputs_are_its_parts_and_weights_each_once() -> None:
     model = catalog.model("fmlp_reactome").model_copy(update={"pretrained": WEIGHTS})
     several = model.model_copy(update={"embedding": catalog.embedding("knowledge")})
-    assert [one.name for one in inputs_of([model, several, catalog.model("linear")])] == [
-        "reactome",
-        "net",
-        "coexpression",
-    ]
+    # Co-expression is made of a fold's cells.
+    assert [one.name for one in inputs_of([model, several, catalog.model("linear")])] == ["reactome", "net"]
 
 
-def test_weights_come_from_the_folder_that_is_named(tmp_path: Path) -> None:
+def test_weights_come_from_the_folder_that_is_named(gmt: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "args.json").write_text("{}")
@@ -119,12 +122,14 @@ def test_weights_come_from_the_folder_that_is_named(tmp_path: Path) -> None:
     (mine / "best.pt").write_bytes(b"weights")
     (mine / "unasked").write_bytes(b"x")
     model = catalog.model("fmlp_reactome").model_copy(update={"pretrained": WEIGHTS})
-    found = pretrained.all_pretrained([model, catalog.model("linear")], {"net": str(mine)})
-    assert list(found) == ["fmlp_reactome"]
-    files = {path.name for path in found["fmlp_reactome"].iterdir()} - {"manifest.json"}
+    sources = {"net": str(mine), "reactome": str(gmt)}
+    found = pretrained.fetch_inputs(inputs_of([model, catalog.model("linear")]), sources)
+    assert list(found) == ["reactome", "net"]
+    assert found["reactome"] == gmt
+    files = {path.name for path in found["net"].iterdir()} - {"manifest.json"}
     assert files == {"args.json", "best.pt"}
     (mine / "best.pt").write_bytes(b"others")
-    assert pretrained.all_pretrained([model], {"net": str(mine)})["fmlp_reactome"] != found["fmlp_reactome"]
+    assert pretrained.fetch_inputs(inputs_of([model]), sources)["net"] != found["net"]
 
 
 def test_weights_are_downloaded_under_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,18 +199,19 @@ def test_a_container_makes_an_embedding_of_published_files(maker, tmp_path: Path
     published.mkdir()
     (published / "table.json").write_text(json.dumps({"B": [1.0, 2.0], "A": [3.0, 4.0]}))
     sources = {"tables": str(published)}
-    folder = embed.make_shared(maker(), sources)
+    folder = shared(maker(), sources)
     table = contract.read_embedding(folder / "embedding.parquet")
     assert table.to_dict() == {"d0": {"A": 3.0, "B": 1.0}, "d1": {"A": 4.0, "B": 2.0}}
-    assert embed.make_shared(maker(), sources) == folder
-    twice = embed.make_shared(maker(times=2.0), sources)
+    assert shared(maker(), sources) == folder
+    twice = shared(maker(times=2.0), sources)
     assert contract.read_embedding(twice / "embedding.parquet").loc["A"].tolist() == [6.0, 8.0]
     model = catalog.model("ridge_mine")
-    assert [one.name for one in inputs_of([model])] == ["tables"]
-    assert embed.make_embeddings([model], {0: tmp_path}, sources, ["A"])["ridge_mine", 0] == twice
+    inputs = pretrained.fetch_inputs(inputs_of([model]), sources)
+    assert list(inputs) == ["tables"]
+    assert embed.make_embeddings([model], {0: tmp_path}, inputs, ["A"])["ridge_mine", 0] == twice
     (published / "table.json").write_text(json.dumps({"A": [0.0, 0.0]}))
     with pytest.raises(ModelFailed, match="gene A has only zeros"):
-        embed.make_shared(maker(), sources)
+        shared(maker(), sources)
 
 
 def test_published_files_that_the_catalog_lacks_are_named(maker) -> None:
@@ -236,5 +242,5 @@ def test_published_files_of_ones_own_have_to_be_named(maker, tmp_path: Path) -> 
     assert "--source tables=FOLDER" in error.value.remedy
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "table.json").write_text(json.dumps({"A": [1.0]}))
-    folder = embed.make_shared(spec, {"tables": str(tmp_path / "mine")})
+    folder = shared(spec, {"tables": str(tmp_path / "mine")})
     assert contract.read_embedding(folder / "embedding.parquet").index.tolist() == ["A"]
