@@ -126,13 +126,14 @@ class EmbedTask:
 
     pretrained: folder of the published files that it is made of.
     settings:   what differs from the maker's own defaults.
-    threads, output: as in TrainTask.
+    threads, output, checkpoint: as in TrainTask.
     """
 
     pretrained: Path
     settings: dict[str, Any]
     threads: int
     output: Path
+    checkpoint: Path | None = None
 
 
 def main(
@@ -593,7 +594,13 @@ _FIELDS: dict[str, dict[str, Callable[[object], object]]] = {
         "threads": _threads,
         "output": _folder,
     },
-    "embed": {"pretrained": _existing, "settings": _object, "threads": _threads, "output": _folder},
+    "embed": {
+        "pretrained": _existing,
+        "settings": _object,
+        "threads": _threads,
+        "output": _folder,
+        "checkpoint": _folder_or_none,
+    },
 }
 _DEFAULTS: dict[str, object] = {"embedding": None, "hyperparameters": {}, "settings": {}, "threads": 1}
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from blocks.code import code_hash
+from blocks.store import artifact_key
 from core.catalog.schema import EmbeddingSpec
-from tasks.artifacts import LOG, made
-from tasks.engine import THREADS, container_of, device, engine, engine_identity, require_same
+from tasks.artifacts import LOG, key_of, made
+from tasks.engine import THREADS, container_of, device, engine, engine_identity, require_same, resumable
 from tasks.progress import shown_progress
 
 FILE = "embedding.parquet"
@@ -33,19 +34,22 @@ def made_in_container(spec: EmbeddingSpec, published: Path) -> Path:
         if event.get("event") == "log":
             LOG.info("embedding %s: %s", spec.name, event["message"])
 
+    inputs = {"pretrained": key_of(published)}
+    parameters: dict[str, Any] = {"kind": spec.kind, "settings": spec.settings, "threads": THREADS}
+    code = engine_identity(container) + code_hash("core.embedding")
+
     def build(folder: Path) -> None:
         require_same(container)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch, device(container, f"embedding {spec.name}") as gpu:
+        with (
+            tempfile.TemporaryDirectory(dir=folder) as scratch,
+            device(container, f"embedding {spec.name}") as gpu,
+            resumable(artifact_key("embedding", inputs, parameters, code)) as checkpoint,
+        ):
             task = {"pretrained": str(published), "settings": spec.settings, "threads": THREADS, "output": scratch}
+            task["checkpoint"] = checkpoint
             engine().run("embed", container, task, on_event=hear, timeout_s=spec.time_limit or LONGEST_S, gpu=gpu)
             table = read_foreign_embedding(Path(scratch) / FILE)
         write_embedding(table, folder / FILE)
 
-    return made(
-        "embedding",
-        build,
-        inputs={"pretrained": published},
-        parameters={"kind": spec.kind, "settings": spec.settings, "threads": THREADS},
-        code=engine_identity(container) + code_hash("core.embedding"),
-        label=f"the embedding {spec.name}",
-    )
+    label = f"the embedding {spec.name}"
+    return made("embedding", build, inputs=inputs, parameters=parameters, code=code, label=label)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
+from blocks.checkpoints import checkpoint
 from blocks.engines import Engine, ProcessEngine
 from blocks.gpus import Gpu, lease
 from core import catalog
@@ -102,6 +103,17 @@ def device(container: Path, name: str) -> AbstractContextManager[Gpu | None]:
     name: what the lease is for, as others who wait for a GPU are told.
     """
     return nullcontext() if runs_elsewhere() or not _uses_gpu(container) else lease(name)
+
+
+@contextmanager
+def resumable(key: str) -> Iterator[str | None]:
+    """The folder from which a stage goes on that was killed (blocks.checkpoints); None where models run on other
+    machines. key: of the artifact that it makes."""
+    if runs_elsewhere():
+        yield None
+        return
+    with checkpoint(key) as folder:
+        yield str(folder)
 
 
 def _uses_gpu(container: Path) -> bool:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,14 +14,13 @@ from prefect import runtime, task
 from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ConfigDict
 
-from blocks.checkpoints import checkpoint
 from blocks.code import code_hash
 from blocks.engines import Usage
 from blocks.store import MANIFEST, ArtifactStore, artifact_key
 from core.catalog.schema import ResolvedModel
 from core.errors import UserError
 from tasks.artifacts import LOG, made
-from tasks.engine import THREADS, container_of, device, engine, engine_identity, require_same, runs_elsewhere
+from tasks.engine import THREADS, container_of, device, engine, engine_identity, require_same, resumable
 from tasks.progress import shown_progress
 from tasks.record import end_failed, tracking_server
 
@@ -126,7 +124,7 @@ def trained(job: FoldJob, on_event: Callable[[Event], None]) -> Path:
 
             limit = job.model.time_limits.train
             require_same(model)
-            with _checkpoint(job) as checkpoint:
+            with resumable(_model(job).key) as checkpoint:
                 spec["checkpoint"] = checkpoint
                 usage = engine().run("train", model, spec, on_event=keep, timeout_s=limit, gpu=gpu)
         _require_free(folder, job.name)
@@ -246,13 +244,3 @@ def _require_free(folder: Path, name: str) -> None:
         raise UserError(
             f"output of {name}", "name", f"{taken[0]!r}, a name that the benchmark uses itself", "choose another"
         )
-
-
-@contextmanager
-def _checkpoint(job: FoldJob) -> Iterator[str | None]:
-    """The folder from which a killed training goes on; None where models run on other machines."""
-    if runs_elsewhere():
-        yield None
-        return
-    with checkpoint(_model(job).key) as folder:
-        yield str(folder)

@@ -20,6 +20,7 @@ import contract
 import neural
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 DESCRIPTION = contract.Description(
@@ -60,6 +61,7 @@ class Protein(NamedTuple):
 
 def embed(task: contract.EmbedTask) -> None:
     """The pooled last hidden state of each symbol's protein."""
+    import numpy as np
     import pandas as pd
 
     pooling = contract.embedding_settings(task, Settings).pooling
@@ -67,16 +69,59 @@ def embed(task: contract.EmbedTask) -> None:
     sequences = sequences_of(task.pretrained)
     vocabulary = read_vocabulary(task.pretrained / "vocab.txt")
     net = network(task.pretrained, len(vocabulary), device)
-    rows = {}
-    for symbols in batches(sequences):
+
+    def vectors(symbols: list[str]) -> np.ndarray:
         tokens, real = padded([token_ids(sequences[symbol], vocabulary) for symbol in symbols], vocabulary[PADDING])
         with torch.no_grad():
             # float32 on every device: half precision would keep three digits of a mean over thousands of residues.
             states = net(input_ids=tokens.to(device), attention_mask=real.to(device)).last_hidden_state
-        for symbol, protein in zip(symbols, states, strict=True):
-            rows[symbol] = pooled(protein, len(sequences[symbol]), pooling).cpu().numpy()
-        contract.progress(len(rows), len(sequences), "protein")
-    contract.write_embedding(task, pd.DataFrame.from_dict(rows, orient="index"))
+        return np.stack(
+            [
+                pooled(one, len(sequences[symbol]), pooling).cpu().numpy()
+                for symbol, one in zip(symbols, states, strict=True)
+            ]
+        )
+
+    tables = []
+    done = 0
+    for number, symbols in enumerate(batches(sequences)):
+        path = task.checkpoint / f"{number}.npy" if task.checkpoint else None
+        found = kept(path)
+        if found is None:
+            found = vectors(symbols)
+            keep(path, found)
+        tables.append(pd.DataFrame(found, index=symbols))
+        done += len(symbols)
+        contract.progress(done, len(sequences), "protein")
+    contract.write_embedding(task, pd.concat(tables))
+
+
+# ---- what lets a run go on that was killed: the vectors of each batch, in a file of its own
+
+
+def keep(path: Path | None, vectors: np.ndarray) -> None:
+    """Write the vectors of a batch, if there is a place for them."""
+    import numpy as np
+
+    if path is not None:
+        unfinished = path.with_name(f"{path.name}.partial")
+        with unfinished.open("wb") as file:
+            np.save(file, vectors, allow_pickle=False)
+        unfinished.replace(path)
+
+
+def kept(path: Path | None) -> np.ndarray | None:
+    """The vectors of a batch as an earlier run kept them, or None; the log names what cannot be read."""
+    import numpy as np
+
+    if path is None or not path.exists():
+        return None
+    try:
+        vectors: np.ndarray = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        contract.log(f"what an earlier run kept in {path.name} cannot be read, and is made anew: {error}")
+        return None
+    return vectors
 
 
 # ---- proteins

@@ -140,6 +140,43 @@ def made(load, published: Path, tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
+def test_it_goes_on_where_it_was_killed(load, published, tmp_path, monkeypatch, capsys):
+    """After each batch the vectors are kept, as the bits that they are; what cannot be read is made anew."""
+    model = load("esm2")
+    proteins = model.sequences_of(published)
+    monkeypatch.setattr(model, "TOKENS", max(map(len, proteins.values())) + 2)
+    sizes = list(map(len, model.batches(proteins)))
+    assert sizes[0] == 1
+    assert sum(sizes) > sizes[0] + sizes[1] > 2
+    kept, runs = tmp_path / "kept", []
+    kept.mkdir()
+    pool = model.pooled
+
+    def pooled(states, n_residues, pooling):
+        if len(runs) == sizes[0] + sizes[1]:
+            raise KeyboardInterrupt
+        runs.append(n_residues)
+        return pool(states, n_residues, pooling)
+
+    def run(name, checkpoint=kept):
+        (tmp_path / name).mkdir()
+        model.embed(contract.EmbedTask(published, {}, 1, tmp_path / name, checkpoint))
+        return (tmp_path / name / "embedding.parquet").read_bytes()
+
+    whole = run("whole", None)
+    monkeypatch.setattr(model, "pooled", pooled)
+    with pytest.raises(KeyboardInterrupt):
+        run("killed")
+    assert sorted(path.name for path in kept.iterdir()) == ["0.npy", "1.npy"]
+    (kept / "0.npy").write_bytes(b"torn")
+    monkeypatch.setattr(model, "pooled", lambda *rest: runs.append(rest[1]) or pool(*rest))
+    runs.clear()
+    capsys.readouterr()
+    assert run("again") == whole
+    assert len(runs) == len(proteins) - sizes[1]
+    assert "kept in 0.npy cannot be read" in capsys.readouterr().out
+
+
 # ---- the same by hand
 
 

@@ -13,6 +13,7 @@ import pytest
 from scipy import sparse
 
 from blocks.engines import ModelFailed
+from blocks.paths import checkpoints_folder
 from core import catalog
 from core.catalog.schema import EmbeddingSpec, PretrainedSpec
 from core.errors import UserError
@@ -212,6 +213,25 @@ def test_a_container_makes_an_embedding_of_published_files(maker, tmp_path: Path
     (published / "table.json").write_text(json.dumps({"A": [0.0, 0.0]}))
     with pytest.raises(ModelFailed, match="gene A has only zeros"):
         shared(maker(), sources)
+
+
+def test_a_maker_that_was_killed_finds_what_it_kept(maker, tmp_path: Path) -> None:
+    spec = maker()
+    program = tmp_path / "catalog" / "containers" / "maker" / "model.py"
+    dies = """
+    (task.checkpoint / str(len(list(task.checkpoint.iterdir())))).write_text("")
+    if not (task.checkpoint / "2").exists():
+        raise RuntimeError("killed")
+"""
+    program.write_text(MODEL.replace("    import pandas as pd\n", "    import pandas as pd\n" + dies))
+    published = tmp_path / "published"
+    published.mkdir()
+    (published / "table.json").write_text(json.dumps({"A": [3.0]}))
+    for _ in range(2):
+        with pytest.raises(ModelFailed, match="RuntimeError: killed"):
+            shared(spec, {"tables": str(published)})
+    assert shared(spec, {"tables": str(published)}).is_dir()
+    assert not list(checkpoints_folder().iterdir())
 
 
 def test_published_files_that_the_catalog_lacks_are_named(maker) -> None:
