@@ -158,23 +158,16 @@ def score(
 
 @app.command(name="list")
 def list_(
-    kind: Annotated[str, typer.Argument(help="datasets, models, embeddings or groups.")] = "datasets",
+    kind: Annotated[str, typer.Argument(help="datasets, models, embeddings, groups or pretrained.")] = "datasets",
 ) -> None:
-    """List what the catalog holds."""
-    from core import catalog
-    from core.catalog.registry import KINDS
+    """List what the catalog holds, and what each entry needs: downloads, containers, secrets."""
+    from core.catalog.registry import FOLDERS
+    from flows.listing import listing
 
-    kinds = {f"{k}s": k for k in KINDS}
+    kinds = {folder: kind for kind, folder in FOLDERS.items()}
     if kind not in kinds:
         raise UserError("calipert list", "kind", repr(kind), f"one of: {', '.join(kinds)}")
-    titles = {
-        "dataset": lambda n: catalog.dataset(n).title,
-        "embedding": lambda n: catalog.embedding(n).title,
-        "model": lambda n: catalog.model(n).title,
-        "group": lambda n: ", ".join(m.name for m in catalog.models([n])),
-    }
-    for name in catalog.names(kinds[kind]):
-        CONSOLE.print(f"[bold]{name}[/bold]  {titles[kinds[kind]](name)}")
+    CONSOLE.print(listing(kinds[kind]))
 
 
 @datasets.command()

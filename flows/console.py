@@ -47,6 +47,7 @@ def result_table(leaderboard: pd.DataFrame, width: int = 100) -> RenderableType:
     """
     # An error panel must not wait for the tables' libraries to load.
     from core import views
+    from core.leaderboard import RANKED
 
     means, ranks = views.wide(leaderboard, "mean"), views.wide(leaderboard, "rank")
     ranked = views.ranked_metrics(leaderboard)
@@ -73,7 +74,9 @@ def result_table(leaderboard: pd.DataFrame, width: int = 100) -> RenderableType:
         halves = [[column for column in parts[0] if column.calibrated is wanted] for wanted in (True, False)]
         parts = [part for half in halves for part in _fitted(half, room)]
     tables = [_table(part, names, groups) for part in parts]
-    return Group(*(part for table in tables for part in (table, "")), _legend(parts))
+    return Group(
+        *(part for table in tables for part in (table, "")), _legend(parts, models=rows["kind"].isin(RANKED).any())
+    )
 
 
 def verdict_table(calibration: pd.DataFrame, width: int = 100) -> RenderableType:
@@ -250,7 +253,9 @@ def _table(columns: list[Column], names: list[str], groups: list[str]) -> Table:
     return table
 
 
-def _legend(parts: list[list[Column]]) -> Text:
+def _legend(parts: list[list[Column]], models: bool) -> Text:
+    from core import leaderboard
+
     columns = [column for part in parts for column in part]
     marks = ["● calibrated: ranked, * the best"] if any(c.calibrated for c in columns) else []
     marks += ["○ not calibrated: shown, not ranked"] if not all(c.calibrated for c in columns) else []
@@ -258,5 +263,7 @@ def _legend(parts: list[list[Column]]) -> Text:
     if any(word.startswith("w") for word in words):
         words.add("w")
     used = [text for word, text in _LEGEND.items() if word in words]
-    marks += ["– no value", "(%) coverage: own conditions, not ranked"]
+    marks += ["– no value", f"(%) coverage below {leaderboard.COVERAGE:.0%}: own conditions, not ranked"]
+    if models and any(column.calibrated and not any(column.best) for column in columns):
+        marks += [f"no *: fewer than two models have values for {leaderboard.COVERAGE:.0%} of the conditions"]
     return Text("   ".join(marks) + "\n" + "; ".join(used), style="dim")

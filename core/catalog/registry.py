@@ -116,6 +116,11 @@ def model(name: str) -> ResolvedModel:
     return known[name].model_copy(deep=True)
 
 
+def group(name: str) -> GroupSpec:
+    """The group of that name. Raises UserError as `embedding` does."""
+    return _entry("group", name, GroupSpec)
+
+
 def models(names: Iterable[str]) -> list[ResolvedModel]:
     """The models of these names, in this order, each once; a group's name stands for its models.
 
@@ -125,7 +130,7 @@ def models(names: Iterable[str]) -> list[ResolvedModel]:
     wanted: dict[str, None] = {}
     for name in names:
         if name in groups:
-            members = _entry("group", name, GroupSpec).models
+            members = group(name).models
             for member in members:
                 if member not in known:
                     raise _unknown("model", member, list(known), where=groups[name])

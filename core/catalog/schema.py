@@ -50,21 +50,24 @@ def _reads_as_number(text: str) -> bool:
     return True
 
 
-def _without_credentials(url: str) -> str:
-    if "@" in urlsplit(url).netloc:
+def _address(url: str) -> str:
+    parts = urlsplit(url)
+    if "@" in parts.netloc:
         raise ValueError("take the user name and password out: addresses are logged and reported (docs/secrets.md)")
-    _ = urlsplit(url).port  # a ValueError that says what is wrong, unless it is a number
+    if not parts.hostname:
+        raise ValueError("an address has a host, as in https://example.org/file")
+    _ = parts.port  # a ValueError that says what is wrong, unless it is a number
     return url
 
 
-PublicUrl: TypeAlias = Annotated[str, Field(pattern=r"^https://\S+$"), AfterValidator(_without_credentials)]
+PublicUrl: TypeAlias = Annotated[str, Field(pattern=r"^https://\S+$"), AfterValidator(_address)]
 # A key goes there with every request: in the clear to this machine alone.
 KeyedUrl: TypeAlias = Annotated[
     str,
     Field(pattern=r"^(https://|http://(127\.0\.0\.1|localhost)(:[0-9]+)?(/|$))\S*$"),
-    AfterValidator(_without_credentials),
+    AfterValidator(_address),
 ]
-Endpoint: TypeAlias = Annotated[str, Field(pattern=r"^https?://\S+$"), AfterValidator(_without_credentials)]
+Endpoint: TypeAlias = Annotated[str, Field(pattern=r"^https?://\S+$"), AfterValidator(_address)]
 
 # Free settings have no type that would catch YAML's trap: `1e-3` without a point is text.
 Settings: TypeAlias = Annotated[dict[str, JsonValue], AfterValidator(_numbers_as_numbers)]

@@ -265,6 +265,7 @@ def test_the_example_of_the_guide_is_a_valid_entry():
         ({"source": {"kind": "ftp"}}, "source", "ftp", "'https', 's3', 'local', 'simulated'"),
         ({"source": {"hint": "x"}}, "source", "hint", "kind"),
         ({"source": {"kind": "https", "url": "http://a.b/c"}}, "source.url", "http://a.b/c", "^https://"),
+        ({"source": {"kind": "https", "url": "https:///c"}}, "source.url", "https:///c", "an address has a host"),
         (
             {"source": {"kind": "https", "url": "https://a.b/c", "sha256": "12"}},
             "source.sha256",

@@ -9,6 +9,10 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from flows import cli
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -78,6 +82,32 @@ def test_calibrate_refuses_what_is_no_h5ad_and_writes_nothing(calipert: Run, tmp
     text.write_text("not an h5ad")
     refused(calipert("calibrate", text, "--out", tmp_path / "out"), "notes.h5ad", "not a readable h5ad")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "needs"),
+    [
+        ("datasets", "demo", ""),
+        ("datasets", "norman19", "download"),
+        ("datasets", "papalexi21_panel", "your file"),
+        ("embeddings", "coexpression", ""),
+        ("embeddings", "knowledge", "download"),
+        ("embeddings", "esm2", "container esm2, download"),
+        ("embeddings", "genept", "download, secret calipert-openai-key"),
+        ("models", "linear", ""),
+        ("models", "fmlp_scgpt", "container fmlp, container scgpt, download"),
+        ("models", "scgpt", "container scgpt, download"),
+        ("groups", "demo", "container fmlp, container ridge"),
+        ("pretrained", "ncbi_genes", "download"),
+    ],
+)
+def test_the_list_says_what_an_entry_needs(monkeypatch: pytest.MonkeyPatch, kind: str, name: str, needs: str) -> None:
+    monkeypatch.setattr(cli, "CONSOLE", Console(width=400))
+    lines = CliRunner().invoke(cli.app, ["list", kind]).stdout.splitlines()
+    (line,) = (line for line in lines if line.split() and line.split()[0] == name)
+    assert line.rstrip().endswith(needs)
+    assert ("container" in line) == ("container" in needs)
+    assert ("download" in line.replace("need no download", "")) == ("download" in needs)
 
 
 def test_help_says_what_each_command_does(calipert: Run) -> None:

@@ -86,6 +86,14 @@ def test_models_of_low_coverage_come_last_with_their_coverage():
     assert place > next(i for i, line in enumerate(names) if line.startswith("sparse_mean"))
 
 
+def test_why_nothing_has_a_star_is_said():
+    """First of one is no rank."""
+    alone = build(models=2, low_coverage=("gears",))["leaderboard"].assign(rank=np.nan)
+    said = "no *: fewer than two models have values for 80% of the conditions"
+    assert said in " ".join(printed(result_table(alone, 200), 200).split())
+    assert said not in " ".join(printed(result_table(build(models=2)["leaderboard"], 200), 200).split())
+
+
 def test_controls_alone():
     board = build(models=0, baselines=(), conditions=40)["leaderboard"]
     text = printed(result_table(board, 100))

@@ -1,0 +1,93 @@
+"""What the catalog holds, and what each entry needs beside itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from core import catalog
+from core.catalog.registry import Kind
+from core.catalog.schema import (
+    EmbeddingSpec,
+    HttpsSource,
+    LocalSource,
+    PretrainedSpec,
+    ResolvedModel,
+    S3Source,
+    SimulatedSource,
+)
+
+FILE = {"https": "download", "s3": "download", "local": "your file", "simulated": ""}
+LEGEND = (
+    "download: public files, once. your file: --source NAME=FILE. container: its packages, or its image "
+    "(calipert model build NAME, then CALIPERT_ENGINE=docker). secret: the Prefect Secret block of that name."
+)
+
+
+def listing(kind: Kind) -> RenderableType:
+    """The entries of a kind with title and needs, below them a legend. Raises UserError for an entry that is broken."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
+    for head, style in (("name", "bold"), ("", ""), ("needs", "")):
+        table.add_column(head, style=style, overflow="fold", no_wrap=head == "name")
+    for name, about, needs in ROWS[kind]():
+        table.add_row(name, Text(about), Text(", ".join(need for need in dict.fromkeys(needs) if need)))
+    return Group(table, "", Text(LEGEND, style="dim"))
+
+
+# Name, what it is, what it needs (each as often as it is needed, "" for nothing).
+Row = tuple[str, str, Iterable[str]]
+
+
+def _datasets() -> Iterator[Row]:
+    for spec in map(catalog.dataset, catalog.names("dataset")):
+        yield spec.name, spec.title, [_file(spec.source)]
+
+
+def _published() -> Iterator[Row]:
+    for spec in map(catalog.pretrained, catalog.names("pretrained")):
+        yield spec.name, spec.title, _of_published(spec)
+
+
+def _embeddings() -> Iterator[Row]:
+    for spec in map(catalog.embedding, catalog.names("embedding")):
+        yield spec.name, spec.title, _of_embedding(spec)
+
+
+def _models() -> Iterator[Row]:
+    for model in catalog.models(catalog.names("model")):
+        yield model.name, model.title, _of_model(model)
+
+
+def _groups() -> Iterator[Row]:
+    for group in map(catalog.group, catalog.names("group")):
+        models = catalog.models(group.models)
+        yield group.name, f"{group.title}: {', '.join(group.models)}", [n for model in models for n in _of_model(model)]
+
+
+ROWS = {"dataset": _datasets, "embedding": _embeddings, "model": _models, "group": _groups, "pretrained": _published}
+
+
+def _file(source: HttpsSource | S3Source | LocalSource | SimulatedSource) -> str:
+    return FILE[source.kind]
+
+
+def _of_published(spec: PretrainedSpec) -> list[str]:
+    return [_file(source) for source in spec.files.values()]
+
+
+def _of_embedding(spec: EmbeddingSpec) -> Iterator[str]:
+    for part in catalog.parts(spec):
+        yield f"container {part.container}" if part.container else ""
+        yield _file(part.source) if part.source else ""
+        yield from _of_published(catalog.pretrained(part.pretrained)) if part.pretrained else ()
+        yield f"secret {part.service.secret}" if part.service else ""
+
+
+def _of_model(model: ResolvedModel) -> Iterator[str]:
+    yield f"container {model.container}" if model.container else ""
+    yield from _of_embedding(model.embedding) if model.embedding else ()
+    yield from _of_published(model.pretrained) if model.pretrained else ()
