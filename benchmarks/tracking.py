@@ -26,8 +26,9 @@ import typer
 from benchmarks.comparison import CONSOLE, Timing, agreement, machine, show_agreement, show_times, timed
 from blocks import services, tracking
 from blocks.engines import Usage
+from blocks.mlflow_tables import SUMMARY_COLUMNS
 from blocks.settings import environment
-from blocks.tracking import SUMMARY_COLUMNS, MLflowTracking, ModelRun
+from blocks.tracking import MLflowTracking, ModelRun
 from core.metrics import METRICS
 from core.scoring import COLUMNS
 

@@ -7,14 +7,9 @@ not written twice, and a run that was cut off is ended by the next attempt. docs
 from __future__ import annotations
 
 import json
-import logging
-import math
 import os
 import subprocess
-import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote, urlsplit
@@ -23,28 +18,26 @@ import pandas as pd
 from prefect.blocks.core import Block
 from pydantic import Field, field_validator
 
-from blocks.mlflow_api import Refused, Run, Server
+from blocks.mlflow_api import Run, Server
+from blocks.mlflow_curves import live_curve, log_curve
 from blocks.mlflow_runs import (
     KEY,
     PARENT,
     Points,
-    Standing,
     Wanted,
     allowed,
     as_text,
     at_once,
     end,
-    not_finite,
     opened,
     shortened,
-    whole_curves,
     with_running_children,
     write,
 )
+from blocks.mlflow_tables import summaries, verdicts
 from blocks.paths import scratch_folder
 from blocks.processes import known_dead, this_process
 from blocks.scratch import scratch
-from core.calibration import VARIANTS
 from core.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,39 +47,12 @@ EXPERIMENT_PREFIX = "calipert/"
 # The file's name in every run of a benchmark.
 REPORT = "report.html"
 
-# Columns of the leaderboard that become the metrics `<metric>.<column>` of a model's run.
-SUMMARY_COLUMNS = (
-    "mean",
-    "median",
-    "n_conditions",
-    "coverage",
-    "nan_share",
-    "headroom",
-    "headroom_low",
-    "headroom_high",
-    "headroom_half_sd",
-    "rank",
-)
-# Columns of the calibration table that become metrics `<metric>.<variant><ending>` for every variant of the DRF.
-DRF_ENDINGS = {"drf": "", "drf_low": "_low", "drf_high": "_high", "drf_half_sd": "_half_sd"}
-# Columns that are kept for the variant that carries the verdict only, as `<metric>.<column>`.
-QUOTED_VARIANT = VARIANTS[0].name
-QUOTED_COLUMNS = ("bds", "bds_low", "bds_high", "bds_half_sd", "nan_share", "n_conditions")
-
-# Between two writings of a curve, and after one that failed, in seconds.
-_LIVE_SECONDS = 5.0
-_LOST_SECONDS = 30.0
-
-# The hash of the training.jsonl that a fold's run shows.
-_CURVE = "calipert.curve"
 _FLOW_RUN = "flow_run_id"
 _PROCESS = "process"
 _TRAINED_BY = "training_flow_run_id"
 # What a fold's run repeats of its model's, so that one filter finds both.
 _INHERITED = ("benchmark_id", "kind", "model", "dataset", "seed", "engine", "git_commit", _FLOW_RUN, _PROCESS)
 _RUNNING = "attributes.status = 'RUNNING'"
-
-_log = logging.getLogger("calipert.tracking")
 
 
 class ModelRun(NamedTuple):
@@ -217,70 +183,15 @@ class MLflowTracking(Block):
             self.fail(run_id, reason, "KILLED")
 
     def live_curve(self, run_id: str) -> Callable[[Mapping[str, object]], None]:
-        """A function that takes the events of a training while it runs and writes its metrics, some at a time.
+        """A function that takes the events of a training while it runs and writes its metrics (blocks.mlflow_curves).
 
-        Events other than {"event": "metric", "name", "step", "value"} are ignored. When the server is lost, which a
-        warning says once, training goes on, and what was not written is tried again every half a minute, and by
-        `log_curve`, which also writes the last seconds.
+        The training waits meanwhile: a lost server is not asked again at once.
         """
-        # The training waits meanwhile.
-        server = Server(self.tracking_uri, patience=0)
-        run: Run | None = None
-        waiting: Points = {}
-        standing: Standing = {}
-        known: set[str] = set()
-        due = time.monotonic() + _LIVE_SECONDS
-        told = False
-
-        def take(event: Mapping[str, object]) -> None:
-            nonlocal run, due, told
-            if event.get("event") != "metric":
-                return
-            name, step, value = _point(event, "training event")
-            waiting[name, step] = value
-            if time.monotonic() < due:
-                return
-            try:
-                if run is None:
-                    run = server.run(run_id)
-                    if run.status != "RUNNING":
-                        server.set_status(run_id, "RUNNING")
-                new = {name for name, _ in waiting} - known
-                standing.update(whole_curves(server, run, new))
-                known.update(new)
-                write(server, run, waiting, {_CURVE: "growing"}, standing)
-            except (UserError, Refused) as error:
-                due = time.monotonic() + _LOST_SECONDS
-                if not told:
-                    _log.warning("Training goes on while its curve in MLflow does not: %s", error)
-                told = True
-            else:
-                waiting.clear()
-                due = time.monotonic() + _LIVE_SECONDS
-
-        return take
+        return live_curve(Server(self.tracking_uri, patience=0), run_id)
 
     def log_curve(self, run_id: str, training: Path) -> None:
-        """Make a fold's run show exactly the curve of its training.jsonl (JSON lines; those that are no metric are
-        skipped). Points that were already written live are not repeated; of two values at one step the last counts.
-
-        NaN and infinite values are left out, and counted per metric in the tag `not_finite`.
-        """
-        text = training.read_text(encoding="utf-8")
-        points: Points = {}
-        for number, line in enumerate(text.splitlines(), start=1):
-            event = json.loads(line) if line.strip() else {}
-            if event.get("event") == "metric":
-                name, step, value = _point(event, f"{training}, line {number}")
-                points[name, step] = value
-        identity = sha256(text.encode()).hexdigest()
-        server = self._server
-        run = server.run(run_id)
-        if run.tags.get(_CURVE) == identity:
-            return
-        bad = Counter(name for (name, _), value in points.items() if not math.isfinite(value))
-        told = ", ".join(f"{name} ({count})" for name, count in sorted(bad.items()))
-        write(server, run, points, {"not_finite": told or "none", _CURVE: identity})
+        """Make a fold's run show exactly the curve of its training.jsonl (blocks.mlflow_curves)."""
+        log_curve(self._server, run_id, training)
 
     def log_usage(self, run_id: str, usage: Usage) -> None:
         """Write what a training took to its run: `system.seconds` (wall clock), `system.cpu_seconds` and
@@ -296,7 +207,7 @@ class MLflowTracking(Block):
 
     def log_leaderboard(self, leaderboard: pd.DataFrame, run_ids: Mapping[str, str]) -> None:
         """Write each model's rows of the leaderboard as metrics `<metric>.<column>` of its run (columns:
-        SUMMARY_COLUMNS, in the metrics' own units, shares in [0, 1]).
+        blocks.mlflow_tables.SUMMARY_COLUMNS, in the metrics' own units, shares in [0, 1]).
 
         run_ids: the run of each model to be written; a model without rows raises KeyError.
         NaN and infinite values are left out and named in the tag `not_finite` (a rank that a metric without a
@@ -306,7 +217,7 @@ class MLflowTracking(Block):
         server = self._server
         by_model = dict(iter(leaderboard.groupby("model", sort=False)))
         rows = [(run_id, by_model[model].set_index("metric")) for model, run_id in run_ids.items()]
-        at_once(lambda row: write(server, server.run(row[0]), *_summaries(row[1])), rows)
+        at_once(lambda row: write(server, server.run(row[0]), *summaries(row[1])), rows)
 
     def log_scores(self, scores: Path, run_ids: Mapping[str, str]) -> None:
         """Keep with each model's run its own rows of scores.parquet, as a file of that name; of a model without rows
@@ -350,8 +261,8 @@ class MLflowTracking(Block):
         """Write one calibration as a run of its own, FINISHED, and return its id; repeated, it is the same run.
 
         calibration: the table of calibration.parquet. Metrics: `<metric>.<variant>` is the DRF, with `_low`, `_high`
-        and `_half_sd`; `<metric>.bds` and the others of QUOTED_COLUMNS belong to QUOTED_VARIANT. Tags:
-        `verdict.<metric>` and `calibrated`. NaN and infinite values are left out, named in the tag `not_finite`.
+        and `_half_sd`; `<metric>.bds` and its like belong to the variant that carries the verdict
+        (blocks.mlflow_tables). Tags: `verdict.<metric>` and `calibrated`. NaN and infinite values are left out, named in the tag `not_finite`.
         digest: key of the calibration. key, source, params: as in `open_runs`. file: to keep with the run.
         When something fails, the run ends as FAILED with the reason, and the error goes on.
         """
@@ -365,7 +276,7 @@ class MLflowTracking(Block):
         try:
             _keep_params(server, run, whole)
             _keep_dataset(server, run, dataset, digest, source)
-            write(server, run, *_verdicts(calibration))
+            write(server, run, *verdicts(calibration))
             server.upload(run, file)
         except UserError:
             # The server is lost or refuses: there is nobody to tell, and the next attempt finds the run.
@@ -506,52 +417,3 @@ def _keep_dataset(server: Server, run: Run, name: str, digest: str, source: str)
         return
     kind = {"https": "http", "s3": "s3"}.get(source.partition("://")[0], "local")
     server.log_dataset(run.run_id, name, digest[:36], kind, {"url" if kind == "http" else "uri": source})
-
-
-def _point(event: Mapping[str, object], where: str) -> tuple[str, int, float]:
-    """Name, step and value of a metric event; value may be NaN or infinite."""
-    try:
-        return allowed(str(event["name"])), int(str(event["step"])), float(str(event["value"]))
-    except (KeyError, ValueError) as error:
-        raise UserError(
-            where,
-            "metric event",
-            json.dumps(dict(event), default=str),
-            f"Write name, step (a whole number) and value (a number): {error!r}.",
-        ) from error
-
-
-def _summaries(rows: pd.DataFrame) -> tuple[Points, dict[str, str]]:
-    """Metrics and tags of one model. rows: its rows of the leaderboard, by metric."""
-    points: Points = {
-        (f"{metric}.{column}", 0): float(value) for column in SUMMARY_COLUMNS for metric, value in rows[column].items()
-    }
-    absent = [name for name in not_finite(points) if not name.endswith(".rank")]
-    calibrated = rows["calibrated"].astype(bool)
-    tags = {
-        "calibrated": ", ".join(sorted(calibrated.index[calibrated])) or "none",
-        **{f"calibrated.{metric}": str(yes).lower() for metric, yes in calibrated.items()},
-        "in_panel": str(bool(rows["in_panel"].all())).lower(),
-        "not_finite": ", ".join(absent) or "none",
-    }
-    return points, tags
-
-
-def _verdicts(calibration: pd.DataFrame) -> tuple[Points, dict[str, str]]:
-    """Metrics and tags of one calibration."""
-    points: Points = {}
-    for row in calibration.to_dict("records"):
-        for column, ending in DRF_ENDINGS.items():
-            points[f"{row['metric']}.{row['variant']}{ending}", 0] = float(row[column])
-        if row["variant"] == QUOTED_VARIANT:
-            for column in QUOTED_COLUMNS:
-                points[f"{row['metric']}.{column}", 0] = float(row[column])
-    quoted = calibration[calibration["variant"] == QUOTED_VARIANT]
-    verdicts = quoted.set_index("metric")["verdict"]
-    calibrated = verdicts.index[verdicts == "calibrated"]
-    tags = {
-        "calibrated": ", ".join(sorted(calibrated)) or "none",
-        **{f"verdict.{metric}": str(verdict) for metric, verdict in verdicts.items()},
-        "not_finite": ", ".join(not_finite(points)) or "none",
-    }
-    return points, tags

@@ -20,11 +20,13 @@ import pandas as pd
 import psutil
 import pytest
 
+from blocks import mlflow_curves
 from blocks import tracking as module
 from blocks.engines import Usage
 from blocks.mlflow_api import Refused, Server
+from blocks.mlflow_tables import DRF_ENDINGS, QUOTED_COLUMNS, QUOTED_VARIANT, SUMMARY_COLUMNS
 from blocks.processes import this_process
-from blocks.tracking import QUOTED_VARIANT, SUMMARY_COLUMNS, MLflowTracking, ModelRun, OpenRun, git_commit
+from blocks.tracking import MLflowTracking, ModelRun, OpenRun, git_commit
 from core.errors import UserError
 
 if TYPE_CHECKING:
@@ -166,14 +168,14 @@ def leaderboard(models: tuple[str, ...], seed: int = 0) -> pd.DataFrame:
 def calibration_table() -> pd.DataFrame:
     rng = np.random.default_rng(1)
     frame = pd.DataFrame([(m, v) for m in METRICS for v in VARIANTS], columns=["metric", "variant"])
-    numbers = [*module.DRF_ENDINGS, *module.QUOTED_COLUMNS, "positive_value", "negative_value"]
+    numbers = [*DRF_ENDINGS, *QUOTED_COLUMNS, "positive_value", "negative_value"]
     for column in numbers:
         frame[column] = rng.random(len(frame))
     verdicts = {"mse": "miscalibrated", "nir": "calibrated", "pearson_deltactrl": "calibrated"}
     frame["verdict"] = [
         verdicts[m] if v == QUOTED_VARIANT else None for m, v in zip(frame.metric, frame.variant, strict=True)
     ]
-    frame.loc[(frame.metric == "pearson_deltactrl") & (frame.variant == "drf_ctrl"), list(module.DRF_ENDINGS)] = np.nan
+    frame.loc[(frame.metric == "pearson_deltactrl") & (frame.variant == "drf_ctrl"), list(DRF_ENDINGS)] = np.nan
     return frame
 
 
@@ -308,8 +310,8 @@ def test_a_run_killed_in_the_middle_is_found_again_and_ended(
     killed = f"""
 import os, signal
 from pathlib import Path
-from blocks import tracking as module
-module._LIVE_SECONDS = 0.0
+from blocks import mlflow_curves, tracking as module
+mlflow_curves.LIVE_SECONDS = 0.0
 t = module.MLflowTracking(tracking_uri={server!r})
 one = module.ModelRun("ridge", 42, key="key-of-ridge", kind="model", params={{"alpha": 0.1, "layers": [512, 512]}},
                       engine="docker sha256:1234", folds=(0, 1))
@@ -397,7 +399,7 @@ def test_a_fold_that_has_finished_is_not_opened_again_until_it_is_trained_again(
     assert again.data.tags["flow_run_id"] == "flow-2"
     assert client.get_run(folds[1]).info.status == "RUNNING"
     # Its model was not in the store any more.
-    monkeypatch.setattr(module, "_LIVE_SECONDS", 0.0)
+    monkeypatch.setattr(mlflow_curves, "LIVE_SECONDS", 0.0)
     tracking.live_curve(folds[0])({"event": "metric", "name": "loss", "step": 0, "value": 0.5})
     assert client.get_run(folds[0]).info.status == "RUNNING"
     tracking.log_curve(folds[0], training_file(tmp_path / "training.jsonl", {("loss", 0): 0.5}))
@@ -413,7 +415,7 @@ def test_a_run_that_somebody_deletes_does_not_stop_its_training(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(module, "_LIVE_SECONDS", 0.0)
+    monkeypatch.setattr(mlflow_curves, "LIVE_SECONDS", 0.0)
     fold = open_model(tracking, dataset, folds=(0,)).folds[0]
     take = tracking.live_curve(fold)
     client.delete_run(fold)
@@ -560,7 +562,7 @@ def test_a_live_curve_is_completed_from_the_file(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "_LIVE_SECONDS", 0.0)
+    monkeypatch.setattr(mlflow_curves, "LIVE_SECONDS", 0.0)
     fold = open_model(tracking, dataset, folds=(0,)).folds[0]
     take = tracking.live_curve(fold)
     take({"event": "progress", "done": 1, "total": 3, "unit": "epoch"})
@@ -588,11 +590,11 @@ def test_training_outlives_the_server(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(module, "_LIVE_SECONDS", 0.0)
+    monkeypatch.setattr(mlflow_curves, "LIVE_SECONDS", 0.0)
     fold = open_model(tracking, dataset, folds=(0,)).folds[0]
     take = tracking.live_curve(fold)
 
-    monkeypatch.setattr(module, "_LOST_SECONDS", 0.0)
+    monkeypatch.setattr(mlflow_curves, "LOST_SECONDS", 0.0)
 
     def lost(*_: object, **__: object) -> None:
         raise httpx.ConnectError("gone")
@@ -621,7 +623,7 @@ def test_a_curve_that_is_there_is_not_compared_again(
     tracking.log_curve(fold, training)
     assert asked == ["runs/get"]
     # A training that was begun once more may have written other values.
-    monkeypatch.setattr(module, "_LIVE_SECONDS", 0.0)
+    monkeypatch.setattr(mlflow_curves, "LIVE_SECONDS", 0.0)
     tracking.live_curve(fold)({"event": "metric", "name": "loss", "step": 2, "value": 0.75})
     asked.clear()
     tracking.log_curve(fold, training)
