@@ -262,7 +262,8 @@ class MLflowTracking(Block):
 
         calibration: the table of calibration.parquet. Metrics: `<metric>.<variant>` is the DRF, with `_low`, `_high`
         and `_half_sd`; `<metric>.bds` and its like belong to the variant that carries the verdict
-        (blocks.mlflow_tables). Tags: `verdict.<metric>` and `calibrated`. NaN and infinite values are left out, named in the tag `not_finite`.
+        (blocks.mlflow_tables). Tags: `verdict.<metric>` and `calibrated`. NaN and infinite values are left out, named
+        in the tag `not_finite`.
         digest: key of the calibration. key, source, params: as in `open_runs`. file: to keep with the run.
         When something fails, the run ends as FAILED with the reason, and the error goes on.
         """
