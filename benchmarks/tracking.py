@@ -24,7 +24,7 @@ import pandas as pd
 import typer
 
 from benchmarks.comparison import CONSOLE, Timing, agreement, machine, show_agreement, show_times, timed
-from blocks import services, tracking
+from blocks import mlflow_curves, services
 from blocks.engines import Usage
 from blocks.mlflow_tables import SUMMARY_COLUMNS
 from blocks.settings import environment
@@ -67,7 +67,7 @@ def main(
         block = MLflowTracking(tracking_uri=uri)
         steps: list[Timing] = []
         # Every event is written that is told live, however short the time since the last.
-        with mock.patch.object(tracking, "_LIVE_SECONDS", 0.0):
+        with mock.patch.object(mlflow_curves, "LIVE_SECONDS", 0.0):
             seconds, _ = timed(lambda: write(block, results, folds, steps))
             again, _ = timed(lambda: write(block, results, folds, [], trained=False))
         sample = list(results.board["model"].unique())[:peer_models]

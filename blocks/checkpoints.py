@@ -1,4 +1,4 @@
-"""Folders in which a training leaves what lets the next one go on where it was killed."""
+"""Folders in which a training, or a maker of embeddings, leaves what lets the next go on where it was killed."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ KEPT_S = 30 * 24 * 3600.0
 
 @contextmanager
 def checkpoint(key: str) -> Iterator[Path]:
-    """The folder of the training with this key, as a killed one left it, or empty; gone when the block ends well.
+    """The folder of this key, as a killed holder left it, or empty; gone when the block ends well.
 
-    What an error or a death leaves stays for the next training with that key. Entering removes other keys' folders that
-    nobody has touched for KEPT_S. The caller sees to it that no two trainings have one key at a time.
+    key: of the artifact that is made. What an error or a death leaves stays for the next holder. Entering removes other
+    keys' folders that nobody has touched for KEPT_S. The caller sees to it that no two hold one key at a time.
     """
     folder = checkpoints_folder() / key
     _give_up_old(folder.parent)
@@ -32,7 +32,7 @@ def checkpoint(key: str) -> Iterator[Path]:
 def _give_up_old(parent: Path) -> None:
     oldest = time.time() - KEPT_S
     for folder in parent.iterdir() if parent.is_dir() else ():
-        # A training renames its files, and its folder goes with its end, while others look.
+        # A holder renames its files, and its folder goes with its end, while others look.
         with suppress(FileNotFoundError):
             if folder.stat().st_mtime < oldest and all(path.stat().st_mtime < oldest for path in folder.rglob("*")):
                 shutil.rmtree(folder, ignore_errors=True)

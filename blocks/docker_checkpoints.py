@@ -1,4 +1,4 @@
-"""What lets a training in a container go on after it was killed: /checkpoint, copied out now and then, and back.
+"""What lets a stage in a container go on after it was killed: /checkpoint, copied out now and then, and back.
 
 The copy is one file, replaced by one rename: a death at any moment leaves the old or the new one. While it is made the
 container is paused, so that it holds what a death at that moment would have left, which models have to reckon with.
@@ -54,7 +54,7 @@ class Checkpoint:
             with self._file.open("rb") as file:
                 self._container.put_archive(CHECKPOINT, file)
         except APIError as error:
-            remedy = "remove the file: the training then begins anew"
+            remedy = "remove the file: the stage then begins anew"
             raise UserError(self._file, "checkpoint", str(error.explanation or error), remedy) from error
 
     def keep(self) -> None:

@@ -65,7 +65,7 @@ def reports_folder(dataset: str) -> Path:
 
 
 def checkpoints_folder() -> Path:
-    """Parent of the folders that let killed trainings go on (blocks.checkpoints)."""
+    """Parent of the folders that let killed stages go on (blocks.checkpoints)."""
     return data_folder() / "checkpoints"
 
 

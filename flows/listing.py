@@ -21,9 +21,8 @@ from core.catalog.schema import (
     SimulatedSource,
 )
 
-FILE = {"https": "download", "s3": "download", "local": "your file", "simulated": ""}
 LEGEND = (
-    "download: public files, once. your file: --source NAME=FILE. container: its packages, or its image "
+    "download: once, from the entry's address. --source: what you have. container: its packages, or its image "
     "(calipert model build NAME, then CALIPERT_ENGINE=docker). secret: the Prefect Secret block of that name."
 )
 
@@ -44,7 +43,7 @@ Row = tuple[str, str, Iterable[str]]
 
 def _datasets() -> Iterator[Row]:
     for spec in map(catalog.dataset, catalog.names("dataset")):
-        yield spec.name, spec.title, [_file(spec.source)]
+        yield spec.name, spec.title, [_file(spec.source, spec.name)]
 
 
 def _published() -> Iterator[Row]:
@@ -64,25 +63,25 @@ def _models() -> Iterator[Row]:
 
 def _groups() -> Iterator[Row]:
     for group in map(catalog.group, catalog.names("group")):
-        models = catalog.models(group.models)
+        models = catalog.models([group.name])
         yield group.name, f"{group.title}: {', '.join(group.models)}", [n for model in models for n in _of_model(model)]
 
 
 ROWS = {"dataset": _datasets, "embedding": _embeddings, "model": _models, "group": _groups, "pretrained": _published}
 
 
-def _file(source: HttpsSource | S3Source | LocalSource | SimulatedSource) -> str:
-    return FILE[source.kind]
+def _file(source: HttpsSource | S3Source | LocalSource | SimulatedSource, name: str, wanted: str = "FILE") -> str:
+    return {"local": f"--source {name}={wanted}", "simulated": ""}.get(source.kind, "download")
 
 
 def _of_published(spec: PretrainedSpec) -> list[str]:
-    return [_file(source) for source in spec.files.values()]
+    return [_file(source, spec.name, "FOLDER") for source in spec.files.values()]
 
 
 def _of_embedding(spec: EmbeddingSpec) -> Iterator[str]:
     for part in catalog.parts(spec):
         yield f"container {part.container}" if part.container else ""
-        yield _file(part.source) if part.source else ""
+        yield _file(part.source, part.name) if part.source else ""
         yield from _of_published(catalog.pretrained(part.pretrained)) if part.pretrained else ()
         yield f"secret {part.service.secret}" if part.service else ""
 

@@ -45,8 +45,13 @@ def made_in_container(spec: EmbeddingSpec, published: Path) -> Path:
             device(container, f"embedding {spec.name}") as gpu,
             resumable(artifact_key("embedding", inputs, parameters, code)) as checkpoint,
         ):
-            task = {"pretrained": str(published), "settings": spec.settings, "threads": THREADS, "output": scratch}
-            task["checkpoint"] = checkpoint
+            task = {
+                "pretrained": str(published),
+                "settings": spec.settings,
+                "threads": THREADS,
+                "output": scratch,
+                "checkpoint": checkpoint,
+            }
             engine().run("embed", container, task, on_event=hear, timeout_s=spec.time_limit or LONGEST_S, gpu=gpu)
             table = read_foreign_embedding(Path(scratch) / FILE)
         write_embedding(table, folder / FILE)

@@ -63,6 +63,9 @@ def dataset(name_or_path: str | Path) -> DatasetSpec:
 def embedding(name: str) -> EmbeddingSpec:
     """The embedding of that name. Raises UserError for an unknown name or an entry that does not fit the schema."""
     spec = _entry("embedding", name, EmbeddingSpec)
+    if spec.source and name in _files("pretrained"):
+        taken = f"{name!r}, which published files have too ({_files('pretrained')[name]})"
+        raise UserError(_files("embedding")[name], "name", taken, f"rename one: --source {name}= names either")
     published = _named_pretrained("embedding", spec)
     if published and spec.kind == "text" and (missing := sorted(set(GENE_FILES) - set(published.files))):
         lacking = f"{spec.pretrained!r}, without {missing[0]}"

@@ -85,7 +85,8 @@ def embed(task: contract.EmbedTask) -> None:
     tables = []
     done = 0
     for number, symbols in enumerate(batches(sequences)):
-        path = task.checkpoint / f"{number}.npy" if task.checkpoint else None
+        # A GPU computes other bits than a CPU: no table is half of one and half of the other.
+        path = task.checkpoint / f"{device.type}-{number}.npy" if task.checkpoint else None
         found = kept(path)
         if found is None:
             found = vectors(symbols)

@@ -906,6 +906,8 @@ def test_the_engine_is_chosen_by_the_environment(monkeypatch):
     monkeypatch.setenv("CALIPERT_ENGINE", "kubernetes")
     assert isinstance(selected.engine(), KubernetesEngine)
     assert selected.runs_elsewhere()
+    with selected.resumable("key") as folder:
+        assert folder is None, "what a Job leaves is on no disk of this machine"
     monkeypatch.setenv("CALIPERT_ENGINE", "slurm")
     for ask in (selected.engine, selected.runs_elsewhere):
         with pytest.raises(UserError, match="'slurm', which is no engine"):

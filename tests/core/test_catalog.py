@@ -457,6 +457,16 @@ def test_a_template_is_joined_with_what_it_takes(users, takes, given):
     assert all(model.embedding == catalog.embedding(model.embedding.name) for model in mine)
 
 
+def test_a_file_is_named_for_one_entry_alone(users):
+    """`--source mine=` would be the sets of the one or the folder of the other."""
+    address = {"kind": "https", "url": "https://example.org/mine"}
+    users({"name": "mine", "title": "mine", "kind": "gmt", "dimensions": 2, "source": address}, "embeddings/mine.yaml")
+    assert catalog.embedding("mine").name == "mine"
+    users({"name": "mine", "title": "mine", "files": {"a": address}}, "pretrained/mine.yaml")
+    with pytest.raises(UserError, match=r"'mine', which published files have too .*pretrained/mine.yaml"):
+        catalog.embedding("mine")
+
+
 def test_parts_are_what_an_embedding_is_made_of():
     knowledge = catalog.embedding("knowledge")
     assert catalog.parts(knowledge) == [catalog.embedding("reactome"), catalog.embedding("coexpression")]

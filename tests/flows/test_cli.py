@@ -10,9 +10,9 @@ import anndata as ad
 import numpy as np
 import pytest
 from rich.console import Console
-from typer.testing import CliRunner
 
-from flows import cli
+from core.catalog.registry import Kind
+from flows.listing import listing
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -84,30 +84,58 @@ def test_calibrate_refuses_what_is_no_h5ad_and_writes_nothing(calipert: Run, tmp
     assert not (tmp_path / "out").exists()
 
 
+OWN = {
+    "embeddings/mine": "kind: gmt\ndimensions: 2\nsource: {kind: local, hint: mine}\n",
+    "embeddings/made": "kind: container\ncontainer: maker\npretrained: tables\n",
+    "embeddings/bucket": "kind: gmt\ndimensions: 2\nsource: {kind: s3, url: s3://bucket/mine.gmt}\n",
+    "pretrained/tables": "files:\n  a: {kind: local, hint: mine}\n  b: {kind: https, url: https://example.org/b}\n",
+}
+
+
+def own_entries(folder: Path, entries: dict[str, str]) -> str:
+    for name, text in entries.items():
+        path = folder / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"name: {path.stem}\ntitle: of mine\n{text}")
+    return str(folder)
+
+
 @pytest.mark.parametrize(
     ("kind", "name", "needs"),
     [
-        ("datasets", "demo", ""),
-        ("datasets", "norman19", "download"),
-        ("datasets", "papalexi21_panel", "your file"),
-        ("embeddings", "coexpression", ""),
-        ("embeddings", "knowledge", "download"),
-        ("embeddings", "esm2", "container esm2, download"),
-        ("embeddings", "genept", "download, secret calipert-openai-key"),
-        ("models", "linear", ""),
-        ("models", "fmlp_scgpt", "container fmlp, container scgpt, download"),
-        ("models", "scgpt", "container scgpt, download"),
-        ("groups", "demo", "container fmlp, container ridge"),
+        ("dataset", "demo", ""),
+        ("dataset", "norman19", "download"),
+        ("dataset", "papalexi21_panel", "--source papalexi21_panel=FILE"),
+        ("embedding", "coexpression", ""),
+        ("embedding", "knowledge", "download"),
+        ("embedding", "mine", "--source mine=FILE"),
+        ("embedding", "made", "container maker, --source tables=FOLDER, download"),
+        ("embedding", "bucket", "download"),
+        ("embedding", "genept", "download, secret calipert-openai-key"),
+        ("model", "linear", ""),
+        ("model", "fmlp_mine", "container fmlp, --source mine=FILE"),
+        ("model", "scgpt", "container scgpt, download"),
+        ("group", "demo", "container fmlp, container ridge"),
         ("pretrained", "ncbi_genes", "download"),
     ],
 )
-def test_the_list_says_what_an_entry_needs(monkeypatch: pytest.MonkeyPatch, kind: str, name: str, needs: str) -> None:
-    monkeypatch.setattr(cli, "CONSOLE", Console(width=400))
-    lines = CliRunner().invoke(cli.app, ["list", kind]).stdout.splitlines()
-    (line,) = (line for line in lines if line.split() and line.split()[0] == name)
-    assert line.rstrip().endswith(needs)
-    assert ("container" in line) == ("container" in needs)
-    assert ("download" in line.replace("need no download", "")) == ("download" in needs)
+def test_the_list_says_what_an_entry_needs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: Kind, name: str, needs: str
+) -> None:
+    monkeypatch.setenv("CALIPERT_CATALOG", own_entries(tmp_path, OWN))
+    console = Console(width=400)
+    with console.capture() as shown:
+        console.print(listing(kind))
+    (line,) = (line for line in shown.get().splitlines() if line.split()[:1] == [name])
+    found = [part.strip() for part in line.split("  ") if part.strip()][2:]
+    assert found == ([needs] if needs else [])
+
+
+def test_a_group_that_names_no_model_is_named_with_its_file(
+    calipert: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CALIPERT_CATALOG", own_entries(tmp_path, {"groups/mine": "models: [linear, demo]\n"}))
+    refused(calipert("list", "groups"), "groups/mine.yaml", "'demo', which is not known")
 
 
 def test_help_says_what_each_command_does(calipert: Run) -> None:

@@ -167,8 +167,10 @@ def test_it_goes_on_where_it_was_killed(load, published, tmp_path, monkeypatch, 
     monkeypatch.setattr(model, "pooled", pooled)
     with pytest.raises(KeyboardInterrupt):
         run("killed")
-    assert sorted(path.name for path in kept.iterdir()) == ["0.npy", "1.npy"]
-    (kept / "0.npy").write_bytes(b"torn")
+    assert sorted(path.name for path in kept.iterdir()) == ["cpu-0.npy", "cpu-1.npy"]
+    (kept / "cpu-0.npy").write_bytes(b"torn")
+    # What a GPU has made is not taken.
+    (kept / "cuda-2.npy").write_bytes((kept / "cpu-1.npy").read_bytes())
     monkeypatch.setattr(model, "pooled", lambda *rest: runs.append(rest[1]) or pool(*rest))
     runs.clear()
     capsys.readouterr()
