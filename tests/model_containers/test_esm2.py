@@ -176,7 +176,7 @@ def test_it_goes_on_where_it_was_killed(load, published, tmp_path, monkeypatch, 
     capsys.readouterr()
     assert run("again") == whole
     assert len(runs) == len(proteins) - sizes[1]
-    assert "kept in 0.npy cannot be read" in capsys.readouterr().out
+    assert "kept in cpu-0.npy cannot be read" in capsys.readouterr().out
 
 
 # ---- the same by hand
