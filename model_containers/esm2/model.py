@@ -120,7 +120,8 @@ def kept(path: Path | None) -> np.ndarray | None:
     try:
         vectors: np.ndarray = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        contract.log(f"what an earlier run kept in {path.name} cannot be read, and is made anew ({type(error).__name__})")
+        why = type(error).__name__
+        contract.log(f"what an earlier run kept in {path.name} cannot be read ({why}), and is made anew")
         return None
     return vectors
 
