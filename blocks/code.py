@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Iterator
 from functools import cache
 from hashlib import sha256
+from modulefinder import ModuleFinder
 from pathlib import Path
-from threading import Lock
+from types import CodeType
 
 from blocks.paths import PROJECT_ROOT
 
@@ -21,9 +21,6 @@ _AT_START = {
     for path in (PROJECT_ROOT / package).rglob("*")
     if path.suffix in (".py", TEMPLATE)
 }
-# CPython 3.11 counts the depth of syntax trees for all threads together: two at once can end in a SystemError
-# ("AST constructor recursion depth mismatch").
-_PARSING = Lock()
 
 
 def code_hash(module: str, root: Path = PROJECT_ROOT) -> str:
@@ -94,13 +91,25 @@ def _with_parents(module: str) -> Iterator[str]:
 def _imported(source: bytes, package: str) -> tuple[str, ...]:
     """Names that may be modules: `from a import b` names a and a.b, for b may be a submodule or an object."""
     names: list[str] = []
-    with _PARSING:
-        tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            base = ".".join([*above, *([node.module] if node.module else [])])
-            names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+    for level, imported, objects in _imports(compile(source, package, "exec", dont_inherit=True)):
+        above = package.split(".")[: len(package.split(".")) - level + 1] if level else []
+        base = ".".join([*above, *([imported] if imported else [])])
+        names += [base, *(f"{base}.{name}" for name in objects)]
     return tuple(names)
+
+
+def _imports(code: CodeType) -> Iterator[tuple[int, str, tuple[str, ...]]]:
+    """(dots before it, module, what is imported from it) of each import in compiled code, functions included.
+
+    From the bytecode: CPython 3.11 counts the depth of syntax trees for all threads together, and where another one,
+    of whatever library, builds one at the same time, `ast.parse` can end in a SystemError ("AST constructor recursion
+    depth mismatch").
+    """
+    for kind, found in ModuleFinder().scan_opcodes(code):
+        if kind == "absolute_import":
+            yield 0, found[1], found[0] or ()
+        elif kind == "relative_import":
+            yield found[0], found[2], found[1]
+    for part in code.co_consts:
+        if isinstance(part, CodeType):
+            yield from _imports(part)

@@ -2,13 +2,12 @@ from __future__ import annotations
 
 import ast
 import shutil
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from blocks.code import code_hash, import_closure
+from blocks.code import PACKAGES, _imports, code_hash, import_closure
+from blocks.paths import PROJECT_ROOT
 
 SOURCES = {
     "core/__init__.py": "",
@@ -106,22 +105,25 @@ def test_a_template_beside_a_module_counts_with_it(project: Path) -> None:
     assert len({before, first, code_hash("core.a", project)}) == 3
 
 
-def test_threads_parse_one_after_the_other(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CPython 3.11 ends with a SystemError where two threads build syntax trees at once."""
-    parse, at_once, seen = ast.parse, [], []
+def test_it_builds_no_syntax_tree(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPython 3.11 ends with a SystemError where two threads build such trees at once, whoever the other is."""
+    built: list[object] = []
+    monkeypatch.setattr(ast, "parse", lambda *arguments, **_: built.append(arguments))
+    (project / "core" / "fresh.py").write_text(f"import core.b  # {project}\n", encoding="utf-8")
+    assert "core.b" in import_closure("core.fresh", project)
+    assert built == []
 
-    def slow_parse(source: bytes) -> ast.Module:
-        at_once.append(source)
-        seen.append(len(at_once))
-        time.sleep(0.002)
-        at_once.remove(source)
-        return parse(source)
 
-    monkeypatch.setattr(ast, "parse", slow_parse)
-    for number in range(8):
-        (project / "core" / f"n{number}.py").write_text(f"import core.b  # {number} {project}\n", encoding="utf-8")
-    with ThreadPoolExecutor(8) as threads:
-        closures = list(threads.map(lambda n: import_closure(f"core.n{n}", project), range(8)))
-    assert all("core.b" in closure for closure in closures)
-    assert len(seen) >= 8
-    assert max(seen) == 1
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_imports_are_those_of_the_syntax_tree(package: str) -> None:
+    """Of every file of the project."""
+    files = sorted((PROJECT_ROOT / package).rglob("*.py"))
+    assert files
+    for path in files:
+        wanted = set()
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.Import):
+                wanted |= {(0, alias.name, ()) for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                wanted.add((node.level, node.module or "", tuple(alias.name for alias in node.names)))
+        assert set(_imports(compile(path.read_bytes(), str(path), "exec", dont_inherit=True))) == wanted, path
