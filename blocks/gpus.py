@@ -103,7 +103,7 @@ def lease(name: str) -> Iterator[Gpu | None]:
     raise_if_stopped(name)
     gpus = devices()
     if not gpus:
-        LOG.info("%s trains on the CPU: %s", name, _why_none())
+        LOG.info("%s runs on the CPU: %s", name, _why_none())
         yield None
         return
     gpu, file = _wait(gpus, name)

@@ -176,7 +176,7 @@ def test_a_host_without_gpu_trains_on_the_cpu_and_says_so_once(caplog):
     caplog.set_level(logging.INFO, "calipert")
     with lease("ridge, fold 3") as gpu:
         assert gpu is None
-    assert caplog.messages == ["ridge, fold 3 trains on the CPU: no GPU is to be used here (CALIPERT_GPUS=none)"]
+    assert caplog.messages == ["ridge, fold 3 runs on the CPU: no GPU is to be used here (CALIPERT_GPUS=none)"]
     assert list(lock_folder().iterdir()) == []
 
 
