@@ -16,6 +16,7 @@ import httpx
 import psutil
 import pytest
 import yaml
+from prefect.client.base import PrefectHttpxSyncClient
 
 from blocks import services, settings
 from blocks.paths import PROJECT_ROOT
@@ -56,20 +57,20 @@ def stack(tmp_path_factory: pytest.TempPathFactory, screen: Path, tiny: dict[str
 
 def submit(stack: Services, models: list[str]) -> str:
     """A run of benchmark/tiny; its id."""
-    deployment = httpx.get(f"{stack.prefect_api}/deployments/name/benchmark/tiny", timeout=30).json()["id"]
-    url = f"{stack.prefect_api}/deployments/{deployment}/create_flow_run"
+    deployment = prefect(stack, "GET", "deployments/name/benchmark/tiny")["id"]
     query = {"parameters": {"models": models}, "state": {"type": "SCHEDULED"}}
-    answer = httpx.post(url, json=query, timeout=30)
-    # A busy server says so, and Prefect's own client asks again, too.
-    while answer.status_code == httpx.codes.SERVICE_UNAVAILABLE:
-        time.sleep(1)
-        answer = httpx.post(url, json=query, timeout=30)
-    assert answer.is_success, answer.text
-    return str(answer.json()["id"])
+    return str(prefect(stack, "POST", f"deployments/{deployment}/create_flow_run", query)["id"])
+
+
+def prefect(stack: Services, method: str, path: str, query: dict[str, Any] | None = None) -> Any:
+    """What Prefect's server answers; a busy one is asked again, as by Prefect's own commands."""
+    with PrefectHttpxSyncClient(timeout=30) as api:
+        answer = api.request(method, f"{stack.prefect_api}/{path}", json=query)
+    return answer.json() if answer.content else None
 
 
 def flow_run(stack: Services, run: str) -> dict[str, Any]:
-    return httpx.get(f"{stack.prefect_api}/flow_runs/{run}", timeout=30).json()
+    return prefect(stack, "GET", f"flow_runs/{run}")
 
 
 def wait_for(condition: Callable[[], object], seconds: float) -> None:
@@ -88,12 +89,12 @@ def ended(stack: Services, run: str) -> dict[str, Any]:
 def trainings(stack: Services, run: str) -> list[dict[str, Any]]:
     """The flow runs of single folds under a benchmark."""
     query = {"flow_runs": {"parent_flow_run_id": {"any_": [run]}}, "flows": {"name": {"any_": ["train-fold"]}}}
-    return httpx.post(f"{stack.prefect_api}/flow_runs/filter", json=query, timeout=30).json()
+    return prefect(stack, "POST", "flow_runs/filter", query)
 
 
 def logs(stack: Services, run: str) -> str:
     query = {"logs": {"flow_run_id": {"any_": [run]}}, "limit": 200}
-    return "\n".join(row["message"] for row in httpx.post(f"{stack.prefect_api}/logs/filter", json=query).json())
+    return "\n".join(row["message"] for row in prefect(stack, "POST", "logs/filter", query))
 
 
 def model_processes(model: str) -> list[psutil.Process]:
@@ -167,8 +168,7 @@ def test_a_training_beyond_its_time_limit_is_stopped(stack: Services) -> None:
 def test_a_cancellation_ends_the_models_within_ten_seconds(stack: Services) -> None:
     run = submit(stack, ["endless_coexpression"])
     wait_for(lambda: model_processes("fmlp"), 90)
-    state = {"state": {"type": "CANCELLING"}}
-    httpx.post(f"{stack.prefect_api}/flow_runs/{run}/set_state", json=state, timeout=30).raise_for_status()
+    prefect(stack, "POST", f"flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
     began = time.monotonic()
     wait_for(lambda: not model_processes("fmlp"), 30)
     seconds = time.monotonic() - began
@@ -184,10 +184,10 @@ def test_a_cancellation_ends_the_models_within_ten_seconds(stack: Services) -> N
 def test_without_workers_for_trainings_the_benchmark_does_them_itself(stack: Services) -> None:
     rows = json.loads(Path(os.environ["CALIPERT_DATA"], "services.json").read_text(encoding="utf-8"))
     workers = {row["name"]: psutil.Process(row["pid"]) for row in rows if row["name"].startswith("worker")}
-    pool = httpx.post(f"{stack.prefect_api}/work_pools/gpu/workers/filter", json={}, timeout=30).json()
+    pool = prefect(stack, "POST", "work_pools/gpu/workers/filter", {})
     workers["worker-gpu"].kill()
     for worker in pool:
-        httpx.delete(f"{stack.prefect_api}/work_pools/gpu/workers/{worker['name']}", timeout=30)
+        prefect(stack, "DELETE", f"work_pools/gpu/workers/{worker['name']}")
     run = submit(stack, ["late_coexpression"])
     done = ended(stack, run)
     assert done["state_type"] == "FAILED"
