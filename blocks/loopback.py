@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 import urllib.request
+from http import HTTPStatus
 from http.client import HTTPException
+from urllib.error import HTTPError
 
 from blocks.settings import HOST
+
+# Seconds between questions to a server that is busy: half a minute in all, as Prefect's own client waits.
+BUSY = (0.2, 0.5, 1, 2, 4, 8, 16)
 
 
 def free_port(wanted: int) -> int:
@@ -33,14 +39,28 @@ def bindable(port: int) -> bool:
 def answers(url: str) -> bool:
     """Whether GET is answered well."""
     try:
-        ask(url)
+        _answer(url)
     except OSError:
         return False
     return True
 
 
 def ask(url: str, body: object = None) -> bytes:
-    """The answer to GET, or to POST with a JSON body. Never through a proxy. Raises OSError if it is no good."""
+    """The answer to GET, or to POST with a JSON body. Never through a proxy. Raises OSError if it is no good.
+
+    A server that says it is busy (503: Prefect's, while something else writes to its database) is asked again.
+    """
+    for pause in BUSY:
+        try:
+            return _answer(url, body)
+        except HTTPError as error:
+            if error.code != HTTPStatus.SERVICE_UNAVAILABLE:
+                raise
+        time.sleep(pause)
+    return _answer(url, body)
+
+
+def _answer(url: str, body: object = None) -> bytes:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})  # noqa: S310
