@@ -84,7 +84,7 @@ def bucket(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     monkeypatch.setenv("CALIPERT_DATA", str(tmp_path / "data"))
     object_store._filesystem.cache_clear()
     store._shared.clear()
-    httpx.post(f"{s3}/moto-api/reset").raise_for_status()
+    httpx.post(f"{s3}/moto-api/reset", timeout=60).raise_for_status()
     s3fs.S3FileSystem(endpoint_url=s3, skip_instance_cache=True).mkdir("screens")
     yield ObjectStore(BUCKET)
     object_store._filesystem.cache_clear()

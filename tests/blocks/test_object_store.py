@@ -61,7 +61,7 @@ def service(endpoint: Callable[[str], None]) -> Iterator[str]:
     running.start()
     address = "http://{}:{}".format(*running.get_host_and_port())
     # What it holds outlives it in this process.
-    httpx.post(f"{address}/moto-api/reset").raise_for_status()
+    httpx.post(f"{address}/moto-api/reset", timeout=60).raise_for_status()
     endpoint(address)
     yield address
     running.stop()
@@ -338,14 +338,16 @@ def test_a_bucket_that_is_not_there(service: str, folder: Path, tmp_path: Path) 
 
 
 def test_credentials_that_are_refused(bucket: ObjectStore, service: str, folder: Path, tmp_path: Path) -> None:
-    before = httpx.post(f"{service}/moto-api/reset-auth", content="0").json()["PREVIOUS_INITIAL_NO_AUTH_ACTION_COUNT"]
+    before = httpx.post(f"{service}/moto-api/reset-auth", content="0", timeout=60).json()[
+        "PREVIOUS_INITIAL_NO_AUTH_ACTION_COUNT"
+    ]
     try:
         for caught in every_use(bucket, folder, tmp_path):
             assert caught.value.field == "credentials"
             assert "InvalidAccessKeyId" in caught.value.found
             assert "AWS_ACCESS_KEY_ID" in caught.value.remedy
     finally:
-        httpx.post(f"{service}/moto-api/reset-auth", content=before)
+        httpx.post(f"{service}/moto-api/reset-auth", content=before, timeout=60)
 
 
 def test_no_credentials(bucket: ObjectStore, monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> None:

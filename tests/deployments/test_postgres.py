@@ -115,14 +115,14 @@ class Group:
         return "worker", self.passwords["MLFLOW_WORKER_PASSWORD"]
 
     def flow_runs(self) -> list[dict[str, Any]]:
-        answer = httpx.post(self.url("prefect", "/api/flow_runs/filter"), json={}, auth=self.prefect_auth)
+        answer = httpx.post(self.url("prefect", "/api/flow_runs/filter"), json={}, auth=self.prefect_auth, timeout=60)
         return list(answer.raise_for_status().json())
 
     def mlflow_runs(self) -> list[dict[str, Any]]:
         api = self.url("mlflow", "/api/2.0/mlflow")
-        found = httpx.post(f"{api}/experiments/search", json={"max_results": 100}, auth=self.worker_auth)
+        found = httpx.post(f"{api}/experiments/search", json={"max_results": 100}, auth=self.worker_auth, timeout=60)
         ids = [one["experiment_id"] for one in found.raise_for_status().json()["experiments"]]
-        runs = httpx.post(f"{api}/runs/search", json={"experiment_ids": ids}, auth=self.worker_auth)
+        runs = httpx.post(f"{api}/runs/search", json={"experiment_ids": ids}, auth=self.worker_auth, timeout=60)
         return list(runs.raise_for_status().json().get("runs", []))
 
     def _here(self, text: str) -> str:
@@ -199,33 +199,37 @@ def benchmarked(group: Group) -> list[dict[str, Any]]:
 )
 def test_who_has_no_password_is_refused(group: Group, service: str, method: str, path: str) -> None:
     for auth in (None, ("calipert", "guessed"), ("admin", "password1234")):
-        assert httpx.request(method, group.url(service, path), auth=auth, json={}).status_code == 401, auth
+        assert httpx.request(method, group.url(service, path), auth=auth, json={}, timeout=60).status_code == 401, auth
 
 
 def test_who_has_the_password_is_let_in(group: Group) -> None:
-    answer = httpx.get(group.url("prefect", "/api/admin/version"), auth=group.prefect_auth)
+    answer = httpx.get(group.url("prefect", "/api/admin/version"), auth=group.prefect_auth, timeout=60)
     assert answer.status_code == 200
-    page = httpx.get(group.url("prefect", "/ui-settings")).json()
+    page = httpx.get(group.url("prefect", "/ui-settings"), timeout=60).json()
     # The page asks for the password, and finds the API under whatever name it was reached.
     assert page["auth"] == "BASIC"
     assert page["api_url"] == "/api"
-    assert httpx.get(group.url("mlflow"), auth=group.worker_auth).status_code == 200
+    assert httpx.get(group.url("mlflow"), auth=group.worker_auth, timeout=60).status_code == 200
 
 
 def test_mlflow_answers_to_its_own_names_only(group: Group) -> None:
     for host, status in (("127.0.0.1:1", 200), ("evil.example", 403)):
-        answer = httpx.get(group.url("mlflow"), auth=group.worker_auth, headers={"Host": host})
+        answer = httpx.get(group.url("mlflow"), auth=group.worker_auth, headers={"Host": host}, timeout=60)
         assert answer.status_code == status, host
 
 
 def test_the_workers_account_administers_nothing(group: Group) -> None:
     users = group.url("mlflow", "/api/2.0/mlflow/users")
-    made = httpx.post(f"{users}/create", json={"username": "x", "password": "y" * 12}, auth=group.worker_auth)
+    made = httpx.post(
+        f"{users}/create", json={"username": "x", "password": "y" * 12}, auth=group.worker_auth, timeout=60
+    )
     assert made.status_code == 403
-    risen = httpx.patch(f"{users}/update-admin", json={"username": "worker", "is_admin": True}, auth=group.worker_auth)
+    risen = httpx.patch(
+        f"{users}/update-admin", json={"username": "worker", "is_admin": True}, auth=group.worker_auth, timeout=60
+    )
     assert risen.status_code == 403
     admin = ("admin", group.passwords["MLFLOW_ADMIN_PASSWORD"])
-    told = httpx.get(f"{users}/list", auth=admin).raise_for_status().json()["users"]
+    told = httpx.get(f"{users}/list", auth=admin, timeout=60).raise_for_status().json()["users"]
     assert {one["username"]: one["is_admin"] for one in told} == {"admin": True, "worker": False}
 
 
@@ -233,7 +237,9 @@ def test_preparing_again_changes_nothing(group: Group) -> None:
     def there() -> dict[str, Any]:
         kinds = ("deployments", "work_pools", "automations")
         answers = {
-            kind: httpx.post(group.url("prefect", f"/api/{kind}/filter"), json={}, auth=group.prefect_auth).json()
+            kind: httpx.post(
+                group.url("prefect", f"/api/{kind}/filter"), json={}, auth=group.prefect_auth, timeout=60
+            ).json()
             for kind in kinds
         }
         assert {one["name"] for one in answers["work_pools"]} == {"cpu", "gpu"}

@@ -142,9 +142,11 @@ class Place:
 
     def mlflow_runs(self) -> list[dict[str, str]]:
         url = f"http://127.0.0.1:{self.ports()['mlflow']}/api/2.0/mlflow"
-        found = httpx.get(f"{url}/experiments/get-by-name", params={"experiment_name": "calipert/tiny"}).json()
+        found = httpx.get(
+            f"{url}/experiments/get-by-name", params={"experiment_name": "calipert/tiny"}, timeout=60
+        ).json()
         query = {"experiment_ids": [found["experiment"]["experiment_id"]], "max_results": 1000}
-        runs = httpx.post(f"{url}/runs/search", json=query).json()["runs"]
+        runs = httpx.post(f"{url}/runs/search", json=query, timeout=60).json()["runs"]
         return [
             {tag["key"]: tag["value"] for tag in run["data"]["tags"]} | {"status": run["info"]["status"]}
             for run in runs

@@ -93,11 +93,11 @@ def test_mlflow_has_one_run_per_model_control_fold_and_calibration(results: Path
 
 def test_prefect_has_the_flow_run_and_its_tasks(results: Path, servers: Services) -> None:
     query = {"flows": {"name": {"any_": ["benchmark"]}}, "limit": 20}
-    runs = httpx.post(f"{servers.prefect_api}/flow_runs/filter", json=query).json()
+    runs = httpx.post(f"{servers.prefect_api}/flow_runs/filter", json=query, timeout=60).json()
     finished = [run for run in runs if run["state_type"] == "COMPLETED"]
     assert finished
     query = {"flow_runs": {"id": {"any_": [finished[0]["id"]]}}, "limit": 200}
-    tasks = httpx.post(f"{servers.prefect_api}/task_runs/filter", json=query).json()
+    tasks = httpx.post(f"{servers.prefect_api}/task_runs/filter", json=query, timeout=60).json()
     assert {task["state_type"] for task in tasks} == {"COMPLETED"}
     names = " ".join(task["name"] for task in tasks)
     for step in ("prepare-cells", "build-reference", "ridge_coexpression fold 1", "make-results"):

@@ -111,7 +111,7 @@ def model_processes(model: str) -> list[psutil.Process]:
 
 def mlflow_runs(stack: Services) -> list[dict[str, Any]]:
     api = f"{stack.mlflow}/api/2.0/mlflow"
-    found = httpx.get(f"{api}/experiments/get-by-name", params={"experiment_name": "calipert/tiny"}).json()
+    found = httpx.get(f"{api}/experiments/get-by-name", params={"experiment_name": "calipert/tiny"}, timeout=60).json()
     query = {"experiment_ids": [found["experiment"]["experiment_id"]], "max_results": 1000}
     runs = httpx.post(f"{api}/runs/search", json=query, timeout=30).json()["runs"]
     return [

@@ -112,7 +112,7 @@ def test_what_passes_is_tried_again_and_what_does_not_fails_once(
 
     said = "".join(one.stdout + one.stderr for one in (without, refused, done))
     for kind in ("logs", "flow_runs", "task_runs", "artifacts"):
-        rows = httpx.post(f"{servers.prefect_api}/{kind}/filter", json={"limit": 200}).raise_for_status()
+        rows = httpx.post(f"{servers.prefect_api}/{kind}/filter", json={"limit": 200}, timeout=60).raise_for_status()
         said += rows.text
     assert "ask for mine" in said
     assert KEY not in said

@@ -308,12 +308,12 @@ def test_a_page_asks_nobody_else_and_is_whole(
 
 
 def test_prefect_tells_its_pages_to_report_nothing(servers: settings.Services) -> None:
-    told = httpx.get(f"{servers.prefect_api}/admin/settings").raise_for_status().json()["server"]
+    told = httpx.get(f"{servers.prefect_api}/admin/settings", timeout=60).raise_for_status().json()["server"]
     assert told["analytics_enabled"] is False
     assert told["ui"]["show_promotional_content"] is False
-    assert httpx.get(f"{servers.prefect}/ui-settings").raise_for_status().json()["default_ui"] == "v1"
+    assert httpx.get(f"{servers.prefect}/ui-settings", timeout=60).raise_for_status().json()["default_ui"] == "v1"
 
 
 def test_mlflow_tells_its_pages_to_report_nothing(servers: settings.Services) -> None:
-    told = httpx.get(f"{servers.mlflow}/ajax-api/3.0/mlflow/ui-telemetry").raise_for_status().json()
+    told = httpx.get(f"{servers.mlflow}/ajax-api/3.0/mlflow/ui-telemetry", timeout=60).raise_for_status().json()
     assert told["disable_ui_telemetry"] is True

@@ -253,14 +253,14 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Any]]:
 def table(servers: settings.Services) -> list[dict[str, Any]]:
     """The rows of the latest table that a reproduction left in Prefect."""
     query = {"artifacts": {"key": {"any_": ["reproduce"]}}, "sort": "CREATED_DESC", "limit": 1}
-    (latest,) = httpx.post(f"{servers.prefect_api}/artifacts/filter", json=query).json()
+    (latest,) = httpx.post(f"{servers.prefect_api}/artifacts/filter", json=query, timeout=60).json()
     return list(json.loads(latest["data"]))
 
 
 def state(servers: settings.Services) -> str:
     """How the latest reproduction ended."""
     query = {"flows": {"name": {"any_": ["reproduce"]}}, "sort": "START_TIME_DESC", "limit": 1}
-    (latest,) = httpx.post(f"{servers.prefect_api}/flow_runs/filter", json=query).json()
+    (latest,) = httpx.post(f"{servers.prefect_api}/flow_runs/filter", json=query, timeout=60).json()
     return str(latest["state_type"])
 
 

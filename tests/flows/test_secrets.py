@@ -107,7 +107,7 @@ def in_prefect(api: str) -> Iterator[Place]:
     for kind in KEPT:
         offset = 0
         while True:
-            answer = httpx.post(f"{api}/{kind}/filter", json={"limit": 200, "offset": offset})
+            answer = httpx.post(f"{api}/{kind}/filter", json={"limit": 200, "offset": offset}, timeout=60)
             rows = answer.raise_for_status().json()
             yield Place(f"Prefect {kind}", answer.content)
             offset += len(rows)
@@ -115,10 +115,10 @@ def in_prefect(api: str) -> Iterator[Place]:
                 break
         if kind in ("flow_runs", "logs"):
             assert offset > 0, f"Prefect knows no {kind}"
-    answer = httpx.post(f"{api}/events/filter", json={"limit": 50}).raise_for_status()
+    answer = httpx.post(f"{api}/events/filter", json={"limit": 50}, timeout=60).raise_for_status()
     yield Place("Prefect events", answer.content)
     while following := answer.json()["next_page"]:
-        answer = httpx.get(following).raise_for_status()
+        answer = httpx.get(following, timeout=60).raise_for_status()
         yield Place("Prefect events", answer.content)
 
 

@@ -205,7 +205,7 @@ class TestWithServers:
         # A busy server is asked again, as by Prefect's own commands.
         from prefect.client.base import PrefectHttpxSyncClient
 
-        with PrefectHttpxSyncClient(base_url=servers.prefect_api) as client:
+        with PrefectHttpxSyncClient(base_url=servers.prefect_api, timeout=60) as client:
             yield client
 
     def run(self, api: httpx.Client, flow: str, name: str, state: dict[str, Any], **more: Any) -> str:
