@@ -9,6 +9,7 @@ from pathlib import Path
 import anndata as ad
 import docker
 import docker.errors
+import hypothesis
 import pandas as pd
 import pytest
 
@@ -16,6 +17,10 @@ from core.catalog.schema import DatasetSpec
 from core.cell_sums import CellSums, sum_cells
 from core.cells import read_cells, write_cells
 from core.splits import draw_halves
+
+# No test measures time: a loaded machine is slow at times.
+hypothesis.settings.register_profile("untimed", hypothesis.settings(deadline=None))
+hypothesis.settings.load_profile("untimed")
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE_IMAGE = os.environ.get("CALIPERT_BASE_IMAGE", "calipert-base")

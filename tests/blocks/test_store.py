@@ -115,7 +115,7 @@ TREES = st.recursive(SCALARS, lambda inner: st.one_of(st.lists(inner), st.dictio
 
 
 @given(parameters=st.dictionaries(st.text(), TREES))
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_parameters_come_back_from_the_manifest(tmp_path: Path, parameters: dict[str, Any]) -> None:
     store = ArtifactStore(root=str(tmp_path / "store"))
     key = artifact_key("any", {}, parameters, CODE)

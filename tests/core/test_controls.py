@@ -30,7 +30,7 @@ def test_names_and_roles() -> None:
 
 
 @given(duplicate=PROFILE, mean=PROFILE, p=arrays(np.float64, (3, 5), elements=st.floats(0, 1)))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_interpolation(duplicate: np.ndarray, mean: np.ndarray, p: np.ndarray) -> None:
     expected = [
         [(1 - q) * d + q * m for q, d, m in zip(*rows, strict=True)] for rows in zip(p, duplicate, mean, strict=True)

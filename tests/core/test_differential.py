@@ -107,7 +107,7 @@ def test_a_difference_without_any_variance() -> None:
 
 
 @given(low=st.floats(1, 4, width=32), high=st.floats(5, 9, width=32), n=st.integers(4, 60))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_rounding_is_no_variance(low: float, high: float, n: int) -> None:
     """However the sums of squares are rounded, groups of equal values have no variance between them."""
     t, padj = ours(np.repeat([[low], [high]], n, axis=0), np.repeat([0, 1], n))
@@ -116,7 +116,7 @@ def test_rounding_is_no_variance(low: float, high: float, n: int) -> None:
 
 
 @given(value=st.floats(2**-10, 12, width=32), n=st.lists(st.integers(4, 300), min_size=2, max_size=4))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_constant_gene_is_no_difference_however_it_is_rounded(value: float, n: list[int]) -> None:
     labels = np.repeat(np.arange(len(n)), n)
     x = np.column_stack([np.full(len(labels), value), np.random.default_rng(0).random(len(labels))])
@@ -145,7 +145,7 @@ def test_one_group_has_no_rest() -> None:
 
 
 @given(p=arrays(np.float64, (3, 11), elements=st.one_of(st.floats(0, 1), st.sampled_from([0.0, 0.01, 0.5, 1.0]))))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_adjusted_p_equals_statsmodels(p: np.ndarray) -> None:
     expected = np.array([multipletests(row, method="fdr_bh")[1] for row in p])
     np.testing.assert_allclose(benjamini_hochberg(p), expected, rtol=1e-12, atol=1e-300)

@@ -208,7 +208,7 @@ def test_genes_outside_the_kept_dimensions_are_missing_not_zero(gmt):
     assert list(pathway_embedding(gmt(text), 2).index) == ["A", "B", "C", "D", "X", "Y"]
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_the_order_of_a_gmt_does_not_change_a_byte(tmp_path, gmt, data):
     lines = random_gmt(30, 15).splitlines()

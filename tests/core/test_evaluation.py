@@ -135,7 +135,7 @@ def test_a_lone_candidate_has_no_rank() -> None:
 
 
 @given(st.randoms(use_true_random=False))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_the_order_of_genes_conditions_and_predictions_does_not_matter(random) -> None:
     evaluation = by_definition.evaluation(4, 10, 30, ("line_1", "line_2"))
     profiles = predicted(evaluation)
@@ -147,7 +147,7 @@ def test_the_order_of_genes_conditions_and_predictions_does_not_matter(random) -
 
 
 @given(st.integers(0, 19), st.integers(0, 10_000))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_the_score_of_a_condition_does_not_hang_on_other_predictions(row: int, seed: int) -> None:
     evaluation = by_definition.evaluation(5, 20, 30)
     profiles = predicted(evaluation)

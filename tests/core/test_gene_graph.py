@@ -68,7 +68,7 @@ def test_of_equal_neighbours_the_first_by_name_are_kept():
     st.integers(1, 5),
     st.randoms(use_true_random=False),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_it_is_that_of_sets_whatever_the_order_and_the_size_of_the_blocks(terms_of, most, at_once, random):
     pairs = [(gene, str(term)) for gene, terms in terms_of.items() for term in terms] * 2
     random.shuffle(pairs)

@@ -230,7 +230,7 @@ def test_an_undefined_distance_to_the_own_truth_is_no_score() -> None:
 
 
 @given(PROFILES, PROFILES, st.randoms(use_true_random=False))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_order_of_genes_and_of_conditions_does_not_matter(x: np.ndarray, t: np.ndarray, random) -> None:
     genes, rows = random.sample(range(GENES), GENES), random.sample(range(ROWS), ROWS)
     for metric in METRICS:
@@ -250,7 +250,7 @@ def test_the_order_of_genes_and_of_conditions_does_not_matter(x: np.ndarray, t: 
 
 
 @given(PROFILES, PROFILES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_nothing_beats_the_truth(x: np.ndarray, t: np.ndarray) -> None:
     for metric in METRICS:
         second = np.arange(ROWS) if metric.ranking else weights_of(metric.weighting)
@@ -262,7 +262,7 @@ def test_nothing_beats_the_truth(x: np.ndarray, t: np.ndarray) -> None:
 
 
 @given(PROFILES, PROFILES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_ranking_does_not_hang_on_the_other_predictions(x: np.ndarray, t: np.ndarray) -> None:
     for metric in (BY_NAME["nir"], BY_NAME["pds"]):
         together = value_of(metric, x, t, np.arange(ROWS))

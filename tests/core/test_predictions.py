@@ -44,7 +44,7 @@ def refused(data: ad.AnnData, keys: pd.DataFrame = KEYS) -> str:
     return str(caught.value)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.permutations(range(len(TWO_LINES))), st.permutations(range(len(GENES))), st.booleans(), st.integers(0, 8))
 def test_rows_and_genes_are_aligned_by_name(rows, columns, as_sparse, n_left_out):
     data = predictions(TWO_LINES)[list(rows)[n_left_out:], list(columns)].copy()

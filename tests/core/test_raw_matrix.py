@@ -172,7 +172,7 @@ def test_a_matrix_of_zeros(storage: str, tmp_path: Path) -> None:
         require_same(path, dense, values)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     shape=st.tuples(st.integers(1, 12), st.integers(1, 9)),
     share=st.sampled_from([0.0, 0.1, 0.5, 1.0]),

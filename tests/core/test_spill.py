@@ -46,7 +46,7 @@ def test_rows_come_back_in_order(rows: int, tmp_path: Path, monkeypatch: pytest.
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) == 8 * stored
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(n=st.integers(1, 25), seed=st.integers(0, 99), cuts=st.lists(st.integers(0, 25), max_size=5))
 def test_any_order_in_any_pieces(n: int, seed: int, cuts: list[int], tmp_path_factory: pytest.TempPathFactory) -> None:
     """Pieces without a row among them."""

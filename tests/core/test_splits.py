@@ -49,7 +49,7 @@ def splits_of_conditions(obs: pd.DataFrame, folds: pd.DataFrame) -> pd.DataFrame
 
 
 @given(n=st.integers(1, 40), seed=st.integers(0, 2**32))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_the_first_half_is_the_floor(n: int, seed: int) -> None:
     half = draw_halves(cells_of({("x", "A"): n, ("x", "control"): 9}), seed)
     of_condition = half.groupby(cells_of({("x", "A"): n, ("x", "control"): 9})["condition"]).value_counts()
@@ -105,7 +105,7 @@ def test_groups_come_sorted_with_sorted_names() -> None:
 
 
 @given(n=st.integers(10, 60), folds=st.one_of(st.integers(2, 10), st.just(LOO)), controls=st.integers(0, 70))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_single_gene_folds(n: int, folds: int | Literal["leave-one-out"], controls: int) -> None:
     obs = screen_of(n, controls=controls, cells=1)
     table = draw_folds(obs, "single", folds, 42)
@@ -155,7 +155,7 @@ def test_validation_conditions_are_the_first_of_the_rest() -> None:
 
 
 @given(n=st.integers(3, 12), pairs=st.integers(2, 3), more=st.integers(0, 20), controls=st.integers(0, 90))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_combination_folds(n: int, pairs: int, more: int, controls: int) -> None:
     obs = screen_of(n, controls=controls, pairs=pairs + more, cells=1)
     cells = draw_folds(obs, "combination", 2, 42)
