@@ -45,25 +45,26 @@ def answers(url: str) -> bool:
     return True
 
 
-def ask(url: str, body: object = None) -> bytes:
-    """The answer to GET, or to POST with a JSON body. Never through a proxy. Raises OSError if it is no good.
+def ask(url: str, body: object = None, method: str | None = None) -> bytes:
+    """The answer to GET, to POST with a JSON body, or to another method. Never through a proxy. Raises OSError if it is
+    no good.
 
     A server that says it is busy (503: Prefect's, while something else writes to its database) is asked again.
     """
     for pause in BUSY:
         try:
-            return _answer(url, body)
+            return _answer(url, body, method)
         except HTTPError as error:
             if error.code != HTTPStatus.SERVICE_UNAVAILABLE:
                 raise
         time.sleep(pause)
-    return _answer(url, body)
+    return _answer(url, body, method)
 
 
-def _answer(url: str, body: object = None) -> bytes:
+def _answer(url: str, body: object = None, method: str | None = None) -> bytes:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})  # noqa: S310
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)  # noqa: S310
     try:
         with opener.open(request, timeout=30) as answer:
             return bytes(answer.read())
