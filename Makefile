@@ -27,14 +27,12 @@ images: setup ## build the images of the models, for CALIPERT_ENGINE=docker
 	$(BIN)/calipert model build $(if $(BASE_IMAGE),--arg BASE_IMAGE=$(BASE_IMAGE)) \
 		$(if $(TORCH_INDEX),--arg TORCH_INDEX=$(TORCH_INDEX)) $(MODELS)
 
-# What of core is reached, its own tests tell: to trace the others too would take minutes.
 test: $(TOOLS) ## run lint, types, import contracts and all tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered tests/core
-	$(BIN)/pytest -n 2 --dist loadfile --ignore=tests/core
+	$(BIN)/pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered
 
 fault: $(TOOLS) ## kill benchmarks, workers and servers at random, 30 rounds, and compare all bytes
 	CALIPERT_FAULT_ROUNDS=30 $(BIN)/pytest -n 0 -v -s tests/fault
