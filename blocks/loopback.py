@@ -12,7 +12,7 @@ from urllib.error import HTTPError
 
 from blocks.settings import HOST
 
-# Seconds between questions to a server that is busy: half a minute in all, as Prefect's own client waits.
+# Seconds between questions to a server that says it is busy: half a minute in all.
 BUSY = (0.2, 0.5, 1, 2, 4, 8, 16)
 
 
@@ -45,26 +45,25 @@ def answers(url: str) -> bool:
     return True
 
 
-def ask(url: str, body: object = None, method: str | None = None) -> bytes:
-    """The answer to GET, to POST with a JSON body, or to another method. Never through a proxy. Raises OSError if it is
-    no good.
+def ask(url: str, body: object = None) -> bytes:
+    """The answer to GET, or to POST with a JSON body. Never through a proxy. Raises OSError if it is no good.
 
     A server that says it is busy (503: Prefect's, while something else writes to its database) is asked again.
     """
     for pause in BUSY:
         try:
-            return _answer(url, body, method)
+            return _answer(url, body)
         except HTTPError as error:
             if error.code != HTTPStatus.SERVICE_UNAVAILABLE:
                 raise
         time.sleep(pause)
-    return _answer(url, body, method)
+    return _answer(url, body)
 
 
-def _answer(url: str, body: object = None, method: str | None = None) -> bytes:
+def _answer(url: str, body: object = None) -> bytes:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)  # noqa: S310
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})  # noqa: S310
     try:
         with opener.open(request, timeout=30) as answer:
             return bytes(answer.read())

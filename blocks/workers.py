@@ -58,7 +58,7 @@ def ensure_workers(services: Services, pools: Sequence[str] = (CPU, GPU), timeou
         end_workers(records, *(name for name in names if _is_outdated(records.get(name), port)))
         for pool in pools:
             if f"{WORKER}{pool}" not in records:
-                _end_former(services, pool)
+                _end_lost_runs(services, pool)
                 _launch_worker(records, services, pool, port)
         deadline = time.monotonic() + timeout
         for pool in pools:
@@ -92,36 +92,28 @@ def _launch_worker(records: Records, services: Services, pool: str, port: int) -
     daemons.remember(records, replace(started, naming=_naming()))
 
 
-def _end_former(services: Services, pool: str) -> None:
-    """Tells the server that the workers which were started here before are gone, and that the flow runs of one which
-    was killed have ended: they would hold the pool's slots until their silence is noticed, and those that were about to
-    start for ever.
+def _end_lost_runs(services: Services, pool: str) -> None:
+    """Tells the server that the flow runs of a worker which was killed have ended: they would hold the pool's slots
+    until their silence is noticed, and those that were about to start for ever.
 
     Called while this data folder has no worker for the pool. Where workers of others are online, the runs may be theirs
     and are left alone.
     """
     api = services.prefect_api
-    known = f"{api}/work_pools/{pool}/workers"
     try:
-        workers = json.loads(ask(f"{known}/filter", {}))
-        former = [one["name"] for one in workers if one["name"].startswith(_worker_names(pool))]
-        if not any(one["status"] == "ONLINE" and one["name"] not in former for one in workers):
-            _end_lost_runs(api, pool)
-        for name in former:
-            ask(f"{known}/{name}", method="DELETE")
+        workers = json.loads(ask(f"{api}/work_pools/{pool}/workers/filter", {}))
+        if any(one["status"] == "ONLINE" and not one["name"].startswith(_worker_names(pool)) for one in workers):
+            return
+        ends = {"PENDING": "CRASHED", "RUNNING": "CRASHED", "CANCELLING": "CANCELLED"}
+        query = {"work_pools": {"name": {"any_": [pool]}}, "flow_runs": {"state": {"type": {"any_": list(ends)}}}}
+        lost: list[dict[str, str]] = []
+        while page := json.loads(ask(f"{api}/flow_runs/filter", {**query, "offset": len(lost)})):
+            lost += page
+        for run in lost:
+            state = {"type": ends[run["state_type"]], "message": "Its worker was killed."}
+            ask(f"{api}/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
     except OSError as error:
         _LOG.warning("flow runs of a killed worker could not be ended; they will be, minutes from now: %s", error)
-
-
-def _end_lost_runs(api: str, pool: str) -> None:
-    ends = {"PENDING": "CRASHED", "RUNNING": "CRASHED", "CANCELLING": "CANCELLED"}
-    query = {"work_pools": {"name": {"any_": [pool]}}, "flow_runs": {"state": {"type": {"any_": list(ends)}}}}
-    lost: list[dict[str, str]] = []
-    while page := json.loads(ask(f"{api}/flow_runs/filter", {**query, "offset": len(lost)})):
-        lost += page
-    for run in lost:
-        state = {"type": ends[run["state_type"]], "message": "Its worker was killed."}
-        ask(f"{api}/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
 
 
 def _worker_names(pool: str) -> str:

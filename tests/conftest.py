@@ -18,7 +18,7 @@ from core.cell_sums import CellSums, sum_cells
 from core.cells import read_cells, write_cells
 from core.splits import draw_halves
 
-# No test measures time: a loaded machine is slow at times.
+# No property is timed: a loaded machine is slow at times.
 hypothesis.settings.register_profile("untimed", hypothesis.settings(deadline=None))
 hypothesis.settings.load_profile("untimed")
 

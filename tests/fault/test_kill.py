@@ -297,12 +297,6 @@ def submit(place: Place) -> str:
             time.sleep(1)
 
 
-def workers(place: Place, pool: str) -> list[dict[str, object]]:
-    """The workers of a pool that Prefect knows, online or not."""
-    url = f"http://127.0.0.1:{place.ports()['prefect']}/api/work_pools/{pool}/workers/filter"
-    return list(httpx.post(url, json={}, timeout=60).raise_for_status().json())
-
-
 def wait_until_at_work(place: Place, run: str, flow: str) -> None:
     """Wait until a benchmark, or one of its trainings, is running."""
     url = f"http://127.0.0.1:{place.ports()['prefect']}/api/flow_runs/filter"
@@ -348,7 +342,6 @@ def test_a_deployments_run_survives_the_death_of_a_service(
     print(f"round {number} (seed {SEED}): {victim} killed after {moment:.1f} s")
     finished = place.manifests()
     place.up()
-    assert [len(workers(place, pool)) for pool in ("cpu", "gpu")] == [1, 1], "a worker that is gone is still shown"
     became = ended(place, first, 30.0)
     print(f"round {number}: the run that was disturbed is {became or 'still said to run'}")
     # Whatever became of it, the next one must come to its end, and with it all that the first one left.
