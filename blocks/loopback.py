@@ -39,28 +39,28 @@ def bindable(port: int) -> bool:
 def answers(url: str) -> bool:
     """Whether GET is answered well."""
     try:
-        _answer(url)
+        ask_once(url)
     except OSError:
         return False
     return True
 
 
 def ask(url: str, body: object = None) -> bytes:
-    """The answer to GET, or to POST with a JSON body. Never through a proxy. Raises OSError if it is no good.
-
-    A server that says it is busy (503: Prefect's, while something else writes to its database) is asked again.
+    """As `ask_once`, but a server that says it is busy (503: Prefect's, while something else writes to its database) is
+    asked again.
     """
     for pause in BUSY:
         try:
-            return _answer(url, body)
+            return ask_once(url, body)
         except HTTPError as error:
             if error.code != HTTPStatus.SERVICE_UNAVAILABLE:
                 raise
         time.sleep(pause)
-    return _answer(url, body)
+    return ask_once(url, body)
 
 
-def _answer(url: str, body: object = None) -> bytes:
+def ask_once(url: str, body: object = None) -> bytes:
+    """The answer to GET, or to POST with a JSON body. Never through a proxy. Raises OSError if it is no good."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})  # noqa: S310

@@ -17,7 +17,7 @@ from hashlib import sha256
 
 from blocks import daemons
 from blocks.daemons import START_TIMEOUT, Record, Records
-from blocks.loopback import ask
+from blocks.loopback import ask, ask_once
 from blocks.paths import PROJECT_ROOT, temporary_folder
 from blocks.pools import CPU, GPU
 from blocks.settings import Services, child_environment
@@ -141,7 +141,7 @@ def _naming() -> str:
 
 def _heard_of(services: Services, pool: str, name: str) -> bool:
     try:
-        workers = json.loads(ask(f"{services.prefect_api}/work_pools/{pool}/workers/filter", {}))
+        workers = json.loads(ask_once(f"{services.prefect_api}/work_pools/{pool}/workers/filter", {}))
     except OSError:
         return False
     return any(worker["name"] == name for worker in workers)
