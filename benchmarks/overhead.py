@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import secrets
 import subprocess
 import sys
 import time
@@ -123,13 +124,15 @@ def _tasks(number: int, sender: Connection) -> None:
 
 
 def _through_worker(running: settings.Services, models: list[str]) -> tuple[float, float]:
-    """Seconds from submission until the flow runs, and from there to its end."""
+    """Seconds from submission until the flow runs, and from there to its end; waits for a busy server count."""
     # Only now: prefect reads its settings when it is imported. Its client asks a busy server again, as `prefect` does.
     from prefect.client.base import PrefectHttpxSyncClient
 
     with PrefectHttpxSyncClient(base_url=running.prefect_api, timeout=60) as api:
         deployment = api.get(f"/deployments/name/{DEPLOYMENT}").json()["id"]
         wanted = {"parameters": {"dataset": "demo", "models": models}, "state": {"type": "SCHEDULED"}}
+        # Asked again after a broken answer, the server makes no second run.
+        wanted["idempotency_key"] = secrets.token_hex(8)
         submitted = time.time()
         run = api.post(f"/deployments/{deployment}/create_flow_run", json=wanted).json()
         while run["state_type"] not in ENDED:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import subprocess
 import sys
 import time
@@ -59,6 +60,8 @@ def submit(stack: Services, models: list[str]) -> str:
     """A run of benchmark/tiny; its id."""
     deployment = prefect(stack, "GET", "deployments/name/benchmark/tiny")["id"]
     query = {"parameters": {"models": models}, "state": {"type": "SCHEDULED"}}
+    # Asked again after a broken answer, the server makes no second run.
+    query["idempotency_key"] = secrets.token_hex(8)
     return str(prefect(stack, "POST", f"deployments/{deployment}/create_flow_run", query)["id"])
 
 
