@@ -55,11 +55,11 @@ $(RUNTIME): pyproject.toml constraints.txt
 		"calipert needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is %d.%d: try make setup PYTHON=python3.12" % v)'
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 ifeq ($(origin TORCH_INDEX),undefined)
-# Linux wheels from the usual index bring gigabytes of CUDA libraries. pip still looks into its own find-links too.
+# pip's usual index brings gigabytes of CUDA libraries. Where pip has find-links of its own, it looks there too.
 	@if [ "$$(uname -s)" = Linux ] && ! timeout 60 nvidia-smi -L 2> /dev/null | grep -q '^GPU'; then \
 		echo "No NVIDIA GPU found: installing the CPU build of PyTorch"; \
-		$(INSTALL) -qq --no-deps --retries 1 --timeout 15 --index-url $(CPU_TORCH_INDEX) torch || \
-		echo "$(CPU_TORCH_INDEX) cannot be used: taking PyTorch from the usual index"; \
+		$(INSTALL) --quiet --no-deps --retries 1 --timeout 15 --index-url $(CPU_TORCH_INDEX) torch 2> /dev/null || \
+		echo "It cannot be installed from $(CPU_TORCH_INDEX): taking PyTorch from pip's usual index"; \
 	fi
 else ifneq ($(TORCH_INDEX),)
 	$(INSTALL) --quiet --no-deps --index-url $(TORCH_INDEX) torch
