@@ -1,12 +1,13 @@
 # make help lists the targets. Override PYTHON to choose the interpreter of .venv, and TORCH_INDEX to take
-# PyTorch from another index, such as https://download.pytorch.org/whl/cpu where there is no NVIDIA GPU. `make images`
+# PyTorch from another index; without it, a Linux machine without an NVIDIA GPU gets the CPU build. `make images`
 # takes TORCH_INDEX too, and BASE_IMAGE, the image with Python 3.11 that all are built on.
 PYTHON ?= python3
-TORCH_INDEX ?=
 BASE_IMAGE ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 BIN := .venv/bin
+INSTALL := $(BIN)/pip install --constraint constraints.txt
+CPU_TORCH_INDEX := https://download.pytorch.org/whl/cpu
 RUNTIME := .venv/.runtime-installed
 TOOLS := .venv/.test-tools-installed
 # An image under another licence than the project's own is built by choice: calipert model build NAME.
@@ -53,12 +54,19 @@ $(RUNTIME): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v < (3, 14) or sys.exit( \
 		"calipert needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is %d.%d: try make setup PYTHON=python3.12" % v)'
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
-ifneq ($(TORCH_INDEX),)
-	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt --index-url $(TORCH_INDEX) torch
+ifeq ($(origin TORCH_INDEX),undefined)
+# pip's usual index brings gigabytes of CUDA libraries. Where pip has find-links of its own, it looks there too.
+	@if [ "$$(uname -s)" = Linux ] && ! timeout 60 nvidia-smi -L 2> /dev/null | grep -q '^GPU'; then \
+		echo "No NVIDIA GPU found: installing the CPU build of PyTorch"; \
+		$(INSTALL) --quiet --no-deps --retries 1 --timeout 15 --index-url $(CPU_TORCH_INDEX) torch 2> /dev/null || \
+		echo "It cannot be installed from $(CPU_TORCH_INDEX): taking PyTorch from pip's usual index"; \
+	fi
+else ifneq ($(TORCH_INDEX),)
+	$(INSTALL) --quiet --no-deps --index-url $(TORCH_INDEX) torch
 endif
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	$(INSTALL) --quiet --editable .
 	touch $@
 
 $(TOOLS): $(RUNTIME)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,bench]'
+	$(INSTALL) --quiet --editable '.[test,bench]'
 	touch $@
