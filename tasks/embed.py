@@ -10,10 +10,11 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from blocks.store.code import code_hash
-from core import catalog
+from core.catalog import registry
 from core.catalog.schema import EmbeddingSpec, ResolvedModel
+from core.embeddings.files import EMBEDDING
 from tasks.artifacts import checksum, made
-from tasks.embed_container import FILE, made_in_container
+from tasks.embed_container import made_in_container
 from tasks.embed_texts import made_of_texts
 
 
@@ -37,7 +38,7 @@ def embed(spec: EmbeddingSpec, source: Path, perturbed: list[str]) -> Path:
     genes = {"genes": sorted(perturbed)} if spec.form == "graph" else {}
     return made(
         "embedding",
-        lambda folder: write_embedding(compute(source, dimensions, **genes), folder / FILE),
+        lambda folder: write_embedding(compute(source, dimensions, **genes), folder / EMBEDDING),
         inputs={"source": source if source.is_dir() else checksum(source)},
         parameters={"kind": spec.kind, "dimensions": dimensions, **genes},
         code=code_hash("core.embeddings.gene_graph" if spec.form == "graph" else "core.embeddings.tables"),
@@ -51,8 +52,8 @@ def join(spec: EmbeddingSpec, parts: dict[str, Path]) -> Path:
     from core.embeddings.tables import read_embedding, side_by_side, write_embedding
 
     def build(folder: Path) -> None:
-        tables = {name: read_embedding(part / FILE) for name, part in parts.items()}
-        write_embedding(side_by_side(tables), folder / FILE)
+        tables = {name: read_embedding(part / EMBEDDING) for name, part in parts.items()}
+        write_embedding(side_by_side(tables), folder / EMBEDDING)
 
     return made(
         "embedding",
@@ -73,7 +74,7 @@ def _whole(spec: EmbeddingSpec, make: Callable[[EmbeddingSpec], Path]) -> Path:
     """An embedding from what makes its parts."""
     if spec.form != "tables":
         return make(spec)
-    return join(spec, {part.name: make(part) for part in catalog.parts(spec)})
+    return join(spec, {part.name: make(part) for part in registry.load_parts(spec)})
 
 
 def make_embeddings(
@@ -103,7 +104,7 @@ def make_embeddings(
         for fold in data:
             folder = given[model.name, fold] = once(model.embedding, fold) if model.embedding else None
             if folder and model.embedding:
-                require_coverage(model.embedding.name, known_genes(folder / FILE), perturbed)
+                require_coverage(model.embedding.name, known_genes(folder / EMBEDDING), perturbed)
     return given
 
 

@@ -10,11 +10,11 @@ from typing import Any
 from blocks.store.artifacts import artifact_key
 from blocks.store.code import code_hash
 from core.catalog.schema import EmbeddingSpec
+from core.embeddings.files import EMBEDDING
 from tasks.artifacts import LOG, key_of, made
 from tasks.engine import THREADS, container_of, device, engine, engine_identity, require_same, resumable
 from tasks.progress import shown_progress
 
-FILE = "embedding.parquet"
 LONGEST_S = 24 * 3600.0  # unless the entry says otherwise
 
 
@@ -53,8 +53,8 @@ def made_in_container(spec: EmbeddingSpec, published: Path) -> Path:
                 "checkpoint": checkpoint,
             }
             engine().run("embed", container, task, on_event=hear, timeout_s=spec.time_limit or LONGEST_S, gpu=gpu)
-            table = read_foreign_embedding(Path(scratch) / FILE)
-        write_embedding(table, folder / FILE)
+            table = read_foreign_embedding(Path(scratch) / EMBEDDING)
+        write_embedding(table, folder / EMBEDDING)
 
     label = f"the embedding {spec.name}"
     return made("embedding", build, inputs=inputs, parameters=parameters, code=code, label=label)

@@ -13,7 +13,7 @@ from pathlib import Path
 from blocks.engines.checkpoints import checkpoint
 from blocks.engines.process import Engine, ProcessEngine
 from blocks.local.gpus import Gpu, lease
-from core import catalog
+from core.catalog import registry
 from core.catalog.schema import EmbeddingSpec, ResolvedModel
 from core.errors import UserError
 from tasks.artifacts import made
@@ -77,7 +77,10 @@ def check_containers(models: Iterable[ResolvedModel], embeddings: Iterable[Embed
     no such folder, no image, or a package is missing. embeddings: beside those of the models."""
     chosen = list(models)
     wanted = [*embeddings, *(model.embedding for model in chosen if model.embedding)]
-    needed: list[ResolvedModel | EmbeddingSpec] = [*chosen, *(part for spec in wanted for part in catalog.parts(spec))]
+    needed: list[ResolvedModel | EmbeddingSpec] = [
+        *chosen,
+        *(part for spec in wanted for part in registry.load_parts(spec)),
+    ]
     faults: dict[str, UserError] = {}
     for container in dict.fromkeys(container_of(one) for one in needed if one.container):
         try:

@@ -11,21 +11,22 @@ from typing import Literal, TypeAlias
 from pydantic import ValidationError
 
 from blocks.config.paths import MODEL_CONTAINERS
-from core import catalog
+from core.catalog import registry
 from core.catalog.schema import (
-    CONTROLS,
-    NAME_PATTERN,
     DatasetSpec,
     EmbeddingSpec,
     LocalSource,
     PretrainedSpec,
     ResolvedModel,
 )
+from core.entry import NAME_PATTERN
 from core.errors import UserError
+from core.reference.controls import CONTROLS
 
 VARIABLE = "CALIPERT_SOURCE_"
 CONTAINERS = "containers"  # in the user's folder of entries
-BASELINES = ("additive", "linear")  # core computes them in every benchmark
+# Core computes them in every benchmark.
+BASELINES = tuple(control.name for control in CONTROLS if control.role == "baseline")
 
 # Which published file of a data set: the one of its authors, or its preprocessed copy.
 Origin: TypeAlias = Literal["raw", "mirror"]
@@ -66,8 +67,8 @@ def inputs_of(models: Iterable[ResolvedModel]) -> list[EmbeddingSpec | Pretraine
 def inputs_of_embedding(spec: EmbeddingSpec) -> list[EmbeddingSpec | PretrainedSpec]:
     """What an embedding is made of, by the names under which files are named: itself or its parts, or the published
     files of those that are made of such. What is made from the cells of a fold needs none."""
-    parts = [part for part in catalog.parts(spec) if not part.per_fold]
-    return [catalog.pretrained(part.pretrained) if part.pretrained else part for part in parts]
+    parts = [part for part in registry.load_parts(spec) if not part.per_fold]
+    return [registry.load_pretrained(part.pretrained) if part.pretrained else part for part in parts]
 
 
 def check_sources(specs: Iterable[Needed], sources: Mapping[str, str]) -> None:
@@ -113,7 +114,7 @@ def chosen_dataset(
     Raises UserError for an unknown data set, a number of folds that its task does not allow, a mirror that it does not
     have, and another number of folds than a mirror comes with.
     """
-    spec = catalog.dataset(dataset)
+    spec = registry.load_dataset(dataset)
     if origin == "mirror":
         return _mirrored(spec, folds)
     if folds is None:
@@ -137,7 +138,7 @@ def _mirrored(spec: DatasetSpec, folds: int | Literal["leave-one-out"] | None) -
 
 def study() -> list[str]:
     """The names of the study's data sets: those of the catalog that have a preprocessed mirror."""
-    return [name for name in catalog.names("dataset") if catalog.dataset(name).mirror is not None]
+    return [name for name in registry.list_names("dataset") if registry.load_dataset(name).mirror is not None]
 
 
 def chosen_study(
@@ -162,7 +163,7 @@ def chosen_models(names: Iterable[str]) -> list[ResolvedModel]:
     Raises UserError for an unknown name, and for a model that neither has a container nor is such a baseline.
     """
     chosen = []
-    for model in catalog.models(names):
+    for model in registry.load_models(names):
         where = f"catalog entry {model.template}"
         if model.container is None:
             if model.name not in BASELINES:
@@ -175,7 +176,7 @@ def chosen_models(names: Iterable[str]) -> list[ResolvedModel]:
 
 def container_places() -> list[Path]:
     """Where containers lie: model_containers, and `containers` in the user's folder of entries, if there is one."""
-    own = catalog.users_folder()
+    own = registry.find_users_folder()
     return [MODEL_CONTAINERS, *([own.resolve() / CONTAINERS] if own else [])]
 
 
@@ -193,5 +194,5 @@ def check_model_name(name: str) -> None:
     """Raise UserError unless predictions made elsewhere can have this name: plain, and not that of a control."""
     if not re.fullmatch(NAME_PATTERN, name):
         raise UserError("--name", "name", repr(name), "lower-case letters, digits and underscores, as in my_model")
-    if name in (*CONTROLS, *BASELINES):
+    if name in (control.name for control in CONTROLS):
         raise UserError("--name", "name", f"{name!r}, the name of a control", "call the model something else")

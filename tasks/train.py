@@ -18,12 +18,16 @@ from blocks.engines.process import Usage
 from blocks.store.artifacts import MANIFEST, ArtifactStore, artifact_key
 from blocks.store.code import code_hash
 from core.catalog.schema import ResolvedModel
+from core.embeddings.files import EMBEDDING
 from core.errors import UserError
+from core.prepare.files import FOLD_CELLS, FOLD_CONTROL
+from core.scoring.files import PREDICTIONS, REASONS
 from tasks.artifacts import LOG, made
 from tasks.engine import THREADS, container_of, device, engine, engine_identity, require_same, resumable
 from tasks.progress import shown_progress
 from tasks.record import end_failed, tracking_server
 
+CURVE = "training.jsonl"
 USAGE = "usage.json"
 
 Event = Mapping[str, Any]
@@ -109,14 +113,14 @@ def trained(job: FoldJob, on_event: Callable[[Event], None]) -> Path:
 
     def build(folder: Path) -> None:
         spec = {
-            "cells": str(data / "train.h5ad"),
+            "cells": str(data / FOLD_CELLS),
             **_given(job),
             "hyperparameters": job.model.hyperparameters,
             "seed": job.seed,
             "threads": THREADS,
             "output": str(folder),
         }
-        with (folder / "training.jsonl").open("w", encoding="utf-8") as curve, device(model, job.name) as gpu:
+        with (folder / CURVE).open("w", encoding="utf-8") as curve, device(model, job.name) as gpu:
 
             def keep(event: Event) -> None:
                 curve.write(json.dumps(dict(event), sort_keys=True) + "\n")
@@ -141,7 +145,7 @@ def predicted(job: FoldJob, directory: Path, on_event: Callable[[Event], None]) 
     from core.io.h5ad import read_genes
     from core.scoring.predictions import check_model_output
 
-    control, model = _stored("fold", job.data) / "control.h5ad", container_of(job.model)
+    control, model = _stored("fold", job.data) / FOLD_CONTROL, container_of(job.model)
 
     def build(folder: Path) -> None:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -161,8 +165,8 @@ def predicted(job: FoldJob, directory: Path, on_event: Callable[[Event], None]) 
             profiles, unpredicted = check_model_output(
                 Path(scratch), job.asked, read_genes(control), job.model.name, job.target_sum
             )
-        profiles.write_h5ad(folder / "predictions.h5ad")
-        (folder / "unpredicted.json").write_text(json.dumps(unpredicted, sort_keys=True), encoding="utf-8")
+        profiles.write_h5ad(folder / PREDICTIONS)
+        (folder / REASONS).write_text(json.dumps(unpredicted, sort_keys=True), encoding="utf-8")
 
     return _predictions(job).made(build, f"the predictions of {job.name}")
 
@@ -195,9 +199,9 @@ def train_fold(job: FoldJob) -> Path:
         end_failed([job.run_id], error)
         raise
     tracking.log_usage(job.run_id, Usage(**json.loads((directory / USAGE).read_text(encoding="utf-8"))))
-    tracking.log_curve(job.run_id, directory / "training.jsonl")
+    tracking.log_curve(job.run_id, directory / CURVE)
     tracking.finish(job.run_id)
-    lacking = len(json.loads((predictions / "unpredicted.json").read_text(encoding="utf-8")))
+    lacking = len(json.loads((predictions / REASONS).read_text(encoding="utf-8")))
     LOG.info("%s: %d of %d conditions predicted", job.name, len(job.asked) - lacking, len(job.asked))
     return predictions
 
@@ -232,7 +236,7 @@ def _stored(kind: str, key: str) -> Path:
 def _given(job: FoldJob) -> dict[str, str | None]:
     """Fields of both stages' specs: what the model is given beside cells."""
     return {
-        "embedding": str(_stored("embedding", job.embedding) / "embedding.parquet") if job.embedding else None,
+        "embedding": str(_stored("embedding", job.embedding) / EMBEDDING) if job.embedding else None,
         "pretrained": str(_stored("pretrained", job.pretrained)) if job.pretrained else None,
     }
 

@@ -39,13 +39,13 @@ from blocks.tracking.runs import (
 )
 from blocks.tracking.tables import summaries, verdicts
 from core.errors import UserError
+from core.report.files import REPORT
 
 if TYPE_CHECKING:
     from blocks.engines.process import Usage
 
 EXPERIMENT_PREFIX = "calipert/"
 # The file's name in every run of a benchmark.
-REPORT = "report.html"
 
 _FLOW_RUN = "flow_run_id"
 _PROCESS = "process"

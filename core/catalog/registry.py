@@ -23,12 +23,12 @@ from core.catalog.schema import (
     TAKES,
     DatasetSpec,
     EmbeddingSpec,
-    Entry,
     GroupSpec,
     ModelSpec,
     PretrainedSpec,
     ResolvedModel,
 )
+from core.entry import Entry
 from core.errors import UserError
 
 BUILT_IN = Path(__file__).parent
@@ -42,7 +42,7 @@ FOLDERS: dict[Kind, str] = {kind: "pretrained" if kind == "pretrained" else f"{k
 Spec = TypeVar("Spec", DatasetSpec, EmbeddingSpec, ModelSpec, GroupSpec, PretrainedSpec)
 
 
-def dataset(name_or_path: str | Path) -> DatasetSpec:
+def load_dataset(name_or_path: str | Path) -> DatasetSpec:
     """The data set of that name, or the user's own entry in the YAML file at that path.
 
     Raises UserError for an unknown name, a missing or unreadable file, an entry that does not fit the schema, and
@@ -60,7 +60,7 @@ def dataset(name_or_path: str | Path) -> DatasetSpec:
     return spec
 
 
-def embedding(name: str) -> EmbeddingSpec:
+def load_embedding(name: str) -> EmbeddingSpec:
     """The embedding of that name. Raises UserError for an unknown name or an entry that does not fit the schema."""
     spec = _entry("embedding", name, EmbeddingSpec)
     if spec.source and name in _files("pretrained"):
@@ -80,12 +80,12 @@ def embedding(name: str) -> EmbeddingSpec:
     return spec
 
 
-def parts(spec: EmbeddingSpec) -> list[EmbeddingSpec]:
+def load_parts(spec: EmbeddingSpec) -> list[EmbeddingSpec]:
     """The tables that an embedding of several puts side by side; any other embedding is its own only part."""
-    return [embedding(name) for name in spec.parts] or [spec]
+    return [load_embedding(name) for name in spec.parts] or [spec]
 
 
-def pretrained(name: str) -> PretrainedSpec:
+def load_pretrained(name: str) -> PretrainedSpec:
     """The published files of that name. Raises UserError as `embedding` does."""
     return _entry("pretrained", name, PretrainedSpec)
 
@@ -95,14 +95,14 @@ def _named_pretrained(kind: Literal["embedding", "model"], spec: EmbeddingSpec |
     if spec.pretrained is None:
         return None
     if spec.pretrained not in _files("pretrained"):
-        raise _unknown("pretrained", spec.pretrained, names("pretrained"), _files(kind)[spec.name])
-    return pretrained(spec.pretrained)
+        raise _unknown("pretrained", spec.pretrained, list_names("pretrained"), _files(kind)[spec.name])
+    return load_pretrained(spec.pretrained)
 
 
 def _part(whole: EmbeddingSpec, name: str) -> EmbeddingSpec:
     where = _files("embedding")[whole.name]
     if name not in _files("embedding"):
-        raise _unknown("embedding", name, names("embedding"), where)
+        raise _unknown("embedding", name, list_names("embedding"), where)
     part = _entry("embedding", name, EmbeddingSpec)
     if part.form != "table":
         raise UserError(
@@ -111,7 +111,7 @@ def _part(whole: EmbeddingSpec, name: str) -> EmbeddingSpec:
     return part
 
 
-def model(name: str) -> ResolvedModel:
+def load_model(name: str) -> ResolvedModel:
     """The model of that (expanded) name: `linear`, `ridge_reactome`. Raises UserError as `embedding` does."""
     known = _resolved()
     if name not in known:
@@ -119,12 +119,12 @@ def model(name: str) -> ResolvedModel:
     return known[name].model_copy(deep=True)
 
 
-def group(name: str) -> GroupSpec:
+def load_group(name: str) -> GroupSpec:
     """The group of that name. Raises UserError as `embedding` does."""
     return _entry("group", name, GroupSpec)
 
 
-def models(names: Iterable[str]) -> list[ResolvedModel]:
+def load_models(names: Iterable[str]) -> list[ResolvedModel]:
     """The models of these names, in this order, each once; a group's name stands for its models.
 
     Raises UserError for a name that is neither a model nor a group, also within a group.
@@ -133,7 +133,7 @@ def models(names: Iterable[str]) -> list[ResolvedModel]:
     wanted: dict[str, None] = {}
     for name in names:
         if name in groups:
-            members = group(name).models
+            members = load_group(name).models
             for member in members:
                 if member not in known:
                     raise _unknown("model", member, list(known), where=groups[name])
@@ -145,13 +145,13 @@ def models(names: Iterable[str]) -> list[ResolvedModel]:
     return [known[name].model_copy(deep=True) for name in wanted]
 
 
-def names(kind: Kind) -> list[str]:
+def list_names(kind: Kind) -> list[str]:
     """The sorted names of one kind; models by their expanded names."""
     return sorted(_resolved() if kind == "model" else _files(kind))
 
 
 def _resolved() -> dict[str, ResolvedModel]:
-    embeddings = {name: embedding(name) for name in names("embedding")}
+    embeddings = {name: load_embedding(name) for name in list_names("embedding")}
     groups = _files("group")
     found: dict[str, ResolvedModel] = {}
     for template, path in sorted(_files("model").items()):
@@ -193,7 +193,7 @@ def _files(kind: Kind) -> dict[str, Path]:
     """Entry name -> file, built-in and the user's."""
     folder = FOLDERS[kind]
     files = {path.stem: path for path in _yaml_files(BUILT_IN / folder)}
-    own = users_folder()
+    own = find_users_folder()
     for path in _yaml_files(own / folder) if own else []:
         if path.stem in files:
             raise UserError(
@@ -206,7 +206,7 @@ def _files(kind: Kind) -> dict[str, Path]:
     return files
 
 
-def users_folder() -> Path | None:
+def find_users_folder() -> Path | None:
     """The user's own folder of entries, if there is one. Raises UserError where it has none of the sub-folders."""
     if not os.environ.get(VARIABLE):
         return None
@@ -283,7 +283,11 @@ def _short(value: Any) -> str:
 
 
 def _field_names() -> list[str]:
-    return sorted({field for schema in Entry.__subclasses__() for field in schema.model_fields})
+    return sorted({field for schema in _kinds_of(Entry) for field in schema.model_fields})
+
+
+def _kinds_of(base: type[Entry]) -> list[type[Entry]]:
+    return [kind for own in base.__subclasses__() for kind in (own, *_kinds_of(own))]
 
 
 def _unknown(what: str, name: str, known: list[str], where: object = "catalog") -> UserError:

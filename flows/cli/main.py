@@ -176,12 +176,12 @@ def check(
     source: Sources = None,
 ) -> None:
     """Say what an entry would do with its file (labels, cells per condition, what is dropped), without doing it."""
-    from core import catalog
+    from core.catalog import registry
     from core.prepare.check import check_dataset
     from flows.cli.console import check_table
     from tasks.inputs import check_sources, named_source
 
-    spec, sources = catalog.dataset(dataset), _named(source)
+    spec, sources = registry.load_dataset(dataset), _named(source)
     check_sources([spec], sources)
     file = named_source(spec, sources)
     if file is None:
@@ -294,10 +294,12 @@ def _show(results: Path, services: Services) -> None:
     """The result table, then where to look further."""
     import pandas as pd
 
+    from core.report.files import LEADERBOARD
+    from core.scoring.files import UNPREDICTED
     from flows.cli.console import result_table
 
-    CONSOLE.print(result_table(pd.read_parquet(results / "leaderboard.parquet"), CONSOLE.width))
-    unpredicted = pd.read_parquet(results / "unpredicted.parquet")
+    CONSOLE.print(result_table(pd.read_parquet(results / LEADERBOARD), CONSOLE.width))
+    unpredicted = pd.read_parquet(results / UNPREDICTED)
     for model, rows in unpredicted.groupby("model", observed=True):
         reasons = shown(sorted(set(rows["reason"])), 3)
         CONSOLE.print(f"{model} did not predict {len(rows)} conditions: {reasons}", style="yellow")

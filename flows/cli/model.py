@@ -86,11 +86,11 @@ def check(
 
 def _users() -> dict[str, list[str]]:
     """Container -> the models of the catalog that run in it, and the embeddings that it makes."""
-    from core import catalog
+    from core.catalog import registry
 
     users: dict[str, list[str]] = {}
-    entries = {model.name: model for model in catalog.models(catalog.names("model"))}
-    made = {f"embedding {name}": catalog.embedding(name) for name in catalog.names("embedding")}
+    entries = {model.name: model for model in registry.load_models(registry.list_names("model"))}
+    made = {f"embedding {name}": registry.load_embedding(name) for name in registry.list_names("embedding")}
     for name, entry in (entries | made).items():
         if entry.container is not None:
             users.setdefault(entry.container, []).append(name)
@@ -99,9 +99,9 @@ def _users() -> dict[str, list[str]]:
 
 def _form(container: str) -> Form:
     """What the models of the catalog that run in a container are told of genes; a table where there is none."""
-    from core import catalog
+    from core.catalog import registry
 
-    resolved = catalog.models(catalog.names("model"))
+    resolved = registry.load_models(registry.list_names("model"))
     forms = {one.embedding.form for one in resolved if one.embedding and one.container == container}
     return "graph" if forms == {"graph"} else "table"
 

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from blocks.config import settings
-from core import catalog
+from core.catalog import registry
 from core.errors import UserError
 from flows import reproduce as module
 from flows.reproduce import _reproduced
@@ -96,7 +96,7 @@ class FakeFetch:
 def test_without_a_network_only_the_first_data_set_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     fetch = FakeFetch(ConnectionLost("https://a.b/c", "connection", "no\nroute", "run again"))
     monkeypatch.setattr(module, "fetch_source", fetch)
-    spec, connected = catalog.dataset("norman19"), True
+    spec, connected = registry.load_dataset("norman19"), True
     for _ in range(2):
         outcome, connected = _reproduced("norman19", spec, [], "raw", {}, connected)
         assert outcome[:3] == (
@@ -187,7 +187,7 @@ class TestWithServers:
         servers: settings.Services,
     ) -> None:
         endpoint, owner = s3
-        spec = catalog.dataset(study.entries["tiny"])
+        spec = registry.load_dataset(study.entries["tiny"])
         mirror = mirror_of(prepared(ad.read_h5ad(screen), spec))
         local = study.entries["tiny"].with_name("mirror.h5ad")
         mirror.write_h5ad(local)

@@ -14,7 +14,8 @@ import pandas as pd
 import pytest
 
 from core.catalog.schema import DatasetSpec
-from core.reference.build import read_reference, write_reference
+from core.reference.build import write_reference
+from core.reference.files import read_reference
 from core.reference.quality import write_quality
 from core.report.results import DECLARED, write_results
 from core.scoring.calibration import calibrate
