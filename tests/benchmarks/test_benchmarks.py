@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import typer
 
+from benchmarks import comparison
+
 ROOT = Path(__file__).parents[2]
-comparison = SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks" / "comparison.py")))
 
 
 def run(name: str, *options: str, root: Path = ROOT) -> subprocess.CompletedProcess[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import runpy
 import signal
 import ssl
 import subprocess
@@ -42,11 +41,12 @@ from blocks.kubernetes_job import Cluster, ModelPod, StageJob, ending, inside, r
 from blocks.object_store import ObjectStore
 from blocks.store import ArtifactStore, artifact_key
 from core.errors import UserError
+from flows.model_panel import write_panel
 from tasks import engine as selected
+from tests.helpers import cluster_stand_in
+from tests.helpers.cluster_stand_in import NAMESPACE, VERSION
 
 ROOT = Path(__file__).resolve().parents[2]
-STAND_IN = runpy.run_path(str(ROOT / "tests" / "blocks" / "cluster_stand_in.py"))
-VERSION, NAMESPACE = STAND_IN["VERSION"], STAND_IN["NAMESPACE"]
 BUCKET = "s3://screens/calipert"
 SECRET = "planted-s3-secret"  # noqa: S105
 DIGEST = "sha256:" + 64 * "0"
@@ -111,7 +111,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def cluster(bucket: ObjectStore, impatient: None, s3: str, tmp_path: Path) -> Iterator[Any]:
-    made = STAND_IN["Cluster"](tmp_path / "node", {}, {"calipert-store": access(s3)})
+    made = cluster_stand_in.Cluster(tmp_path / "node", {}, {"calipert-store": access(s3)})
     yield made
     made.close()
 
@@ -268,7 +268,6 @@ def test_a_model_sees_its_inputs_and_nothing_beside_them(model, cluster, output)
 @pytest.mark.slow
 def test_ridge_trains_and_predicts_as_it_does_in_a_process(model, cluster, tmp_path):
     cluster.quick = False
-    write_panel = runpy.run_path(str(ROOT / "tests" / "model_containers" / "conftest.py"))["write_panel"]
     panel: list[Any] = []
 
     def fold(folder: Path) -> None:

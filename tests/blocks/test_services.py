@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import shlex
 import socket
 import subprocess
@@ -20,13 +19,7 @@ from blocks.loopback import bindable, free_port
 from blocks.paths import PROJECT_ROOT
 from blocks.settings import Services
 from core.errors import UserError
-
-SLIGHT = runpy.run_path(str(Path(__file__).with_name("slight_servers.py")))
-FAKE: str = SLIGHT["FAKE"]
-fake: Callable[..., list[str]] = SLIGHT["fake"]
-serve_with: Callable[..., None] = SLIGHT["serve_with"]
-recorded: Callable[[Path], dict[str, psutil.Process]] = SLIGHT["recorded"]
-running: Callable[[list[psutil.Process]], list[psutil.Process]] = SLIGHT["running"]
+from tests.helpers.slight_servers import FAKE, fake, recorded, running, serve_with
 
 
 def python(script: str, addresses: Services) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,7 @@ from blocks.settings import Services
 from core.catalog import registry
 from core.errors import UserError
 from tasks import inputs
-
-SLIGHT = runpy.run_path(str(Path(__file__).with_name("slight_servers.py")))
-recorded: Callable[[Path], dict[str, psutil.Process]] = SLIGHT["recorded"]
-running: Callable[[list[psutil.Process]], list[psutil.Process]] = SLIGHT["running"]
+from tests.helpers.slight_servers import recorded, running
 
 IDLE = "import time; time.sleep(600)"
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import runpy
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
 
 import anndata as ad
 import numpy as np
@@ -28,10 +25,10 @@ from core.evaluation import (
 from core.metrics import METRICS
 from core.reference import build_half_split, build_negatives, build_reference
 from core.splits import draw_halves
+from tests.helpers import by_definition
 
 Sums = Callable[..., CellSums]
 
-by_definition = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("by_definition.py"))))
 
 INDEX = ["covariate", "condition", "metric"]
 

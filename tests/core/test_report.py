@@ -2,9 +2,7 @@
 
 import hashlib
 import re
-import runpy
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,8 +10,7 @@ import pytest
 
 from core import views
 from core.report import write_report
-
-build = runpy.run_path(str(Path(__file__).with_name("report_tables.py")))["build"]
+from tests.helpers.report_tables import build
 
 
 class Page(HTMLParser):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,8 +11,8 @@ import numpy as np
 import pytest
 
 from core.report import write_report
+from tests.helpers.report_tables import build
 
-build = runpy.run_path(str(Path(__file__).parent / "report_tables.py"))["build"]
 BROWSERS = ("chromium", "google-chrome", "chromium-browser")
 FLAGS = (
     "--headless",

@@ -6,17 +6,12 @@ runs on fewer genes, with everything else as in the published screens that the s
 
 from __future__ import annotations
 
-import runpy
-from pathlib import Path
-from types import SimpleNamespace
-
 import pandas as pd
 import pytest
 
+from benchmarks import simulated_study as study
 from core.metrics import BY_NAME
 from core.simulate import SimulationSettings
-
-study = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "simulated_study.py")))
 
 SEEDS = (0, 1, 2, 3, 4)
 CELLS = (16, 30, 100, 300)

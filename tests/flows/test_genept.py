@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,9 +14,9 @@ import pandas as pd
 import pytest
 
 from blocks import settings
+from tests.helpers import text_service_stand_in as stand_in
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.xdist_group("servers")]
-STAND_IN = runpy.run_path(str(Path(__file__).parents[1] / "tasks" / "text_service_stand_in.py"))
 TEXTS = {f"G{number}": f"What gene {number} does." for number in range(5)}
 KEY = "sk-planted9876543210fedcba"
 FLOW = """
@@ -39,7 +38,7 @@ else:
 
 @pytest.fixture
 def service() -> Iterator[Any]:
-    with STAND_IN["serving"]() as running:
+    with stand_in.serving() as running:
         yield running
 
 
@@ -48,7 +47,7 @@ def put(servers: settings.Services) -> Iterator[Callable[[str], None]]:
     """Puts a value into the Secret block, which is gone at the end."""
 
     def change(value: str) -> None:
-        command = [sys.executable, "-c", BLOCK, STAND_IN["SECRET"], value]
+        command = [sys.executable, "-c", BLOCK, stand_in.SECRET, value]
         subprocess.run(command, env=settings.child_environment(servers), check=True, timeout=120)
 
     yield change
@@ -58,8 +57,8 @@ def put(servers: settings.Services) -> Iterator[Callable[[str], None]]:
 @pytest.fixture
 def run(servers: settings.Services, service: Any, tmp_path: Path) -> Callable[[], subprocess.CompletedProcess[str]]:
     """Runs the flow in a process and a data folder of its own, and says all that there is to say."""
-    STAND_IN["write_entry"](tmp_path / "catalog", service.url)
-    genes = STAND_IN["write_genes"](tmp_path / "genes", TEXTS)
+    stand_in.write_entry(tmp_path / "catalog", service.url)
+    genes = stand_in.write_genes(tmp_path / "genes", TEXTS)
     mine = {"CALIPERT_DATA": str(tmp_path / "data"), "CALIPERT_CATALOG": str(tmp_path / "catalog")}
     parameters = {"embedding": "mine", "sources": {"ncbi_genes": str(genes)}}
 
@@ -108,7 +107,7 @@ def test_what_passes_is_tried_again_and_what_does_not_fails_once(
     assert [request["input"] for request in service.asked[3:]] == [texts[2:4], texts[4:]]
     assert "3 of 5 texts are asked of" in done.stderr
     table = pd.read_parquet(Path(done.stdout.rpartition("RESULT ")[2].strip()) / "embedding.parquet")
-    assert list(table.loc["G3"]) == STAND_IN["vector"](TEXTS["G3"])
+    assert list(table.loc["G3"]) == stand_in.vector(TEXTS["G3"])
 
     said = "".join(one.stdout + one.stderr for one in (without, refused, done))
     for kind in ("logs", "flow_runs", "task_runs", "artifacts"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,11 +20,11 @@ from core.errors import UserError
 from flows import reproduce as module
 from flows.reproduce import _reproduced
 from tasks.sources import ConnectionLost
+from tests.helpers.mirror_files import mirror_of
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 ROOT = Path(__file__).parents[2]
 SEED = 12  # of these entries alone: the store holds what other tests prepared too
-mirror_of: Callable[..., ad.AnnData] = runpy.run_path(str(ROOT / "tests" / "core" / "mirror_files.py"))["mirror_of"]
 HOOK = """
 import sys
 from prefect import flow
