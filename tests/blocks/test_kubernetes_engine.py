@@ -265,7 +265,6 @@ def test_a_model_sees_its_inputs_and_nothing_beside_them(model, cluster, output)
     assert SECRET not in json.dumps([cluster.created, seen])
 
 
-@pytest.mark.slow
 def test_ridge_trains_and_predicts_as_it_does_in_a_process(model, cluster, tmp_path):
     cluster.quick = False
     panel: list[Any] = []

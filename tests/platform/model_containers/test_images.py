@@ -27,7 +27,7 @@ from core.errors import UserError
 from flows.model_check import check_model
 from model_containers import contract
 
-pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.usefixtures("nothing_left")]
+pytestmark = pytest.mark.usefixtures("nothing_left")
 
 MODELS = Path(contract.__file__).parent
 SMALL = {

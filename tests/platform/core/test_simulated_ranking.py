@@ -17,8 +17,6 @@ SEEDS = (0, 1, 2, 3, 4)
 CELLS = (16, 30, 100, 300)
 GOOD = ["wmse", "weighted_r2_deltapert", "nir"]
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def tables() -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -13,7 +13,6 @@ import pytest
 
 from blocks.settings import Services
 
-pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.xdist_group("servers")]
 MODELS = ["ridge_coexpression", "knn_coexpression"]
 
 

@@ -23,8 +23,6 @@ from blocks import services, settings
 from blocks.paths import PROJECT_ROOT
 from blocks.settings import Services
 
-pytestmark = [pytest.mark.server, pytest.mark.slow]
-
 MODELS = ["ridge_coexpression", "knn_coexpression"]
 # One that trains for ever, and one that fails at once.
 ENDLESS = {"name": "endless", "title": "endless", "container": "fmlp", "embedding": True}

@@ -20,11 +20,11 @@ from blocks.docker_checkpoints import FILE
 from blocks.docker_engine import DockerEngine
 from blocks.docker_limits import Limits
 from blocks.engines import ModelFailed
+from blocks.paths import PROJECT_ROOT
 from core.errors import UserError
 
-pytestmark = [pytest.mark.docker, pytest.mark.usefixtures("nothing_left")]
+pytestmark = pytest.mark.usefixtures("nothing_left")
 
-ROOT = Path(__file__).resolve().parents[2]
 # A model that does what its spec says, in Python.
 OBEDIENT = """
 import json, os, pathlib, sys, time
@@ -112,7 +112,7 @@ DockerEngine().run("train", Path(sys.argv[1]), json.loads(sys.argv[2]), on_event
 
 def test_what_is_killed_with_its_flow_goes_on(model, kept, nothing_left):
     caller = [sys.executable, "-c", CALLER, str(model), json.dumps(spec_of(kept, COUNTS))]
-    with subprocess.Popen(caller, cwd=ROOT) as process:
+    with subprocess.Popen(caller, cwd=PROJECT_ROOT) as process:
         try:
             assert wait_for(lambda: contents(kept) == {"state/done": "2"})
         finally:

@@ -16,7 +16,6 @@ import pytest
 from blocks import settings
 from tests.helpers import text_service_stand_in as stand_in
 
-pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.xdist_group("servers")]
 TEXTS = {f"G{number}": f"What gene {number} does." for number in range(5)}
 KEY = "sk-planted9876543210fedcba"
 FLOW = """

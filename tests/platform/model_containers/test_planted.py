@@ -40,13 +40,10 @@ SETTINGS: dict[str, dict[str, object]] = {
     "scgpt": WIDTHS
     | {"epochs": 12, "batch_size": 16, "learning_rate": 2e-3, "sequence": 24, "pool": 16, "dropout": 0.0},
 }
-SLOW = {"sclambda"}
 
 Gain = Callable[..., float]
 
-each_model = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in SETTINGS]
-)
+each_model = pytest.mark.parametrize("name", SETTINGS)
 
 
 def checkpoint(programs: pd.DataFrame, folder: Path) -> Path:

@@ -28,8 +28,6 @@ FLAGS = (
 )
 
 
-@pytest.mark.browser
-@pytest.mark.slow
 def test_the_page_shows_text_tables_and_figures(tmp_path: Path) -> None:
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:

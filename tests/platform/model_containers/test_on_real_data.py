@@ -87,7 +87,6 @@ def test_knn_halves_the_error_of_the_dataset_mean(relative, tmp_path, gene):
     assert relative("knn", gene, {}, tmp_path) < 0.5
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("gene", ["IFNGR1", "IFNGR2", "JAK2"])
 def test_fmlp_halves_the_error_of_the_dataset_mean(relative, tmp_path, gene):
     """JAK2 is the hardest of the three: none of its neighbours is nearer than a cosine of 0.75."""
@@ -99,7 +98,6 @@ def test_presage_halves_the_error_of_the_dataset_mean(relative, tmp_path, gene):
     assert relative("presage", gene, {}, tmp_path) < 0.5
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("gene", ["IFNGR1", "IFNGR2", "JAK2"])
 def test_sclambda_halves_the_error_of_the_dataset_mean(relative, tmp_path, gene):
     """Narrower and shorter than by default, and validated only once the learning rate has come down."""
@@ -107,7 +105,6 @@ def test_sclambda_halves_the_error_of_the_dataset_mean(relative, tmp_path, gene)
     assert relative("sclambda", gene, settings, tmp_path) < 0.5
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("gene", "settings"), [("IFNGR1", {}), ("JAK2", {"go_neighbours": 5})])
 def test_gears_halves_the_error_of_the_dataset_mean(relative, tmp_path, gene, settings):
     """From shared pathways. JAK2 needs few links: by default each gene of so small a panel has nearly all others."""

@@ -10,17 +10,13 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import pytest
-import typer
 
-from benchmarks import comparison
-
-ROOT = Path(__file__).parents[2]
+from blocks.paths import PROJECT_ROOT
 
 
-def run(name: str, *options: str, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"COLUMNS": "120", "PYTHONPATH": str(ROOT)}
+def run(name: str, *options: str, root: Path = PROJECT_ROOT) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"COLUMNS": "120", "PYTHONPATH": str(PROJECT_ROOT)}
     command = [sys.executable, "-m", f"benchmarks.{name}", *options]
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
 
@@ -50,14 +46,13 @@ BENCHMARKS = [
         "--conditions 12 --cells 20 --genes 150 --repeats 1",
         "pearson_deltapert: DRF",
         id="calibration",
-        marks=[needs("scperteval"), pytest.mark.slow],
+        marks=needs("scperteval"),
     ),
     pytest.param(
         "training",
         f"--part --models fmlp,presage,sclambda {TOY_FOLD}",
         "presage: val_loss",
         id="training",
-        marks=pytest.mark.slow,
     ),
 ]
 
@@ -76,9 +71,8 @@ def test_results_agree_with_the_peers(name: str, options: str, compared: str) ->
         assert passes == [("100", "1.00"), ("300", "1.00")]
 
 
-@pytest.mark.slow
 def test_a_peer_that_is_trained_with_other_cells_is_found_out(tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks")
+    shutil.copytree(PROJECT_ROOT / "benchmarks", tmp_path / "benchmarks")
     peer = tmp_path / "benchmarks" / "dense_rows" / "model.py"
     code = peer.read_text(encoding="utf-8")
     changed = code.replace("sampler=batch.tolist()", "sampler=((batch + 1) % len(cells)).tolist()")
@@ -89,7 +83,6 @@ def test_a_peer_that_is_trained_with_other_cells_is_found_out(tmp_path: Path) ->
     assert re.search(r"^fmlp: train_loss .* NO$", done.stdout, re.MULTILINE)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="a made-up GPU beside real ones is refused")
 def test_with_a_gpu_whole_trainings_stand_beside_published_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -106,7 +99,6 @@ def test_with_a_gpu_whole_trainings_stand_beside_published_ones(
     assert "Agreement" not in done.stdout, "there is no peer"
 
 
-@pytest.mark.slow
 def test_the_largest_models_are_timed_without_a_peer() -> None:
     done = run("training", "--part", "--models", "gears,scgpt", *TOY_FOLD.split())
     assert done.returncode == 0, done.stdout + done.stderr
@@ -127,8 +119,6 @@ def test_the_preparation_says_where_time_memory_and_disk_went(tmp_path: Path) ->
     assert [path.suffix for path in tmp_path.iterdir()] == [".h5ad"]  # the raw file, to be used again
 
 
-@pytest.mark.server
-@pytest.mark.slow
 def test_what_is_written_to_mlflow_is_what_its_own_client_writes() -> None:
     done = run(
         "tracking", *["--models", "2", "--folds", "2", "--conditions", "3", "--half-seeds", "1", "--epochs", "4"]
@@ -139,8 +129,6 @@ def test_what_is_written_to_mlflow_is_what_its_own_client_writes() -> None:
     assert re.search(r"^summaries and curves, read back .* yes$", agreement, re.MULTILINE)
 
 
-@pytest.mark.server
-@pytest.mark.slow
 def test_the_overhead_is_told_part_by_part() -> None:
     sizes = "--models ridge_coexpression --tasks 3 --repeats 1"
     done = run("overhead", *sizes.split())
@@ -154,25 +142,3 @@ def test_help_names_the_sizes() -> None:
     assert done.returncode == 0, done.stderr
     assert "--conditions" in done.stdout
     assert "--genes" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("ours", "theirs", "largest"),
-    [
-        ([1.0, np.nan, np.inf, 0.0], [1.0, np.nan, np.inf, 0.0], 0.0),
-        ([1.0, 1.1], [1.0, 1.0], 0.1),
-        ([1.0, np.nan], [1.0, 1.0], np.inf),
-        ([1.0, 1.0], [1.0, np.nan], np.inf),
-        ([1.0, 1.0], [1.0, 0.0], np.inf),
-        ([1.0, -np.inf], [1.0, np.inf], np.inf),
-    ],
-)
-def test_disagreements_are_seen_and_fail(ours: list[float], theirs: list[float], largest: float) -> None:
-    found = comparison.agreement("x", ours, theirs, 1e-6, "relative")
-    assert found.largest == pytest.approx(largest)
-    if largest == 0:
-        comparison.show_agreement([found])
-    else:
-        with pytest.raises(typer.Exit) as stopped:
-            comparison.show_agreement([found])
-        assert stopped.value.exit_code == 1

@@ -24,8 +24,7 @@ import pytest
 import yaml
 
 from blocks.paths import PROJECT_ROOT
-
-pytestmark = [pytest.mark.server, pytest.mark.slow]
+from tests.helpers.leftovers import SESSION
 
 START_LIMIT_S = 180
 HEALTH = {"prefect": "/api/health", "mlflow": "/health"}
@@ -70,7 +69,7 @@ class Group:
 
     def environment(self, service: str, data: str = "home") -> dict[str, str]:
         """The environment of a service of compose.yaml, for this machine, with a data folder of this name."""
-        kept = {name: os.environ[name] for name in ("PATH", "LANG", "CALIPERT_SHARED") if name in os.environ}
+        kept = {name: os.environ[name] for name in ("PATH", "LANG", "CALIPERT_SHARED", SESSION) if name in os.environ}
         place = self.folder / service / data
         place.mkdir(parents=True, exist_ok=True)
         named = {name: value for name, value in self.services[service]["environment"].items() if value}

@@ -22,12 +22,12 @@ from blocks.docker_engine import DATA, GPU, OWNER, STAGE, DockerEngine
 from blocks.docker_limits import Limits
 from blocks.engines import LAST_LINES, ModelFailed, Usage
 from blocks.gpus import holders, lease
+from blocks.paths import PROJECT_ROOT
 from blocks.processes import this_process
 from core.errors import UserError
 
-pytestmark = [pytest.mark.docker, pytest.mark.usefixtures("nothing_left")]
+pytestmark = pytest.mark.usefixtures("nothing_left")
 
-ROOT = Path(__file__).resolve().parents[2]
 # A model that does what its spec says, in Python.
 OBEDIENT = """
 import json, os, pathlib, subprocess, sys, time
@@ -375,7 +375,7 @@ def caller(model, tmp_path, monkeypatch) -> Iterator[subprocess.Popen[bytes]]:
     monkeypatch.setenv("CALIPERT_LOCKS", str(tmp_path / "locks"))
     script = CALLER.format(begun=str(tmp_path / "begun"), output=str(tmp_path / "output"), model=str(model))
     (tmp_path / "output").mkdir()
-    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+    with subprocess.Popen([sys.executable, "-c", script], cwd=PROJECT_ROOT, stdout=subprocess.DEVNULL) as process:
         try:
             assert wait_for((tmp_path / "begun").exists, 60)
             yield process

@@ -18,7 +18,6 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.testing.utilities import prefect_test_harness
 
 from core import catalog
-from deployments import local
 from deployments.register import create_pool, register
 from deployments.table import Deployment, table
 from tasks.train import FoldJob
@@ -30,21 +29,6 @@ ENTRY = {
     "source": {"kind": "local", "hint": "the file on my desk"},
     "labels": {"column": "perturbation", "control": ["control"]},
 }
-
-
-@pytest.mark.parametrize(("cores", "trainings"), [(1, 1), (2, 2), (3, 2), (4, 2), (8, 4), (None, 1)])
-def test_without_a_gpu_half_of_the_cores_train(
-    monkeypatch: pytest.MonkeyPatch, cores: int | None, trainings: int
-) -> None:
-    monkeypatch.setattr(local, "devices", list)
-    monkeypatch.setattr("os.cpu_count", lambda: cores)
-    assert local.trainings_at_once() == trainings
-
-
-def test_each_gpu_trains_one_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "devices", lambda: [f"GPU-{number}" for number in range(3)])
-    monkeypatch.setattr("os.cpu_count", lambda: 96)
-    assert local.trainings_at_once() == 3
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +64,6 @@ def study(client: SyncPrefectClient) -> Iterator[Deployment]:
     client.delete_deployment(client.read_deployment_by_name(row.full_name).id)
 
 
-@pytest.mark.server
-@pytest.mark.slow
 class TestWithServer:
     def test_a_second_time_changes_nothing(self, client: SyncPrefectClient) -> None:
         rows = table()

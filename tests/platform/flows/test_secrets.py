@@ -23,7 +23,6 @@ import yaml
 from blocks import settings
 from blocks.secrets import MLFLOW, S3_KEY, S3_SECRET
 
-pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.xdist_group("servers")]
 MODEL = "ridge_coexpression"
 # What the API tells of everything that it keeps, page by page.
 KEPT = (

@@ -21,7 +21,7 @@ from tasks.results import test_conditions as conditions_by_fold
 from tasks.score import score_controls
 from tasks.train import FoldJob, predicted, split_fold, trained
 
-pytestmark = [pytest.mark.shared, pytest.mark.slow]
+pytestmark = pytest.mark.shared
 
 
 @pytest.fixture(autouse=True, scope="module")

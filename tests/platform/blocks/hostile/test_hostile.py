@@ -25,7 +25,7 @@ from blocks.engines import ModelFailed
 from core.errors import UserError
 from core.predictions import check_model_output
 
-pytestmark = [pytest.mark.docker, pytest.mark.usefixtures("nothing_left")]
+pytestmark = pytest.mark.usefixtures("nothing_left")
 
 MEGABYTE = 2**20
 LIMITS = Limits(

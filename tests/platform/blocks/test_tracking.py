@@ -25,6 +25,7 @@ from blocks import tracking as module
 from blocks.engines import Usage
 from blocks.mlflow_api import Refused, Server
 from blocks.mlflow_tables import DRF_ENDINGS, QUOTED_COLUMNS, QUOTED_VARIANT, SUMMARY_COLUMNS
+from blocks.paths import PROJECT_ROOT
 from blocks.processes import this_process
 from blocks.tracking import MLflowTracking, ModelRun, OpenRun, git_commit
 from core.errors import UserError
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-ROOT = Path(__file__).resolve().parents[2]
 METRICS = ("mse", "nir", "pearson_deltactrl")
 VARIANTS = (QUOTED_VARIANT, "drf_mean", "drf_ctrl")
 
@@ -218,7 +218,6 @@ def test_the_commit_is_the_checkouts_own_or_absent(tmp_path: Path) -> None:
     assert git_commit(inner) is None
 
 
-@pytest.mark.server
 def test_a_run_carries_what_it_came_from(tracking: MLflowTracking, client: MlflowClient, dataset: str) -> None:
     run = client.get_run(open_model(tracking, dataset).run_id)
     assert run.info.status == "RUNNING"
@@ -238,7 +237,6 @@ def test_a_run_carries_what_it_came_from(tracking: MLflowTracking, client: Mlflo
     assert json.loads(given.dataset.source) == {"url": "https://example.org/raw.h5ad"}
 
 
-@pytest.mark.server
 def test_a_control_has_no_seed_in_its_name_and_no_engine(
     tracking: MLflowTracking, client: MlflowClient, dataset: str
 ) -> None:
@@ -252,7 +250,6 @@ def test_a_control_has_no_seed_in_its_name_and_no_engine(
     assert json.loads(run.inputs.dataset_inputs[0].dataset.source) == {"uri": "panel.h5ad"}
 
 
-@pytest.mark.server
 def test_everything_repeated_shows_the_same(
     tracking: MLflowTracking, client: MlflowClient, dataset: str, tmp_path: Path
 ) -> None:
@@ -287,7 +284,6 @@ def test_everything_repeated_shows_the_same(
     assert shown(client, dataset) == first
 
 
-@pytest.mark.server
 def test_children_belong_to_their_model(tracking: MLflowTracking, client: MlflowClient, dataset: str) -> None:
     parent, folds = open_model(tracking, dataset, folds=(0, 1, 2))
     assert sorted(folds) == [0, 1, 2]
@@ -303,7 +299,6 @@ def test_children_belong_to_their_model(tracking: MLflowTracking, client: Mlflow
     assert len(runs(client, dataset)) == 1 + 4
 
 
-@pytest.mark.server
 def test_a_run_killed_in_the_middle_is_found_again_and_ended(
     tracking: MLflowTracking, client: MlflowClient, dataset: str, server: str, tmp_path: Path
 ) -> None:
@@ -322,7 +317,9 @@ for step in range(5):
     take({{"event": "metric", "name": "loss", "step": step, "value": 1.0 / (step + 1)}})
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    ended = subprocess.run([sys.executable, "-c", killed], cwd=ROOT, capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        [sys.executable, "-c", killed], cwd=PROJECT_ROOT, capture_output=True, text=True, check=False
+    )
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     left = runs(client, dataset)
     assert [run.info.status for run in left] == ["RUNNING"] * 3
@@ -342,7 +339,6 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert {run.data.tags["flow_run_id"] for run in after} == {"flow-2"}
 
 
-@pytest.mark.server
 def test_a_failure_keeps_its_reason_until_the_run_finishes(
     tracking: MLflowTracking, client: MlflowClient, dataset: str
 ) -> None:
@@ -368,7 +364,6 @@ def test_a_failure_keeps_its_reason_until_the_run_finishes(
     assert client.get_run(parent).info.end_time > failed_at
 
 
-@pytest.mark.server
 def test_the_late_end_of_an_earlier_training_does_not_end_the_run_of_a_later_one(
     tracking: MLflowTracking, client: MlflowClient, dataset: str
 ) -> None:
@@ -382,7 +377,6 @@ def test_the_late_end_of_an_earlier_training_does_not_end_the_run_of_a_later_one
     assert client.get_run(fold).data.tags["failure"] == "killed, too"
 
 
-@pytest.mark.server
 def test_a_fold_that_has_finished_is_not_opened_again_until_it_is_trained_again(
     tracking: MLflowTracking,
     client: MlflowClient,
@@ -407,7 +401,6 @@ def test_a_fold_that_has_finished_is_not_opened_again_until_it_is_trained_again(
     assert client.get_run(folds[0]).info.status == "FINISHED"
 
 
-@pytest.mark.server
 def test_a_run_that_somebody_deletes_does_not_stop_its_training(
     tracking: MLflowTracking,
     client: MlflowClient,
@@ -424,7 +417,6 @@ def test_a_run_that_somebody_deletes_does_not_stop_its_training(
     assert "Training goes on" in caplog.text
 
 
-@pytest.mark.server
 def test_a_finished_fold_stays_finished_when_its_model_fails(
     tracking: MLflowTracking, client: MlflowClient, dataset: str
 ) -> None:
@@ -435,7 +427,6 @@ def test_a_finished_fold_stays_finished_when_its_model_fails(
     assert client.get_run(folds[1]).info.status == "FAILED"
 
 
-@pytest.mark.server
 def test_runs_of_a_dead_flow_are_found_and_ended(tracking: MLflowTracking, client: MlflowClient, dataset: str) -> None:
     dead, folds = open_model(tracking, dataset, "ridge", (0,), flow_run_id="dead-flow")
     fold = folds[0]
@@ -449,7 +440,6 @@ def test_runs_of_a_dead_flow_are_found_and_ended(tracking: MLflowTracking, clien
     tracking.finish(alive)
 
 
-@pytest.mark.server
 def test_only_runs_that_nobody_goes_on_with_are_ended(
     tracking: MLflowTracking, client: MlflowClient, dataset: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -492,7 +482,6 @@ def test_only_runs_that_nobody_goes_on_with_are_ended(
     assert len(asked) == 2
 
 
-@pytest.mark.server
 def test_a_run_that_another_flow_run_takes_over_meanwhile_is_not_ended(
     tracking: MLflowTracking, client: MlflowClient, dataset: str
 ) -> None:
@@ -507,7 +496,6 @@ def test_a_run_that_another_flow_run_takes_over_meanwhile_is_not_ended(
     tracking.finish(run_id)
 
 
-@pytest.mark.server
 def test_two_runs_with_one_key_become_one(tracking: MLflowTracking, client: MlflowClient, dataset: str) -> None:
     first = open_model(tracking, dataset).run_id
     experiment = client.get_run(first).info.experiment_id
@@ -518,14 +506,12 @@ def test_two_runs_with_one_key_become_one(tracking: MLflowTracking, client: Mlfl
     assert [run.info.run_id for run in runs(client, dataset)] == [first]
 
 
-@pytest.mark.server
 def test_the_same_key_with_other_params_is_refused(tracking: MLflowTracking, dataset: str) -> None:
     open_model(tracking, dataset)
     with pytest.raises(Refused, match="Changing param values is not allowed"):
         open_model(tracking, dataset, params={"alpha": 10})
 
 
-@pytest.mark.server
 def test_a_deleted_experiment_is_the_users_to_restore(
     tracking: MLflowTracking, client: MlflowClient, dataset: str
 ) -> None:
@@ -535,7 +521,6 @@ def test_a_deleted_experiment_is_the_users_to_restore(
         open_model(tracking, dataset)
 
 
-@pytest.mark.server
 def test_long_params_are_whole_in_a_file(
     tracking: MLflowTracking, client: MlflowClient, dataset: str, tmp_path: Path
 ) -> None:
@@ -554,7 +539,6 @@ def test_long_params_are_whole_in_a_file(
     assert not client.list_artifacts(open_model(tracking, dataset, "knn").run_id)
 
 
-@pytest.mark.server
 def test_a_live_curve_is_completed_from_the_file(
     tracking: MLflowTracking,
     client: MlflowClient,
@@ -582,7 +566,6 @@ def test_a_live_curve_is_completed_from_the_file(
         assert client.get_run(fold).data.metrics == {"loss": 0.2, "val": 0.25}
 
 
-@pytest.mark.server
 def test_training_outlives_the_server(
     tracking: MLflowTracking,
     client: MlflowClient,
@@ -612,7 +595,6 @@ def test_training_outlives_the_server(
     assert history(client, fold, "loss") == [(step, 0.5) for step in range(4)]
 
 
-@pytest.mark.server
 def test_a_curve_that_is_there_is_not_compared_again(
     tracking: MLflowTracking, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -630,7 +612,6 @@ def test_a_curve_that_is_there_is_not_compared_again(
     assert asked == ["runs/get", "metrics/get-history", "runs/log-batch"]
 
 
-@pytest.mark.server
 def test_a_benchmark_takes_few_requests(
     tracking: MLflowTracking, dataset: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -657,7 +638,6 @@ def test_a_benchmark_takes_few_requests(
     assert asked.count("runs/search") == 1 + 1
 
 
-@pytest.mark.server
 def test_what_a_training_took(tracking: MLflowTracking, client: MlflowClient, dataset: str) -> None:
     fold = open_model(tracking, dataset, folds=(0,)).folds[0]
     tracking.log_usage(fold, Usage(seconds=12.5, cpu_seconds=20.25, peak_memory_bytes=1_500_000_000, device="GPU 3"))
@@ -670,7 +650,6 @@ def test_what_a_training_took(tracking: MLflowTracking, client: MlflowClient, da
     assert client.get_run(fold).data.tags["device"] == "cpu"
 
 
-@pytest.mark.server
 def test_each_model_keeps_its_own_scores(
     tracking: MLflowTracking, client: MlflowClient, dataset: str, tmp_path: Path
 ) -> None:
@@ -687,7 +666,6 @@ def test_each_model_keeps_its_own_scores(
         pd.testing.assert_frame_equal(read, expected)
 
 
-@pytest.mark.server
 def test_values_that_are_not_finite_are_counted_not_written(
     tracking: MLflowTracking, client: MlflowClient, dataset: str, tmp_path: Path
 ) -> None:
@@ -699,7 +677,6 @@ def test_values_that_are_not_finite_are_counted_not_written(
     assert run.data.tags["not_finite"] == "loss (2), val (1)"
 
 
-@pytest.mark.server
 def test_a_bad_line_of_a_curve_is_named(tracking: MLflowTracking, dataset: str, tmp_path: Path) -> None:
     fold = open_model(tracking, dataset, folds=(0,)).folds[0]
     training = tmp_path / "training.jsonl"
@@ -708,7 +685,6 @@ def test_a_bad_line_of_a_curve_is_named(tracking: MLflowTracking, dataset: str, 
         tracking.log_curve(fold, training)
 
 
-@pytest.mark.server
 def test_models_can_be_compared(tracking: MLflowTracking, client: MlflowClient, dataset: str) -> None:
     models = ("ridge", "knn", "linear")
     board = leaderboard(models)
@@ -727,7 +703,6 @@ def test_models_can_be_compared(tracking: MLflowTracking, client: MlflowClient, 
     assert len(above) == 1
 
 
-@pytest.mark.server
 def test_the_leaderboard_in_a_run(tracking: MLflowTracking, client: MlflowClient, dataset: str) -> None:
     board = leaderboard(("ridge",))
     board.loc[board.metric == "nir", ["mean", "headroom_low"]] = [np.nan, np.inf]
@@ -762,7 +737,6 @@ def test_the_leaderboard_in_a_run(tracking: MLflowTracking, client: MlflowClient
         tracking.log_leaderboard(board, {"absent": opened["ridge"]})
 
 
-@pytest.mark.server
 def test_a_calibration_is_one_run(tracking: MLflowTracking, client: MlflowClient, dataset: str, tmp_path: Path) -> None:
     table = calibration_table()
     file = tmp_path / "calibration.parquet"
@@ -789,7 +763,6 @@ def test_a_calibration_is_one_run(tracking: MLflowTracking, client: MlflowClient
     assert Path(client.download_artifacts(run_id, file.name, str(copy))).read_text() == "the second, longer"
 
 
-@pytest.mark.server
 def test_a_calibration_that_fails_says_so_and_can_be_repeated(
     tracking: MLflowTracking, client: MlflowClient, dataset: str, tmp_path: Path
 ) -> None:
@@ -807,7 +780,6 @@ def test_a_calibration_that_fails_says_so_and_can_be_repeated(
     assert "failure" not in run.data.tags
 
 
-@pytest.mark.server
 def test_the_link_leads_to_the_benchmark(tracking: MLflowTracking, client: MlflowClient, dataset: str) -> None:
     run_id = open_model(tracking, dataset).run_id
     experiment = client.get_run(run_id).info.experiment_id
@@ -820,7 +792,6 @@ def test_the_link_leads_to_the_benchmark(tracking: MLflowTracking, client: Mlflo
     assert tracking.report_url(dataset, run_id) == report
 
 
-@pytest.mark.server
 def test_mlflow_is_not_imported_and_nothing_is_sent_elsewhere_or_printed(tracking: MLflowTracking) -> None:
     """In a fresh process, where nothing else has imported it."""
     script = f"""
@@ -852,7 +823,7 @@ assert not elsewhere, elsewhere
     # No settings that would keep anything quiet.
     bare = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"]}
     told = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env=bare, capture_output=True, text=True, check=False
+        [sys.executable, "-c", script], cwd=PROJECT_ROOT, env=bare, capture_output=True, text=True, check=False
     )
     assert told.returncode == 0, told.stderr
     assert told.stdout == ""

@@ -23,7 +23,6 @@ import pytest
 
 from blocks import settings
 
-pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.xdist_group("servers")]
 # Put on the path of every Python process, which imports it when it starts.
 HOOK = """
 import json, os, sys
@@ -272,7 +271,6 @@ BROWSERS = ("chromium", "google-chrome", "chromium-browser")
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking")
 
 
-@pytest.mark.browser
 @pytest.mark.parametrize(
     ("server", "path", "shows"),
     [

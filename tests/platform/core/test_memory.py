@@ -10,11 +10,11 @@ import anndata as ad
 import h5py
 import numpy as np
 import pandas as pd
-import pytest
 from anndata.io import sparse_dataset, write_elem
 from scipy import sparse
 
-ROOT = Path(__file__).resolve().parents[2]
+from blocks.paths import PROJECT_ROOT
+
 GENES, PER_CELL, AT_ONCE = 400, 200, 5_000
 MEMORY = 30_000_000
 
@@ -55,7 +55,6 @@ def write_raw(path: Path, cells: int) -> int:
     return cells * PER_CELL * 8
 
 
-@pytest.mark.slow
 def test_four_times_the_cells_take_no_more_memory(tmp_path: Path) -> None:
     peaks, sizes = [], []
     for cells in (20_000, 80_000):
@@ -63,7 +62,7 @@ def test_four_times_the_cells_take_no_more_memory(tmp_path: Path) -> None:
         (tmp_path / f"out_{cells}").mkdir()
         arguments = [str(tmp_path / f"{cells}.h5ad"), str(tmp_path / f"out_{cells}"), str(MEMORY)]
         command = [sys.executable, "-c", PREPARE, *arguments]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout))
     # The names of a cell take some hundred bytes in several tables; its counts would take 1,600 and their copies more.
