@@ -12,8 +12,8 @@ import pandas as pd
 from scipy import sparse
 
 from core.arrays import Bools, Floats, in_threads
+from core.conditions import CONTROL, KEYS, genes_of
 from core.controls import draw_sparse
-from core.harmonising import CONTROL, KEYS, genes_of
 from core.moments import Moments, add_group_sums, add_sums, group_codes, group_sizes, square
 from core.panels import float_panels
 from core.progress import progress

@@ -21,18 +21,15 @@ from scipy import sparse
 
 from core.arrays import Bools, Floats, Ints
 from core.catalog.schema import DatasetSpec
+from core.conditions import CONTROL, KEYS, SEPARATOR, genes_of
 from core.draws import generator
 from core.errors import UserError, shown
 from core.files import read_names, require_space, write_by_rows
 from core.harmonising import (
-    CONTROL,
-    KEYS,
-    SEPARATOR,
     Plan,
     count_faults,
     expression_faults,
     final_order,
-    genes_of,
     plan,
     refuse_faults,
     require_log_expression,

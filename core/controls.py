@@ -9,8 +9,8 @@ import pandas as pd
 from scipy import sparse
 
 from core.arrays import Floats
+from core.conditions import genes_of
 from core.draws import generator
-from core.harmonising import genes_of
 from core.moments import group_codes
 
 Role = Literal["positive control", "negative control", "baseline"]

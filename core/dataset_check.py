@@ -9,8 +9,9 @@ import pandas as pd
 
 from core.catalog.schema import DatasetSpec
 from core.cells import FEWEST_CONDITIONS, SMALLEST_CONDITION
+from core.conditions import CONTROL, SEPARATOR, genes_of
 from core.files import read_names
-from core.harmonising import CONTROL, SEPARATOR, genes_of, plan
+from core.harmonising import plan
 from core.mirror import is_mirror, mirror_plan
 
 

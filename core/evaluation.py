@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 
 from core.arrays import Bools, Floats, Ints, in_threads
+from core.conditions import KEYS, genes_of
 from core.controls import CONTROLS
 from core.differential import deg_mask, effect_weights
 from core.errors import UserError
-from core.harmonising import KEYS, genes_of
 from core.metrics import FEWEST_DEGS, METRICS, Metric, joined, products
 from core.moments import group_codes
 from core.reference import HALF_LAYERS, control_means, dataset_means

@@ -14,18 +14,11 @@ from core.calibration import CALIBRATING, calibrate
 from core.catalog.schema import Labels
 from core.cell_sums import sum_cells
 from core.cells import FEWEST_CONDITIONS, SMALLEST_CONDITION, small_conditions
+from core.conditions import CONTROL, SEPARATOR
 from core.errors import UserError
 from core.evaluation import control_scores
 from core.files import open_h5ad
-from core.harmonising import (
-    CONTROL,
-    SEPARATOR,
-    condition_labels,
-    final_order,
-    require_controls,
-    require_log_expression,
-    whole_numbers,
-)
+from core.harmonising import condition_labels, final_order, require_controls, require_log_expression, whole_numbers
 from core.mirror import is_mirror, mirror_cells
 from core.reference import build_half_split, build_negatives, build_reference
 from core.splits import Task, draw_folds, draw_halves

@@ -14,16 +14,14 @@ import pandas as pd
 
 from core.arrays import Bools, Ints
 from core.catalog.schema import DatasetSpec, Filter, Labels, Sampling
+from core.conditions import CONTROL, SEPARATOR, genes_of
 from core.draws import generator
 from core.errors import UserError, shown
 
-CONTROL = "control"
-SEPARATOR = "+"
 # What control is called elsewhere, in lower case: no gene's symbol.
 LIKE_CONTROL = ("control", "ctrl", "nt", "ntc", "non-targeting", "nontargeting", "non_targeting", "safe-targeting")
 # Missing labels that were written as text: as perturbations they would be wrong.
 NO_LABEL = ("nan", "NaN", "None", "none", "NA", "N/A", "<NA>")
-KEYS = ["covariate", "condition"]  # what a group of cells, and a row of every table, is keyed by
 
 COMPARISONS: dict[str, Callable[[pd.Series, Any], pd.Series]] = {
     "==": lambda column, value: column == value,
@@ -313,11 +311,6 @@ def _measured_controls(labels: pd.Series, rules: Labels, symbols: pd.Index, wher
             "`labels.control` instead",
         )
     return sorted(control & measured & set[str]().union(*parts.values()))
-
-
-def genes_of(condition: str) -> list[str]:
-    """The perturbed genes of a condition; none for control."""
-    return [] if condition == CONTROL else condition.split(SEPARATOR)
 
 
 def count_faults(values: Any) -> Faults:

@@ -13,8 +13,9 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from core.conditions import CONTROL, KEYS
 from core.errors import UserError, shown
-from core.harmonising import CONTROL, KEYS, Plan, columns_by_symbol, final_order, require_unique_cells
+from core.harmonising import Plan, columns_by_symbol, final_order, require_unique_cells
 
 FOLD_PREFIX = "split_fold_"
 REQUIRED_OBS = ("condition", "donor_id", "tech_dup_split", FOLD_PREFIX + "0")

@@ -13,9 +13,9 @@ import pandas as pd
 from scipy import sparse
 
 from core.arrays import Floats
+from core.conditions import KEYS, SEPARATOR, row_names
 from core.errors import UserError, shown
 from core.files import open_foreign_h5ad, read_foreign_json, read_genes
-from core.harmonising import KEYS, SEPARATOR
 from core.reference import read_keys
 
 # Room for float32 at the largest value that a mean of log1p can have.
@@ -60,7 +60,7 @@ def align_predictions(
     shared = genes[genes.isin(data.var_names)]
     require_shared_genes(data.var_names, genes, where)
     order = np.lexsort([found["condition"].to_numpy(str), found["covariate"].to_numpy(str)])
-    obs = found.iloc[order].set_index(pd.Index(found["covariate"] + "|" + found["condition"])[order])
+    obs = found.iloc[order].set_index(row_names(found["covariate"], found["condition"])[order])
     values = _dense(data[:, shared], where)[order]
     _check_values(values, obs, shared, where, target_sum)
     return ad.AnnData(X=values, obs=obs, var=pd.DataFrame(index=shared))

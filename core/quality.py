@@ -8,8 +8,8 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
+from core.conditions import CONTROL, KEYS
 from core.energy import edistances, principal_coordinates
-from core.harmonising import CONTROL, KEYS
 from core.moments import group_codes
 
 

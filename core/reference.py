@@ -15,10 +15,10 @@ from anndata.io import read_elem
 
 from core.arrays import Floats, Ints, in_threads
 from core.cell_sums import CellSums, reference_keys, sum_cells
+from core.conditions import KEYS, genes_of, row_names
 from core.controls import additive, interpolate
 from core.differential import against_rest, deg_mask
 from core.files import read_obs, require_space
-from core.harmonising import KEYS, genes_of
 from core.linear import linear
 from core.moments import Moments
 from core.splits import draw_halves
@@ -204,5 +204,5 @@ def _differential(moments: Moments, keys: pd.DataFrame) -> tuple[Floats, Floats]
 def by_condition(keys: pd.DataFrame, layers: dict[str, Floats], genes: pd.Index) -> ad.AnnData:
     """(covariate, condition) x genes with `keys` as obs, named `covariate|condition`."""
     obs = keys.copy()
-    obs.index = pd.Index(obs["covariate"].astype(str) + "|" + obs["condition"].astype(str))
+    obs.index = row_names(obs["covariate"], obs["condition"])
     return ad.AnnData(obs=obs, var=pd.DataFrame(index=genes), layers=layers)

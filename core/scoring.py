@@ -10,9 +10,9 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
+from core.conditions import KEYS
 from core.controls import CONTROLS, counterpart
 from core.evaluation import SCORED_LAYERS, control_scores, evaluated_set, score
-from core.harmonising import KEYS
 from core.predictions import require_shared_genes
 from core.reference import half_split_files, read_layers, read_reference
 

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 from scipy import sparse
 from threadpoolctl import threadpool_limits
 
+from core.conditions import CONTROL, SEPARATOR, genes_of, row_names
 from core.draws import generator
 from core.errors import UserError
 
@@ -248,7 +249,7 @@ def _conditions(settings: SimulationSettings, genes: list[str]) -> list[str]:
         )
     ranking = generator(settings.seed, "simulate perturbed genes").permutation(len(genes))
     singles = sorted(genes[i] for i in ranking[np.isin(ranking, candidates)][: settings.singles])
-    pairs = ["+".join(pair) for pair in combinations(singles, 2)]
+    pairs = [SEPARATOR.join(pair) for pair in combinations(singles, 2)]
     order = generator(settings.seed, "simulate combinations").permutation(len(pairs))
     return sorted(singles + [pairs[i] for i in order[: settings.combinations]])
 
@@ -344,13 +345,13 @@ def _truth(settings: SimulationSettings, genes: list[str], conditions: list[str]
     expected: list[Array] = []
     obs: list[tuple[str, str, int]] = []
     for line in lines:
-        effect = {"control": nothing}
-        for condition in sorted(conditions, key=lambda label: label.count("+")):  # singles first
-            targets = [place[gene] for gene in condition.split("+")]
+        effect = {CONTROL: nothing}
+        for condition in sorted(conditions, key=lambda label: label.count(SEPARATOR)):  # singles first
+            targets = [place[gene] for gene in genes_of(condition)]
             effect[condition] = (
                 _single(settings, line, genes, targets[0])
                 if len(targets) == 1
-                else _combination(settings, condition, [effect[gene] for gene in condition.split("+")], targets)
+                else _combination(settings, condition, [effect[gene] for gene in genes_of(condition)], targets)
             )
         for condition in sorted(effect):
             effects.append(effect[condition])
@@ -359,7 +360,7 @@ def _truth(settings: SimulationSettings, genes: list[str], conditions: list[str]
     table = pd.DataFrame(obs, columns=["covariate", "condition", "n_cells"])
     table["strength"] = [effect.strength for effect in effects]
     table["interaction"] = [effect.interaction for effect in effects]
-    table.index = pd.Index(table["covariate"] + "|" + table["condition"])
+    table.index = row_names(table["covariate"], table["condition"])
     programs = ["general", *(f"program_{number:02d}" for number in range(1, settings.programs + 1))]
     return AnnData(
         obs=table,
@@ -386,7 +387,7 @@ def _library_size(settings: SimulationSettings) -> float:
 
 
 def _number_of_cells(settings: SimulationSettings, line: str, condition: str) -> int:
-    if condition == "control":
+    if condition == CONTROL:
         return settings.control_cells
     scatter = generator(settings.seed, "simulate number of cells", line, condition).standard_normal()
     return max(1, round(settings.cells_per_condition * float(np.exp(settings.cells_per_condition_sd * scatter))))

@@ -11,9 +11,9 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
+from core.conditions import CONTROL, SEPARATOR
 from core.draws import generator
 from core.errors import UserError
-from core.harmonising import CONTROL, SEPARATOR
 
 VALIDATION_SHARE = 0.1375
 

@@ -11,9 +11,9 @@ import pandas as pd
 
 from core.arrays import Floats
 from core.cell_sums import reference_keys
+from core.conditions import KEYS
 from core.differential import deg_mask
 from core.errors import UserError, shown
-from core.harmonising import KEYS
 from core.mirror import FOLD_PREFIX, folds
 from core.reference import by_condition
 

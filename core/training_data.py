@@ -9,9 +9,9 @@ import pandas as pd
 from scipy import sparse
 
 from core.arrays import Bools
+from core.conditions import CONTROL, KEYS
 from core.errors import UserError
 from core.files import write_by_rows
-from core.harmonising import CONTROL, KEYS
 from core.panels import ahead, spans
 
 

@@ -12,6 +12,7 @@ import pandas as pd
 
 from core.calibration import FEWEST_CONDITIONS, VARIANTS
 from core.comparison import ALPHA, STRATA
+from core.conditions import CONTROL
 from core.leaderboard import RANKED
 
 VARIANT_NAMES = [variant.name for variant in VARIANTS]
@@ -265,7 +266,7 @@ def strata_columns(comparison: pd.DataFrame) -> pd.DataFrame:
 
 def perturbed(quality: pd.DataFrame) -> pd.DataFrame:
     """Quality table without the unperturbed cells."""
-    return quality[quality["condition"] != "control"]
+    return quality[quality["condition"] != CONTROL]
 
 
 def quality_summary(quality: pd.DataFrame) -> pd.DataFrame:

@@ -15,6 +15,7 @@ import pandas as pd
 from blocks.engines import Engine, Event, ModelFailed, Stage
 from blocks.gpus import Gpu, lease
 from core.catalog.schema import Form
+from core.conditions import genes_of
 from core.errors import UserError, shown
 from core.predictions import check_model_output
 from flows.model_panel import GENES, NO_EMBEDDING, UNSEEN, ZERO_EMBEDDING, Panel, write_panel
@@ -182,7 +183,7 @@ def _wrongly_left_out(output: Path, run: _Run) -> str | None:
 
 
 def _is_beyond(key: Key, description: Description) -> bool:
-    genes = key.condition.split("+")
+    genes = genes_of(key.condition)
     return (
         key.covariate == UNSEEN
         or (len(genes) > 1 and not description.combinations)

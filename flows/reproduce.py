@@ -130,8 +130,8 @@ def _done(name: str, cells: Path, calibration: Path) -> Outcome:
     import pandas as pd
 
     from core.cells import FILE
+    from core.conditions import CONTROL
     from core.files import read_names
-    from core.harmonising import CONTROL
     from core.views import verdicts
 
     table = verdicts(pd.read_parquet(calibration / "calibration.parquet"))

@@ -30,7 +30,7 @@ def test_conditions(reference: Path) -> dict[int, list[dict[str, str]]]:
 
 def perturbed_genes(reference: Path) -> list[str]:
     """The genes of all perturbed conditions, sorted."""
-    from core.harmonising import genes_of
+    from core.conditions import genes_of
     from core.reference import read_keys
 
     return sorted({gene for condition in read_keys(reference)["condition"] for gene in genes_of(condition)})

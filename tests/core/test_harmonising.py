@@ -19,9 +19,10 @@ from scipy import sparse
 
 from core.catalog.schema import DatasetSpec, Labels, Sampling
 from core.cells import write_cells
+from core.conditions import CONTROL, genes_of
 from core.errors import UserError, shown
 from core.files import open_h5ad
-from core.harmonising import CONTROL, condition_labels, genes_of, plan, sample_conditions
+from core.harmonising import condition_labels, plan, sample_conditions
 
 Entry = Callable[..., DatasetSpec]
 GENES = st.text("ABCXYZ0123-.", min_size=1, max_size=6)

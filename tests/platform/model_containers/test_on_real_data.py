@@ -11,11 +11,11 @@ import pytest
 
 from core.catalog import dataset
 from core.cell_sums import CellSums
+from core.conditions import CONTROL
 from core.differential import effect_weights
 from core.embedding import pathway_embedding
 from core.files import open_h5ad
 from core.gene_graph import gene_graph, gene_terms
-from core.harmonising import CONTROL
 from core.metrics import squared_error
 from core.reference import build_half_split, build_negatives
 from core.splits import draw_halves
