@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from blocks import services
+from blocks.services import stack as services
 from tests.helpers.slight_servers import fake, serve_with
 
 

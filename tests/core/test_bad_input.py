@@ -19,10 +19,10 @@ import pytest
 from scipy import sparse
 
 from core.catalog.schema import DatasetSpec
-from core.cells import write_cells
-from core.dataset_check import check_dataset
 from core.errors import UserError
-from core.harmonising import count_faults, refuse_faults
+from core.prepare.cells import write_cells
+from core.prepare.check import check_dataset
+from core.prepare.labels import count_faults, refuse_faults
 from tests.helpers.mirror_files import mirror_of
 
 Entry = Callable[..., DatasetSpec]

@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from blocks import cancellation, gpus
-from blocks.gpus import holders
-from blocks.paths import PROJECT_ROOT
+from blocks.config.paths import PROJECT_ROOT
+from blocks.local import cancellation, gpus
+from blocks.local.gpus import holders
 
 
 @pytest.fixture(autouse=True)
@@ -92,8 +92,8 @@ note("end")
 FLOWS = """
 import json, os, random, signal, sys, time, traceback
 from pathlib import Path
-from blocks.engines import ProcessEngine
-from blocks.gpus import lease
+from blocks.engines.process import ProcessEngine
+from blocks.local.gpus import lease
 
 folder, model, seed = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 FOLDS, AT_ONCE, KILLS = 40, 12, 40

@@ -14,7 +14,8 @@ import docker.errors
 import pytest
 import yaml
 
-from blocks import services, settings
+from blocks.config import settings
+from blocks.services import stack as services
 
 ENTRY = {
     "name": "tiny",

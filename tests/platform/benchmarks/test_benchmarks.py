@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from blocks.paths import PROJECT_ROOT
+from blocks.config.paths import PROJECT_ROOT
 
 
 def run(name: str, *options: str, root: Path = PROJECT_ROOT) -> subprocess.CompletedProcess[str]:

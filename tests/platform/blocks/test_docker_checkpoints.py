@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from blocks import docker_checkpoints
-from blocks.docker_checkpoints import FILE
-from blocks.docker_engine import DockerEngine
-from blocks.docker_limits import Limits
-from blocks.engines import ModelFailed
-from blocks.paths import PROJECT_ROOT
+from blocks.config.paths import PROJECT_ROOT
+from blocks.engines.docker import checkpoints as docker_checkpoints
+from blocks.engines.docker.checkpoints import FILE
+from blocks.engines.docker.engine import DockerEngine
+from blocks.engines.docker.limits import Limits
+from blocks.engines.process import ModelFailed
 from core.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -103,8 +103,8 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> bool:
 CALLER = """
 import json, sys
 from pathlib import Path
-from blocks import docker_checkpoints
-from blocks.docker_engine import DockerEngine
+from blocks.engines.docker import checkpoints as docker_checkpoints
+from blocks.engines.docker.engine import DockerEngine
 docker_checkpoints.EVERY_S, docker_checkpoints.SHARE = 0.1, 1.0
 DockerEngine().run("train", Path(sys.argv[1]), json.loads(sys.argv[2]), on_event=lambda event: None)
 """

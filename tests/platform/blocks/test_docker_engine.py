@@ -16,14 +16,15 @@ from typing import Any
 import psutil
 import pytest
 
-from blocks import cancellation, docker_engine
-from blocks.cancellation import Stopped, stop_all
-from blocks.docker_engine import DATA, GPU, OWNER, STAGE, DockerEngine
-from blocks.docker_limits import Limits
-from blocks.engines import LAST_LINES, ModelFailed, Usage
-from blocks.gpus import holders, lease
-from blocks.paths import PROJECT_ROOT
-from blocks.processes import this_process
+from blocks.config.paths import PROJECT_ROOT
+from blocks.engines.docker import engine as docker_engine
+from blocks.engines.docker.engine import DATA, GPU, OWNER, STAGE, DockerEngine
+from blocks.engines.docker.limits import Limits
+from blocks.engines.process import LAST_LINES, ModelFailed, Usage
+from blocks.local import cancellation
+from blocks.local.cancellation import Stopped, stop_all
+from blocks.local.gpus import holders, lease
+from blocks.local.processes import this_process
 from core.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -353,14 +354,15 @@ def test_a_stop_ends_the_container_within_seconds(model, tmp_path, nothing_left)
 CALLER = """
 import os, sys
 from pathlib import Path
-from blocks import gpus
-from blocks.docker_engine import DockerEngine
+from blocks.local import gpus
+from blocks.engines.docker.engine import DockerEngine
 def begun(event):
     Path({begun!r}).write_text("begun")
 code = "print('begun', flush=True); time.sleep(600)"
 with gpus.lease("test") as gpu:
     # The lease is what matters, and there is no GPU to hand to the container.
-    from blocks import docker_stage, docker_engine
+    from blocks.engines.docker import stage as docker_stage
+    from blocks.engines.docker import engine as docker_engine
     options = docker_engine.model_options
     docker_engine.model_options = lambda *given: options(*given) | {{"device_requests": []}}
     spec = {{"output": {output!r}, "code": code}}

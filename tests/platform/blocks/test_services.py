@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from blocks import services, settings
-from blocks.paths import PROJECT_ROOT
-from blocks.settings import Services
+from blocks.config import settings
+from blocks.config.paths import PROJECT_ROOT
+from blocks.config.settings import Services
+from blocks.services import stack as services
 from tests.helpers.slight_servers import recorded, running
 
 

@@ -20,14 +20,14 @@ import pandas as pd
 import psutil
 import pytest
 
-from blocks import mlflow_curves
-from blocks import tracking as module
-from blocks.engines import Usage
-from blocks.mlflow_api import Refused, Server
-from blocks.mlflow_tables import DRF_ENDINGS, QUOTED_COLUMNS, QUOTED_VARIANT, SUMMARY_COLUMNS
-from blocks.paths import PROJECT_ROOT
-from blocks.processes import this_process
-from blocks.tracking import MLflowTracking, ModelRun, OpenRun, git_commit
+from blocks.config.paths import PROJECT_ROOT
+from blocks.engines.process import Usage
+from blocks.local.processes import this_process
+from blocks.tracking import curves as mlflow_curves
+from blocks.tracking import tracker as module
+from blocks.tracking.api import Refused, Server
+from blocks.tracking.tables import DRF_ENDINGS, QUOTED_COLUMNS, QUOTED_VARIANT, SUMMARY_COLUMNS
+from blocks.tracking.tracker import MLflowTracking, ModelRun, OpenRun, git_commit
 from core.errors import UserError
 
 if TYPE_CHECKING:
@@ -305,7 +305,8 @@ def test_a_run_killed_in_the_middle_is_found_again_and_ended(
     killed = f"""
 import os, signal
 from pathlib import Path
-from blocks import mlflow_curves, tracking as module
+from blocks.tracking import curves as mlflow_curves
+from blocks.tracking import tracker as module
 mlflow_curves.LIVE_SECONDS = 0.0
 t = module.MLflowTracking(tracking_uri={server!r})
 one = module.ModelRun("ridge", 42, key="key-of-ridge", kind="model", params={{"alpha": 0.1, "layers": [512, 512]}},
@@ -796,7 +797,7 @@ def test_mlflow_is_not_imported_and_nothing_is_sent_elsewhere_or_printed(trackin
     """In a fresh process, where nothing else has imported it."""
     script = f"""
 import socket, sys
-from blocks.tracking import MLflowTracking, ModelRun
+from blocks.tracking.tracker import MLflowTracking, ModelRun
 real, elsewhere = socket.socket.connect, []
 def connect(self, address):
     if address[0] not in ("127.0.0.1", "::1"):

@@ -10,7 +10,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from core.report import write_report
+from core.report.page import write_report
 from tests.helpers.report_tables import build
 
 BROWSERS = ("chromium", "google-chrome", "chromium-browser")

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from benchmarks import simulated_study as study
-from core.metrics import BY_NAME
+from core.scoring.metrics import BY_NAME
 from core.simulate import SimulationSettings
 
 SEEDS = (0, 1, 2, 3, 4)

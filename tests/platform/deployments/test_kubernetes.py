@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from blocks.paths import PROJECT_ROOT
-from blocks.pools import CPU, GPU
+from blocks.config.paths import PROJECT_ROOT
+from blocks.config.pools import CPU, GPU
 
 FOLDER = PROJECT_ROOT / "deployments" / "kubernetes"
 

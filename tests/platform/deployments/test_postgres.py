@@ -23,7 +23,7 @@ import httpx
 import pytest
 import yaml
 
-from blocks.paths import PROJECT_ROOT
+from blocks.config.paths import PROJECT_ROOT
 from tests.helpers.leftovers import SESSION
 
 START_LIMIT_S = 180

@@ -27,7 +27,7 @@ class TestWithServers:
 
     @pytest.fixture
     def data(self, servers: object) -> Path:
-        from blocks.paths import data_folder
+        from blocks.config.paths import data_folder
 
         return data_folder()
 

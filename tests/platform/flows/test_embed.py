@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from blocks import settings
-from core.embedding import read_embedding
+from blocks.config import settings
+from core.embeddings.tables import read_embedding
 
 GMT = "signalling\tR-1\tA\tB\tC\nrepair\tR-2\tB\tD\nsplicing\tR-3\tA\tD\tE\n"
 

@@ -13,7 +13,7 @@ import httpx
 import pandas as pd
 import pytest
 
-from blocks import settings
+from blocks.config import settings
 from tests.helpers import text_service_stand_in as stand_in
 
 TEXTS = {f"G{number}": f"What gene {number} does." for number in range(5)}

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from blocks.docker_engine import DockerEngine
+from blocks.engines.docker.engine import DockerEngine
 from core.errors import UserError
-from flows.cli import app
+from flows.cli.main import app
 
 RUNNER = CliRunner()
 

@@ -14,8 +14,8 @@ import httpx
 import pytest
 import yaml
 
-from blocks import settings
-from blocks.paths import PROJECT_ROOT
+from blocks.config import settings
+from blocks.config.paths import PROJECT_ROOT
 from core import catalog
 from tests.helpers.mirror_files import mirror_of
 
@@ -77,7 +77,7 @@ def study(entry: Path, screen: Path, tmp_path: Path) -> Study:
 class TestWithServers:
     @pytest.fixture
     def data(self, servers: settings.Services) -> Path:
-        from blocks.paths import data_folder
+        from blocks.config.paths import data_folder
 
         return data_folder()
 

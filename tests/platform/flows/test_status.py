@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from blocks import settings
-from flows.status import snapshot
+from blocks.config import settings
+from flows.cli.status import snapshot
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -45,8 +45,8 @@ class TestWithServers:
     def test_what_ran_runs_waits_and_failed(
         self, api: httpx.Client, servers: settings.Services, calipert: Run, tmp_path: Path
     ) -> None:
-        from blocks.paths import data_folder
-        from blocks.tracking import MLflowTracking, ModelRun
+        from blocks.config.paths import data_folder
+        from blocks.tracking.tracker import MLflowTracking, ModelRun
 
         running = self.run(api, "benchmark", "benchmark-a", {"type": "RUNNING"})
         crashed = self.run(api, "benchmark", "benchmark-b", {"type": "RUNNING"})

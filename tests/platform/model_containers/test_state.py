@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from blocks import docker_checkpoints
-from blocks.docker_engine import DockerEngine
-from blocks.docker_images import usable_image
-from blocks.paths import MODEL_CONTAINERS
+from blocks.config.paths import MODEL_CONTAINERS
+from blocks.engines.docker import checkpoints as docker_checkpoints
+from blocks.engines.docker.engine import DockerEngine
+from blocks.engines.docker.images import usable_image
 from core.errors import UserError
-from flows.model_check import check_model
+from flows.cli.model_check import check_model
 
 SMALL = {
     "hidden": 16,
