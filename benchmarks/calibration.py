@@ -39,9 +39,9 @@ from benchmarks.comparison import (
     show_times,
     timed,
 )
-from core.calibration import dynamic_range_fraction
-from core.file_calibration import FileOptions, calibrate_file
-from core.metrics import BY_NAME
+from core.scoring.calibration import dynamic_range_fraction
+from core.scoring.file_calibration import FileOptions, calibrate_file
+from core.scoring.metrics import BY_NAME
 from core.simulate import SimulationSettings, simulate
 
 TOLERANCE = 1e-9
@@ -151,7 +151,7 @@ def run_peer(peer: Path, file: Path, folder: Path, protocols: str, positive: str
 
 def run_ours(file: Path, folder: Path, half_seeds: int) -> None:
     """`calipert calibrate` on the file."""
-    run([sys.executable, "-m", "flows.cli", "calibrate", file, "--out", folder, "--half-seeds", str(half_seeds)])
+    run([sys.executable, "-m", "flows.cli.main", "calibrate", file, "--out", folder, "--half-seeds", str(half_seeds)])
 
 
 def compared(scores: pd.DataFrame, peers: pd.DataFrame) -> list[Agreement]:

@@ -24,8 +24,8 @@ from scipy import sparse
 from benchmarks.comparison import CONSOLE, Timing, agreement, machine, show, show_agreement, show_times, timed
 from benchmarks.made_up_cells import log_cells
 from core.arrays import Floats, Ints
-from core.differential import against_rest
-from core.moments import group_moments
+from core.stats.differential_expression import against_rest
+from core.stats.moments import group_moments
 
 TOLERANCE = 1e-6
 AIM = ">= 50x (below 25x: too slow)"

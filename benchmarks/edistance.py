@@ -22,8 +22,8 @@ import typer
 
 from benchmarks.comparison import CONSOLE, Timing, agreement, machine, show_agreement, show_times, timed
 from core.arrays import Floats, Ints
-from core.draws import generator
-from core.energy import COMPONENTS, edistances
+from core.rng import generator
+from core.stats.edistance import COMPONENTS, edistances
 
 TOLERANCE = 1e-6
 

@@ -6,7 +6,7 @@ import numpy as np
 from scipy import sparse
 
 from core.arrays import Ints
-from core.draws import generator
+from core.rng import generator
 
 FEWEST = 8  # cells of a condition
 CHANGED = 0.1  # share of the genes that a condition changes

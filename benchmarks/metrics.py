@@ -2,7 +2,7 @@
 
     python -m benchmarks.metrics
 
-The reference is made up, with the layers that scoring reads, as core.reference writes them. The loop takes one
+The reference is made up, with the layers that scoring reads, as core.reference.build writes them. The loop takes one
 condition after the other and one function of scipy or scikit-learn after the other, on arrays that are in memory and
 centred already; it runs on a sample of conditions, and its time is scaled to all of them.
 """
@@ -28,12 +28,12 @@ from sklearn.metrics import mean_absolute_error, mean_squared_error, r2_score
 
 from benchmarks.comparison import CONSOLE, Timing, agreement, machine, show_agreement, show_times, timed
 from core.arrays import Bools, Floats
-from core.differential import benjamini_hochberg, deg_mask
-from core.draws import generator
-from core.evaluation import Evaluation, evaluated_set, score
-from core.metrics import CONSTANT, FEWEST_DEGS, METRICS
-from core.reference import by_condition, read_reference
-from core.scoring import write_model_scores
+from core.reference.build import by_condition, read_reference
+from core.rng import generator
+from core.scoring.evaluation import Evaluation, evaluated_set, score
+from core.scoring.metrics import CONSTANT, FEWEST_DEGS, METRICS
+from core.scoring.scores import write_model_scores
+from core.stats.differential_expression import benjamini_hochberg, deg_mask
 
 TOLERANCE = 1e-9
 COVARIATE = "all"

@@ -27,8 +27,9 @@ from unittest import mock
 import typer
 
 from benchmarks.comparison import CONSOLE, Timing, machine, show_times
-from blocks import services, settings
-from blocks.paths import PROJECT_ROOT
+from blocks.config import settings
+from blocks.config.paths import PROJECT_ROOT
+from blocks.services import stack as services
 
 DEPLOYMENT = "benchmark/demo"
 POLL_S = 0.1

@@ -35,11 +35,11 @@ from scipy import sparse
 
 from core.arrays import one_blas_thread
 from core.catalog.schema import DatasetSpec
-from core.cells import FILE, MEMORY, read_cells, write_cells
-from core.energy import STRIP
-from core.panels import PANEL
-from core.quality import write_quality
-from core.reference import read_keys, write_reference
+from core.io.panels import PANEL
+from core.prepare.cells import FILE, MEMORY, read_cells, write_cells
+from core.reference.build import read_keys, write_reference
+from core.reference.quality import write_quality
+from core.stats.edistance import STRIP
 
 CONSOLE = Console(highlight=False, width=110)
 AT_ONCE = 4_000  # cells that are generated at once

@@ -17,13 +17,13 @@ import numpy as np
 import pandas as pd
 
 from core import catalog
-from core.calibration import calibrate, dynamic_range_fraction
-from core.cell_sums import sum_cells
-from core.cells import read_cells, write_cells
-from core.draws import generator
-from core.evaluation import control_scores, evaluated_set, score
-from core.metrics import BY_NAME, METRICS, Metric
-from core.reference import build_negatives, build_reference
+from core.prepare.cells import read_cells, write_cells
+from core.reference.build import build_negatives, build_reference
+from core.reference.cell_sums import sum_cells
+from core.rng import generator
+from core.scoring.calibration import calibrate, dynamic_range_fraction
+from core.scoring.evaluation import control_scores, evaluated_set, score
+from core.scoring.metrics import BY_NAME, METRICS, Metric
 from core.simulate import Simulation, SimulationSettings, planted_profiles, simulate
 
 SEEDS = (0, 1, 2, 3, 4)

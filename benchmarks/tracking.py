@@ -24,13 +24,14 @@ import pandas as pd
 import typer
 
 from benchmarks.comparison import CONSOLE, Timing, agreement, machine, show_agreement, show_times, timed
-from blocks import mlflow_curves, services
-from blocks.engines import Usage
-from blocks.mlflow_tables import SUMMARY_COLUMNS
-from blocks.settings import environment
-from blocks.tracking import MLflowTracking, ModelRun
-from core.metrics import METRICS
-from core.scoring import COLUMNS
+from blocks.config.settings import environment
+from blocks.engines.process import Usage
+from blocks.services import stack as services
+from blocks.tracking import curves as mlflow_curves
+from blocks.tracking.tables import SUMMARY_COLUMNS
+from blocks.tracking.tracker import MLflowTracking, ModelRun
+from core.scoring.metrics import METRICS
+from core.scoring.scores import COLUMNS
 
 DATASET = "made_up"
 CURVES = ("loss", "val_loss")

@@ -35,11 +35,11 @@ from scipy import sparse
 
 from benchmarks.comparison import CONSOLE, Agreement, Timing, agreement, machine, show, show_agreement, show_times
 from benchmarks.made_up_cells import log_cells
-from blocks.engines import Event, ProcessEngine, Usage
-from blocks.gpus import Gpu, lease
-from blocks.paths import MODEL_CONTAINERS
-from core.draws import generator
-from core.splits import VALIDATION_SHARE
+from blocks.config.paths import MODEL_CONTAINERS
+from blocks.engines.process import Event, ProcessEngine, Usage
+from blocks.local.gpus import Gpu, lease
+from core.prepare.splits import VALIDATION_SHARE
+from core.rng import generator
 from model_containers.contract import CONTROL
 
 PEER = Path(__file__).parent / "dense_rows"

@@ -20,8 +20,8 @@ from scipy import sparse
 from threadpoolctl import threadpool_limits
 
 from core.conditions import CONTROL, SEPARATOR, genes_of, row_names
-from core.draws import generator
 from core.errors import UserError
+from core.rng import generator
 
 Array = NDArray[np.float64]
 CellLine = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+$")]

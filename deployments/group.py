@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import sys
 
-from blocks.pools import CPU, GPU
-from blocks.services import SILENT_RUNS
+from blocks.config.pools import CPU, GPU
+from blocks.services.stack import SILENT_RUNS
 from core.errors import UserError
 from deployments.table import table
 

@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
-from blocks import services, settings
-from blocks.gpus import devices
-from blocks.paths import DEFAULT_DATA, data_folder
-from blocks.pools import CPU, GPU
-from blocks.workers import ensure_workers
+from blocks.config import settings
+from blocks.config.paths import DEFAULT_DATA, data_folder
+from blocks.config.pools import CPU, GPU
+from blocks.local.gpus import devices
+from blocks.services import stack as services
+from blocks.services.workers import ensure_workers
 from core.errors import UserError
 from deployments.table import table
 

@@ -19,8 +19,8 @@ from prefect.client.schemas.sorting import DeploymentSort
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.workers.process import ProcessWorker
 
-from blocks.paths import PROJECT_ROOT
-from blocks.pools import CPU, GPU
+from blocks.config.paths import PROJECT_ROOT
+from blocks.config.pools import CPU, GPU
 from deployments.forms import form
 from deployments.table import Deployment
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from blocks.pools import CPU, GPU
+from blocks.config.pools import CPU, GPU
 from core import catalog
 from core.catalog.schema import DatasetSpec, EmbeddingSpec
 from tasks.inputs import inputs_of, inputs_of_embedding, study

@@ -26,8 +26,8 @@ from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.futures import PrefectFuture, as_completed
 from prefect.states import Cancelled, Cancelling, Crashed
 
-from blocks.cancellation import models_end_with
-from blocks.pools import GPU
+from blocks.config.pools import GPU
+from blocks.local.cancellation import models_end_with
 from core.catalog.schema import DatasetSpec, ResolvedModel
 from core.errors import UserError
 from tasks.artifacts import LOG, key_of

@@ -129,10 +129,10 @@ def _reproduced(
 def _done(name: str, cells: Path, calibration: Path) -> Outcome:
     import pandas as pd
 
-    from core.cells import FILE
     from core.conditions import CONTROL
-    from core.files import read_names
-    from core.views import verdicts
+    from core.io.h5ad import read_names
+    from core.prepare.cells import FILE
+    from core.report.tables import verdicts
 
     table = verdicts(pd.read_parquet(calibration / "calibration.parquet"))
     obs, var = read_names(cells / FILE)

@@ -6,7 +6,7 @@ from typing import Any
 
 from prefect import flow
 
-from blocks.cancellation import Stopped, models_end_with
+from blocks.local.cancellation import Stopped, models_end_with
 from core.errors import UserError
 from tasks.record import end_training
 from tasks.train import FoldJob, predictions_key

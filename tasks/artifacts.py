@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from blocks.checksums import file_checksum
-from blocks.store import ArtifactStore, artifact_key
+from blocks.store.artifacts import ArtifactStore, artifact_key
+from blocks.store.checksums import file_checksum
 from core.errors import UserError
 
 LOG = logging.getLogger("calipert")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from blocks.secrets import S3_KEY, S3_SECRET, s3_credentials
+from blocks.config.secrets import S3_KEY, S3_SECRET, s3_credentials
 from core.catalog.schema import HttpsSource, S3Source
 from core.errors import UserError
 from tasks.artifacts import LOG
@@ -41,7 +41,7 @@ def download(source: HttpsSource | S3Source, target: Path) -> None:
     be had, or is no HDF5 though it is named .h5ad.
     """
     # Costs time, and nothing is downloaded in most runs.
-    from core.files import require_space
+    from core.io.h5ad import require_space
 
     part, state = target.with_name(f"{target.name}.part"), target.with_name(f"{target.name}.part.json")
     version = _version(state)

@@ -9,7 +9,7 @@ import pandas as pd
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from blocks.code import code_hash
+from blocks.store.code import code_hash
 from core import catalog
 from core.catalog.schema import EmbeddingSpec, ResolvedModel
 from tasks.artifacts import checksum, made
@@ -25,7 +25,7 @@ def embed(spec: EmbeddingSpec, source: Path, perturbed: list[str]) -> Path:
     one. perturbed: the genes that a graph is between: among all genes hardly one of a gene's nearest would be perturbed
     in the same screen.
     """
-    from core.embedding import write_embedding
+    from core.embeddings.tables import write_embedding
 
     if spec.container:
         return made_in_container(spec, source)
@@ -40,7 +40,7 @@ def embed(spec: EmbeddingSpec, source: Path, perturbed: list[str]) -> Path:
         lambda folder: write_embedding(compute(source, dimensions, **genes), folder / FILE),
         inputs={"source": source if source.is_dir() else checksum(source)},
         parameters={"kind": spec.kind, "dimensions": dimensions, **genes},
-        code=code_hash("core.gene_graph" if spec.form == "graph" else "core.embedding"),
+        code=code_hash("core.embeddings.gene_graph" if spec.form == "graph" else "core.embeddings.tables"),
         label=f"the embedding {spec.name}",
     )
 
@@ -48,7 +48,7 @@ def embed(spec: EmbeddingSpec, source: Path, perturbed: list[str]) -> Path:
 @task(name="join-embeddings", task_run_name="embed {spec.name}", cache_policy=NO_CACHE)
 def join(spec: EmbeddingSpec, parts: dict[str, Path]) -> Path:
     """embedding.parquet of several tables side by side; the artifact's folder. parts: their artifacts, by name."""
-    from core.embedding import read_embedding, side_by_side, write_embedding
+    from core.embeddings.tables import read_embedding, side_by_side, write_embedding
 
     def build(folder: Path) -> None:
         tables = {name: read_embedding(part / FILE) for name, part in parts.items()}
@@ -59,7 +59,7 @@ def join(spec: EmbeddingSpec, parts: dict[str, Path]) -> Path:
         build,
         inputs=dict(parts),
         parameters={"kind": spec.kind, "parts": list(parts)},
-        code=code_hash("core.embedding"),
+        code=code_hash("core.embeddings.tables"),
         label=f"the embedding {spec.name}",
     )
 
@@ -84,7 +84,7 @@ def make_embeddings(
     data: the folds' artifacts. inputs: of `fetch_inputs`. perturbed: the genes that models will need. Raises
     UserError where a model's embedding has none of them.
     """
-    from core.embedding import known_genes, require_coverage
+    from core.embeddings.tables import known_genes, require_coverage
 
     by_key: dict[tuple[str, int | None], Path] = {}
 
@@ -108,19 +108,19 @@ def make_embeddings(
 
 
 def _pathways(gmt: Path, dimensions: int) -> pd.DataFrame:
-    from core.embedding import pathway_embedding
+    from core.embeddings.tables import pathway_embedding
 
     return pathway_embedding(gmt, dimensions)
 
 
 def _coexpression(fold: Path, dimensions: int) -> pd.DataFrame:
-    from core.embedding import fold_coexpression
+    from core.embeddings.tables import fold_coexpression
 
     return fold_coexpression(fold, dimensions)
 
 
 def _graph(annotations: Path, neighbours: int, genes: list[str]) -> pd.DataFrame:
-    from core.gene_graph import gene_graph, gene_terms
+    from core.embeddings.gene_graph import gene_graph, gene_terms
 
     return gene_graph(gene_terms(annotations), neighbours, genes)
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from blocks.code import code_hash
-from blocks.store import artifact_key
+from blocks.store.artifacts import artifact_key
+from blocks.store.code import code_hash
 from core.catalog.schema import EmbeddingSpec
 from tasks.artifacts import LOG, key_of, made
 from tasks.engine import THREADS, container_of, device, engine, engine_identity, require_same, resumable
@@ -24,7 +24,7 @@ def made_in_container(spec: EmbeddingSpec, published: Path) -> Path:
     published: the artifact of the files that it is made of. Raises UserError where what the container wrote is no
     embedding, and ModelFailed where it ends otherwise than well.
     """
-    from core.embedding import read_foreign_embedding, write_embedding
+    from core.embeddings.tables import read_foreign_embedding, write_embedding
 
     container = container_of(spec)
     progress = shown_progress(f"embedding {spec.name}")
@@ -36,7 +36,7 @@ def made_in_container(spec: EmbeddingSpec, published: Path) -> Path:
 
     inputs = {"pretrained": key_of(published)}
     parameters: dict[str, Any] = {"kind": spec.kind, "settings": spec.settings, "threads": THREADS}
-    code = engine_identity(container) + code_hash("core.embedding")
+    code = engine_identity(container) + code_hash("core.embeddings.tables")
 
     def build(folder: Path) -> None:
         require_same(container)

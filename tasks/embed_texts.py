@@ -10,12 +10,12 @@ from typing import Any
 from prefect import runtime, task
 from prefect.cache_policies import NO_CACHE
 
-from blocks.code import code_hash
-from blocks.paths import vectors_folder
-from blocks.secrets import secret
-from blocks.store import ArtifactStore, artifact_key
-from blocks.text_service import ServiceBusy, service_key, text_vectors
-from blocks.vectors import Vector, address, keep_vectors, kept_vector, vector_name
+from blocks.config.paths import vectors_folder
+from blocks.config.secrets import secret
+from blocks.services.text_service import ServiceBusy, service_key, text_vectors
+from blocks.services.vectors import Vector, address, keep_vectors, kept_vector, vector_name
+from blocks.store.artifacts import ArtifactStore, artifact_key
+from blocks.store.code import code_hash
 from core import catalog
 from core.catalog.schema import GENE_FILES, EmbeddingSpec, TextService
 from core.errors import UserError
@@ -40,8 +40,8 @@ def made_of_texts(spec: EmbeddingSpec, published: Path) -> Path:
     or an answer is not what was asked for, and ConnectionLost where the service stays out of reach; vectors that came
     before are kept, and the next run asks for the others.
     """
-    from core.embedding import write_embedding
-    from core.gene_texts import gene_texts, text_embedding
+    from core.embeddings.gene_texts import gene_texts, text_embedding
+    from core.embeddings.tables import write_embedding
 
     def build(folder: Path) -> None:
         texts = gene_texts(published / SUMMARIES, published / GENES)
@@ -64,7 +64,7 @@ def check_services(specs: Iterable[EmbeddingSpec], sources: Mapping[str, str]) -
 
 
 def _must_ask(spec: EmbeddingSpec, sources: Mapping[str, str]) -> bool:
-    from core.gene_texts import gene_texts
+    from core.embeddings.gene_texts import gene_texts
 
     files = files_here(catalog.pretrained(str(spec.pretrained)), sources)
     if files is None:
@@ -86,7 +86,7 @@ def _recipe(spec: EmbeddingSpec, files: Mapping[str, Path]) -> dict[str, Any]:
             "service": {"address": address(service), "model": service.model},
             "dimensions": spec.dimensions,
         },
-        "code": code_hash("core.gene_texts") + code_hash("core.embedding"),
+        "code": code_hash("core.embeddings.gene_texts") + code_hash("core.embeddings.tables"),
     }
 
 
@@ -101,7 +101,7 @@ def _vectors(spec: EmbeddingSpec, texts: list[str]) -> dict[str, Vector]:
 
     Raises UserError where one that was answered is not there afterwards.
     """
-    from core.gene_texts import batches
+    from core.embeddings.gene_texts import batches
 
     service = _service(spec)
     found = {text: _kept(spec, text) for text in texts}

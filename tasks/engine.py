@@ -10,9 +10,9 @@ from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
-from blocks.checkpoints import checkpoint
-from blocks.engines import Engine, ProcessEngine
-from blocks.gpus import Gpu, lease
+from blocks.engines.checkpoints import checkpoint
+from blocks.engines.process import Engine, ProcessEngine
+from blocks.local.gpus import Gpu, lease
 from core import catalog
 from core.catalog.schema import EmbeddingSpec, ResolvedModel
 from core.errors import UserError
@@ -28,11 +28,11 @@ def engine() -> Engine:
     """The engine in use: the environment's CALIPERT_ENGINE, by default `process`. Raises UserError for another name."""
     name = _name()
     if name == DOCKER:
-        from blocks.docker_engine import DockerEngine
+        from blocks.engines.docker.engine import DockerEngine
 
         return DockerEngine()
     if name == KUBERNETES:
-        from blocks.kubernetes_engine import KubernetesEngine
+        from blocks.engines.kubernetes.engine import KubernetesEngine
 
         return KubernetesEngine()
     return ProcessEngine()
@@ -107,8 +107,8 @@ def device(container: Path, name: str) -> AbstractContextManager[Gpu | None]:
 
 @contextmanager
 def resumable(key: str) -> Iterator[str | None]:
-    """The folder from which a stage goes on that was killed (blocks.checkpoints); None where models run on other
-    machines. key: of the artifact that it makes."""
+    """The folder from which a stage goes on that was killed (blocks.engines.checkpoints); None where models run on
+    other machines. key: of the artifact that it makes."""
     if runs_elsewhere():
         yield None
         return

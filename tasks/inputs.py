@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 
 from pydantic import ValidationError
 
-from blocks.paths import MODEL_CONTAINERS
+from blocks.config.paths import MODEL_CONTAINERS
 from core import catalog
 from core.catalog.schema import (
     CONTROLS,

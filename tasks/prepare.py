@@ -7,8 +7,8 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from blocks.code import code_hash
-from blocks.limits import chunk_memory
+from blocks.config.limits import chunk_memory
+from blocks.store.code import code_hash
 from core.catalog.schema import DatasetSpec
 from tasks.artifacts import checksum, made
 
@@ -19,11 +19,11 @@ DESCRIPTIVE = {"title", "licence", "citation", "source", "mirror", "expected", "
 @task(name="prepare-cells", cache_policy=NO_CACHE)
 def prepare_cells(spec: DatasetSpec, raw: Path) -> Path:
     """cells.h5ad of a data set, from the published file `raw`. Raises UserError where it cannot be used."""
-    from core.cells import write_cells
+    from core.prepare.cells import write_cells
 
     memory = chunk_memory()
     entry = spec.model_dump(mode="json", exclude=DESCRIPTIVE)
-    source, code = checksum(raw), code_hash("core.cells")
+    source, code = checksum(raw), code_hash("core.prepare.cells")
     provenance = {"entry": entry, "source sha256": source, "code": code}
     return made(
         "cells",
@@ -37,29 +37,29 @@ def prepare_cells(spec: DatasetSpec, raw: Path) -> Path:
 @task(name="build-reference", cache_policy=NO_CACHE)
 def build_reference(spec: DatasetSpec, cells: Path) -> Path:
     """reference.h5ad, negatives.h5ad and half_splits/: truth and controls of every test condition."""
-    from core.cells import read_cells
-    from core.reference import write_reference
+    from core.prepare.cells import read_cells
+    from core.reference.build import write_reference
 
     return made(
         "reference",
         lambda folder: write_reference(read_cells(cells), spec.seed, spec.half_seeds, folder),
         inputs={"cells": cells},
         parameters={"seed": spec.seed, "half_seeds": spec.half_seeds},
-        code=code_hash("core.reference"),
+        code=code_hash("core.reference.build"),
     )
 
 
 @task(name="measure-quality", cache_policy=NO_CACHE)
 def measure_quality(cells: Path, reference: Path) -> Path:
     """quality.parquet and edistance.parquet: cells, DEGs and E-distances of every condition."""
-    from core.cells import read_cells
-    from core.quality import write_quality
-    from core.reference import read_keys
+    from core.prepare.cells import read_cells
+    from core.reference.build import read_keys
+    from core.reference.quality import write_quality
 
     return made(
         "quality",
         lambda folder: write_quality(read_cells(cells), read_keys(reference), folder),
         inputs={"cells": cells, "reference": reference},
         parameters={},
-        code=code_hash("core.quality"),
+        code=code_hash("core.reference.quality"),
     )

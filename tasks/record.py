@@ -20,15 +20,15 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowR
 from prefect.client.schemas.objects import StateType
 from prefect.exceptions import TerminationSignal
 
-from blocks.cancellation import Stopped
-from blocks.code import code_hash
-from blocks.mlflow_api import Refused
-from blocks.secrets import mlflow_credentials
-from blocks.tracking import REPORT, MLflowTracking, ModelRun
+from blocks.config.secrets import mlflow_credentials
+from blocks.local.cancellation import Stopped
+from blocks.store.code import code_hash
+from blocks.tracking.api import Refused
+from blocks.tracking.tracker import REPORT, MLflowTracking, ModelRun
 from core.catalog.schema import DatasetSpec, EmbeddingSpec, ResolvedModel
-from core.controls import CONTROLS
 from core.errors import UserError
-from core.views import entries
+from core.reference.controls import CONTROLS
+from core.report.tables import entries
 from tasks.artifacts import LOG, key_of
 from tasks.engine import container_of, engine_identity
 
@@ -92,7 +92,11 @@ def benchmark_id(control_scores: Path, recipes: Mapping[str, Recipe]) -> str:
     They follow from the data and the code that scores (the key of the controls' scores holds both), the code that
     summarises, and the models' recipes.
     """
-    parts = [key_of(control_scores), code_hash("core.results"), {name: recipes[name] for name in sorted(recipes)}]
+    parts = [
+        key_of(control_scores),
+        code_hash("core.report.results"),
+        {name: recipes[name] for name in sorted(recipes)},
+    ]
     text = json.dumps(parts, sort_keys=True)
     return sha256(text.encode()).hexdigest()[:12]
 

@@ -9,16 +9,16 @@ from filelock import FileLock
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from blocks.code import code_hash
-from blocks.paths import reports_folder
-from blocks.scratch import scratch
+from blocks.config.paths import reports_folder
+from blocks.local.scratch import scratch
+from blocks.store.code import code_hash
 from core.catalog.schema import DatasetSpec
 from tasks.artifacts import key_of, made
 
 
 def test_conditions(reference: Path) -> dict[int, list[dict[str, str]]]:
     """Fold -> covariate and condition of each of its test conditions, sorted."""
-    from core.reference import read_keys
+    from core.reference.build import read_keys
 
     keys = read_keys(reference)
     tested = keys[keys["test_fold"] >= 0]
@@ -31,7 +31,7 @@ def test_conditions(reference: Path) -> dict[int, list[dict[str, str]]]:
 def perturbed_genes(reference: Path) -> list[str]:
     """The genes of all perturbed conditions, sorted."""
     from core.conditions import genes_of
-    from core.reference import read_keys
+    from core.reference.build import read_keys
 
     return sorted({gene for condition in read_keys(reference)["condition"] for gene in genes_of(condition)})
 
@@ -48,7 +48,7 @@ def make_results(
 
     def build(folder: Path) -> None:
         # Only here: it costs seconds, and mostly the results are there.
-        from core.results import write_results
+        from core.report.results import write_results
 
         write_results(spec, scores, calibration, quality, provenance, folder)
 
@@ -71,7 +71,7 @@ def make_results(
         build,
         inputs=inputs,
         parameters={"provenance": provenance, "entry": spec.model_dump(mode="json")},
-        code=code_hash("core.results"),
+        code=code_hash("core.report.results"),
     )
 
 

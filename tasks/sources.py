@@ -13,8 +13,8 @@ import filelock
 import httpx
 from prefect import runtime, task
 
-from blocks.code import code_hash
-from blocks.paths import downloads_folder, store_folder
+from blocks.config.paths import downloads_folder, store_folder
+from blocks.store.code import code_hash
 from core.catalog.schema import (
     DatasetSpec,
     EmbeddingSpec,
@@ -190,7 +190,7 @@ def described(spec: DatasetSpec | EmbeddingSpec, raw: Path) -> str:
         return spec.source.url
     if isinstance(spec.source, SimulatedSource) and raw.is_relative_to(store_folder()):
         return "simulated"
-    from core.mirror import has_mirror_layout
+    from core.prepare.mirror import has_mirror_layout
 
     return f"{raw.name} (layout of a preprocessed mirror)" if has_mirror_layout(raw) else raw.name
 

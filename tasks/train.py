@@ -14,9 +14,9 @@ from prefect import runtime, task
 from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ConfigDict
 
-from blocks.code import code_hash
-from blocks.engines import Usage
-from blocks.store import MANIFEST, ArtifactStore, artifact_key
+from blocks.engines.process import Usage
+from blocks.store.artifacts import MANIFEST, ArtifactStore, artifact_key
+from blocks.store.code import code_hash
 from core.catalog.schema import ResolvedModel
 from core.errors import UserError
 from tasks.artifacts import LOG, made
@@ -76,15 +76,15 @@ class _Recipe(NamedTuple):
 @task(name="split-fold", task_run_name="split fold {fold}", cache_policy=NO_CACHE)
 def split_fold(cells: Path, fold: int) -> Path:
     """train.h5ad and control.h5ad of a fold: all of the cells that a model may see."""
-    from core.cells import read_cells
-    from core.training_data import write_fold
+    from core.prepare.cells import read_cells
+    from core.prepare.training_data import write_fold
 
     return made(
         "fold",
         lambda folder: write_fold(read_cells(cells), fold, folder),
         inputs={"cells": cells},
         parameters={"fold": fold},
-        code=code_hash("core.training_data"),
+        code=code_hash("core.prepare.training_data"),
         label=f"the cells of fold {fold}",
     )
 
@@ -138,8 +138,8 @@ def predicted(job: FoldJob, directory: Path, on_event: Callable[[Event], None]) 
 
     directory: of the trained model. Raises UserError where the predictions break the contract.
     """
-    from core.files import read_genes
-    from core.predictions import check_model_output
+    from core.io.h5ad import read_genes
+    from core.scoring.predictions import check_model_output
 
     control, model = _stored("fold", job.data) / "control.h5ad", container_of(job.model)
 
@@ -209,7 +209,7 @@ def _model(job: FoldJob) -> _Recipe:
 
 def _predictions(job: FoldJob) -> _Recipe:
     parameters = {"conditions": job.asked, "seed": job.seed, "threads": THREADS, "target_sum": job.target_sum}
-    code = engine_identity(container_of(job.model)) + code_hash("core.predictions")
+    code = engine_identity(container_of(job.model)) + code_hash("core.scoring.predictions")
     return _Recipe("predictions", {"model": _model(job).key, **_inputs(job)}, parameters, code)
 
 

@@ -14,9 +14,9 @@ import pandas as pd
 import pytest
 
 from core.catalog.schema import DatasetSpec
-from core.cell_sums import CellSums, sum_cells
-from core.cells import read_cells, write_cells
-from core.splits import draw_halves
+from core.prepare.cells import read_cells, write_cells
+from core.prepare.splits import draw_halves
+from core.reference.cell_sums import CellSums, sum_cells
 
 # No property is timed: a loaded machine is slow at times.
 hypothesis.settings.register_profile("untimed", hypothesis.settings(deadline=None))

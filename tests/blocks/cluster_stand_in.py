@@ -30,7 +30,7 @@ from uuid import uuid4
 
 import kubernetes_validate
 
-from blocks import transfer
+from blocks.engines.kubernetes import transfer
 
 ROOT = Path(__file__).resolve().parents[2]
 VERSION = "1.37"
@@ -87,7 +87,7 @@ class Cluster:
         self.deleted: list[tuple[str, dict[str, Any]]] = []
         self.specs: list[dict[str, Any]] = []
         self.requests: list[str] = []
-        # Run `blocks.transfer` in this process: it takes a second to import.
+        # Run `blocks.engines.kubernetes.transfer` in this process: it takes a second to import.
         self.quick = True
         # No node takes a pod, or no pod is made.
         self.unschedulable: str | None = None
@@ -246,7 +246,7 @@ class Cluster:
             variables |= self.secrets[source["secretRef"]["name"]]
         variables |= {variable["name"]: here(variable["value"]) for variable in manifest["env"]}
         command = [here(word) for word in manifest.get("command", [])]
-        if command[:3] == ["python", "-m", "blocks.transfer"]:
+        if command[:3] == ["python", "-m", "blocks.engines.kubernetes.transfer"]:
             if self.quick:
                 return self._transfer(container, command[3:])
             command[0] = sys.executable

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from blocks import services
+from blocks.services import stack as services
 
 SLIGHT = runpy.run_path(str(Path(__file__).with_name("slight_servers.py")))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from blocks import services
+from blocks.services import stack as services
 
 FAKE = """
 import subprocess, sys, time

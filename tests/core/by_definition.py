@@ -7,7 +7,7 @@ import pandas as pd
 from scipy.stats import pearsonr
 from sklearn.metrics import mean_squared_error, r2_score
 
-from core.evaluation import Evaluation
+from core.scoring.evaluation import Evaluation
 
 
 def weights(t: np.ndarray) -> np.ndarray:

@@ -20,10 +20,10 @@ import pytest
 from scipy import sparse
 
 from core.catalog.schema import DatasetSpec
-from core.cells import write_cells
-from core.dataset_check import check_dataset
 from core.errors import UserError
-from core.harmonising import count_faults, refuse_faults
+from core.prepare.cells import write_cells
+from core.prepare.check import check_dataset
+from core.prepare.labels import count_faults, refuse_faults
 
 Entry = Callable[..., DatasetSpec]
 mirror_of: Callable[..., ad.AnnData] = runpy.run_path(str(Path(__file__).with_name("mirror_files.py")))["mirror_of"]

@@ -15,7 +15,7 @@ import yaml
 from core import catalog
 from core.catalog import schema
 from core.errors import UserError
-from core.harmonising import condition_labels
+from core.prepare.labels import condition_labels
 from core.simulate import SimulationSettings
 
 PROJECT = Path(__file__).parents[2]
@@ -504,8 +504,8 @@ def test_the_guide_gives_the_defaults():
 
 
 def test_names_that_a_model_may_not_have_are_those_of_the_controls() -> None:
-    from core import controls
     from core.catalog import schema
+    from core.reference import controls
 
     assert set(schema.CONTROLS) == {control.name for control in controls.CONTROLS if control.role != "baseline"}
 

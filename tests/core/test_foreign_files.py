@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from core.errors import UserError
-from core.files import open_foreign_h5ad, read_foreign_json
+from core.io.h5ad import open_foreign_h5ad, read_foreign_json
 
 
 @pytest.fixture

@@ -14,12 +14,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from core.cell_sums import CellSums
-from core.evaluation import Evaluation
-from core.file_calibration import FileOptions, calibrate_file
-from core.mirror import mirror_cells
-from core.reference import build_negatives, build_reference
-from core.stored_profiles import stored_reference
+from core.prepare.mirror import mirror_cells
+from core.reference.build import build_negatives, build_reference
+from core.reference.cell_sums import CellSums
+from core.reference.stored_profiles import stored_reference
+from core.scoring.evaluation import Evaluation
+from core.scoring.file_calibration import FileOptions, calibrate_file
 
 HERE = Path(__file__)
 by_definition = SimpleNamespace(**runpy.run_path(str(HERE.with_name("by_definition.py"))))
@@ -119,7 +119,7 @@ def test_the_golden_case_through_the_core(shared: Path, golden: pd.Series) -> No
 
 @pytest.mark.shared
 def test_the_golden_case_through_the_command_line(shared: Path, golden: pd.Series, tmp_path: Path) -> None:
-    program = [sys.executable, "-c", "from flows.cli import main; main()"]
+    program = [sys.executable, "-c", "from flows.cli.main import main; main()"]
     mirror = shared / "golden" / "combo_mirror.h5ad"
     done = subprocess.run(
         [*program, "calibrate", str(mirror), "--out", str(tmp_path / "out"), "--half-seeds", "2"],

@@ -23,7 +23,7 @@ PREPARE = """
 import resource, sys
 from pathlib import Path
 from core.catalog.schema import DatasetSpec
-from core.cells import read_names, write_cells
+from core.prepare.cells import read_names, write_cells
 raw, out, memory = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 spec = DatasetSpec.model_validate({"name": "large", "title": "large", "task": "single",
     "source": {"kind": "local", "hint": "x"}, "labels": {"column": "perturbation"}, "min_genes_per_cell": 10})

@@ -11,7 +11,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from core.report import write_report
+from core.report.page import write_report
 
 build = runpy.run_path(str(Path(__file__).parent / "report_tables.py"))["build"]
 BROWSERS = ("chromium", "google-chrome", "chromium-browser")

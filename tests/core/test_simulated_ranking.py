@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from core.metrics import BY_NAME
+from core.scoring.metrics import BY_NAME
 from core.simulate import SimulationSettings
 
 study = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "simulated_study.py")))

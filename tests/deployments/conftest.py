@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from blocks.paths import PROJECT_ROOT
+from blocks.config.paths import PROJECT_ROOT
 
 COMPOSE = PROJECT_ROOT / "deployments" / "compose.yaml"
 # ${NAME:?message} and ${NAME:-default}

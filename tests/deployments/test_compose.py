@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from blocks import settings
-from blocks.paths import PROJECT_ROOT
-from blocks.pools import CPU, GPU
+from blocks.config import settings
+from blocks.config.paths import PROJECT_ROOT
+from blocks.config.pools import CPU, GPU
 from core.errors import UserError
 from deployments.secrets import EXAMPLE, filled, write
 
@@ -237,7 +237,7 @@ def test_everything_that_the_image_copies_is_there_and_sent() -> None:
 
 
 def test_the_image_is_sent_what_it_needs_and_nothing_else() -> None:
-    for needed in ("core/catalog/datasets/demo.yaml", "core/report.html", "model_containers/contract.py"):
+    for needed in ("core/catalog/datasets/demo.yaml", "core/report/page.html", "model_containers/contract.py"):
         assert _is_sent(needed), needed
     assert _is_sent("deployments/mlflow-auth.ini")
     for unwanted in ("data/store", ".venv/bin/python", ".git/config", "tests/conftest.py", "core/__pycache__/x.pyc"):

@@ -11,9 +11,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from blocks.kubernetes_job import SETTINGS, StageJob, inside, read_cluster
-from blocks.paths import MODEL_CONTAINERS, PROJECT_ROOT
-from blocks.pools import CPU, GPU
+from blocks.config.paths import MODEL_CONTAINERS, PROJECT_ROOT
+from blocks.config.pools import CPU, GPU
+from blocks.engines.kubernetes.job import SETTINGS, StageJob, inside, read_cluster
 
 FOLDER = PROJECT_ROOT / "deployments" / "kubernetes"
 VERSION = "1.37"
@@ -158,7 +158,7 @@ def test_accounts_may_do_what_they_need_and_no_more() -> None:
             "/pods": {"get", "list", "watch"},
             "/pods/log": {"get"},
         },
-        # What blocks.kubernetes_api asks for.
+        # What blocks.engines.kubernetes.api asks for.
         "calipert-flow": {"batch/jobs": {"create", "get", "delete"}, "/pods": {"list"}, "/pods/log": {"get"}},
     }
     assert not of_kind("ClusterRole")

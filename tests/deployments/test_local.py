@@ -18,8 +18,9 @@ from typing import Any
 import psutil
 import pytest
 
-from blocks import services, settings
-from blocks.paths import PROJECT_ROOT
+from blocks.config import settings
+from blocks.config.paths import PROJECT_ROOT
+from blocks.services import stack as services
 from deployments.local import trainings_at_once
 from deployments.table import table
 

@@ -23,7 +23,7 @@ import httpx
 import pytest
 import yaml
 
-from blocks.paths import PROJECT_ROOT
+from blocks.config.paths import PROJECT_ROOT
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 

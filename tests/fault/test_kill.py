@@ -22,8 +22,8 @@ import psutil
 import pytest
 import yaml
 
-from blocks.daemons import MARK
-from blocks.paths import PROJECT_ROOT
+from blocks.config.paths import PROJECT_ROOT
+from blocks.services.daemons import MARK
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
@@ -85,7 +85,7 @@ class Place:
         assert code == 0, (self.folder / "log").read_text(encoding="utf-8", errors="replace")[-5000:]
 
     def benchmark(self) -> subprocess.Popen[bytes]:
-        return self.start("-m", "flows.cli", "run", "tiny", "--models", ",".join(MODELS))
+        return self.start("-m", "flows.cli.main", "run", "tiny", "--models", ",".join(MODELS))
 
     def up(self) -> None:
         self.call("-m", "deployments.local", "up")
@@ -162,7 +162,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict
     """The results of a benchmark that nobody disturbs, and how many seconds it took."""
     place = Place(tmp_path_factory.mktemp("undisturbed"))
     try:
-        place.call("-m", "flows.cli", "env")
+        place.call("-m", "flows.cli.main", "env")
         began = time.monotonic()
         assert place.benchmark().wait(timeout=600) == 0, (place.folder / "log").read_text(encoding="utf-8")[-5000:]
         yield place.results(), time.monotonic() - began
@@ -175,7 +175,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     """Where the killing goes on."""
     place = Place(tmp_path_factory.mktemp("disturbed"))
     try:
-        place.call("-m", "flows.cli", "env")
+        place.call("-m", "flows.cli.main", "env")
         yield place
     finally:
         place.down()
@@ -232,7 +232,7 @@ def test_a_model_that_runs_is_found(place: Place) -> None:
         while "model.py train" not in commands(place):
             assert process.poll() is None, "the benchmark ended before a model was seen"
             assert time.monotonic() < deadline
-        assert "flows.cli run tiny" in commands(place)
+        assert "flows.cli.main run tiny" in commands(place)
     finally:
         kill(tree(process.pid))
         process.wait()

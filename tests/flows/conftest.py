@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from blocks import services, settings
+from blocks.config import settings
+from blocks.services import stack as services
 
 ENTRY = {
     "name": "tiny",
@@ -94,7 +95,7 @@ def calipert(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def run(*arguments: object, data: Path | None = None) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "flows.cli", *map(str, arguments)],
+            [sys.executable, "-m", "flows.cli.main", *map(str, arguments)],
             env={**os.environ, "CALIPERT_DATA": str(data or tmp_path / "data"), "COLUMNS": "120"},
             capture_output=True,
             text=True,

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from blocks.settings import Services
+from blocks.config.settings import Services
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.xdist_group("servers")]
 MODELS = ["ridge_coexpression", "knn_coexpression"]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from blocks import settings
-from core.embedding import read_embedding
+from blocks.config import settings
+from core.embeddings.tables import read_embedding
 from core.errors import UserError
 from flows.embed import embed
 

@@ -19,9 +19,10 @@ import pytest
 import yaml
 from prefect.client.base import PrefectHttpxSyncClient
 
-from blocks import services, settings
-from blocks.paths import PROJECT_ROOT
-from blocks.settings import Services
+from blocks.config import settings
+from blocks.config.paths import PROJECT_ROOT
+from blocks.config.settings import Services
+from blocks.services import stack as services
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 

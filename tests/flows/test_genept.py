@@ -14,7 +14,7 @@ import httpx
 import pandas as pd
 import pytest
 
-from blocks import settings
+from blocks.config import settings
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.xdist_group("servers")]
 STAND_IN = runpy.run_path(str(Path(__file__).parents[1] / "tasks" / "text_service_stand_in.py"))

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import httpx
 import pytest
 
-from blocks import settings
+from blocks.config import settings
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.xdist_group("servers")]
 # Put on the path of every Python process, which imports it when it starts.
@@ -83,12 +83,12 @@ with open(sys.argv[1], "w") as file:
 SESSION = """
 import json, subprocess, sys, time
 
-from blocks import services
+from blocks.services import stack as services
 
 done = []
 try:
     for command in json.loads(sys.argv[1]):
-        done.append(subprocess.run([sys.executable, "-m", "flows.cli", *command], capture_output=True, text=True))
+        done.append(subprocess.run([sys.executable, "-m", "flows.cli.main", *command], capture_output=True, text=True))
     # What a server does a while after its start.
     time.sleep(20)
 finally:
@@ -192,7 +192,7 @@ def test_no_python_process_tries_to_reach_beyond_this_machine(offline: Watched) 
     assert outside(offline.connections) == []
     # The hook was there, in both servers too, and saw how the run spoke to them.
     started = [arguments[:2] for event, _, arguments in offline.connections if event == "start"]
-    assert [["-m", name] in started for name in ("prefect", "mlflow", "flows.cli")] == [True] * 3
+    assert [["-m", name] in started for name in ("prefect", "mlflow", "flows.cli.main")] == [True] * 3
     assert ("socket.connect", settings.HOST) in {(event, host) for event, host, _ in offline.connections}
 
 

@@ -15,7 +15,7 @@ import httpx
 import pytest
 import yaml
 
-from blocks import settings
+from blocks.config import settings
 from core import catalog
 from core.errors import UserError
 from flows import reproduce as module
@@ -118,7 +118,7 @@ def test_without_a_network_only_the_first_data_set_waits_for_it(monkeypatch: pyt
 class TestWithServers:
     @pytest.fixture
     def data(self, servers: settings.Services) -> Path:
-        from blocks.paths import data_folder
+        from blocks.config.paths import data_folder
 
         return data_folder()
 

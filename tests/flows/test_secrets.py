@@ -20,8 +20,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from blocks import settings
-from blocks.secrets import MLFLOW, S3_KEY, S3_SECRET
+from blocks.config import settings
+from blocks.config.secrets import MLFLOW, S3_KEY, S3_SECRET
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.xdist_group("servers")]
 MODEL = "ridge_coexpression"

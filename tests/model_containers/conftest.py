@@ -15,11 +15,11 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from core.differential import against_rest, effect_weights
-from core.metrics import squared_error
-from core.moments import group_moments
+from core.scoring.metrics import squared_error
 from core.simulate import SimulationSettings, planted_profiles, simulate
-from flows.model_panel import Panel, write_panel
+from core.stats.differential_expression import against_rest, effect_weights
+from core.stats.moments import group_moments
+from flows.cli.model_panel import Panel, write_panel
 from model_containers import contract
 
 # What models share they import by the names that it has in their containers.

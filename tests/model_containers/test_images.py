@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from blocks import docker_checkpoints
-from blocks.docker_engine import DockerEngine
-from blocks.docker_images import build_image, usable_image
-from blocks.engines import ProcessEngine
+from blocks.engines.docker import checkpoints as docker_checkpoints
+from blocks.engines.docker.engine import DockerEngine
+from blocks.engines.docker.images import build_image, usable_image
+from blocks.engines.process import ProcessEngine
 from core.errors import UserError
-from flows.model_check import check_model
+from flows.cli.model_check import check_model
 from model_containers import contract
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.usefixtures("nothing_left")]

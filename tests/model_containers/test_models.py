@@ -17,7 +17,7 @@ import anndata as ad
 import numpy as np
 import pytest
 
-from blocks.engines import ProcessEngine
+from blocks.engines.process import ProcessEngine
 from core.errors import UserError
 from model_containers import contract
 

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 
 from core.catalog import dataset
-from core.cell_sums import CellSums
 from core.conditions import CONTROL
-from core.differential import effect_weights
-from core.embedding import pathway_embedding
-from core.files import open_h5ad
-from core.gene_graph import gene_graph, gene_terms
-from core.metrics import squared_error
-from core.reference import build_half_split, build_negatives
-from core.splits import draw_halves
-from core.training_data import write_fold
+from core.embeddings.gene_graph import gene_graph, gene_terms
+from core.embeddings.tables import pathway_embedding
+from core.io.h5ad import open_h5ad
+from core.prepare.splits import draw_halves
+from core.prepare.training_data import write_fold
+from core.reference.build import build_half_split, build_negatives
+from core.reference.cell_sums import CellSums
+from core.scoring.metrics import squared_error
+from core.stats.differential_expression import effect_weights
 from model_containers import contract
 
 Sums = Callable[..., CellSums]

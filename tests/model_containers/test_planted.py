@@ -14,8 +14,8 @@ import pandas as pd
 import pytest
 import torch
 
-from core.comparison import compare
-from flows.model_panel import similarity_graph
+from core.scoring.comparison import compare
+from flows.cli.model_panel import similarity_graph
 
 # Defaults but for three models: the screens have 2,250 cells, which make few steps an epoch.
 # * gears: by default the rate is halved after each epoch, and gone before anything is learned (with 13,000 cells it

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import torch
 
-from blocks import docker_checkpoints
-from blocks.docker_engine import DockerEngine
-from blocks.docker_images import usable_image
+from blocks.engines.docker import checkpoints as docker_checkpoints
+from blocks.engines.docker.engine import DockerEngine
+from blocks.engines.docker.images import usable_image
 from core.errors import UserError
-from flows.model_check import check_model
+from flows.cli.model_check import check_model
 from model_containers import contract
 
 MODELS = Path(contract.__file__).parent

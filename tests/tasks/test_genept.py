@@ -21,7 +21,7 @@ import pandas as pd
 import pytest
 from prefect.states import Failed
 
-from blocks import text_service
+from blocks.services import text_service
 from core import catalog
 from core.errors import UserError
 from flows.benchmark import benchmark
@@ -479,7 +479,7 @@ def test_vectors_that_went_missing_are_said(
 RUN = """
 import os, signal, sys
 from pathlib import Path
-from blocks import text_service
+from blocks.services import text_service
 from tasks import embed, embed_texts, inputs, pretrained
 text_service.secret = embed_texts.secret = lambda name: sys.argv[2]
 embed.embed, embed_texts.ask, fetch = embed.embed.fn, embed_texts.ask.fn, pretrained.fetch_pretrained.fn

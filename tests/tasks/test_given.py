@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from blocks.engines import ModelFailed
-from blocks.paths import checkpoints_folder
+from blocks.config.paths import checkpoints_folder
+from blocks.engines.process import ModelFailed
 from core import catalog
 from core.catalog.schema import EmbeddingSpec, PretrainedSpec
 from core.errors import UserError

@@ -10,10 +10,10 @@ import pandas as pd
 import pytest
 
 from core import catalog
-from core.calibration import calibrate
-from core.evaluation import evaluated_set, score
-from core.metrics import BY_NAME
-from core.reference import half_split_files, read_reference
+from core.reference.build import half_split_files, read_reference
+from core.scoring.calibration import calibrate
+from core.scoring.evaluation import evaluated_set, score
+from core.scoring.metrics import BY_NAME
 from tasks.artifacts import key_of
 from tasks.embed import embed
 from tasks.prepare import build_reference, prepare_cells

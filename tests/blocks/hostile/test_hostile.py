@@ -19,11 +19,11 @@ import pandas as pd
 import psutil
 import pytest
 
-from blocks.docker_engine import DockerEngine
-from blocks.docker_limits import Limits
-from blocks.engines import ModelFailed
+from blocks.engines.docker.engine import DockerEngine
+from blocks.engines.docker.limits import Limits
+from blocks.engines.process import ModelFailed
 from core.errors import UserError
-from core.predictions import check_model_output
+from core.scoring.predictions import check_model_output
 
 pytestmark = [pytest.mark.docker, pytest.mark.usefixtures("nothing_left")]
 

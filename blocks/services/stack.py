@@ -1,0 +1,210 @@
+"""The private local services: a Prefect server, an MLflow server and a worker per work pool, of this project alone.
+
+The servers are started here, the workers in blocks.services.workers; all are shown and stopped here. They listen on
+127.0.0.1, keep everything under the data folder and use none of the user's own Prefect or MLflow settings. Imports
+neither prefect nor mlflow, which take seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from blocks.config.paths import logs_folder, mlflow_folder, prefect_folder, temporary_folder
+from blocks.config.settings import HOST, Services, child_environment, remove_toml, require_own_toml, write_toml
+from blocks.services import daemons
+from blocks.services.daemons import START_TIMEOUT, Record, Records
+from blocks.services.loopback import answers, ask, bindable, free_port
+from blocks.services.workers import WORKERS, end_workers
+
+
+@dataclass(frozen=True)
+class ServiceStatus:
+    """state: "running", "not answering" (a process, but no answer) or "stopped"; url is None for a worker."""
+
+    name: str
+    state: str
+    url: str | None
+    pid: int | None
+    log: Path
+
+
+@dataclass(frozen=True)
+class _Server:
+    """name; the port to take if it is free; the path that answers 200 when all is well; the command."""
+
+    name: str
+    port: int
+    health: str
+    command: Callable[[int], list[str]]
+
+
+def _prefect_command(port: int) -> list[str]:
+    return ["-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
+
+
+def _mlflow_command(port: int) -> list[str]:
+    folder = mlflow_folder()
+    return [
+        *("-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"),
+        *("--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"),
+        *("--serve-artifacts", "--artifacts-destination", (folder / "artifacts").as_uri()),
+        "--uvicorn-opts=--no-access-log",
+    ]
+
+
+SERVERS = (
+    _Server("prefect", 4200, "/api/health", _prefect_command),
+    _Server("mlflow", 5000, "/health", _mlflow_command),
+)
+
+# A killed run cannot say so and would be shown as running for ever. Ten heartbeats long, since a run is silent
+# too while a long numerical routine holds its interpreter.
+SILENT_RUNS = {
+    "name": "calipert: a run without a sign of life has crashed",
+    "trigger": {
+        "type": "event",
+        "match": {"prefect.resource.id": "prefect.flow-run.*"},
+        "for_each": ["prefect.resource.id"],
+        "after": ["prefect.flow-run.heartbeat"],
+        "expect": [
+            "prefect.flow-run.heartbeat",
+            "prefect.flow-run.Completed",
+            "prefect.flow-run.Failed",
+            "prefect.flow-run.Cancelled",
+            "prefect.flow-run.Crashed",
+        ],
+        "posture": "Proactive",
+        "threshold": 1,
+        "within": 300,
+    },
+    "actions": [
+        {
+            "type": "change-flow-run-state",
+            "state": "CRASHED",
+            "message": "No sign of life for five minutes: its process was killed.",
+        }
+    ],
+}
+
+
+def ensure_servers(timeout: float = START_TIMEOUT) -> Services:
+    """Starts what does not run yet, both at once, and returns when both answer.
+
+    Servers outlive the process that started them. Simultaneous callers start nothing twice.
+    timeout: seconds to wait for an answer. Raises UserError, with the last lines of the log, if a server ends or
+    does not answer in time; it is stopped then, so that the next call starts afresh.
+    """
+    records = daemons.read()
+    if not all(_healthy(records.get(server.name), server) for server in SERVERS):
+        with daemons.lock():
+            records = daemons.read()
+            require_own_toml()
+            _start(records, timeout)
+            _watch_runs(_services(records))
+    services = _services(records)
+    write_toml(services)
+    return services
+
+
+def stop() -> list[str]:
+    """Ends the services of this data folder, the workers before the servers, and returns the names of those that
+    ran. Nothing else is ended.
+
+    Each gets some time to finish in order; what is left of its processes is killed.
+    """
+    servers = [server.name for server in SERVERS]
+    with daemons.lock():
+        records = daemons.read()
+        # Whatever else is on record is a worker too, of a pool that there is no more.
+        workers = list(dict.fromkeys(name for name in (*WORKERS, *records) if name not in servers))
+        running = [name for name in (*workers, *servers) if daemons.processes(name, records)]
+        end_workers(records, *workers)
+        shutil.rmtree(temporary_folder(), ignore_errors=True)
+        daemons.forget(records, *servers)
+        remove_toml()
+    return running
+
+
+def status() -> list[ServiceStatus]:
+    """The state of both servers and of the workers."""
+    records = daemons.read()
+    found = []
+    for server in SERVERS:
+        record = records.get(server.name)
+        state = "running" if _healthy(record, server) else "not answering" if daemons.alive(record) else "stopped"
+        url = _url(record) if record and state == "running" else None
+        found.append(ServiceStatus(server.name, state, url, daemons.pid(record), daemons.log_file(server.name)))
+    for worker in WORKERS:
+        state = "running" if daemons.alive(records.get(worker)) else "stopped"
+        found.append(ServiceStatus(worker, state, None, daemons.pid(records.get(worker)), daemons.log_file(worker)))
+    return found
+
+
+# Starting
+
+
+def _start(records: Records, timeout: float) -> None:
+    for folder in (logs_folder(), prefect_folder(), mlflow_folder()):
+        folder.mkdir(parents=True, exist_ok=True)
+    waiting = [server for server in SERVERS if not _healthy(records.get(server.name), server)]
+    deadline = time.monotonic() + timeout
+    for server in waiting:
+        # One that another process was starting when it was killed may be on its way.
+        if not daemons.alive(records.get(server.name)):
+            before = records.get(server.name)
+            daemons.forget(records, server.name)
+            _launch_server(records, server, free_port(before.port if before else server.port))
+    while waiting:
+        for server in list(waiting):
+            record = records[server.name]
+            if _healthy(record, server):
+                waiting.remove(server)
+            elif not daemons.alive(record) and not bindable(record.port):
+                # Another program took the port in the meantime.
+                daemons.forget(records, server.name)
+                _launch_server(records, server, free_port(0))
+            elif not daemons.alive(record) or time.monotonic() > deadline:
+                error = daemons.failure(record, timeout)
+                daemons.forget(records, *(one.name for one in waiting))
+                raise error
+        time.sleep(0.1)
+
+
+def _watch_runs(services: Services) -> None:
+    url = f"{services.prefect_api}/automations"
+    wanted = {"automations": {"name": {"any_": [SILENT_RUNS["name"]]}}}
+    if not json.loads(ask(f"{url}/filter", wanted)):
+        ask(f"{url}/", SILENT_RUNS)
+
+
+def _launch_server(records: Records, server: _Server, port: int) -> None:
+    ports = {one.name: records[one.name].port if one.name in records else 0 for one in SERVERS}
+    addresses = {name: f"http://{HOST}:{number}" for name, number in (ports | {server.name: port}).items()}
+    environment = child_environment(Services(**addresses))
+    # Each server is told of itself only: the other's port may not be known yet, and MLflow's must not call itself.
+    del environment["MLFLOW_TRACKING_URI"]
+    if server.name != "prefect":
+        del environment["PREFECT_API_URL"]
+    # In a folder where no prefect.toml, .env or module of the user's is picked up.
+    daemons.remember(records, daemons.launch(server.name, server.command(port), port, environment, logs_folder()))
+
+
+# Checking
+
+
+def _healthy(record: Record | None, server: _Server) -> bool:
+    """Whether the recorded process itself, not some other program on its port, answers."""
+    return record is not None and daemons.listens(record) and answers(f"{_url(record)}{server.health}")
+
+
+def _services(records: Records) -> Services:
+    return Services(**{server.name: _url(records[server.name]) for server in SERVERS})
+
+
+def _url(record: Record) -> str:
+    return f"http://{HOST}:{record.port}"

@@ -1,0 +1,123 @@
+"""Vectors of texts from a service that answers as OpenAI's API does (`POST <url>/embeddings`).
+
+Its key goes into the header of the request and nowhere else: answers and errors are shown without it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import httpx
+import numpy as np
+
+from blocks.config.secrets import secret
+from blocks.services.vectors import Vector, address, fault
+from core.catalog.schema import TextService
+from core.errors import UserError
+
+TIMEOUT = 120.0  # seconds without a byte, after which a request counts as lost
+LONGEST = 200  # letters of the service's words that a message repeats
+MAY_PASS = (408, 409, 429)
+REFUSED = (401, 403)
+
+
+class ServiceBusy(Exception):
+    """The service was out of reach, or put us off: another try may help. wait: seconds that it asks to wait, else 0."""
+
+    def __init__(self, why: str, wait: float = 0.0) -> None:
+        super().__init__(why, wait)
+        self.why, self.wait = why, wait
+
+
+def service_key(service: TextService) -> str:
+    """The service's key, from its Secret block. Raises UserError where there is none, or it can be no key."""
+    key = secret(service.secret)
+    if key is None:
+        remedy = f"make the Secret block {service.secret} with a key of the service (docs/secrets.md)"
+        raise UserError("Prefect blocks", service.secret, f"no such block; {service.url} asks for a key", remedy)
+    if not re.fullmatch(r"[!-~]+", key):
+        found = "a blank, a line end or a letter that no key has"
+        raise UserError("Prefect blocks", service.secret, found, "put the key in as the service shows it, nothing else")
+    return key
+
+
+def text_vectors(service: TextService, dimensions: int | None, texts: Sequence[str]) -> list[Vector]:
+    """The vectors of texts (float32), in their order, by one request.
+
+    dimensions: how long they must be, which the service is told; None leaves it to the service. Each text has
+    one, which is finite and not all zero.
+    Raises ServiceBusy where another try may help, and UserError where the key is missing or refused, the address is
+    none, the request is refused, or the answer is not what was asked for.
+    """
+    key = service_key(service)
+    where = address(service)
+    wanted = {"model": service.model, "input": list(texts)} | ({"dimensions": dimensions} if dimensions else {})
+    try:
+        answer = httpx.post(where, json=wanted, headers={"Authorization": f"Bearer {key}"}, timeout=TIMEOUT)
+    except httpx.RequestError as error:
+        # Not from it: it holds the request, and with it the key.
+        raise ServiceBusy(f"{type(error).__name__}: {_without(key, str(error))}") from None
+    except (httpx.InvalidURL, UnicodeError) as error:  # a port that is none, a name that no host can have
+        found = f"no address that can be asked ({_without(key, str(error))})"
+        raise UserError(where, "service.url", found, "mend `url` of the entry (docs/catalog.md)") from None
+    if not answer.is_success:
+        raise _refusal(service, where, answer, _without(key, _words(answer)))
+    return _read(answer, len(texts), dimensions, where)
+
+
+def _refusal(service: TextService, where: str, answer: httpx.Response, words: str) -> Exception:
+    """What an answer other than success means. words: the service's own, without the key."""
+    status = answer.status_code
+    said = f"HTTP {status} {httpx.codes.get_reason_phrase(status)}".strip()
+    if status in REFUSED:
+        # The service's words may repeat a part of the key.
+        remedy = f"put a valid key into the Secret block {service.secret} (docs/secrets.md), and run again"
+        return UserError(where, "key", said, remedy)
+    said += f": {words}" if words else ""
+    if status == httpx.codes.TOO_MANY_REQUESTS and "insufficient_quota" in answer.text:
+        remedy = "raise the account's limit at the service, and run again: what was answered is kept"
+        return UserError(where, "quota", said, remedy)
+    if status in MAY_PASS or answer.is_server_error:
+        return ServiceBusy(said, _seconds(answer.headers.get("Retry-After", "")))
+    return UserError(where, "request", said, "check `service` and `dimensions` of the entry (docs/catalog.md)")
+
+
+def _words(answer: httpx.Response) -> str:
+    """The service's explanation, where it gives one in its form, else nothing."""
+    try:
+        words = answer.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return ""
+    return words if isinstance(words, str) else ""
+
+
+def _without(key: str, words: str) -> str:
+    return words.replace(key, "...")[:LONGEST]
+
+
+def _seconds(text: str) -> float:
+    """What Retry-After says; 0 for a date, which services of this kind do not send, and for nothing."""
+    return float(text) if re.fullmatch(r"\d{1,6}(\.\d+)?", text) else 0.0
+
+
+def _read(answer: httpx.Response, n: int, dimensions: int | None, where: str) -> list[Vector]:
+    try:
+        data = answer.json()["data"]
+        rows = {row["index"]: np.asarray(row["embedding"], dtype=np.float32) for row in data}
+        in_order = [rows[place] for place in range(n)]
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
+        data, in_order = [], []
+    if len(data) != n:
+        raise _useless(where, f"not one vector for each of the {n} texts")
+    for vector in in_order:
+        # Of one answer, all are equally long.
+        why = fault(vector, dimensions or in_order[0].size)
+        if why:
+            raise _useless(where, f"a vector with {why}")
+    return in_order
+
+
+def _useless(where: str, found: str) -> UserError:
+    remedy = "run again: what was answered well is kept. If it stays so, check `service` and `dimensions` of the entry"
+    return UserError(where, "answer", found, remedy)

@@ -1,0 +1,407 @@
+"""The artifact store: folders of files, each named by the hash of what produced it, whole or not there.
+
+docs/store.md says how it lies on the disk and in a bucket, and what is certain of it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from datetime import UTC, datetime
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import filelock
+from prefect.blocks.core import Block
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from blocks.config.paths import store_folder
+from blocks.local.scratch import scratch, sweep
+from blocks.store.bucket import DamagedFolder, ObjectStore, StoredFile
+from blocks.store.checksums import file_checksum
+from core.errors import UserError
+
+JSON: TypeAlias = "str | int | float | bool | list[JSON] | tuple[JSON, ...] | Mapping[str, JSON] | None"
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+
+_LOG = logging.getLogger("calipert.store")
+_KIND = re.compile(r"[a-z][a-z0-9_-]*")
+_KEY = re.compile(r"[0-9a-f]{64}")
+# Beside the kinds, so that publishing is a rename within one file system. The dot keeps them apart.
+_TEMPORARY = ".temporary"
+_LOCKS = ".locks"
+QUIET_S = 2.0  # so long another may be at work on the same before it is said
+_SCRATCH = "artifact"
+# What this process (by its id) has done: the stores that it swept, and what it knows to be in which bucket.
+_swept: set[tuple[int, str]] = set()
+_shared: set[tuple[int, str | None, str]] = set()
+
+
+def artifact_key(kind: str, inputs: Mapping[str, str], parameters: Mapping[str, JSON], code: str) -> str:
+    """SHA-256 (hex) of what produces an artifact: its name in the store.
+
+    inputs: name -> key or checksum of what goes in. parameters: JSON values; the order of names does not
+    count, floats count to the last bit, 1 and 1.0 differ, tuples count as lists. code: see
+    blocks.store.code.code_hash.
+    Raises TypeError for a value that is not JSON, ValueError for NaN and infinities, which JSON cannot hold.
+    """
+    recipe = {"kind": kind, "inputs": inputs, "parameters": parameters, "code": code}
+    text = json.dumps(_plain(recipe, ""), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return sha256(text.encode()).hexdigest()
+
+
+class Manifest(BaseModel):
+    """What an artifact is made of and from. Two equal artifacts differ in `created` (UTC) at most."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    schema_version: int
+    kind: str
+    key: str
+    inputs: dict[str, str]
+    parameters: dict[str, Any]
+    code: str
+    files: dict[str, StoredFile]
+    created: datetime
+
+
+class ArtifactStore(Block):
+    """Content-addressed artifacts in a folder: <root>/<kind>/<key>/ with a manifest.json and read-only files; and in a
+    bucket that machines share, if there is one, of which the folder then is the cache.
+
+    An artifact appears by one atomic rename after everything in it has reached the disk, in the bucket by its index,
+    uploaded last; one with a valid manifest is never computed again. Callers touch only the folder that they are
+    handed.
+    """
+
+    _block_type_name = "Calipert artifact store"
+    _block_type_slug = "calipert-artifact-store"
+
+    root: str = Field(default_factory=lambda: str(store_folder()), description="Folder of the store.")
+    remote: str | None = Field(
+        default_factory=lambda: os.environ.get("CALIPERT_STORE") or None,
+        description="s3://bucket/prefix that several machines share; without it the store is this machine's alone.",
+    )
+
+    def obtain(
+        self,
+        kind: str,
+        key: str,
+        build: Callable[[Path], None],
+        *,
+        inputs: Mapping[str, str],
+        parameters: Mapping[str, JSON],
+        code: str,
+    ) -> Path:
+        """The folder of an artifact; `build` is called with an empty folder to fill if there is none yet, here or in
+        the bucket.
+
+        Every file is checked against its checksum (once per process, as long as it does not change). A
+        damaged artifact is removed and built again, with a warning. Who asks for a key that another process
+        or thread of this host is building waits for it; should two hosts build one key, each keeps its own folder,
+        and the first to upload has its artifact in the bucket. A build that fails or is killed leaves nothing under
+        the key; what a killed process left elsewhere is removed by the next one.
+        Raises ValueError if `key` is not the key of the recipe or `build` leaves anything but regular files,
+        UserError if the disk is full, the folder cannot be written (what it already holds can be used all the
+        same) or the bucket cannot be used (what was built stays, and is uploaded the next time), and whatever `build`
+        raises.
+        """
+        if key != artifact_key(kind, inputs, parameters, code):
+            raise ValueError(f"{key} is not the key of this {kind}'s inputs, parameters and code")
+        manifest = Manifest(
+            schema_version=SCHEMA,
+            kind=kind,
+            key=key,
+            inputs=dict(inputs),
+            parameters={name: _plain(value, name) for name, value in parameters.items()},
+            code=code,
+            files={},
+            created=datetime.now(UTC),
+        )
+        final = self._folder(kind, key)
+
+        def make(content: Path) -> None:
+            build(content)
+            _seal(content, manifest, final)
+
+        with self._explained(kind):
+            self._sweep()
+            if _damage(final, kind, key) is not None:
+                self._place(kind, key, make)
+            elif not self._is_shared(kind, key):
+                with self._lock(kind, key) if os.access(self.root, os.W_OK) else nullcontext():
+                    self._share(kind, key)
+        return final
+
+    def find(self, kind: str, key: str) -> Path | None:
+        """The folder of an artifact that is whole, here or in the bucket, from where it is fetched; else None.
+
+        Raises UserError as `obtain` does.
+        """
+        final = self._folder(kind, key)
+        with self._explained(kind):
+            self._sweep()
+            if _damage(final, kind, key) is None:
+                return final
+            if self.remote is None or not self._is_shared(kind, key):
+                return None
+            return final if self._place(kind, key, None) else None
+
+    @contextmanager
+    def _explained(self, kind: str) -> Iterator[None]:
+        """Errors of the disk that the user can mend, as such."""
+        try:
+            yield
+        except Exception as error:
+            if _out_of_space(error):
+                raise self._full(kind) from error
+            if _no_permission(error, Path(self.root)):
+                raise self._read_only(kind, error) from error
+            raise
+
+    def _full(self, kind: str) -> UserError:
+        free = shutil.disk_usage(_existing(Path(self.root))).free
+        return UserError(
+            self.root,
+            "free disk space",
+            f"the disk was full before this artifact ({kind}) was complete; with its unfinished files removed,"
+            f" {free / 1e6:,.1f} MB are free, and it needs more than that",
+            "free some space, or move the data folder to a larger disk (environment CALIPERT_DATA)",
+        )
+
+    def _read_only(self, kind: str, error: BaseException) -> UserError:
+        return UserError(
+            self.root,
+            "folder of the store",
+            f"no permission to put an artifact ({kind}) there ({error})",
+            "let the user that calipert runs as write there, or name another data folder (environment"
+            " CALIPERT_DATA); what the store already holds can be used as it is",
+        )
+
+    def _folder(self, kind: str, key: str) -> Path:
+        if not _KIND.fullmatch(kind):
+            raise ValueError(f"{kind!r} is not a kind: lower-case letters, digits, _ and -")
+        if not _KEY.fullmatch(key):
+            raise ValueError(f"{key!r} is not a key: 64 hexadecimal digits")
+        return Path(self.root) / kind / key
+
+    @contextmanager
+    def _lock(self, kind: str, key: str) -> Iterator[None]:
+        folder = Path(self.root) / _LOCKS / kind
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / key)
+        try:
+            lock.acquire(timeout=QUIET_S)
+        except filelock.Timeout:
+            _LOG.info("another run here is making the same %s (%s...): waiting for it", kind, key[:12])
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _sweep(self) -> None:
+        """Once in a process: also where all is there, and nothing is built, the remains of a killed one go."""
+        place = (os.getpid(), self.root)
+        if place not in _swept:
+            sweep(Path(self.root) / _TEMPORARY, _SCRATCH)
+            _swept.add(place)
+
+    def _place(self, kind: str, key: str, make: Callable[[Path], None] | None) -> bool:
+        """Put an artifact that is not there, or damaged, under its name: from the bucket, else by `make`, which fills
+        and seals an empty folder. False if it is in no bucket and there is no `make`."""
+        final = self._folder(kind, key)
+        with self._lock(kind, key):
+            # Checked again under the lock, and again whenever another host has published in the meantime.
+            while (damage := _damage(final, kind, key)) is not None:
+                with scratch(Path(self.root) / _TEMPORARY, _SCRATCH) as temporary:
+                    if final.exists():
+                        _LOG.warning("%s %s is damaged (%s): removing it", kind, key, damage)
+                        # Renamed first: half an artifact is never seen under its name, even if this process dies.
+                        final.rename(temporary / "damaged")
+                        shutil.rmtree(temporary / "damaged")
+                    content = temporary / kind / key
+                    content.mkdir(parents=True)
+                    if not self._fetch(content, kind, key):
+                        if make is None:
+                            return False
+                        make(content)
+                    _publish(content, final)
+            self._share(kind, key)
+        return True
+
+    def _fetch(self, content: Path, kind: str, key: str) -> bool:
+        """Fill an empty folder with the bucket's artifact and seal it; False, and the folder empty, if there is none
+        or it is damaged."""
+        if self.remote is None:
+            return False
+        bucket, name = ObjectStore(self.remote), f"{kind}/{key}"
+        try:
+            if not bucket.get(name, content):
+                return False
+            damage = _damage(content, kind, key, self._folder(kind, key))
+        except DamagedFolder as error:
+            damage = str(error)
+        if damage is None:
+            _settle(content)
+            _shared.add((os.getpid(), self.remote, name))
+            return True
+        self._remove_there(kind, key, damage)
+        shutil.rmtree(content)
+        content.mkdir()
+        return False
+
+    def _remove_there(self, kind: str, key: str, damage: str) -> None:
+        _LOG.warning("%s %s in %s is damaged (%s): removing it there", kind, key, self.remote, damage)
+        ObjectStore(str(self.remote)).remove(f"{kind}/{key}")
+        _shared.discard((os.getpid(), str(self.remote), f"{kind}/{key}"))
+
+    def _is_shared(self, kind: str, key: str) -> bool:
+        """Whether an artifact needs no upload: there is no bucket, or it is there. Asked once in a process."""
+        if self.remote is None or (os.getpid(), self.remote, f"{kind}/{key}") in _shared:
+            return True
+        try:
+            standing = ObjectStore(self.remote).files(f"{kind}/{key}")
+        except DamagedFolder as error:
+            self._remove_there(kind, key, str(error))
+            return False
+        if standing is not None:
+            self._remember(kind, key, standing)
+        return standing is not None
+
+    def _share(self, kind: str, key: str) -> None:
+        """Upload an artifact that is here and not in the bucket."""
+        name = f"{kind}/{key}"
+        if self.remote is not None and (os.getpid(), self.remote, name) not in _shared:
+            self._remember(kind, key, ObjectStore(self.remote).put(self._folder(kind, key), name))
+
+    def _remember(self, kind: str, key: str, standing: Mapping[str, StoredFile]) -> None:
+        _shared.add((os.getpid(), self.remote, f"{kind}/{key}"))
+        manifest = _manifest(self._folder(kind, key))
+        there = {name: file for name, file in standing.items() if name != MANIFEST}
+        if manifest is not None and manifest.files != there:
+            _LOG.warning(
+                "another machine has uploaded %s %s with other values than those made here: both are kept", kind, key
+            )
+
+
+def _plain(value: object, where: str) -> object:
+    """The value in dicts, lists and scalars. Nothing but JSON gets in: json.dumps would write the name 1 as
+    "1" and let two recipes share one key."""
+    if isinstance(value, Mapping):
+        for name in value:
+            if not isinstance(name, str):
+                raise TypeError(f"{where or 'recipe'}: the name {name!r} is not a string")
+        return {name: _plain(item, f"{where}.{name}".lstrip(".")) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{where}[{number}]") for number, item in enumerate(value)]
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise TypeError(f"{where}: {value!r} is not a JSON value")
+
+
+def _manifest(folder: Path) -> Manifest | None:
+    try:
+        return Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def _damage(folder: Path, kind: str, key: str, place: Path | None = None) -> str | None:
+    """What is wrong with an artifact, None if nothing is. place: where the folder will lie, if it is about to be
+    renamed."""
+    manifest = _manifest(folder)
+    if manifest is None:
+        return "no readable manifest"
+    if manifest.schema_version != SCHEMA:
+        return f"its manifest has schema {manifest.schema_version}, not {SCHEMA}"
+    if key != artifact_key(kind, manifest.inputs, manifest.parameters, manifest.code):
+        return "its manifest belongs to another artifact"
+    for name, expected in manifest.files.items():
+        path = folder / name
+        try:
+            status = path.stat()
+            if status.st_size != expected.size:
+                return f"{name} has {status.st_size} bytes, not {expected.size}"
+            if file_checksum(path, (place or folder) / name) != expected.sha256:
+                return f"{name} has changed"
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+    return None
+
+
+def _seal(content: Path, manifest: Manifest, final: Path) -> None:
+    """Writes the manifest of the built files, and makes all read-only and durable."""
+    files = {}
+    for path in sorted(content.rglob("*")):
+        if path.is_dir() and not path.is_symlink():
+            continue
+        name = path.relative_to(content).as_posix()
+        if path.is_symlink() or not path.is_file():
+            raise ValueError(f"{name}: an artifact holds regular files only")
+        if name == MANIFEST:
+            raise ValueError(f"{name}: the store writes this file itself")
+        files[name] = StoredFile(size=path.stat().st_size, sha256=file_checksum(path, final / name))
+    sealed = manifest.model_copy(update={"files": files})
+    (content / MANIFEST).write_text(sealed.model_dump_json(indent=1), encoding="utf-8")
+    _settle(content)
+
+
+def _settle(content: Path) -> None:
+    """Makes the files read-only, and all of it durable."""
+    for path in (*content.rglob("*"), content):
+        if not path.is_dir():
+            path.chmod(0o444)
+        _sync(path)
+
+
+def _publish(content: Path, final: Path) -> None:
+    """One atomic rename. It fails if the name is taken, since a rename never replaces a folder that holds
+    files; then what stands there is another builder's, published first."""
+    final.parent.mkdir(exist_ok=True)
+    try:
+        content.rename(final)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    _sync(final.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _out_of_space(error: BaseException | None) -> bool:
+    """Whether a full disk or quota is behind an error; libraries such as HDF5 report it in their text."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if os.strerror(errno.ENOSPC) in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _no_permission(error: BaseException, root: Path) -> bool:
+    """Whether the file system, or the rights of a folder, forbade to write in the store or to make it."""
+    if not isinstance(error, OSError) or error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return False
+    place = Path(str(error.filename))
+    return place.is_relative_to(root) or root.is_relative_to(place)
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(place for place in (folder, *folder.parents) if place.exists())

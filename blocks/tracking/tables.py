@@ -1,0 +1,63 @@
+"""What a run in MLflow shows of a leaderboard and of a calibration: metrics and tags."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from blocks.tracking.runs import Points, not_finite
+from core.scoring.calibration import VARIANTS
+
+# Columns of the leaderboard that become the metrics `<metric>.<column>` of a model's run.
+SUMMARY_COLUMNS = (
+    "mean",
+    "median",
+    "n_conditions",
+    "coverage",
+    "nan_share",
+    "headroom",
+    "headroom_low",
+    "headroom_high",
+    "headroom_half_sd",
+    "rank",
+)
+# Columns of the calibration table that become metrics `<metric>.<variant><ending>` for every variant of the DRF.
+DRF_ENDINGS = {"drf": "", "drf_low": "_low", "drf_high": "_high", "drf_half_sd": "_half_sd"}
+# Columns that are kept for the variant that carries the verdict only, as `<metric>.<column>`.
+QUOTED_VARIANT = VARIANTS[0].name
+QUOTED_COLUMNS = ("bds", "bds_low", "bds_high", "bds_half_sd", "nan_share", "n_conditions")
+
+
+def summaries(rows: pd.DataFrame) -> tuple[Points, dict[str, str]]:
+    """Metrics and tags of one model. rows: its rows of the leaderboard, by metric."""
+    points: Points = {
+        (f"{metric}.{column}", 0): float(value) for column in SUMMARY_COLUMNS for metric, value in rows[column].items()
+    }
+    absent = [name for name in not_finite(points) if not name.endswith(".rank")]
+    calibrated = rows["calibrated"].astype(bool)
+    tags = {
+        "calibrated": ", ".join(sorted(calibrated.index[calibrated])) or "none",
+        **{f"calibrated.{metric}": str(yes).lower() for metric, yes in calibrated.items()},
+        "in_panel": str(bool(rows["in_panel"].all())).lower(),
+        "not_finite": ", ".join(absent) or "none",
+    }
+    return points, tags
+
+
+def verdicts(calibration: pd.DataFrame) -> tuple[Points, dict[str, str]]:
+    """Metrics and tags of one calibration."""
+    points: Points = {}
+    for row in calibration.to_dict("records"):
+        for column, ending in DRF_ENDINGS.items():
+            points[f"{row['metric']}.{row['variant']}{ending}", 0] = float(row[column])
+        if row["variant"] == QUOTED_VARIANT:
+            for column in QUOTED_COLUMNS:
+                points[f"{row['metric']}.{column}", 0] = float(row[column])
+    quoted = calibration[calibration["variant"] == QUOTED_VARIANT]
+    verdict_of = quoted.set_index("metric")["verdict"]
+    calibrated = verdict_of.index[verdict_of == "calibrated"]
+    tags = {
+        "calibrated": ", ".join(sorted(calibrated)) or "none",
+        **{f"verdict.{metric}": str(verdict) for metric, verdict in verdict_of.items()},
+        "not_finite": ", ".join(not_finite(points)) or "none",
+    }
+    return points, tags

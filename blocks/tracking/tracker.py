@@ -1,0 +1,420 @@
+"""What is kept in MLflow: an experiment per data set, a run per model and seed, a child run per fold.
+
+Everything here can be repeated. A run is found again by its tag `calipert.key`, a value that already stands there is
+not written twice, and a run that was cut off is ended by the next attempt. docs/tracking.md lists every name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import quote, urlsplit
+
+import pandas as pd
+from prefect.blocks.core import Block
+from pydantic import Field, field_validator
+
+from blocks.config.paths import scratch_folder
+from blocks.local.processes import known_dead, this_process
+from blocks.local.scratch import scratch
+from blocks.tracking.api import Run, Server
+from blocks.tracking.curves import live_curve, log_curve
+from blocks.tracking.runs import (
+    KEY,
+    PARENT,
+    Points,
+    Wanted,
+    allowed,
+    as_text,
+    at_once,
+    end,
+    opened,
+    shortened,
+    with_running_children,
+    write,
+)
+from blocks.tracking.tables import summaries, verdicts
+from core.errors import UserError
+
+if TYPE_CHECKING:
+    from blocks.engines.process import Usage
+
+EXPERIMENT_PREFIX = "calipert/"
+# The file's name in every run of a benchmark.
+REPORT = "report.html"
+
+_FLOW_RUN = "flow_run_id"
+_PROCESS = "process"
+_TRAINED_BY = "training_flow_run_id"
+# What a fold's run repeats of its model's, so that one filter finds both.
+_INHERITED = ("benchmark_id", "kind", "model", "dataset", "seed", "engine", "git_commit", _FLOW_RUN, _PROCESS)
+_RUNNING = "attributes.status = 'RUNNING'"
+
+
+class ModelRun(NamedTuple):
+    """What is known of a model's run before it starts.
+
+    seed:    the training seed; -1 for controls, which have none.
+    key:     hash of what the run's results follow from (model, seed, data set, code, and the benchmark, whose panel
+             its summaries depend on); the same key must come with the same params.
+    kind:    "model", "baseline", "negative control" or "positive control".
+    params:  hyperparameters and whatever else decides the result. Values longer than 500 characters are cut with
+             their hash, and params.json has all of them whole.
+    engine:  identity of what trains (image digest, or hash of the build folder); None where nothing trains.
+    folds:   those that get a run of their own.
+    """
+
+    model: str
+    seed: int
+    key: str
+    kind: str
+    params: Mapping[str, object]
+    engine: str | None = None
+    folds: Sequence[int] = ()
+
+
+class OpenRun(NamedTuple):
+    """The ids of a model's run and, by fold, of those of its folds."""
+
+    run_id: str
+    folds: dict[int, str]
+
+
+class MLflowTracking(Block):
+    """Writes benchmarks and calibrations to an MLflow server.
+
+    Every method talks to the server at `tracking_uri` and to nothing else, and raises UserError, naming that URL and
+    the remedy, when the server does not answer or refuses: within about 15 seconds where it has never answered, within
+    about a minute where it was lost or its database is locked. Credentials are never part of the URL: they are read
+    from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment.
+    """
+
+    _block_type_name = "MLflow tracking"
+    _block_type_slug = "mlflow-tracking"
+    _description = "The MLflow server that keeps the runs of calipert."
+
+    tracking_uri: str = Field(description="URL of the MLflow server, for instance http://127.0.0.1:5000")
+
+    @field_validator("tracking_uri")
+    @classmethod
+    def _server_url(cls, uri: str) -> str:
+        parts = urlsplit(uri)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UserError(
+                "environment",
+                "MLFLOW_TRACKING_URI",
+                uri,
+                "Give the http or https URL of an MLflow server: databases and folders written to directly by "
+                "several processes get damaged.",
+            )
+        if parts.username or parts.password:
+            raise UserError(
+                "environment",
+                "MLFLOW_TRACKING_URI",
+                f"a user name or password for {parts.hostname}",
+                "Take it out of the URL and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead.",
+            )
+        return uri.rstrip("/")
+
+    @property
+    def _server(self) -> Server:
+        return Server(self.tracking_uri)
+
+    def open_runs(
+        self,
+        dataset: str,
+        benchmark_id: str,
+        models: Sequence[ModelRun],
+        *,
+        digest: str,
+        source: str,
+        flow_run_id: str | None = None,
+    ) -> dict[str, OpenRun]:
+        """Model -> its run and those of its folds, RUNNING (folds that have finished before stay FINISHED); created
+        unless their keys are already there.
+
+        benchmark_id: ties these runs together; runs are looked for among those that have it.
+        digest:  identifies what the runs are scored against; source: where the raw file comes from, an https URL or
+                 any other name. Both become the data set input.
+
+        Call it before any fan-out: two simultaneous callers may each create runs (the next call would heal that).
+        """
+        server = self._server
+        experiment = server.experiment(f"{EXPERIMENT_PREFIX}{dataset}")
+        chosen = f"tags.benchmark_id = '{benchmark_id}'"
+        found = server.search([experiment], chosen)
+        shared = {"benchmark_id": benchmark_id, "dataset": dataset, **_origin(flow_run_id)}
+        params = {m.key: {"model": m.model, "dataset": dataset, "seed": m.seed, **m.params} for m in models}
+        wanted = [_wanted(model, shared, params[model.key]) for model in models]
+        runs = opened(server, experiment, chosen, wanted, found)
+
+        def describe(model: ModelRun) -> None:
+            _keep_params(server, runs[model.key], params[model.key])
+            _keep_dataset(server, runs[model.key], dataset, digest, source)
+
+        # The first one makes the data set that the others share.
+        for some in (models[:1], models[1:]):
+            at_once(describe, some)
+        parts = {
+            (model.model, fold): _wanted_fold(each, runs[model.key].run_id, fold)
+            for model, each in zip(models, wanted, strict=True)
+            for fold in model.folds
+        }
+        folds = opened(server, experiment, chosen, list(parts.values()), found)
+        return {
+            model.model: OpenRun(
+                runs[model.key].run_id, {fold: folds[parts[model.model, fold].key].run_id for fold in model.folds}
+            )
+            for model in models
+        }
+
+    def begin_training(self, run_id: str, flow_run_id: str) -> None:
+        """Say in a fold's run which flow run trains it now."""
+        self._server.log(run_id, tags={_TRAINED_BY: flow_run_id})
+
+    def kill_training(self, run_id: str, flow_run_id: str, reason: str) -> None:
+        """End a fold's run as KILLED, as `fail` does, if this flow run was the last that began to train it: the end of
+        an earlier one may be told late."""
+        if self._server.run(run_id).tags.get(_TRAINED_BY) == flow_run_id:
+            self.fail(run_id, reason, "KILLED")
+
+    def live_curve(self, run_id: str) -> Callable[[Mapping[str, object]], None]:
+        """A function that takes the events of a training while it runs and writes its metrics (blocks.tracking.curves).
+
+        The training waits meanwhile: a lost server is not asked again at once.
+        """
+        return live_curve(Server(self.tracking_uri, patience=0), run_id)
+
+    def log_curve(self, run_id: str, training: Path) -> None:
+        """Make a fold's run show exactly the curve of its training.jsonl (blocks.tracking.curves)."""
+        log_curve(self._server, run_id, training)
+
+    def log_usage(self, run_id: str, usage: Usage) -> None:
+        """Write what a training took to its run: `system.seconds` (wall clock), `system.cpu_seconds` and
+        `system.peak_memory_mb` (millions of bytes), and the tag `device`."""
+        took = {
+            "system.seconds": usage.seconds,
+            "system.cpu_seconds": usage.cpu_seconds,
+            "system.peak_memory_mb": None if usage.peak_memory_bytes is None else usage.peak_memory_bytes / 1e6,
+        }
+        points: Points = {(name, 0): value for name, value in took.items() if value is not None}
+        server = self._server
+        write(server, server.run(run_id), points, {"device": usage.device})
+
+    def log_leaderboard(self, leaderboard: pd.DataFrame, run_ids: Mapping[str, str]) -> None:
+        """Write each model's rows of the leaderboard as metrics `<metric>.<column>` of its run (columns:
+        blocks.tracking.tables.SUMMARY_COLUMNS, in the metrics' own units, shares in [0, 1]).
+
+        run_ids: the run of each model to be written; a model without rows raises KeyError.
+        NaN and infinite values are left out and named in the tag `not_finite` (a rank that a metric without a
+        calibrated verdict cannot have is not named). Tags: `calibrated` lists the calibrated metrics,
+        `calibrated.<metric>` and `in_panel` are "true" or "false".
+        """
+        server = self._server
+        by_model = dict(iter(leaderboard.groupby("model", sort=False)))
+        rows = [(run_id, by_model[model].set_index("metric")) for model, run_id in run_ids.items()]
+        at_once(lambda row: write(server, server.run(row[0]), *summaries(row[1])), rows)
+
+    def log_scores(self, scores: Path, run_ids: Mapping[str, str]) -> None:
+        """Keep with each model's run its own rows of scores.parquet, as a file of that name; of a model without rows
+        an empty table."""
+        import pyarrow.compute as pc
+        import pyarrow.parquet as pq
+
+        schema = pq.read_schema(scores).remove_metadata()
+        # As words and their numbers: the same few words stand in millions of rows.
+        words = [field.name for field in schema if str(field.type) in ("string", "large_string")]
+        table = pq.read_table(scores, read_dictionary=words)
+        server = self._server
+
+        def keep(item: tuple[str, str]) -> None:
+            model, run_id = item
+            own = table.filter(pc.equal(table["model"], model)).cast(schema)
+            with scratch(scratch_folder(), "mlflow") as folder:
+                file = folder / scores.name
+                pq.write_table(own, file)
+                server.upload(server.run(run_id), file)
+
+        at_once(keep, run_ids.items())
+
+    def log_report(self, report: Path, run_ids: Iterable[str]) -> None:
+        """Keep the report of a benchmark with each of these runs, as a file of that name."""
+        server = self._server
+        at_once(lambda run_id: server.upload(server.run(run_id), report), run_ids)
+
+    def log_calibration(
+        self,
+        dataset: str,
+        calibration: pd.DataFrame,
+        *,
+        key: str,
+        digest: str,
+        source: str,
+        params: Mapping[str, object],
+        file: Path,
+        flow_run_id: str | None = None,
+    ) -> str:
+        """Write one calibration as a run of its own, FINISHED, and return its id; repeated, it is the same run.
+
+        calibration: the table of calibration.parquet. Metrics: `<metric>.<variant>` is the DRF, with `_low`, `_high`
+        and `_half_sd`; `<metric>.bds` and its like belong to the variant that carries the verdict
+        (blocks.tracking.tables). Tags: `verdict.<metric>` and `calibrated`. NaN and infinite values are left out, named
+        in the tag `not_finite`.
+        digest: key of the calibration. key, source, params: as in `open_runs`. file: to keep with the run.
+        When something fails, the run ends as FAILED with the reason, and the error goes on.
+        """
+        server = self._server
+        experiment = server.experiment(f"{EXPERIMENT_PREFIX}{dataset}")
+        chosen = f"tags.`{KEY}` = '{key}'"
+        whole = {"dataset": dataset, **params}
+        tags = {"kind": "calibration", "dataset": dataset, **_origin(flow_run_id)}
+        wanted = Wanted(key, "calibration", tags, {name: as_text(value) for name, value in whole.items()})
+        run = opened(server, experiment, chosen, [wanted], server.search([experiment], chosen))[key]
+        try:
+            _keep_params(server, run, whole)
+            _keep_dataset(server, run, dataset, digest, source)
+            write(server, run, *verdicts(calibration))
+            server.upload(run, file)
+        except UserError:
+            # The server is lost or refuses: there is nobody to tell, and the next attempt finds the run.
+            raise
+        except BaseException as error:
+            self.fail(run.run_id, f"{type(error).__name__}: {error}")
+            raise
+        self.finish(run.run_id)
+        return run.run_id
+
+    def finish(self, *run_ids: str) -> None:
+        """End runs of one data set, and those of their folds that are still running, as FINISHED.
+
+        A run that had finished before keeps its first end, so that a repetition from finished artifacts does not
+        stretch its duration.
+        """
+        server = self._server
+        at_once(lambda run: end(server, run, "FINISHED"), with_running_children(server, run_ids))
+
+    def fail(self, run_id: str, reason: str, status: str = "FAILED") -> None:
+        """End a run, and those of its folds that are still running, as FAILED, or KILLED, with the reason in the tag
+        `failure`, which stays until the run finishes."""
+        server = self._server
+        at_once(lambda run: end(server, run, status, reason), with_running_children(server, [run_id]))
+
+    def end_interrupted(self, flow_run_id: str, reason: str) -> list[str]:
+        """End as KILLED every run that this flow run left running, and return their ids: for what is done when a flow
+        run was cancelled or has crashed."""
+        server = self._server
+        left = server.search(
+            server.experiments(EXPERIMENT_PREFIX), f"{_RUNNING} and tags.`{_FLOW_RUN}` = '{flow_run_id}'"
+        )
+        at_once(lambda run: end(server, run, "KILLED", reason), left)
+        return sorted(run.run_id for run in left)
+
+    def end_stale(self, dataset: str, alive: Callable[[list[str]], set[str]]) -> list[str]:
+        """End as KILLED the runs of a data set that nobody goes on with, and return their ids.
+
+        These are RUNNING, and the process that opened them is known to be dead, or their flow run is not alive.
+        alive: which of these flow runs (by id) may still be at work; asked once, with all of them, or not at all.
+        Runs without a flow run and of a process that nobody here can know are left alone.
+        """
+        server = self._server
+        experiment = server.experiment(f"{EXPERIMENT_PREFIX}{dataset}")
+        running = server.search([experiment], _RUNNING)
+        left = [run for run in running if known_dead(run.tags.get(_PROCESS, ""))]
+        unsure = [run for run in running if run not in left and _FLOW_RUN in run.tags]
+        flows = {run.tags[_FLOW_RUN] for run in unsure}
+        ended = flows - alive(sorted(flows)) if flows else set()
+        left += [run for run in unsure if run.tags[_FLOW_RUN] in ended]
+
+        def end_unless_taken(run: Run) -> Run | None:
+            # In the meantime another flow run may have gone on with it.
+            now = server.run(run.run_id)
+            same = all(now.tags.get(tag) == run.tags.get(tag) for tag in (_FLOW_RUN, _PROCESS))
+            if now.status != "RUNNING" or not same:
+                return None
+            end(server, now, "KILLED", "It was left running by a flow run that has ended.")
+            return now
+
+        return sorted(run.run_id for run in at_once(end_unless_taken, left) if run)
+
+    def benchmark_url(self, dataset: str, benchmark_id: str) -> str:
+        """The page that compares the models of one benchmark in charts, in the UI's mode for model training."""
+        chosen = quote(f"tags.benchmark_id = '{benchmark_id}'")
+        return (
+            f"{self._experiment_url(dataset)}/runs"
+            f"?workflowType=machine_learning&compareRunsMode=CHART&searchFilter={chosen}"
+        )
+
+    def report_url(self, dataset: str, run_id: str) -> str:
+        """The page that shows the report that a run keeps."""
+        return f"{self._experiment_url(dataset)}/runs/{run_id}/artifacts/{REPORT}?workflowType=machine_learning"
+
+    def _experiment_url(self, dataset: str) -> str:
+        """CALIPERT_MLFLOW_URL says how browsers reach the server where that differs from how workers do."""
+        pages = os.environ.get("CALIPERT_MLFLOW_URL", self.tracking_uri).rstrip("/")
+        return f"{pages}/#/experiments/{self._server.experiment(f'{EXPERIMENT_PREFIX}{dataset}')}"
+
+
+def git_commit(root: Path) -> str | None:
+    """The commit that is checked out at `root`; None where it is not the top of a git checkout, or git is absent."""
+    try:
+        told = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "--show-toplevel", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    lines = told.stdout.split("\n")
+    if told.returncode != 0 or Path(lines[0]) != root.resolve():
+        return None
+    return lines[1]
+
+
+def _origin(flow_run_id: str | None) -> dict[str, str | None]:
+    """Tags that say by what a run was opened."""
+    # An image has no checkout: it is told when it is built.
+    commit = os.environ.get("CALIPERT_COMMIT") or git_commit(Path(__file__).resolve().parents[2])
+    return {"git_commit": commit, _FLOW_RUN: flow_run_id, _PROCESS: this_process()}
+
+
+def _wanted(model: ModelRun, shared: Mapping[str, str | None], params: Mapping[str, object]) -> Wanted:
+    name = model.model if model.seed < 0 else f"{model.model} seed {model.seed}"
+    own = {"kind": model.kind, "model": model.model, "seed": str(model.seed), "engine": model.engine}
+    return Wanted(model.key, name, {**shared, **own}, {each: as_text(value) for each, value in params.items()})
+
+
+def _wanted_fold(model: Wanted, parent: str, fold: int) -> Wanted:
+    inherited = {name: model.tags.get(name) for name in _INHERITED}
+    params = {name: model.params[name] for name in ("model", "dataset", "seed")}
+    return Wanted(
+        f"{model.key}/fold_{fold}",
+        f"{model.name} fold {fold}",
+        {**inherited, PARENT: parent, "fold": str(fold)},
+        {**params, "fold": str(fold)},
+        once=True,
+    )
+
+
+def _keep_params(server: Server, run: Run, params: Mapping[str, object]) -> None:
+    """Where MLflow's limits change a param, all of them whole are in params.json."""
+    whole = {name: as_text(value) for name, value in params.items()}
+    if all(allowed(name) == name and shortened(text) == text for name, text in whole.items()):
+        return
+    with scratch(scratch_folder(), "mlflow") as folder:
+        file = folder / "params.json"
+        file.write_text(json.dumps(whole, indent=2), encoding="utf-8")
+        server.upload(run, file)
+
+
+def _keep_dataset(server: Server, run: Run, name: str, digest: str, source: str) -> None:
+    """The data set as the run's input; MLflow keeps 36 characters of the digest."""
+    if run.has_dataset:
+        return
+    kind = {"https": "http", "s3": "s3"}.get(source.partition("://")[0], "local")
+    server.log_dataset(run.run_id, name, digest[:36], kind, {"url" if kind == "http" else "uri": source})

@@ -1,0 +1,108 @@
+"""The layout of the public preprocessed mirror (`*_processed_complete.h5ad`): its cells, halves and folds.
+
+Labels that start with `ctrl` are synthetic mean cells, not perturbations, and are left out.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from core.conditions import CONTROL, KEYS
+from core.errors import UserError, shown
+from core.prepare.labels import Plan, columns_by_symbol, final_order, require_unique_cells
+
+FOLD_PREFIX = "split_fold_"
+REQUIRED_OBS = ("condition", "donor_id", "tech_dup_split", FOLD_PREFIX + "0")
+HALVES = ("first_half", "second_half")
+SPLITS = ("train", "val", "test")
+
+
+def is_mirror(obs: pd.DataFrame) -> bool:
+    """Whether a file's table of cells has the mirror's columns."""
+    return all(column in obs for column in REQUIRED_OBS)
+
+
+def has_mirror_layout(path: Path) -> bool:
+    """Whether a file has the mirror's columns, told from their names alone; False for a file that cannot be read."""
+    try:
+        with h5py.File(path) as file:
+            obs = file["obs"]
+            return all(
+                column in (obs.dtype.names or () if isinstance(obs, h5py.Dataset) else obs) for column in REQUIRED_OBS
+            )
+    except (OSError, KeyError):
+        return False
+
+
+def mirror_plan(obs: pd.DataFrame, var: pd.DataFrame, where: str) -> Plan:
+    """Which cells and genes of a mirror file to read, and what they are called.
+
+    obs, var: its tables of cells and genes. The plan's `obs` has condition, covariate, half and fold_k as the file
+    gives them, and its rows (unlike those of a raw file) are in the final order: by covariate, condition, cell name.
+    Raises UserError for duplicated cell names, a missing or unknown half or split, perturbed conditions whose cells
+    are in several splits of a fold or in one half only, and covariates without control.
+    """
+    require_unique_cells(obs, where)
+    labels = obs["condition"].astype(str)
+    synthetic = (labels.str.startswith("ctrl") & (labels != CONTROL)).to_numpy()
+    own = obs[~synthetic]
+    cells = pd.DataFrame({"condition": labels[~synthetic], "covariate": own["donor_id"].astype(str)})
+    cells["half"] = _known(own["tech_dup_split"], HALVES, where)
+    for fold in folds(obs):
+        cells[f"fold_{fold}"] = _known(own[f"{FOLD_PREFIX}{fold}"], SPLITS, where)
+    order = final_order(cells)
+    cells = cells.iloc[order]
+    _require_whole_conditions(cells, where)
+    without = sorted(set(cells["covariate"]) - set(cells.loc[cells["condition"] == CONTROL, "covariate"]))
+    if without:
+        remedy = "give a complete mirror file"
+        raise UserError(where, "obs['condition']", f"no {CONTROL!r} cell in {shown(without)}", remedy)
+    halves = cells[cells["condition"] != CONTROL].groupby(KEYS)["half"].nunique()
+    if (halves < len(HALVES)).any():
+        found = f"no cell of {halves.index[halves < len(HALVES)][0]} in one of the halves"
+        raise UserError(
+            where, "obs['tech_dup_split']", found, "leave the condition out: it has no truth or no duplicate"
+        )
+    columns, genes, dropped = columns_by_symbol(pd.Index(var.index))
+    report = {"cells in the file": len(obs), "synthetic control cells left out": int(synthetic.sum())}
+    return Plan(np.flatnonzero(~synthetic)[order], cells, columns, genes, report | dropped)
+
+
+def mirror_cells(data: ad.AnnData, where: str) -> ad.AnnData:
+    """The mirror's cells in our layout: X log1p, obs covariate, condition, half, fold_k; sorted rows and genes.
+
+    Raises UserError as `mirror_plan` does.
+    """
+    names = mirror_plan(data.obs, data.var, where)
+    matrix = sparse.csr_matrix(data.X, dtype=np.float32)[names.rows][:, names.columns]
+    matrix.sort_indices()
+    return ad.AnnData(X=matrix, obs=names.obs, var=pd.DataFrame(index=names.genes))
+
+
+def folds(obs: pd.DataFrame) -> list[int]:
+    """The numbers of the file's folds."""
+    numbers = (c.removeprefix(FOLD_PREFIX) for c in obs.columns if c.startswith(FOLD_PREFIX))
+    return sorted(int(number) for number in numbers if number.isdigit())
+
+
+def _known(column: pd.Series, values: tuple[str, ...], where: str) -> pd.Series:
+    text = column.astype(str)
+    foreign = sorted(set(text) - set(values))
+    if foreign:
+        raise UserError(where, f"obs[{column.name!r}]", shown(foreign), f"only {', '.join(values)} can stand there")
+    return text
+
+
+def _require_whole_conditions(cells: pd.DataFrame, where: str) -> None:
+    perturbed = cells[cells["condition"] != CONTROL]
+    for column in (c for c in cells.columns if c.startswith("fold_")):
+        n = perturbed.groupby(KEYS)[column].nunique()
+        if (n > 1).any():
+            field, found = f"obs['split_{column}']", f"the cells of {n.index[n > 1][0]} are in several splits"
+            raise UserError(where, field, found, "a condition is train, val or test as a whole")

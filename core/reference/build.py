@@ -1,0 +1,208 @@
+"""reference.h5ad and negatives.h5ad: all that scoring and calibration need, so that nothing reads cells again."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+from anndata.io import read_elem
+
+from core.arrays import Floats, Ints, in_threads
+from core.conditions import KEYS, genes_of, row_names
+from core.io.h5ad import read_obs, require_space
+from core.prepare.splits import draw_halves
+from core.reference.cell_sums import CellSums, reference_keys, sum_cells
+from core.reference.controls import additive, interpolate
+from core.reference.linear_baseline import linear
+from core.stats.differential_expression import against_rest, deg_mask
+from core.stats.moments import Moments
+
+HALF_LAYERS = (
+    "truth",
+    "technical_duplicate",
+    "interpolated_duplicate",
+    "t_first",
+    "padj_first",
+    "t_second",
+    "padj_second",
+)
+
+
+def write_reference(cells: ad.AnnData, seed: int, half_seeds: int, folder: Path) -> None:
+    """Write reference.h5ad, negatives.h5ad and half_splits/seed_<s>.h5ad of the further half splits into `folder`.
+
+    cells: in memory or on disk; they are passed over once. seed: of the cells' own halves and of sparse_mean; the
+    further splits have seed + 1, seed + 2, ...
+    """
+    halves = {seed: cells.obs["half"]}
+    halves |= {further: draw_halves(cells.obs, further) for further in range(seed + 1, seed + half_seeds)}
+    keys, _ = reference_keys(cells.obs)
+    n = len(keys), cells.n_vars
+    # Sums of four kinds for each half split, and the layers.
+    needed = 8 * n[0] * n[1] * (4 * half_seeds + 11 + 7 * (half_seeds - 1))
+    require_space(folder, needed, f"the sums and profiles of {n[0]:,} conditions x {n[1]:,} genes")
+    with TemporaryDirectory(dir=folder) as scratch, h5py.File(Path(scratch) / "moments.h5", "w") as file:
+        sums = sum_cells(cells, halves, seed, lambda shape: file.create_dataset(None, shape, np.float64))
+        negatives = build_negatives(sums)
+        negatives.write_h5ad(folder / "negatives.h5ad")
+        build_reference(sums, negatives, seed).write_h5ad(folder / "reference.h5ad")
+        (folder / "half_splits").mkdir()
+        for further in list(halves)[1:]:
+            split = build_half_split(sums, further, negatives)
+            split.write_h5ad(folder / "half_splits" / f"seed_{further}.h5ad")
+
+
+def read_reference(folder: Path, layers: Collection[str] | None = None) -> tuple[ad.AnnData, ad.AnnData]:
+    """(reference, negatives) that `write_reference` wrote into `folder`; of the reference's layers only these."""
+    return read_layers(folder / "reference.h5ad", layers), ad.read_h5ad(folder / "negatives.h5ad")
+
+
+def read_layers(path: Path, layers: Collection[str] | None = None) -> ad.AnnData:
+    """The reference or half split in `path` with those of its layers that are named; None: all."""
+    with h5py.File(path) as file:
+        wanted = [name for name in file["layers"] if layers is None or name in layers]
+        return ad.AnnData(
+            obs=read_elem(file["obs"]),
+            var=read_elem(file["var"]),
+            layers={name: read_elem(file["layers"][name]) for name in wanted},
+        )
+
+
+def read_keys(folder: Path) -> pd.DataFrame:
+    """Only the rows' description (covariate, condition, n_cells, test_fold, ...) of the reference in `folder`."""
+    keys = read_obs(folder / "reference.h5ad").astype(dict.fromkeys(KEYS, str)).reset_index(drop=True)
+    return keys
+
+
+def half_split_files(folder: Path) -> dict[int, Path]:
+    """Seed -> file of the further half splits in `folder`, in the order of the seeds."""
+    files = (folder / "half_splits").glob("seed_*.h5ad")
+    return dict(sorted((int(file.stem.removeprefix("seed_")), file) for file in files))
+
+
+def build_negatives(sums: CellSums) -> ad.AnnData:
+    """negatives.h5ad: per covariate control_mean (fold -1) and each fold's dataset_mean (rows x genes, log1p).
+
+    dataset_mean is the mean over the fold's training perturbations of their mean profiles: every perturbation
+    weighs the same, control does not take part.
+    """
+    rows, profiles = [], []
+    for covariate in sorted(sums.control):
+        rows.append((covariate, "control_mean", -1))
+        profiles.append(sums.control[covariate])
+        for fold, column in enumerate(sums.splits):
+            rows.append((covariate, "dataset_mean", fold))
+            profiles.append(sums.mean[_trained(sums, covariate, column)].mean(axis=0))
+    obs = pd.DataFrame(rows, columns=["covariate", "kind", "fold"])
+    obs.index = pd.Index(obs["covariate"] + "|" + obs["kind"] + "|" + obs["fold"].astype(str))
+    return ad.AnnData(X=np.vstack(profiles), obs=obs, var=pd.DataFrame(index=sums.genes))
+
+
+def _trained(sums: CellSums, covariate: str, column: str) -> Ints:
+    """The rows of the covariate's perturbed conditions that train in a fold."""
+    in_training = (sums.keys["covariate"] == covariate) & (sums.splits[column] == "train")
+    return np.flatnonzero(in_training)
+
+
+def build_half_split(sums: CellSums, seed: int, negatives: ad.AnnData) -> ad.AnnData:
+    """What depends on the halves of one seed: truth, duplicates and differential expression of each half.
+
+    Returns (covariate, condition) x genes with the layers of HALF_LAYERS, float64; interpolated_duplicate is NaN for
+    conditions that are never test.
+    """
+    first, second = sums.halves[seed]()
+    t_first, padj_first = _differential(first, sums.keys)
+    t_second, padj_second = _differential(second, sums.keys)
+    truth, duplicate = first.mean(), second.mean()
+    obs = sums.keys.assign(n_first=first.n, n_second=second.n, n_degs=deg_mask(padj_first).sum(axis=1))
+    del first, second
+    layers = {
+        "truth": truth,
+        "technical_duplicate": duplicate,
+        "interpolated_duplicate": interpolate(duplicate, dataset_means(negatives, sums.keys), padj_second),
+        "t_first": t_first,
+        "padj_first": padj_first,
+        "t_second": t_second,
+        "padj_second": padj_second,
+    }
+    return by_condition(obs, layers, sums.genes)
+
+
+def build_reference(sums: CellSums, negatives: ad.AnnData, seed: int) -> ad.AnnData:
+    """reference.h5ad of the halves of `seed`: HALF_LAYERS and mean, sparse_mean, additive, linear.
+
+    Rows without a value in a layer (conditions never test; combinations with an unknown single; genes not
+    measured) are NaN.
+    """
+    reference = build_half_split(sums, seed, negatives)
+    keys = sums.keys
+    layers = {name: np.full(sums.mean.shape, np.nan) for name in ("additive", "linear")}
+
+    def add_baselines(part: tuple[str, int]) -> None:
+        covariate, fold = part
+        rows = np.flatnonzero((keys["covariate"] == covariate) & (keys["test_fold"] == fold))
+        if len(rows):
+            for name, values in _fold_baselines(sums, covariate, fold, rows).items():
+                layers[name][rows] = values
+
+    in_threads(add_baselines, product(sorted(sums.control), range(sums.splits.shape[1])))
+    reference.layers["mean"] = sums.mean
+    reference.layers["sparse_mean"] = sums.sparse_mean
+    for name, values in layers.items():
+        reference.layers[name] = values
+    return reference
+
+
+def _fold_baselines(sums: CellSums, covariate: str, fold: int, rows: Ints) -> dict[str, Floats]:
+    """additive and linear of the conditions `rows`, tested in one fold of one covariate."""
+    conditions = sums.keys["condition"].to_numpy()
+    singles = [
+        row for row in _trained(sums, covariate, sums.splits.columns[fold]) if len(genes_of(conditions[row])) == 1
+    ]
+    tests = [conditions[row] for row in rows]
+    # Without a combination to test there is no training control, and additive has no value.
+    control = sums.training_control.get((covariate, fold), np.full(len(sums.genes), np.nan))
+    return {
+        "additive": additive(tests, {conditions[row]: sums.mean[row] for row in singles}, control),
+        "linear": linear([conditions[row] for row in singles], sums.mean[singles], sums.genes, tests),
+    }
+
+
+def dataset_means(negatives: ad.AnnData, keys: pd.DataFrame) -> Floats:
+    """For each (covariate, condition) the dataset_mean of the fold in which it is test; NaN if it never is."""
+    return _rows_of(negatives, "dataset_mean", keys["covariate"], keys["test_fold"])
+
+
+def control_means(negatives: ad.AnnData, keys: pd.DataFrame) -> Floats:
+    """For each (covariate, condition) the control_mean of its covariate."""
+    return _rows_of(negatives, "control_mean", keys["covariate"], pd.Series(-1, index=keys.index))
+
+
+def _rows_of(negatives: ad.AnnData, kind: str, covariate: pd.Series, fold: pd.Series) -> Floats:
+    of_kind = negatives[negatives.obs["kind"] == kind]
+    index = pd.MultiIndex.from_arrays([of_kind.obs["covariate"].astype(str), of_kind.obs["fold"].astype(int)])
+    rows = index.get_indexer(pd.MultiIndex.from_arrays([covariate.astype(str), fold.astype(int)]))
+    profiles = np.asarray(of_kind.X, dtype=np.float64)[rows]
+    profiles[rows < 0] = np.nan
+    return np.asarray(profiles)
+
+
+def _differential(moments: Moments, keys: pd.DataFrame) -> tuple[Floats, Floats]:
+    t, padj = np.empty(moments.total.shape), np.empty(moments.total.shape)
+    for covariate in keys["covariate"].unique():
+        rows = np.flatnonzero(keys["covariate"] == covariate)
+        t[rows], padj[rows] = against_rest(moments.of(rows))
+    return t, padj
+
+
+def by_condition(keys: pd.DataFrame, layers: dict[str, Floats], genes: pd.Index) -> ad.AnnData:
+    """(covariate, condition) x genes with `keys` as obs, named `covariate|condition`."""
+    obs = keys.copy()
+    obs.index = row_names(obs["covariate"], obs["condition"])
+    return ad.AnnData(obs=obs, var=pd.DataFrame(index=genes), layers=layers)

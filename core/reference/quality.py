@@ -1,0 +1,71 @@
+"""Quality of a data set: cells, DEGs and E-distances of its conditions (`docs/science.md`, section 5)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+
+from core.conditions import CONTROL, KEYS
+from core.stats.edistance import edistances, principal_coordinates
+from core.stats.moments import group_codes
+
+
+def write_quality(cells: ad.AnnData, keys: pd.DataFrame, folder: Path) -> None:
+    """Write quality.parquet and edistance.parquet (covariate, condition, other, edistance) into `folder`.
+
+    cells: in memory or on disk. keys: `obs` of the reference.
+    """
+    energy = energy_by_covariate(cells)
+    quality(keys, energy).to_parquet(folder / "quality.parquet", index=False)
+    long = pd.concat([_long(covariate, table) for covariate, table in energy.items()], ignore_index=True)
+    long.to_parquet(folder / "edistance.parquet", index=False)
+
+
+def _long(covariate: str, table: pd.DataFrame) -> pd.DataFrame:
+    names, n = table.index, len(table)
+    columns = {"covariate": pd.Index([covariate] * n), "condition": names, "other": names}
+    codes = {"covariate": np.zeros(n * n), "condition": np.repeat(range(n), n), "other": np.tile(range(n), n)}
+    long = {name: pd.Categorical.from_codes(codes[name].astype(np.int32), columns[name].unique()) for name in columns}
+    return pd.DataFrame(long).assign(edistance=table.to_numpy().ravel())
+
+
+def read_edistances(folder: Path) -> dict[str, pd.DataFrame]:
+    """For each covariate the square table of E-distances, from what `write_quality` wrote."""
+    long = pd.read_parquet(folder / "edistance.parquet")
+    tables = {}
+    for covariate, rows in long.groupby("covariate", sort=True, observed=True):
+        names = pd.Index(rows["condition"].unique().astype(str))
+        values = rows["edistance"].to_numpy().reshape(len(names), len(names))
+        tables[str(covariate)] = pd.DataFrame(values, index=names, columns=names)
+    return tables
+
+
+def energy_by_covariate(cells: ad.AnnData) -> dict[str, pd.DataFrame]:
+    """For each covariate the E-distances between all its conditions, control first; square tables by condition.
+
+    Principal components are those of the covariate's own cells, control included.
+    """
+    tables = {}
+    covariates = cells.obs["covariate"].astype(str).to_numpy()
+    for covariate in sorted(set(covariates)):
+        rows = np.flatnonzero(covariates == covariate)
+        obs = cells.obs.iloc[rows]
+        names = [CONTROL, *sorted(set(obs["condition"].astype(str)) - {CONTROL})]
+        codes = group_codes(obs, pd.DataFrame({"condition": names}))
+        tables[covariate] = edistances(principal_coordinates(cells.X, rows=rows), codes, names)
+    return tables
+
+
+def quality(keys: pd.DataFrame, energy: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """One row per (covariate, condition): n_cells, n_degs (first half), edistance_to_control.
+
+    keys: `obs` of the reference. energy: by covariate, as `energy_by_covariate` gives it.
+    """
+    table: pd.DataFrame = keys[["covariate", "condition", "n_cells", "n_degs"]].reset_index(drop=True)
+    table = table.astype({"covariate": str, "condition": str})
+    to_control = pd.concat({covariate: square.loc[CONTROL] for covariate, square in energy.items()})
+    table["edistance_to_control"] = to_control.reindex(pd.MultiIndex.from_frame(table[KEYS])).to_numpy(np.float64)
+    return table

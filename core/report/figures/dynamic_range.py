@@ -1,0 +1,91 @@
+"""Figure: how far each metric's dynamic range reaches between its negative and its positive control."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from core.report.figures.style import FAINT, INK, MUTED, VERDICT_COLOURS, VERDICT_MARKERS, bare, grid, plain, styled
+from core.report.tables import share, verdicts
+from core.scoring.calibration import FEWEST_CONDITIONS, THRESHOLD
+
+_WORDS = {"none": f"no verdict (fewer than {FEWEST_CONDITIONS} conditions)"}
+
+
+@styled
+def dynamic_range(calibration: pd.DataFrame) -> Figure:
+    """Mean DRF (left) and BDS (right) of every metric, highest DRF first.
+
+    calibration: table of docs/science.md section 5; the rows of `drf_interpolated` are drawn. Line: 95 % bootstrap
+    interval over conditions; pale bar: mean plus and minus one standard deviation over half splits. A metric
+    whose DRF is NaN stands at the bottom with a dash.
+    """
+    table = verdicts(calibration)
+    table = table.sort_values("drf", ascending=False, na_position="last", kind="stable")
+    figure = Figure(figsize=(9.2, 1.5 + 0.27 * len(table)))
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=[2.1, 1])
+    _panel(left, table, "drf")
+    _panel(right, table, "bds")
+
+    left.set_yticks(range(len(table)), list(table["metric"]))
+    left.set_ylim(len(table) - 0.4, -0.6)
+    lowest = np.nanmin([0.0, *table["drf_low"], *(table["drf"] - table["drf_half_sd"])])
+    left.set_xlim(max(-1.02, min(-0.03, 1.05 * lowest)), 1.02)
+    left.axvline(0, color=INK, linewidth=0.7)
+    left.axvline(THRESHOLD, color=INK, linewidth=0.9, linestyle=(0, (3, 2)))
+    left.set_xlabel("mean Dynamic Range Fraction (0 = negative control, 1 = perfect)")
+    left.annotate(
+        f"{THRESHOLD:g}", (THRESHOLD, 1), (0, 3), xycoords=("data", "axes fraction"), textcoords="offset points",
+        ha="center", va="bottom", fontsize=8,
+    )  # fmt: skip
+    right.axvline(0.5, color=INK, linewidth=0.9, linestyle=(0, (3, 2)))
+    right.set_xlim(-0.02, 1.02)
+    right.set_xlabel("Bound Discrimination Score\n(share of conditions; 0.5 = chance)")
+    for axes in (left, right):
+        bare(axes)
+        grid(axes, "x")
+        axes.xaxis.set_major_formatter(lambda value, _: plain(value))
+    for row, (n, nan_share) in enumerate(zip(table["n_conditions"], table["nan_share"], strict=True)):
+        missing = f", {share(nan_share)} NaN" if nan_share > 0 else ""
+        right.annotate(
+            f"n = {n:,.0f}{missing}", (1.03, row), xycoords=("axes fraction", "data"), va="center", fontsize=7.5,
+            color=MUTED, annotation_clip=False,
+        )  # fmt: skip
+    figure.legend(handles=_legend(list(table["verdict"])), loc="outside upper left", ncols=3, columnspacing=1.6)
+    return figure
+
+
+def _panel(axes: Axes, table: pd.DataFrame, value: str) -> None:
+    """Points, intervals and half-split bars of one quantity (`drf` or `bds`), one row per metric."""
+    for row, entry in enumerate(table.to_dict("records")):
+        colour = VERDICT_COLOURS[entry["verdict"]]
+        mean, low, high, sd = (entry[f"{value}{suffix}"] for suffix in ("", "_low", "_high", "_half_sd"))
+        if np.isnan(mean):
+            axes.text(0.005, row, "–", va="center", color=MUTED)
+            continue
+        axes.barh(row, 2 * sd, left=mean - sd, height=0.62, color=colour, alpha=0.22, linewidth=0)
+        axes.plot([low, high], [row, row], color=colour, linewidth=1.6, solid_capstyle="butt")
+        axes.plot(mean, row, VERDICT_MARKERS[entry["verdict"]], color=colour, markersize=5.5, clip_on=False)
+
+
+def _legend(present: list[str]) -> list[Line2D]:
+    """What colours, lines and bars mean; verdicts in their fixed order, only those present."""
+    handles = [
+        Line2D(
+            [],
+            [],
+            marker=VERDICT_MARKERS[name],
+            color=colour,
+            linestyle="",
+            markersize=5.5,
+            label=_WORDS.get(name, name),
+        )
+        for name, colour in VERDICT_COLOURS.items()
+        if name in present
+    ]
+    handles.append(Line2D([], [], color=MUTED, linewidth=1.6, label="95 % interval over conditions"))
+    handles.append(Line2D([], [], color=FAINT, linewidth=7, label="± 1 SD over half splits"))
+    return handles

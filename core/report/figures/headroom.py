@@ -1,0 +1,100 @@
+"""Figure: where each model stands between the negative and the positive control."""
+
+from __future__ import annotations
+
+from math import ceil
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from core.report.figures.style import BLUE, FAINT, GREY, INK, MUTED, bare, broken, grid, plain, styled
+from core.report.tables import panel_models, ranked_metrics
+
+# Headroom is unbounded below; what lies farther out is drawn at the edge with its value.
+_WIDEST = (-1.0, 1.4)
+_LABELS = {"model": "model", "baseline": "baseline"}
+_COLOURS = {"model": BLUE, "baseline": GREY}
+_MARKERS = {"model": "o", "baseline": "s"}
+
+
+@styled
+def headroom(leaderboard: pd.DataFrame) -> Figure:
+    """Headroom of each model and baseline, one panel per calibrated metric, best mean rank on top.
+
+    leaderboard: long table (model, kind, metric, headroom, headroom_low, headroom_high, headroom_half_sd, ...).
+    Needs at least one calibrated metric and one model or baseline of sufficient coverage. NaN is drawn as a dash.
+    """
+    metrics = ranked_metrics(leaderboard)
+    names = panel_models(leaderboard)
+    rows = leaderboard.set_index(["metric", "model"])
+    columns = min(len(metrics), 4 if len(metrics) <= 12 or len(names) <= 10 else 5)
+    lines = ceil(len(metrics) / columns)
+    width = 9.6 if columns > 2 else 3.2 + 2.9 * columns
+    figure = Figure(figsize=(width, 0.75 + lines * (0.66 + 0.21 * len(names))))
+    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+
+    table = leaderboard[leaderboard["model"].isin(names) & leaderboard["metric"].isin(metrics)]
+    low = np.nanmin([-0.05, *table["headroom"], *table["headroom_low"]])
+    high = np.nanmax([1.05, *table["headroom"], *table["headroom_high"]])
+    limits = (max(_WIDEST[0], low) - 0.06, min(_WIDEST[1], high) + 0.06)
+    for index, axes in enumerate(panels.flat):
+        if index >= len(metrics):
+            axes.set_visible(False)
+            continue
+        _panel(axes, rows.loc[metrics[index]].reindex(names), limits)
+        n = rows.loc[metrics[index]].reindex(names)["n_conditions"].max()
+        axes.set_title(broken(metrics[index]), fontsize=8.5)
+        axes.annotate(
+            f"n = {n:,.0f}", (1, 0), (0, 2), xycoords="axes fraction", textcoords="offset points", ha="right",
+            va="bottom", fontsize=7, color=MUTED, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
+        )  # fmt: skip
+        # The last panel of each column carries the axis, also where the bottom line is not full.
+        axes.tick_params(axis="x", labelbottom=index + columns >= len(metrics))
+    panels[0, 0].set_yticks(range(len(names)), names)
+    panels[0, 0].set_ylim(len(names) + 0.3, -0.6)
+    panels[0, 0].set_xlim(*limits)
+    figure.supxlabel("headroom (0 = negative control, 1 = positive control)", fontsize=8.5)
+    figure.legend(handles=_legend(set(table["kind"])), loc="outside upper left", ncols=4, columnspacing=1.6)
+    return figure
+
+
+def _panel(axes: Axes, table: pd.DataFrame, limits: tuple[float, float]) -> None:
+    """One metric: a row per model."""
+    axes.axvline(0, color=INK, linewidth=0.8)
+    axes.axvline(1, color=INK, linewidth=0.8, linestyle=(0, (3, 2)))
+    grid(axes, "x")
+    bare(axes)
+    axes.xaxis.set_major_formatter(lambda value, _: plain(value))
+    inner = (limits[0] + 0.05, limits[1] - 0.05)
+    for row, entry in enumerate(table.to_dict("records")):
+        mean, sd = entry["headroom"], entry["headroom_half_sd"]
+        if np.isnan(mean):
+            axes.text(0.02, row, "–", va="center", color=MUTED)
+            continue
+        colour = _COLOURS[entry["kind"]]
+        if not inner[0] <= mean <= inner[1]:
+            below = mean < inner[0]
+            axes.plot(inner[0] if below else inner[1], row, "<" if below else ">", color=colour, markersize=5)
+            axes.annotate(
+                plain(float(f"{mean:.3g}")), (inner[0] if below else inner[1], row), (7 if below else -7, 0),
+                textcoords="offset points", ha="left" if below else "right", va="center", fontsize=7, color=MUTED,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
+            )  # fmt: skip
+            continue
+        axes.barh(row, 2 * sd, left=mean - sd, height=0.6, color=colour, alpha=0.22, linewidth=0)
+        axes.plot([entry["headroom_low"], entry["headroom_high"]], [row, row], color=colour, linewidth=1.4)
+        axes.plot(mean, row, _MARKERS[entry["kind"]], color=colour, markersize=4.5)
+
+
+def _legend(kinds: set[str]) -> list[Line2D]:
+    handles = [
+        Line2D([], [], marker=_MARKERS[kind], color=_COLOURS[kind], linestyle="", markersize=4.5, label=label)
+        for kind, label in _LABELS.items()
+        if kind in kinds
+    ]
+    handles.append(Line2D([], [], color=MUTED, linewidth=1.4, label="95 % interval over conditions"))
+    handles.append(Line2D([], [], color=FAINT, linewidth=6, label="± 1 SD over half splits"))
+    return handles

@@ -1,0 +1,134 @@
+"""Calibration: can a metric tell a replicate from an uninformative average (`docs/science.md`, section 5)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from core.arrays import Floats
+from core.scoring.metrics import BY_NAME, Metric
+from core.stats.bootstrap import bootstrap_means, interval
+
+RESAMPLES = 2_000
+THRESHOLD = 0.1
+FEWEST_CONDITIONS = 10
+EPSILON = 1e-6
+
+
+class Variant(NamedTuple):
+    """A Dynamic Range Fraction: its positive control, and its negative one (None: the metric's own)."""
+
+    name: str
+    positive: str
+    negative: str | None
+
+
+# The first is the one to quote: verdict, BDS and headroom use it.
+VARIANTS = (
+    Variant("drf_interpolated", "interpolated_duplicate", None),
+    Variant("drf_mean", "technical_duplicate", None),
+    Variant("drf_ctrl", "technical_duplicate", "control_mean"),
+)
+# The controls whose scores a calibration needs, of every half split.
+CALIBRATING = (
+    {variant.positive for variant in VARIANTS}
+    | {variant.negative for variant in VARIANTS if variant.negative}
+    | {metric.negative_control for metric in BY_NAME.values()}
+)
+
+
+def dynamic_range_fraction(positive: Floats, negative: Floats, metric: Metric) -> Floats:
+    """DRF of each condition, clipped to [-1, 1]; NaN where either control's value is NaN.
+
+    Higher is better: (pos - neg) / (perfect - neg + 1e-6); lower is better: (neg - pos) / (neg + 1e-6).
+    """
+    if metric.higher_is_better:
+        fraction = (positive - negative) / (metric.perfect - negative + EPSILON)
+    else:
+        fraction = (negative - positive) / (negative + EPSILON)
+    return np.clip(fraction, -1.0, 1.0)
+
+
+def discrimination(positive: Floats, negative: Floats, metric: Metric) -> Floats:
+    """1 where the positive control beats the negative one, 1/2 at a tie, else 0; NaN where either is NaN.
+
+    Its mean over conditions is the Bound Discrimination Score.
+    """
+    margin = positive - negative if metric.higher_is_better else negative - positive
+    return np.where(np.isnan(margin), np.nan, (np.sign(margin) + 1.0) / 2.0)
+
+
+def calibrate(scores: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """The calibration table: one row per metric and variant.
+
+    scores: long table of the controls (model, covariate, condition, half_seed, metric, value); the half split of
+    the lowest half_seed is the quoted one, the others give the spread. Columns of the result: `docs/outputs.md`.
+    Values are over the usable conditions (both controls defined); without any they are NaN.
+    """
+    index = ["half_seed", "metric", "covariate", "condition"]
+    wide = scores.set_index([*index, "model"])["value"].unstack("model")
+    main = min(wide.index.get_level_values("half_seed"))
+    rows = []
+    for name in [m for m in BY_NAME if m in set(wide.index.get_level_values("metric"))]:
+        metric = BY_NAME[name]
+        of_metric = wide.loc[wide.index.get_level_values("metric") == name].droplevel("metric")
+        for variant in VARIANTS:
+            negative = variant.negative or metric.negative_control
+            pairs = of_metric[[variant.positive]].assign(negative=of_metric[negative])
+            pairs.columns = pd.Index(["positive", "negative"])
+            rows.append(
+                {"metric": name, "variant": variant.name, "positive": variant.positive, "negative": negative}
+                | _summary(pairs, metric, main, seed, quoted=variant is VARIANTS[0])
+            )
+    return pd.DataFrame(rows)
+
+
+def calibrated_metrics(calibration: pd.DataFrame) -> list[str]:
+    """The metrics whose verdict is `calibrated`, in the table's order."""
+    return list(calibration.loc[calibration["verdict"] == "calibrated", "metric"])
+
+
+def verdict(n: int, low: float, high: float) -> str:
+    """The verdict of a metric on a data set from the 95 % interval of its mean DRF over n usable conditions."""
+    if n < FEWEST_CONDITIONS:
+        return "none"
+    if low > THRESHOLD:
+        return "calibrated"
+    return "miscalibrated" if high < THRESHOLD else "inconclusive"
+
+
+def _summary(pairs: pd.DataFrame, metric: Metric, main: int, seed: int, *, quoted: bool) -> dict[str, object]:
+    pairs = pairs.where(pairs.notna().all(axis=1))
+    positive, negative = pairs["positive"].to_numpy(np.float64), pairs["negative"].to_numpy(np.float64)
+    values = pd.DataFrame(
+        {
+            "drf": dynamic_range_fraction(positive, negative, metric),
+            "bds": discrimination(positive, negative, metric),
+            "positive": positive,
+            "negative": negative,
+        },
+        index=pairs.index,
+    )
+    of_main = values.loc[values.index.get_level_values("half_seed") == main]
+    quote = of_main[["drf", "bds"]].to_numpy()
+    low, high = interval(bootstrap_means(quote, RESAMPLES, seed, "bootstrap"))
+    n = int(of_main["drf"].notna().sum())
+    spread = values[["drf", "bds"]].groupby(level="half_seed").mean().std(ddof=1)
+    mean = of_main.mean()
+    return {
+        "n_conditions": n,
+        "nan_share": float(of_main["drf"].isna().mean()),
+        "positive_value": mean["positive"],
+        "negative_value": mean["negative"],
+        "drf": mean["drf"],
+        "drf_low": low[0],
+        "drf_high": high[0],
+        "drf_half_sd": spread["drf"],
+        "bds": mean["bds"],
+        "bds_low": low[1],
+        "bds_high": high[1],
+        "bds_half_sd": spread["bds"],
+        "verdict": verdict(n, low[0], high[0]) if quoted else None,
+    }

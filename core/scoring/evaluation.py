@@ -1,0 +1,215 @@
+"""Scores of predicted profiles against a reference: arrays in, long table out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+
+from core.arrays import Bools, Floats, Ints, in_threads
+from core.conditions import KEYS, genes_of
+from core.errors import UserError
+from core.reference.build import HALF_LAYERS, control_means, dataset_means
+from core.reference.controls import CONTROLS
+from core.scoring.metrics import FEWEST_DEGS, METRICS, Metric, joined, products
+from core.stats.differential_expression import deg_mask, effect_weights
+from core.stats.moments import group_codes
+
+# Rows scored at once: arrays of a block stay in cache, and results do not depend on the number of threads.
+BLOCK = 16
+RANKED = 256  # the same for rankings, which are products of matrices
+# What a reference must have for a model to be scored against it.
+SCORED_LAYERS = ("truth", "t_first", "padj_first")
+NEGATIVES = ("dataset_mean", "control_mean")
+
+
+class Evaluation(NamedTuple):
+    """What the metrics need of the evaluated set (all test conditions), rows sorted by (covariate, condition).
+
+    keys: covariate, condition, test_fold, n_degs. truth, control_mean, dataset_mean: conditions x genes, log1p.
+    t, padj: differential expression of the first half (conditions x genes; NaN: not tested). genes: their names.
+    """
+
+    keys: pd.DataFrame
+    genes: pd.Index
+    truth: Floats
+    control_mean: Floats
+    dataset_mean: Floats
+    t: Floats
+    padj: Floats
+
+    def with_genes(self, kept: Bools) -> Evaluation:
+        """The same set on some of the genes."""
+        if kept.all():
+            return self
+        arrays = (a[:, kept] for a in (self.truth, self.control_mean, self.dataset_mean, self.t, self.padj))
+        return Evaluation(self.keys, self.genes[kept], *arrays)
+
+
+def evaluated_set(reference: ad.AnnData, negatives: ad.AnnData) -> Evaluation:
+    """The evaluated set of a reference (or of another half split with the same rows)."""
+    keys = reference.obs[_tested(reference)][[*KEYS, "test_fold", "n_degs"]].reset_index(drop=True)
+    keys = keys.astype({"covariate": str, "condition": str})
+    truth, t, padj = (_tested_profiles(reference, layer) for layer in SCORED_LAYERS)
+    return Evaluation(
+        keys,
+        reference.var_names,
+        truth,
+        control_means(negatives, keys),
+        dataset_means(negatives, keys),
+        t,
+        padj,
+    )
+
+
+def _tested(reference: ad.AnnData) -> Bools:
+    return np.asarray(reference.obs["test_fold"].to_numpy() >= 0)
+
+
+def _tested_profiles(reference: ad.AnnData, layer: str) -> Floats:
+    """The rows of the test conditions of a layer, float64; the layer itself where that is all."""
+    values, tested = np.asarray(reference.layers[layer], dtype=np.float64), _tested(reference)
+    return values if tested.all() else values[tested]
+
+
+def control_scores(
+    reference: ad.AnnData,
+    negatives: ad.AnnData,
+    half_split: ad.AnnData | None = None,
+    genes: pd.Index | None = None,
+    controls: Collection[str] | None = None,
+) -> pd.DataFrame:
+    """Scores of all controls and baselines, or of those named; long table with `model` first, then as `score`.
+
+    reference: reference.h5ad. half_split: another split of the cells into halves, to score against instead of the
+    reference's own; its duplicates take the place of the reference's. genes: score on these of its genes only.
+    """
+    halves = reference if half_split is None else half_split
+    evaluation = evaluated_set(halves, negatives)
+    kept = np.ones(len(evaluation.genes), dtype=bool) if genes is None else evaluation.genes.isin(genes)
+    evaluation = evaluation.with_genes(kept)
+    tables = []
+    for control in CONTROLS:
+        if controls is not None and control.name not in controls:
+            continue
+        source = halves if control.name in HALF_LAYERS else reference
+        if control.name in NEGATIVES:
+            profiles = getattr(evaluation, control.name)
+        elif control.name in source.layers:
+            profiles = _tested_profiles(source, control.name)[:, kept]
+        else:
+            continue
+        tables.append(score(profiles, evaluation.keys, evaluation).assign(model=control.name))
+    long = pd.concat(tables, ignore_index=True)
+    return long[["model", *KEYS, "fold", "metric", "value"]]
+
+
+def score(
+    profiles: Floats, keys: pd.DataFrame, evaluation: Evaluation, metrics: Sequence[Metric] = METRICS
+) -> pd.DataFrame:
+    """Scores of predicted profiles (rows as in `keys`, columns as in evaluation.genes; log1p).
+
+    keys: covariate, condition. Rows that are NaN throughout are absent predictions and get no score; one that is NaN
+    in part is refused. Returns a long table: covariate, condition, fold, metric, value, sorted; NaN: not defined.
+    """
+    rows = group_codes(keys[KEYS], evaluation.keys[KEYS])
+    unknown = keys.loc[rows < 0, "condition"]
+    if len(unknown):
+        raise UserError("predictions", "condition", f"{unknown.iloc[0]!r} is no test condition", "leave it out")
+    missing = np.isnan(profiles)
+    absent = missing.all(axis=1)
+    if (missing.any(axis=1) & ~absent).any():
+        raise UserError("predictions", "X", "rows that are NaN in part", "predict all genes of a condition, or none")
+    present = np.flatnonzero(~absent)
+    places = present[np.argsort(rows[present], kind="stable")]
+    rows = rows[places]
+    values = _profile_values(profiles, places, rows, evaluation, [m for m in metrics if not m.ranking])
+    values |= _ranking_values(profiles, places, rows, evaluation, [m for m in metrics if m.ranking])
+    own = evaluation.keys.iloc[rows].reset_index(drop=True)
+    wide = own[KEYS].assign(fold=own["test_fold"].astype(np.int64))
+    long = pd.concat([wide.assign(metric=m.name, value=values[m.name]) for m in metrics], ignore_index=True)
+    return long
+
+
+def _profile_values(
+    profiles: Floats, places: Ints, rows: Ints, evaluation: Evaluation, metrics: Sequence[Metric]
+) -> dict[str, Floats]:
+    """places, rows: where the conditions stand among the profiles and in the evaluated set."""
+    values = {metric.name: np.empty(len(rows)) for metric in metrics}
+
+    def block(start: int) -> None:
+        at = slice(start, start + BLOCK)
+        mine = rows[at]
+        x, t = profiles[places[at]], evaluation.truth[mine]
+        centres = {
+            "control_mean": evaluation.control_mean[mine],
+            "dataset_mean": evaluation.dataset_mean[mine],
+        }
+        centred = {"none": (x, t)} | {name: (x - centre, t - centre) for name, centre in centres.items()}
+        degs = deg_mask(evaluation.padj[mine]).astype(np.float64)
+        effect = effect_weights(evaluation.t[mine])
+        weights = {"all": None, "degs": degs, "effect": effect}
+        undefined = {
+            "all": np.zeros(len(mine), dtype=bool),
+            "degs": degs.sum(axis=1) < FEWEST_DEGS,
+            "effect": ~(effect > 0).any(axis=1),
+        }
+        for metric in metrics:
+            value = metric.function(*centred[metric.centre], weights[metric.weighting])
+            values[metric.name][at] = np.where(undefined[metric.weighting], np.nan, value)
+
+    in_threads(block, range(0, len(rows), BLOCK))
+    return values
+
+
+def _ranking_values(
+    profiles: Floats, places: Ints, rows: Ints, evaluation: Evaluation, metrics: Sequence[Metric]
+) -> dict[str, Floats]:
+    """Candidates are the truths of the evaluated set within the covariate, over all folds."""
+    values = {metric.name: np.full(len(rows), np.nan) for metric in metrics}
+    covariates = evaluation.keys["covariate"].to_numpy()
+    for covariate in sorted(set(covariates[rows])) if metrics else ():
+        candidates = np.flatnonzero(covariates == covariate)
+        mine = np.flatnonzero(covariates[rows] == covariate)
+        own = np.searchsorted(candidates, rows[mine])
+        for name, found in _ranks(profiles, places[mine], own, evaluation, candidates, metrics).items():
+            values[name][mine] = found
+    return values
+
+
+def _ranks(
+    profiles: Floats, places: Ints, own: Ints, evaluation: Evaluation, candidates: Ints, metrics: Sequence[Metric]
+) -> dict[str, Floats]:
+    """Ranking metrics of the profiles at `places` among the truths `candidates`, all of one covariate."""
+    # The control mean is the same in all rows of a covariate; dataset means differ between folds and cannot centre a
+    # ranking over all folds.
+    centre = evaluation.control_mean[candidates[0]]
+    is_target = evaluation.genes.isin(
+        {gene for c in evaluation.keys["condition"].iloc[candidates] for gene in genes_of(c)}
+    )
+    parts = np.flatnonzero(~is_target), np.flatnonzero(is_target)
+    truths = tuple(np.empty((len(candidates), len(part))) for part in parts)
+    values = {metric.name: np.empty(len(places)) for metric in metrics}
+
+    def centred(array: Floats, rows: Ints) -> tuple[Floats, Floats]:
+        whole = array[rows] - centre
+        return whole[:, parts[0]], whole[:, parts[1]]
+
+    def take_truths(start: int) -> None:
+        at = slice(start, start + BLOCK)
+        for truth, values in zip(truths, centred(evaluation.truth, candidates[at]), strict=True):
+            truth[at] = values
+
+    def rank(start: int) -> None:
+        at = slice(start, start + RANKED)
+        without, targets = map(products, centred(profiles, places[at]), truths)
+        everything = joined(without, targets)
+        for metric in metrics:
+            values[metric.name][at] = metric.function(without if metric.without_targets else everything, own[at])
+
+    in_threads(take_truths, range(0, len(candidates), BLOCK))
+    in_threads(rank, range(0, len(places), RANKED))
+    return values

@@ -1,0 +1,149 @@
+"""Calibrate the metrics on one file: our cells.h5ad, the preprocessed mirror's layout, or any log1p h5ad."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from core.catalog.schema import Labels
+from core.conditions import CONTROL, SEPARATOR
+from core.errors import UserError
+from core.io.h5ad import open_h5ad
+from core.prepare.cells import FEWEST_CONDITIONS, SMALLEST_CONDITION, small_conditions
+from core.prepare.labels import condition_labels, final_order, require_controls, require_log_expression, whole_numbers
+from core.prepare.mirror import is_mirror, mirror_cells
+from core.prepare.splits import Task, draw_folds, draw_halves
+from core.reference.build import build_half_split, build_negatives, build_reference
+from core.reference.cell_sums import sum_cells
+from core.reference.stored_profiles import stored_reference
+from core.scoring.calibration import CALIBRATING, calibrate
+from core.scoring.evaluation import control_scores
+
+FOLDS: dict[Task, int] = {"single": 5, "combination": 2}
+
+
+class FileOptions(NamedTuple):
+    """How to read a file that is neither our cells.h5ad nor a mirror file."""
+
+    column: str = "condition"
+    control: str = CONTROL
+    covariate: str | None = None
+    seed: int = 42
+    half_seeds: int = 5
+
+
+def calibrate_file(path: Path, options: FileOptions, *, recompute: bool = False) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Scores of the controls of the file's own (or first drawn) halves, and the calibration of the metrics.
+
+    Of a mirror file the stored profiles and DE results are taken as they are, unless `recompute`; the spread over
+    half splits always comes from the file's cells. Returns (scores: model, covariate, condition, fold, metric, value;
+    calibration table). Raises UserError for a file that cannot be used.
+    """
+    data = open_h5ad(path)
+    where = str(path)
+    check_file(data, where)
+    if is_mirror(data.obs):
+        cells = mirror_cells(data, where)
+    elif {"condition", "covariate", "half", "fold_0"} <= set(data.obs.columns):
+        cells = data
+        cells.X = sparse.csr_matrix(cells.X)
+    else:
+        cells = any_cells(data, options, where)
+    check_log_expression(cells, where)
+    further = range(options.seed + 1, options.seed + options.half_seeds)
+    halves = {options.seed: cells.obs["half"], **{seed: draw_halves(cells.obs, seed) for seed in further}}
+    sums = sum_cells(cells, halves, options.seed)
+    if is_mirror(data.obs) and not recompute:
+        reference, negatives = stored_reference(data, cells, where)
+    else:
+        negatives = build_negatives(sums)
+        reference = build_reference(sums, negatives, options.seed)
+    own = control_scores(reference, negatives)
+    tables = [own.assign(half_seed=options.seed)]
+    for seed in further:
+        split = build_half_split(sums, seed, negatives)
+        tables.append(control_scores(reference, negatives, split, controls=CALIBRATING).assign(half_seed=seed))
+    return own, calibrate(pd.concat(tables, ignore_index=True), options.seed)
+
+
+def any_cells(data: ad.AnnData, options: FileOptions, where: str) -> ad.AnnData:
+    """Cells in our layout from any h5ad with log1p X and a condition column; halves and folds are drawn.
+
+    Combination data are those with conditions that hold `+`. Conditions below 4 cells are left out.
+    Raises UserError for missing columns, cells without a covariate, no control, a lone combination, fewer than 10
+    conditions.
+    """
+    wanted = [options.column] + ([options.covariate] if options.covariate else [])
+    for column in wanted:
+        if column not in data.obs:
+            there = ", ".join(map(str, data.obs.columns)) or "none"
+            raise UserError(
+                where,
+                f"obs[{column!r}]",
+                f"no such column; there are: {there}",
+                "name it with --column or --covariate",
+            )
+    rules = Labels(column=options.column, control=(options.control,))
+    labels = condition_labels(data.obs[options.column], rules, where)
+    lost = int(data.obs.loc[labels.notna(), options.covariate].isna().sum()) if options.covariate else 0
+    if lost:
+        raise UserError(
+            where,
+            f"obs[{options.covariate!r}]",
+            f"{lost:,} cells without a covariate",
+            "fill the column, or leave them out",
+        )
+    covariate = data.obs[options.covariate].astype(str) if options.covariate else "all"
+    obs = pd.DataFrame({"condition": labels, "covariate": covariate}, index=data.obs_names)[labels.notna().to_numpy()]
+    require_controls(obs, rules, where)
+    obs = obs[~small_conditions(obs, SMALLEST_CONDITION)]
+    conditions = sorted(set(obs["condition"]) - {CONTROL})
+    if len(conditions) < FEWEST_CONDITIONS:
+        raise UserError(
+            where,
+            f"obs[{options.column!r}]",
+            f"{len(conditions)} perturbed conditions of at least {SMALLEST_CONDITION} cells",
+            f"{FEWEST_CONDITIONS} are needed",
+        )
+    combinations = [condition for condition in conditions if SEPARATOR in condition]
+    if len(combinations) == 1:
+        raise UserError(
+            where,
+            f"obs[{options.column!r}]",
+            f"one combination only ({combinations[0]}): it cannot be split into two folds",
+            "leave its cells out, or give at least two combinations",
+        )
+    task: Task = "combination" if combinations else "single"
+    obs = obs.assign(half=draw_halves(obs, options.seed)).join(draw_folds(obs, task, FOLDS[task], options.seed))
+    obs = obs.iloc[final_order(obs)]
+    matrix = sparse.csr_matrix(data.X)[data.obs_names.get_indexer(obs.index)]
+    genes = np.argsort(data.var_names.to_numpy().astype(str), kind="stable")
+    if (np.diff(genes) < 0).any():
+        matrix = matrix[:, genes]
+    matrix.sort_indices()
+    return ad.AnnData(X=matrix.astype(np.float32), obs=obs, var=pd.DataFrame(index=data.var_names[genes]))
+
+
+def check_file(data: ad.AnnData, where: str) -> None:
+    """Raise UserError unless there is a matrix and cells and genes have names of their own."""
+    if data.X is None or 0 in data.shape:
+        raise UserError(where, "X", "no matrix, or an empty one", "put log1p of normalised counts into X")
+    for field, names in (("obs_names", data.obs_names), ("var_names", data.var_names)):
+        if names.has_duplicates:
+            first = names[names.duplicated()][0]
+            raise UserError(where, field, f"duplicated names (first: {first!r})", "make the names unique")
+
+
+def check_log_expression(cells: ad.AnnData, where: str) -> None:
+    """Raise UserError unless X is finite, not negative, and not counts."""
+    values = sparse.csr_matrix(cells.X).data
+    if not np.isfinite(values).all():
+        raise UserError(where, "X", "NaN or infinite values", "remove or mend these cells")
+    if (values < 0).any():
+        raise UserError(where, "X", "negative values", "give log1p of normalised counts, not scaled or centred values")
+    require_log_expression(whole_numbers(values), values.max(initial=0.0), where)

@@ -1,0 +1,135 @@
+"""The leaderboard: models and controls by metric, with headroom; ranked only by calibrated metrics."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from core.arrays import Bools, Floats
+from core.reference.controls import CONTROLS, counterpart
+from core.scoring.calibration import RESAMPLES, VARIANTS, calibrated_metrics
+from core.scoring.metrics import BY_NAME
+from core.stats.bootstrap import bootstrap_sums, interval
+
+COVERAGE = 0.8
+RANKED = ("model", "baseline")
+CONDITION = ["covariate", "condition"]
+
+
+def leaderboard(
+    scores: pd.DataFrame, calibration: pd.DataFrame, seed: int, matched: pd.DataFrame | None = None
+) -> pd.DataFrame:
+    """Long table, one row per (model, metric); its columns are in `docs/outputs.md`.
+
+    scores: long table of models and controls (model, covariate, condition, half_seed, metric, value). The
+    controls have a value for every condition of the evaluated set. matched: for models that lack genes, the scores of
+    the controls on their genes (core.scoring.scores).
+    Models that cover at least 80 % of the evaluated set are in the panel and compared on the conditions that all of
+    them have; by a metric that is undefined for some models on some conditions, on those where it is defined for all
+    that have it on at least 80 % (the others get no rank by it). Others are summarised on their own conditions and not
+    ranked. Headroom is (model - negative) / (positive - negative) on panel means, unclipped: 0 is the metric's
+    negative control, 1 the interpolated duplicate.
+    """
+    main_seed = scores["half_seed"].min()
+    main = scores[scores["half_seed"] == main_seed]
+    everyone = pd.MultiIndex.from_frame(main[CONDITION].drop_duplicates().sort_values(CONDITION))
+    own = {
+        str(model): everyone.isin(pd.MultiIndex.from_frame(rows[CONDITION].drop_duplicates()))
+        for model, rows in main.groupby("model", observed=True)
+    }
+    panel = [model for model, conditions in own.items() if conditions.mean() >= COVERAGE]
+    shared = np.logical_and.reduce([own[model] for model in panel])
+    calibrated = set(calibrated_metrics(calibration))
+    kinds = dict.fromkeys(own, "model") | {c.name: c.role for c in CONTROLS if c.name in own}
+
+    everything = scores if matched is None else pd.concat([scores, matched], ignore_index=True)
+    tables = {
+        (seed_, metric): rows.set_index([*CONDITION, "model"])["value"].unstack("model").reindex(everyone)
+        for (seed_, metric), rows in everything.groupby(["half_seed", "metric"], observed=True)
+    }
+    half_seeds = sorted(scores["half_seed"].unique())
+    rows = []
+    for name in [m for m in BY_NAME if (main_seed, m) in tables]:
+        table = tables[main_seed, name]
+        ranked = [model for model in panel if kinds[model] in RANKED]
+        defined, common = _common_conditions(table, ranked, shared)
+        for model in own:
+            compared = model in defined or (model in panel and model not in ranked)
+            used = common if compared else shared if model in panel else own[model]
+            values = table[model].to_numpy(np.float64)
+            some = values[used & ~np.isnan(values)]
+            basis = shared if model in panel else own[model]
+            parts = [_headroom_parts(tables[s, name], model, name, used) for s in half_seeds]
+            low, high = _headroom_interval(parts[0], seed)
+            by_half = [_headroom(p) for p in parts]
+            rows.append(
+                {
+                    "model": model,
+                    "kind": kinds[model],
+                    "metric": name,
+                    "mean": some.mean() if len(some) else np.nan,
+                    "median": np.median(some) if len(some) else np.nan,
+                    "n_conditions": len(some),
+                    "coverage": own[model].mean(),
+                    "nan_share": float(np.isnan(values[basis]).mean()) if basis.any() else np.nan,
+                    "headroom": by_half[0],
+                    "headroom_low": low,
+                    "headroom_high": high,
+                    "headroom_half_sd": float(np.std(by_half, ddof=1)) if len(by_half) > 1 else np.nan,
+                    "calibrated": name in calibrated,
+                    "in_panel": model in panel,
+                    "comparable": model in defined,
+                }
+            )
+    return _ranked(pd.DataFrame(rows))
+
+
+def _common_conditions(table: pd.DataFrame, models: list[str], shared: Bools) -> tuple[list[str], Bools]:
+    """The models that can be compared by a metric, and the conditions to compare them on.
+
+    A metric counts as defined for a model where it is so on at least 80 % of the shared conditions on which any of
+    the models has a value.
+    """
+    has_value = {model: table[model].notna().to_numpy() & shared for model in models}
+    usable = np.logical_or.reduce([*has_value.values(), np.zeros(len(table), dtype=bool)])
+    defined = [m for m, some in has_value.items() if some.any() and some.sum() >= COVERAGE * usable.sum()]
+    # Without such a model there is nothing to compare, and controls are summarised on all shared conditions.
+    common = np.logical_and.reduce([shared, *(has_value[model] for model in defined)])
+    return defined, common
+
+
+def _ranked(board: pd.DataFrame) -> pd.DataFrame:
+    board["rank"] = np.nan
+    eligible = board[board["calibrated"] & board["comparable"]]
+    for name, rows in eligible.groupby("metric", observed=True):
+        if len(rows) < 2:  # first of one is no rank
+            continue
+        ascending = not BY_NAME[str(name)].higher_is_better
+        board.loc[rows.index, "rank"] = rows["mean"].rank(ascending=ascending, method="min")
+    return board.drop(columns="comparable")
+
+
+def _headroom_parts(table: pd.DataFrame, model: str, metric: str, used: Bools) -> Floats:
+    """Per usable condition (model - negative, positive - negative), conditions x 2."""
+    controls = [BY_NAME[metric].negative_control, VARIANTS[0].positive]
+    matched = [counterpart(control, model) for control in controls]
+    names = [model, *(m if m in table else c for m, c in zip(matched, controls, strict=True))]
+    triple = np.column_stack([table[name].to_numpy(np.float64)[used] for name in names])
+    triple = triple[~np.isnan(triple).any(axis=1)]
+    return np.column_stack([triple[:, 0] - triple[:, 1], triple[:, 2] - triple[:, 1]])
+
+
+def _headroom(parts: Floats) -> float:
+    gained, available = parts.sum(axis=0)
+    return float(gained / available) if len(parts) and available != 0 else float("nan")
+
+
+def _headroom_interval(parts: Floats, seed: int) -> tuple[float, float]:
+    """NaN: no bound, because the controls do not differ in enough of the resamples."""
+    if not len(parts):
+        return float("nan"), float("nan")
+    sums = bootstrap_sums(parts, RESAMPLES, seed, "bootstrap")
+    with np.errstate(invalid="ignore", divide="ignore"):
+        bounds = np.concatenate(interval(sums[:, :1] / sums[:, 1:]))
+    low, high = np.where(np.isfinite(bounds), bounds, np.nan)
+    return float(low), float(high)

@@ -1,0 +1,269 @@
+"""What the terminal shows: the result, the verdicts, and an error that the user can mend."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from core.errors import UserError, shown
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from core.prepare.check import DatasetCheck
+    from flows.reproduce import Outcome
+
+_WORDS = {
+    "pearson": "r",
+    "r2": "R²",
+    "deltactrl": "Δctrl",
+    "deltapert": "Δpert",
+    "degs": "DEGs",
+}
+_LEGEND = {
+    "r": "r: Pearson correlation",
+    "R²": "R²: coefficient of determination",
+    "w": "w: weighted by differential expression",
+    "Δctrl": "Δctrl: change from the control mean",
+    "Δpert": "Δpert: from the dataset mean",
+}
+_VERDICT_STYLES = {"calibrated": "green", "inconclusive": "yellow", "miscalibrated": "red", "none": "dim"}
+_WIDE = 97  # columns that the full table of verdicts takes
+_HEAD, _TAIL = 30, 10  # rows of a long table of conditions that are shown
+_LONGEST = 800  # characters of one field of an error: the panel must fit on a screen
+
+
+def result_table(leaderboard: pd.DataFrame, width: int = 100) -> RenderableType:
+    """Models and controls x metrics (means), fitted to the width of the terminal; below it a legend.
+
+    leaderboard: the long table of docs/science.md section 4. Calibrated metrics stand first and are marked; the best
+    model by each has a star. Values of other metrics are dim and not ranked. Small errors are shown in thousandths.
+    What does not fit in the width with two decimals goes into further tables. NaN is a dash.
+    """
+    # An error panel must not wait for the tables' libraries to load.
+    from core.report import tables as views
+    from core.scoring.leaderboard import RANKED
+
+    means, ranks = views.wide(leaderboard, "mean"), views.wide(leaderboard, "rank")
+    ranked = views.ranked_metrics(leaderboard)
+    rows = views.entries(leaderboard)
+    rows = rows.assign(
+        # What the gaps between rows separate, and predictors of too little coverage with it.
+        group=rows["kind"].replace("baseline", "model").where(rows["in_panel"], "below"),
+        name=rows["model"].where(rows["in_panel"], rows["model"] + " (" + rows["coverage"].map(views.share) + ")"),
+    )
+    names, groups = list(rows["name"]), list(rows["group"])
+    room = width - max(map(len, names), default=0)
+
+    def columns(decimals: int) -> list[Column]:
+        return [
+            _column(metric, means[metric].tolist(), ranks[metric].tolist(), metric in ranked, decimals)
+            for metric in means.columns
+        ]
+
+    parts = [columns(3)]
+    if _width(parts[0]) > room:
+        parts = [columns(2)]
+    if _width(parts[0]) > room:
+        # First the calibrated ones by themselves, then whatever still does not fit.
+        halves = [[column for column in parts[0] if column.calibrated is wanted] for wanted in (True, False)]
+        parts = [part for half in halves for part in _fitted(half, room)]
+    tables = [_table(part, names, groups) for part in parts]
+    return Group(
+        *(part for table in tables for part in (table, "")), _legend(parts, models=rows["kind"].isin(RANKED).any())
+    )
+
+
+def verdict_table(calibration: pd.DataFrame, width: int = 100) -> RenderableType:
+    """One row per metric: verdict, mean DRF with its 95 % interval and spread over half splits, BDS, n; a legend.
+
+    The other two variants of the DRF and the share of NaN are left out where the terminal is narrow.
+    """
+    from core.report import tables as views
+    from core.scoring.calibration import FEWEST_CONDITIONS, THRESHOLD
+
+    variants = views.variants(calibration)
+    rows: list[dict[str, Text | str]] = []
+    for row in views.records(views.verdicts(calibration)):
+        known = row["drf"] == row["drf"]
+        style = _VERDICT_STYLES[row["verdict"]]
+        rows.append(
+            {
+                "metric": Text(row["metric"]),
+                "verdict": Text("no verdict" if row["verdict"] == "none" else row["verdict"], style=style),
+                "DRF": Text(views.number(row["drf"], 2), style=style),
+                "95 % interval": f"{views.number(row['drf_low'], 2)} to {views.number(row['drf_high'], 2)}"
+                if known
+                else views.DASH,
+                "halves\n±": views.number(row["drf_half_sd"], 2),
+                "BDS": views.number(row["bds"], 2),
+                "n": f"{row['n_conditions']:,.0f}",
+                "NaN": views.share(row["nan_share"]),
+                "DRF\nmean": views.number(variants["drf_mean"][row["metric"]], 2),
+                "DRF\nctrl": views.number(variants["drf_ctrl"][row["metric"]], 2),
+            }
+        )
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
+    heads = list(rows[0]) if rows else []
+    for head in heads if width >= _WIDE else heads[:7]:
+        table.add_column(head, justify="left" if head in ("metric", "verdict") else "right", no_wrap=True)
+    for cells in rows:
+        table.add_row(*list(cells.values())[: len(table.columns)])
+    legend = (
+        f"DRF: mean Dynamic Range Fraction. calibrated: its whole interval lies above {THRESHOLD:g}; miscalibrated: "
+        f"below. no verdict: fewer than {FEWEST_CONDITIONS} conditions. BDS: share of conditions in which the positive "
+        "control beats the negative one."
+    )
+    return Group(table, "", Text(legend, style="dim"))
+
+
+def check_table(check: DatasetCheck, name: str) -> RenderableType:
+    """Conditions with their labels and cells, the smallest first, then what is dropped.
+
+    Long tables are cut in the middle of the conditions: the smallest decide, the largest show the scale.
+    """
+    labels = check.labels.groupby("condition")["label"].agg(lambda texts: sorted(set(texts)))
+    rows = check.conditions.sort_values(["kept", "cells", "covariate", "condition"])
+    table = Table(box=box.SIMPLE_HEAD, title=f"{name}: {len(rows):,} (covariate, condition) groups", show_edge=False)
+    for head in ("covariate", "condition", "labels in the file", "cells", ""):
+        table.add_column(head, justify="right" if head == "cells" else "left")
+    for position, row in enumerate(rows.itertuples(index=False)):
+        if _HEAD <= position < len(rows) - _TAIL:
+            if position == _HEAD:
+                table.add_row("...", f"{len(rows) - _HEAD - _TAIL:,} more", "", "", "")
+            continue
+        texts = shown(labels[row.condition], 3)
+        table.add_row(row.covariate, row.condition, texts, f"{row.cells:,}", "" if row.kept else "dropped: too few")
+    facts = Table.grid(padding=(0, 2))
+    for what, value in check.report.items():
+        text = f"{len(value):,}: {shown(value, 8)}" if isinstance(value, list) and value else value
+        facts.add_row(what, Text("none" if text == [] else f"{text:,}" if isinstance(text, int) else str(text)))
+    dropped = int((~check.conditions["kept"]).sum())
+    facts.add_row("conditions dropped for too few cells", f"{dropped:,}")
+    note = "Not applied yet, since they need the counts: the least genes per cell and the least cells per gene."
+    return Group(table, "", facts, "", Text(note, style="dim"))
+
+
+def outcome_table(outcomes: list[Outcome]) -> RenderableType:
+    """What became of each data set: the numbers of those that were done, the reason of those that were not."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
+    table.add_column("data set", no_wrap=True)
+    for head in ("cells", "conditions", "genes", "calibrated\nmetrics"):
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("outcome", overflow="fold")
+    for name, outcome, reason, *numbers in outcomes:
+        cells = ["" if number is None else f"{number:,}" for number in numbers]
+        text = f"{outcome}: {_cut(reason)}" if reason else outcome
+        table.add_row(name, *cells, Text(text, style="yellow" if reason else "green"))
+    return table
+
+
+def error_panel(error: UserError) -> Panel:
+    """A user's error on one screen: where, which field, what was found, what to do."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    grid.add_row("where", Text(_cut(error.where), style="bold"))
+    grid.add_row("field", Text(_cut(error.field)))
+    grid.add_row("found", Text(_cut(error.found)))
+    grid.add_row("remedy", Text(_cut(error.remedy), style="green"))
+    return Panel(grid, title="This needs a change by you", title_align="left", border_style="red", padding=(1, 2))
+
+
+def _cut(text: str) -> str:
+    """Its beginning and its end, where a traceback says what went wrong."""
+    if len(text) <= _LONGEST:
+        return text
+    return f"{text[: _LONGEST // 2].rstrip()} … {text[-_LONGEST // 2 :].lstrip()}"
+
+
+class Column(NamedTuple):
+    """One metric of the result table: lines of its head, cells from top to bottom, and which of them is best."""
+
+    head: list[str]
+    cells: list[str]
+    best: list[bool]
+    calibrated: bool
+
+
+def _column(metric: str, values: list[float], ranks: list[float], calibrated: bool, decimals: int) -> Column:
+    """Errors of which one is below 0.1 are shown in thousandths; large values have fewer decimals."""
+    from core.report.tables import number
+    from core.scoring.metrics import BY_NAME
+
+    smallest = min((value for value in values if value == value), default=0.0)
+    exponent = 3 if not BY_NAME[metric].higher_is_better and 0 < smallest < 0.1 else 0
+    best = [rank == 1 for rank in ranks]
+    cells = []
+    for value, first in zip(values, best, strict=True):
+        scaled = value * 10**exponent
+        places = max(0, decimals - sum(abs(scaled) >= limit for limit in (10, 100, 1000)))
+        cells.append(("*" if first else "") + number(scaled, places))
+    return Column(
+        [*_head(metric), *(["10⁻³"] if exponent else []), "●" if calibrated else "○"], cells, best, calibrated
+    )
+
+
+def _head(metric: str) -> list[str]:
+    """A metric's name as short lines: weighted_r2_deltactrl is wR² over Δctrl."""
+    parts = metric.split("_")
+    weighted = parts[0] == "weighted" and len(parts) > 1
+    words = [_WORDS.get(part, part) for part in parts[weighted:]]
+    return [("w" if weighted else "") + words[0], *words[1:]]
+
+
+def _width(columns: list[Column]) -> int:
+    """Characters that the columns take, each with a space before it."""
+    return sum(1 + max(map(len, [*column.head, *column.cells])) for column in columns)
+
+
+def _fitted(columns: list[Column], room: int) -> list[list[Column]]:
+    """The columns in as many groups as the room demands; a single column that is too wide stands alone."""
+    groups: list[list[Column]] = []
+    for column in columns:
+        if groups and _width([*groups[-1], column]) <= room:
+            groups[-1].append(column)
+        else:
+            groups.append([column])
+    return groups
+
+
+def _table(columns: list[Column], names: list[str], groups: list[str]) -> Table:
+    """One table; a gap between models, positive controls, negative controls and models of too little coverage."""
+    # The box sets one space between columns: no further padding.
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
+    table.add_column("", no_wrap=True)
+    height = max(len(column.head) for column in columns)
+    for column in columns:
+        lines = [*column.head[:-1], *[""] * (height - len(column.head)), column.head[-1]]
+        head = Text("\n".join(lines), style="bold" if column.calibrated else "dim", justify="right")
+        table.add_column(head, justify="right", no_wrap=True)
+    for index, name in enumerate(names):
+        cells = [
+            Text(column.cells[index], style="bold green" if column.best[index] else "" if column.calibrated else "dim")
+            for column in columns
+        ]
+        last = groups[index] != groups[min(index + 1, len(groups) - 1)]
+        table.add_row(Text(name), *cells, end_section=last)
+    return table
+
+
+def _legend(parts: list[list[Column]], models: bool) -> Text:
+    from core.scoring import leaderboard
+
+    columns = [column for part in parts for column in part]
+    marks = ["● calibrated: ranked, * the best"] if any(c.calibrated for c in columns) else []
+    marks += ["○ not calibrated: shown, not ranked"] if not all(c.calibrated for c in columns) else []
+    words = {word for column in columns for word in column.head}
+    if any(word.startswith("w") for word in words):
+        words.add("w")
+    used = [text for word, text in _LEGEND.items() if word in words]
+    marks += ["– no value", f"(%) coverage below {leaderboard.COVERAGE:.0%}: own conditions, not ranked"]
+    if models and any(column.calibrated and not any(column.best) for column in columns):
+        marks += [f"no *: fewer than two models have values for {leaderboard.COVERAGE:.0%} of the conditions"]
+    return Text("   ".join(marks) + "\n" + "; ".join(used), style="dim")

@@ -1,0 +1,137 @@
+"""`calipert model`: images of models, and the contract's tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from core.catalog.schema import Form
+from core.errors import UserError
+
+CONSOLE = Console(highlight=False)
+
+app = typer.Typer(no_args_is_help=True, help="Build images of models, and check models against the contract.")
+
+
+@app.command(name="list")
+def list_() -> None:
+    """List the containers of the catalog's models and embeddings, and whether their images are here."""
+    from blocks.engines.docker.engine import docker_client
+    from blocks.engines.docker.images import usable_image
+
+    table = Table("container", "image", "models and embeddings")
+    with docker_client() as client:
+        for container, names in sorted(_users().items()):
+            try:
+                state = str(usable_image(client, _folder(container)).id)[:19]
+            except UserError as error:
+                state = f"[yellow]{escape(error.found)}[/yellow]"
+            table.add_row(container, state, ", ".join(names))
+    CONSOLE.print(table)
+
+
+@app.command()
+def build(
+    names: Annotated[list[str], typer.Argument(help="Folders under model_containers, or paths of your own.")],
+    arg: Annotated[
+        list[str] | None,
+        typer.Option("--arg", help="NAME=VALUE: an argument of the Dockerfile, such as BASE_IMAGE; may be repeated."),
+    ] = None,
+) -> None:
+    """Build the images of models, calipert-NAME."""
+    from blocks.engines.docker.engine import docker_client
+    from blocks.engines.docker.images import build_image
+
+    arguments = _arguments(arg or [])
+    folders = [_folder(name) for name in names]
+    with docker_client() as client:
+        for folder in folders:
+            image = build_image(client, folder, arguments, lambda line: CONSOLE.print(escape(line), style="dim"))
+            CONSOLE.print(f"{folder.name}: {image}")
+
+
+@app.command()
+def check(
+    folder: Annotated[str, typer.Argument(help="The path of your model's folder, or one under model_containers.")],
+    hyperparameters: Annotated[str, typer.Option(help="JSON of what differs from the model's defaults.")] = "{}",
+    embedding: Annotated[
+        Literal["table", "tables", "graph"] | None,
+        typer.Option(help="What it is told of genes; without it what the catalog says, else one table."),
+    ] = None,
+) -> None:
+    """Run the contract's tests on a model under the engine in use (CALIPERT_ENGINE); exit status 1 if it fails one."""
+    from flows.cli.model_check import check_model
+    from tasks.engine import ENGINE, engine, runs_elsewhere
+
+    if runs_elsewhere():
+        raise UserError("environment", ENGINE, "an engine that runs models elsewhere", "set it to docker or process")
+    path, settings = _folder(folder), _json_object(hyperparameters)
+    failed = False
+    for finding in check_model(path, engine(), embedding or _form(path.name), settings, lambda event: None):
+        failed = failed or finding.fault is not None
+        CONSOLE.print(
+            f"[green]ok[/green]    {finding.asked}" if finding.fault is None else f"[red]fails[/red] {finding.asked}"
+        )
+        if finding.fault is not None:
+            CONSOLE.print(escape(finding.fault), style="red")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _users() -> dict[str, list[str]]:
+    """Container -> the models of the catalog that run in it, and the embeddings that it makes."""
+    from core import catalog
+
+    users: dict[str, list[str]] = {}
+    entries = {model.name: model for model in catalog.models(catalog.names("model"))}
+    made = {f"embedding {name}": catalog.embedding(name) for name in catalog.names("embedding")}
+    for name, entry in (entries | made).items():
+        if entry.container is not None:
+            users.setdefault(entry.container, []).append(name)
+    return users
+
+
+def _form(container: str) -> Form:
+    """What the models of the catalog that run in a container are told of genes; a table where there is none."""
+    from core import catalog
+
+    resolved = catalog.models(catalog.names("model"))
+    forms = {one.embedding.form for one in resolved if one.embedding and one.container == container}
+    return "graph" if forms == {"graph"} else "table"
+
+
+def _folder(name: str) -> Path:
+    """The folder of a model by its path, or by the name of a container. Raises UserError without a model.py."""
+    from tasks.inputs import container_places
+
+    for folder in (Path(name).expanduser().resolve(), *(place / name for place in container_places())):
+        if (folder / "model.py").is_file():
+            return folder
+    known = sorted(path.parent.name for place in container_places() for path in place.glob("*/model.py"))
+    raise UserError(name, "model", "no folder with a model.py", f"give the path of one, or one of: {', '.join(known)}")
+
+
+def _arguments(texts: list[str]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in texts]
+    for name, equals, value in pairs:
+        if not (name and equals):
+            raise UserError("--arg", "value", repr(name + equals + value), "write NAME=VALUE")
+    return {name: value for name, _, value in pairs}
+
+
+def _json_object(text: str) -> dict[str, object]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UserError(
+            "--hyperparameters", "value", f"{text!r}: {error}", 'write JSON, as in {"epochs": 4}'
+        ) from error
+    if not isinstance(value, dict):
+        raise UserError("--hyperparameters", "value", repr(text), 'write an object, as in {"epochs": 4}')
+    return value

@@ -1,0 +1,196 @@
+"""The contract's tests of a model's folder, under any engine that runs models on this machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from hashlib import sha256
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from blocks.engines.process import Engine, Event, ModelFailed, Stage
+from blocks.local.gpus import Gpu, lease
+from core.catalog.schema import Form
+from core.conditions import genes_of
+from core.errors import UserError, shown
+from core.scoring.predictions import check_model_output
+from flows.cli.model_panel import GENES, NO_EMBEDDING, UNSEEN, ZERO_EMBEDDING, Panel, write_panel
+from model_containers.contract import Description, Key
+
+FILES = ("Dockerfile", "README.md", "model.py", "requirements.txt")
+COVARIATES = ("K562", "RPE1")
+# Longer would be no check any more, and a model that hangs must end.
+LIMIT_S = 1800.0
+
+
+class Finding(NamedTuple):
+    """One thing that the contract asks. fault: what is wrong, None where it is met."""
+
+    asked: str
+    fault: str | None
+
+
+def check_model(
+    folder: Path, engine: Engine, form: Form, hyperparameters: Mapping[str, Any], on_event: Callable[[Event], None]
+) -> Iterator[Finding]:
+    """What the contract asks of the model in a folder, one by one, while it is trained and asked twice on a small
+    simulated fold. Ends early where the rest cannot be told: a stage failed.
+
+    form: of what it is told of genes, if it needs to be told. Raises UserError where the engine cannot run it, and for
+    what makes embeddings and trains nothing.
+    """
+    missing = [name for name in FILES if not (folder / name).is_file()]
+    yield Finding("its folder is whole", f"there is no {', '.join(missing)}" if missing else None)
+    engine.identity(folder)  # of what the engine cannot run there is none
+    try:
+        description = engine.describe(folder)
+    except ModelFailed as error:
+        yield Finding("it describes itself", str(error))
+        return
+    named = description.name == folder.name
+    yield Finding(
+        "it describes itself, by its folder's name",
+        None if named else f"it calls itself {description.name!r}, and its folder is {folder.name!r}",
+    )
+    if description.input == "files":
+        remedy = "make one, by the flow `embed`: its output is checked there (docs/models.md)"
+        raise UserError(f"model {folder.name}", "input", "'files': it makes embeddings, and is no model", remedy)
+    with TemporaryDirectory() as scratch, _device(description, folder.name) as gpu:
+        place = Path(scratch)
+        place.chmod(0o755)
+        run = _Run(folder, engine, gpu, _panel(place), description, form, dict(hyperparameters), on_event)
+        yield from _stages(run, place)
+
+
+def _stages(run: _Run, place: Path) -> Iterator[Finding]:
+    before = _contents(run.panel.folder)
+    try:
+        run.twice(place)
+    except ModelFailed as error:
+        yield Finding("it trains and predicts", str(error))
+        return
+    yield Finding("it trains and predicts", None)
+    changed = _contents(run.panel.folder) != before
+    yield Finding("it leaves its input alone", "it has changed files of its input" if changed else None)
+    yield Finding("its progress reaches its end", _unfinished(run.events))
+    output = place / "output_1"
+    yield Finding("it answers every condition, with finite means of log1p", _wrong_output(output, run))
+    yield Finding("it leaves out what it cannot know, and nothing else", _wrongly_left_out(output, run))
+    same = all(_contents(place / f"{kind}_1") == _contents(place / f"{kind}_2") for kind in ("model", "output"))
+    fault = "a second run wrote other files, asked for the conditions in the opposite order"
+    yield Finding("the same input gives the same bytes", None if same else fault)
+    yield Finding("it refuses a hyperparameter that it does not know", run.accepts_anything(place))
+
+
+class _Run:
+    """A model, asked for its stages."""
+
+    def __init__(
+        self,
+        folder: Path,
+        engine: Engine,
+        gpu: Gpu | None,
+        panel: Panel,
+        description: Description,
+        form: Form,
+        hyperparameters: dict[str, Any],
+        on_event: Callable[[Event], None],
+    ) -> None:
+        self.folder = folder
+        self.engine = engine
+        self.gpu = gpu
+        self.panel = panel
+        self.description = description
+        self.told = self._file("graph.parquet" if form == "graph" else "embedding.parquet")
+        self.hyperparameters = hyperparameters
+        self.on_event = on_event
+        self.events: list[Event] = []
+
+    def twice(self, place: Path) -> None:
+        for number, order in ((1, 1), (2, -1)):
+            model, output = place / f"model_{number}", place / f"output_{number}"
+            conditions = [key._asdict() for key in self.panel.held_out][::order]
+            self._stage("train", model, cells=self._file("train.h5ad"), hyperparameters=self.hyperparameters)
+            self._stage("predict", output, model=str(model), control=self._file("control.h5ad"), conditions=conditions)
+
+    def accepts_anything(self, place: Path) -> str | None:
+        """What is wrong with how it takes an unknown hyperparameter; None if it refuses it as the contract wants."""
+        unknown = {"no_such_hyperparameter": 1}
+        try:
+            self._stage("train", place / "refused", cells=self._file("train.h5ad"), hyperparameters=unknown)
+        except ModelFailed as error:
+            if error.exit_code == 2:
+                return None
+            return f"it should end with exit code 2 and one line: {error}"
+        return "it took `no_such_hyperparameter`: a typing error in the catalog would change nothing"
+
+    def _stage(self, stage: Stage, output: Path, **fields: Any) -> None:
+        output.mkdir()
+        embedding = self.told if self.description.embedding else None
+        spec = fields | {"embedding": embedding, "seed": 1, "output": str(output)}
+        self.engine.run(stage, self.folder, spec, on_event=self._hear, timeout_s=LIMIT_S, gpu=self.gpu)
+
+    def _hear(self, event: Event) -> None:
+        self.events.append(event)
+        self.on_event(event)
+
+    def _file(self, name: str) -> str:
+        return str(self.panel.folder / name)
+
+
+def _panel(place: Path) -> Panel:
+    folder = place / "panel"
+    folder.mkdir()
+    return write_panel(folder, COVARIATES)
+
+
+def _device(description: Description, name: str) -> AbstractContextManager[Gpu | None]:
+    return lease(f"check of {name}") if description.gpu else nullcontext()
+
+
+def _unfinished(events: list[Event]) -> str | None:
+    last = next((event for event in reversed(events) if event["event"] == "progress"), None)
+    if last is None:
+        return "it reports no progress"
+    return None if last["done"] == last["total"] else f"its last was {last['done']} of {last['total']} {last['unit']}"
+
+
+def _wrong_output(output: Path, run: _Run) -> str | None:
+    try:
+        check_model_output(output, [key._asdict() for key in run.panel.held_out], pd.Index(GENES), run.folder.name)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _wrongly_left_out(output: Path, run: _Run) -> str | None:
+    """By what it says of itself."""
+    try:
+        rows = json.loads((output / "unpredicted.json").read_text(encoding="utf-8"))
+        left_out = {Key(row["covariate"], row["condition"]) for row in rows}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        return f"unpredicted.json: {type(error).__name__}: {error}"
+    expected = {key for key in run.panel.held_out if _is_beyond(key, run.description)}
+    faults = [f"{key.condition} in {key.covariate} is predicted, and cannot be" for key in sorted(expected - left_out)]
+    faults += [
+        f"{key.condition} in {key.covariate} is not predicted, and can be" for key in sorted(left_out - expected)
+    ]
+    return shown(faults, 3) or None
+
+
+def _is_beyond(key: Key, description: Description) -> bool:
+    genes = genes_of(key.condition)
+    return (
+        key.covariate == UNSEEN
+        or (len(genes) > 1 and not description.combinations)
+        or (description.embedding and bool({NO_EMBEDDING, ZERO_EMBEDDING} & set(genes)))
+    )
+
+
+def _contents(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256(path.read_bytes()).hexdigest() for path in files}

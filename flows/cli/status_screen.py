@@ -1,0 +1,157 @@
+"""How `calipert status` shows what it has found."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from datetime import datetime
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from blocks.config.paths import store_folder
+from blocks.services.stack import ServiceStatus
+from flows.cli.status import ACTIVE, DAYS, FAILED, PAGE, WAITING, FlowRun, Pool, Snapshot
+
+COLOURS = {"COMPLETED": "green", "FAILED": "red", "CRASHED": "red", "CANCELLED": "yellow", "RUNNING": "cyan"}
+# Rows of each kind of flow run, so that all fit on one screen.
+MOST = {"active": 5, "waiting": 3, "failed": 5, "done": 4}
+NAMES = {"active": "running", "waiting": "scheduled", "failed": "failed", "done": "completed"}
+
+
+def screen(shown: Snapshot, now: datetime) -> RenderableType:
+    """What `calipert status` prints. now: in UTC."""
+    parts: list[RenderableType] = [_services(shown.services)]
+    stopped = [one.name for one in shown.services if one.state == "stopped" and one.name in ("prefect", "mlflow")]
+    if stopped:
+        parts.append(Text("`make up` starts servers and workers; `calipert run` starts the servers.", style="yellow"))
+    if shown.pools:
+        parts += ["", _pools(shown.pools)]
+    if any(shown.runs.values()):
+        parts += ["", _runs(shown.runs, now)]
+    elif shown.runs:
+        parts += ["", Text(f"No flow run in the last {DAYS} days.", style="dim")]
+    parts += ["", _resources(shown)]
+    parts += [Text(trouble, style="red") for trouble in shown.troubles]
+    return Group(*parts)
+
+
+def _table(*heads: str) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    for head in heads[:-1]:
+        table.add_column(head, no_wrap=True)
+    table.add_column(heads[-1], overflow="fold")
+    return table
+
+
+def _services(services: Iterable[ServiceStatus]) -> Table:
+    table = _table("service", "state", "address or log")
+    colours = {"running": "green", "stopped": "yellow", "not answering": "red"}
+    for one in services:
+        place = one.url or ("" if one.state == "stopped" else str(one.log))
+        table.add_row(one.name, Text(one.state, style=colours[one.state]), place)
+    return table
+
+
+def _pools(pools: Iterable[Pool]) -> Table:
+    table = _table("work pool", "workers online")
+    for pool in pools:
+        online = ", ".join(pool.online) or "none: what is sent here waits"
+        more = f" ({pool.offline} offline)" if pool.offline else ""
+        paused = "paused; " if pool.paused else ""
+        table.add_row(pool.name, Text(f"{paused}{online}{more}", style="" if pool.online else "yellow"))
+    return table
+
+
+def _runs(runs: dict[str, list[FlowRun]], now: datetime) -> Group:
+    """A line for each flow run, and below it what it does, or why it failed, over the whole width."""
+    shown = [run for kind, most in MOST.items() for run in runs.get(kind, [])[:most]]
+    names = max(len(run.name) for run in shown)
+    states = max(len(run.state) for run in shown)
+    lines: list[RenderableType] = [Text(f"{'flow run':{names}}  {'state':{states}}  when", style="dim")]
+    for kind, most in MOST.items():
+        of_kind = runs.get(kind, [])
+        for run in of_kind[:most]:
+            state = (run.state.lower().ljust(states), COLOURS.get(run.kind, ""))
+            lines.append(Text.assemble(run.name.ljust(names), "  ", state, "  ", _when(run, now)))
+            if what := " · ".join(filter(None, [_id(run), ", ".join(run.models), _what(run)])):
+                lines.append(Padding(Text(what), (0, 0, 0, 2)))
+        if len(of_kind) > most:
+            count = f"{len(of_kind) - most}{'+' if len(of_kind) == PAGE else ''}"
+            lines.append(Text(f"  and {count} more {NAMES[kind]}", style="dim"))
+    return Group(*lines)
+
+
+def _when(run: FlowRun, now: datetime) -> str:
+    if run.kind in WAITING:
+        return f"due {_clock(run.due, now)}" if run.due else ""
+    if run.kind in ACTIVE:
+        return f"since {_clock(run.begun, now)}, {_lasted((now - run.begun).total_seconds())}" if run.begun else ""
+    lasted = f", {_lasted(run.seconds)}" if run.seconds else ""
+    return f"{_clock(run.ended or run.due, now)}{lasted}"
+
+
+def _id(run: FlowRun) -> str:
+    """What `prefect flow-run cancel` and `logs` want to be told."""
+    return "" if run.kind == "COMPLETED" else run.id
+
+
+def _what(run: FlowRun) -> str:
+    if run.kind in FAILED:
+        return run.reason or "no reason was given"
+    if run.kind not in ACTIVE:
+        return ""
+    parts = []
+    if run.folds:
+        done, failed, whole = run.folds
+        parts.append(f"{done} of {whole} folds done" + (f", {failed} failed" if failed else ""))
+    if run.doing:
+        names = list(dict.fromkeys(run.doing))
+        parts.append("; ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else ""))
+    return "; ".join(parts)
+
+
+def _resources(shown: Snapshot) -> Table:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for gpu, holder in shown.gpus:
+        table.add_row(f"GPU {gpu}", Text(holder))
+    if not shown.gpus:
+        table.add_row("GPUs", "none: models train on the CPU")
+    count, size, free = shown.store
+    shared = os.environ.get("CALIPERT_STORE")
+    also = f"; shared in {shared}" if shared else ""
+    table.add_row("store", f"{count:,} artifacts, {_amount(size)}; {_amount(free)} free in {store_folder()}{also}")
+    if shown.stale:
+        names = ", ".join(shown.stale[:5]) + (f" and {len(shown.stale) - 5} more" if len(shown.stale) > 5 else "")
+        text = f"running although nobody goes on with them: {names}. The next flow run on their data set ends them."
+        table.add_row("MLflow", Text(text, style="yellow"))
+    return table
+
+
+def _clock(time: datetime | None, now: datetime) -> str:
+    """Local time, with the day unless it is today."""
+    if time is None:
+        return ""
+    local, today = time.astimezone(), now.astimezone()
+    return local.strftime("%H:%M" if local.date() == today.date() else "%b %d %H:%M")
+
+
+def _lasted(seconds: float) -> str:
+    """`45 s`, `12 min`, `3 h 5 min`."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _amount(size: float) -> str:
+    """`12 MB`, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
