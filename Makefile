@@ -1,20 +1,22 @@
 # make help lists the targets. Override PYTHON to choose the interpreter of .venv, and TORCH_INDEX to take
-# PyTorch from another index, such as https://download.pytorch.org/whl/cpu where there is no NVIDIA GPU. `make images`
+# PyTorch from another index; without it, a Linux machine without an NVIDIA GPU gets the CPU build. `make images`
 # takes TORCH_INDEX too, and BASE_IMAGE, the image with Python 3.11 that all are built on.
 PYTHON ?= python3
-TORCH_INDEX ?=
 BASE_IMAGE ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 BIN := .venv/bin
+INSTALL := $(BIN)/pip install --constraint constraints.txt
+CPU_TORCH_INDEX := https://download.pytorch.org/whl/cpu
 RUNTIME := .venv/.runtime-installed
 TOOLS := .venv/.test-tools-installed
+DOCS_TOOLS := .venv/.docs-tools-installed
 PYTEST := $(BIN)/pytest -n 2 --dist loadgroup
 # An image under another licence than the project's own is built by choice: calipert model build NAME.
 MODELS := $(notdir $(patsubst %/Dockerfile,%,$(shell grep -l 'licenses="MIT"' model_containers/*/Dockerfile)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo images test test-platform fault up down clean
+.PHONY: help setup demo images test test-platform docs fault up down clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +43,9 @@ test-platform: $(TOOLS) ## tests with servers, containers and a browser, and one
 fault: $(TOOLS) ## kill benchmarks, workers and servers at random moments, 30 rounds, and compare all bytes
 	CALIPERT_FAULT_ROUNDS=30 $(BIN)/pytest -v -s tests/fault
 
+docs: $(DOCS_TOOLS) ## build the documentation into build/docs; a warning is an error
+	$(BIN)/mkdocs build
+
 up: setup ## start the servers and workers, and register all deployments
 	@$(BIN)/python -m deployments.local up
 
@@ -57,12 +62,23 @@ $(RUNTIME): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v < (3, 14) or sys.exit( \
 		"calipert needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is %d.%d: try make setup PYTHON=python3.12" % v)'
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
-ifneq ($(TORCH_INDEX),)
-	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt --index-url $(TORCH_INDEX) torch
+ifeq ($(origin TORCH_INDEX),undefined)
+# pip's usual index brings gigabytes of CUDA libraries. Where pip has find-links of its own, it looks there too.
+	@if [ "$$(uname -s)" = Linux ] && ! timeout 60 nvidia-smi -L 2> /dev/null | grep -q '^GPU'; then \
+		echo "No NVIDIA GPU found: installing the CPU build of PyTorch"; \
+		$(INSTALL) --quiet --no-deps --retries 1 --timeout 15 --index-url $(CPU_TORCH_INDEX) torch 2> /dev/null || \
+		echo "It cannot be installed from $(CPU_TORCH_INDEX): taking PyTorch from pip's usual index"; \
+	fi
+else ifneq ($(TORCH_INDEX),)
+	$(INSTALL) --quiet --no-deps --index-url $(TORCH_INDEX) torch
 endif
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	$(INSTALL) --quiet --editable .
 	touch $@
 
 $(TOOLS): $(RUNTIME)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,bench]'
+	$(INSTALL) --quiet --editable '.[test,bench]'
+	touch $@
+
+$(DOCS_TOOLS): $(RUNTIME)
+	$(INSTALL) --quiet --editable '.[docs]'
 	touch $@
