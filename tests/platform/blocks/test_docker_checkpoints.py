@@ -15,10 +15,7 @@ from typing import Any
 
 import pytest
 
-<<<<<<<< HEAD:tests/platform/blocks/test_docker_checkpoints.py
 from blocks.config.paths import PROJECT_ROOT
-========
->>>>>>>> main:tests/blocks/engines/docker/test_checkpoints.py
 from blocks.engines.docker import checkpoints as docker_checkpoints
 from blocks.engines.docker.checkpoints import FILE
 from blocks.engines.docker.engine import DockerEngine
@@ -28,10 +25,6 @@ from core.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
-<<<<<<<< HEAD:tests/platform/blocks/test_docker_checkpoints.py
-========
-ROOT = Path(__file__).resolve().parents[4]
->>>>>>>> main:tests/blocks/engines/docker/test_checkpoints.py
 # A model that does what its spec says, in Python.
 OBEDIENT = """
 import json, os, pathlib, sys, time

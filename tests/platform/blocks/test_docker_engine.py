@@ -16,10 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-<<<<<<<< HEAD:tests/platform/blocks/test_docker_engine.py
 from blocks.config.paths import PROJECT_ROOT
-========
->>>>>>>> main:tests/blocks/engines/docker/test_engine.py
 from blocks.engines.docker import engine as docker_engine
 from blocks.engines.docker.engine import DATA, GPU, OWNER, STAGE, DockerEngine
 from blocks.engines.docker.limits import Limits
@@ -32,10 +29,6 @@ from core.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
-<<<<<<<< HEAD:tests/platform/blocks/test_docker_engine.py
-========
-ROOT = Path(__file__).resolve().parents[4]
->>>>>>>> main:tests/blocks/engines/docker/test_engine.py
 # A model that does what its spec says, in Python.
 OBEDIENT = """
 import json, os, pathlib, subprocess, sys, time

@@ -20,10 +20,7 @@ import pandas as pd
 import psutil
 import pytest
 
-<<<<<<<< HEAD:tests/platform/blocks/test_tracking.py
 from blocks.config.paths import PROJECT_ROOT
-========
->>>>>>>> main:tests/blocks/tracking/test_tracker.py
 from blocks.engines.process import Usage
 from blocks.local.processes import this_process
 from blocks.tracking import curves as mlflow_curves
@@ -37,10 +34,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-<<<<<<<< HEAD:tests/platform/blocks/test_tracking.py
-========
-ROOT = Path(__file__).resolve().parents[3]
->>>>>>>> main:tests/blocks/tracking/test_tracker.py
 METRICS = ("mse", "nir", "pearson_deltactrl")
 VARIANTS = (QUOTED_VARIANT, "drf_mean", "drf_ctrl")
 
