@@ -16,12 +16,14 @@ PYTEST := $(BIN)/pytest -n 2 --dist loadgroup
 MODELS := $(notdir $(patsubst %/Dockerfile,%,$(shell grep -l 'licenses="MIT"' model_containers/*/Dockerfile)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo images test test-platform docs fault up down clean
+.PHONY: help setup tools demo images test test-platform docs fault up down clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(RUNTIME) ## install into .venv, if anything changed since the last time
+
+tools: $(TOOLS) ## install what tests and pre-commit need, too
 
 demo: setup ## benchmark two models on a simulated screen
 	$(BIN)/calipert run demo
