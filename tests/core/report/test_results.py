@@ -56,7 +56,7 @@ def parts(single_cells: ad.AnnData, tmp_path_factory: pytest.TempPathFactory) ->
 def results(parts: dict[str, Path], scores: list[str], spec: DatasetSpec, folder: Path) -> Path:
     folder.mkdir()
     paths = [parts[name] for name in scores]
-    write_results(spec, paths, parts["calibration"], parts["quality"], PROVENANCE, folder)
+    write_results(spec, spec.seed, paths, parts["calibration"], parts["quality"], PROVENANCE, folder)
     return folder
 
 
