@@ -50,7 +50,8 @@ def start_torch(threads: int) -> tuple[Any, Any]:
         # All that the models use repeats its bits on a CPU; to demand it would import the compiler, for seconds.
         return torch, torch.device("cpu")
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # torch's own debugging aid
+    debugging: Any = torch.utils.deterministic
+    debugging.fill_uninitialized_memory = False
     return torch, torch.device("cuda")
 
 

@@ -229,7 +229,7 @@ def network(folder: Path, n_tokens: int, device: Any) -> torch.nn.Module:
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # what it would warn of is refused here
     try:
-        net, about = EsmModel.from_pretrained(
+        loaded: Any = EsmModel.from_pretrained(
             folder,
             add_pooling_layer=False,
             dtype=torch.float32,
@@ -240,6 +240,7 @@ def network(folder: Path, n_tokens: int, device: Any) -> torch.nn.Module:
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise contract.ContractError(f"{folder}: no checkpoint of ESM-2: {error}") from None
+    net, about = loaded
     missing = sorted(name for name in about["missing_keys"] if not name.startswith(NOT_NEEDED))
     if missing:
         raise contract.ContractError(f"{folder}: no checkpoint of ESM-2: it has no {missing[0]}")
@@ -250,7 +251,8 @@ def network(folder: Path, n_tokens: int, device: Any) -> torch.nn.Module:
         raise contract.ContractError(
             f"{folder / 'vocab.txt'}: {n_tokens} tokens; the network has {net.config.vocab_size}"
         )
-    return net.eval().to(device)
+    evaluated: torch.nn.Module = net.eval().to(device)
+    return evaluated
 
 
 def require_esm2(path: Path) -> None:

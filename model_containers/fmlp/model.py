@@ -205,7 +205,8 @@ def forward(net: torch.nn.ModuleDict, conditions: Conditions, rows: np.ndarray) 
     latent = member @ net["encoder"](conditions.embedding[torch.from_numpy(used).to(device)])
     if "covariate" in net:
         latent = latent + net["covariate"](torch.from_numpy(conditions.covariates[rows]).to(device))
-    return net["decoder"](latent)
+    expression: torch.Tensor = net["decoder"](latent)
+    return expression
 
 
 def squared_error(net: torch.nn.ModuleDict, conditions: Conditions, cells: Cells, batch: np.ndarray) -> torch.Tensor:

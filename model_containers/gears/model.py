@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import contract
 import neural
@@ -320,7 +320,9 @@ def cells_of(file: ad.AnnData, row_of: dict[contract.Key, int], shape: Shape, de
 
     rows = neural.held(file.X, device)
     obs = file.obs
-    condition = np.array([row_of.get(key, -1) for key in zip(obs["covariate"], obs["condition"], strict=True)])
+    condition = np.array(
+        [row_of.get(contract.Key(*key), -1) for key in zip(obs["covariate"], obs["condition"], strict=True)]
+    )
     covariate = obs["covariate"].map({name: row for row, name in enumerate(shape.covariates)})
     covariate = covariate.fillna(-1).to_numpy(np.int64)
     is_control = ((obs["condition"] == contract.CONTROL) & (obs["split"] == "train")).to_numpy()
@@ -439,13 +441,19 @@ def conditions_of(
     )
 
 
-def convolved(layers: torch.nn.ModuleList, vectors: torch.Tensor, graph: Graph) -> torch.Tensor:
+def weight_of(net: torch.nn.ModuleDict, part: str) -> torch.Tensor:
+    """Look up the vectors of a part of the network that is a table."""
+    return cast("torch.nn.Embedding", net[part]).weight
+
+
+def convolved(net: torch.nn.ModuleDict, part: str, vectors: torch.Tensor, graph: Graph) -> torch.Tensor:
     """The vectors of graph.names, spread over the graph and mapped, layer by layer: those of the names asked for.
 
     A ReLU between layers.
     """
     from torch.nn import functional
 
+    layers = cast("torch.nn.ModuleList", net[part])
     for number, layer in enumerate(layers):
         n = graph.reach[len(layers) - 1 - number]
         if number:
@@ -466,14 +474,16 @@ def shift(net: torch.nn.ModuleDict, conditions: Conditions, rows: np.ndarray) ->
 
     of = torch.from_numpy(rows).to(conditions.genes.device)
     # One row more, of zeros: genes that no training perturbed have no vector of their own.
-    vectors = functional.pad(net["perturbation"].weight, (0, 0, 0, 1)).index_select(0, conditions.vector)
-    total = conditions.genes[of] @ convolved(net["perturbation_convolutions"], vectors, conditions.graph)
+    vectors = functional.pad(weight_of(net, "perturbation"), (0, 0, 0, 1)).index_select(0, conditions.vector)
+    total = conditions.genes[of] @ convolved(net, "perturbation_convolutions", vectors, conditions.graph)
     if "covariate" in net:
         total = total + net["covariate"](conditions.covariates[of])
-    gene = convolved(net["gene_convolutions"], net["gene"].weight, conditions.measured).relu()
+    gene = convolved(net, "gene_convolutions", weight_of(net, "gene"), conditions.measured).relu()
     first = response(net, gene, net["condition"](total))
-    own, shared = net["last"].weight[:, 0], net["last"].weight[:, 1:]
-    return first * own + net["summary"](first) @ shared.T + net["last"].bias
+    last = cast("torch.nn.Linear", net["last"])
+    own, shared = last.weight[:, 0], last.weight[:, 1:]
+    moved: torch.Tensor = first * own + net["summary"](first) @ shared.T + last.bias
+    return moved
 
 
 def response(net: torch.nn.ModuleDict, gene: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
@@ -483,9 +493,10 @@ def response(net: torch.nn.ModuleDict, gene: torch.Tensor, condition: torch.Tens
     taken of genes and conditions apart, and first_u . out is one vector: what is left for each pair of them is an
     addition, a ReLU and a product.
     """
-    into, _, out = net["response"]
-    weight = net["first"].weight @ out.weight
-    constant = net["first"].weight @ out.bias + net["first"].bias
+    layers = cast("torch.nn.Sequential", net["response"])
+    into, out, first = (cast("torch.nn.Linear", layer) for layer in (layers[0], layers[2], net["first"]))
+    weight = first.weight @ out.weight
+    constant = first.weight @ out.bias + first.bias
     return _pairwise(gene @ into.weight.T, condition @ into.weight.T + into.bias, weight) + constant
 
 
@@ -526,7 +537,8 @@ def _pairwise(genes: torch.Tensor, conditions: torch.Tensor, weight: torch.Tenso
                 of_conditions += active.sum(dim=1, dtype=torch.float32)
             return of_genes, of_conditions, of_weight
 
-    return Pairwise.apply(genes, conditions, weight)
+    sums: torch.Tensor = Pairwise.apply(genes, conditions, weight)
+    return sums
 
 
 def all_shifts(net: torch.nn.ModuleDict, conditions: Conditions, settings: Settings) -> torch.Tensor:

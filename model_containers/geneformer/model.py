@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import contract
 
@@ -103,7 +103,7 @@ class Kind:
         self.signed, self.size, self.order = code[0] == "i", int(code[1]), "little"
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.order = "big" if state[1] == ">" else "little"  # `|` of a single byte
+        self.order: Literal["little", "big"] = "big" if state[1] == ">" else "little"  # `|` of a single byte
 
 
 class Number:

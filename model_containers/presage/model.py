@@ -112,9 +112,10 @@ def train(task: contract.TrainTask) -> None:
 
     torch.manual_seed(task.seed)  # the initial weights, drawn on the CPU: the same for every device
     net = network(shape, settings).to(device)
-    net["head"][-1].bias.data = measured[torch.from_numpy(train_rows).to(device)].mean(dim=0)
+    head: Any = net["head"]
+    head[-1].bias.data = measured[torch.from_numpy(train_rows).to(device)].mean(dim=0)
     adam, best = neural.Adam(list(net.parameters())), neural.Best(net)
-    parts = {"net": net, "adam": adam, "best": best}
+    parts: dict[str, neural.Stateful] = {"net": net, "adam": adam, "best": best}
     for epoch in neural.epochs(task, settings.epochs, parts, lambda: best.stale >= settings.patience):
         total = torch.zeros((), dtype=torch.float64, device=device)
         order = neural.generator(task.seed, epoch).permutation(train_rows)
@@ -263,8 +264,9 @@ def network(shape: Shape, settings: Settings) -> torch.nn.ModuleDict:
         }
     )
     if len(shape.covariates) > 1:
-        net["covariate"] = nn.Embedding(len(shape.covariates), item)
-        nn.init.zeros_(net["covariate"].weight)
+        covariate = nn.Embedding(len(shape.covariates), item)
+        nn.init.zeros_(covariate.weight)
+        net["covariate"] = covariate
     head: list[nn.Module] = []
     for _ in range(settings.item_layers):
         head += [nn.Linear(item, item), nn.LeakyReLU(NEGATIVE_SLOPE)]
@@ -284,7 +286,8 @@ def forward(net: torch.nn.ModuleDict, settings: Settings, conditions: Conditions
     latent = member @ pooled(net, settings, aligned(net, sources), conditions.is_lacking[:, genes])
     if "covariate" in net:
         latent = latent + net["covariate"](torch.from_numpy(conditions.covariates[rows]).to(device))
-    return net["head"](latent)
+    changes: torch.Tensor = net["head"](latent)
+    return changes
 
 
 def aligned(net: torch.nn.ModuleDict, sources: list[torch.Tensor]) -> torch.Tensor:
@@ -292,8 +295,9 @@ def aligned(net: torch.nn.ModuleDict, sources: list[torch.Tensor]) -> torch.Tens
     import torch
     from torch.nn.functional import leaky_relu
 
-    latent = torch.stack([layer(table) for layer, table in zip(net["first"], sources, strict=True)])
-    for weight, bias in net["later"]:
+    parts: Any = net  # torch's types do not say what a ModuleDict holds
+    latent = torch.stack([layer(table) for layer, table in zip(parts["first"], sources, strict=True)])
+    for weight, bias in parts["later"]:
         latent = torch.baddbmm(bias, leaky_relu(latent, NEGATIVE_SLOPE), weight)
     return latent
 
@@ -311,8 +315,9 @@ def pooled(
     def mean(scores: torch.Tensor) -> torch.Tensor:
         return (scores.masked_fill(is_lacking, float("-inf")).softmax(dim=0) * latents).sum(dim=0)
 
-    by_weight = mean(net["pool"][0] / settings.temperature)
-    of_gene, of_source, score = net["attention"]
+    parts: Any = net  # torch's types do not say what a ModuleDict holds
+    by_weight = mean(parts["pool"][0] / settings.temperature)
+    of_gene, of_source, score = parts["attention"]
     by_attention = mean(score(leaky_relu(of_gene(by_weight) + of_source(latents), NEGATIVE_SLOPE)))
     return settings.attention * by_attention + (1 - settings.attention) * by_weight
 
@@ -322,8 +327,8 @@ def mean_correlation(predicted: torch.Tensor, measured: torch.Tensor) -> float:
     row."""
     from torch.nn.functional import cosine_similarity
 
-    centred = (values - values.mean(dim=1, keepdim=True) for values in (predicted, measured))
-    return float(cosine_similarity(*centred, dim=1).mean())
+    a, b = (values - values.mean(dim=1, keepdim=True) for values in (predicted, measured))
+    return float(cosine_similarity(a, b, dim=1).mean())
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def train(task: contract.TrainTask) -> None:
         take_over(net, pretrained, shape.tokens)
     net.to(device)
     adam, best = neural.Adam(list(net.parameters())), neural.Best(net)
-    parts = {"net": net, "adam": adam, "best": best}
+    parts: dict[str, neural.Stateful] = {"net": net, "adam": adam, "best": best}
     for epoch in neural.epochs(task, settings.epochs, parts, lambda: best.stale >= settings.patience):
         rate = settings.learning_rate * settings.decay ** ((epoch - 1) // settings.decay_every)
         draws = neural.generator(task.seed, epoch)
@@ -385,23 +385,25 @@ def forward(
     """
     import torch
 
+    parts: Any = net  # torch's types do not say what a ModuleDict holds
     # In half precision where the device has it; its own kind has the range of float32, so that no loss is scaled.
     with torch.autocast(values.device.type, torch.bfloat16, enabled=is_mixed(values.device)):
-        gene = net["encoder"]["enc_norm"](net["encoder"]["embedding"](tokens))
-        encode = net["value_encoder"]
+        gene = parts["encoder"]["enc_norm"](parts["encoder"]["embedding"](tokens))
+        encode = parts["value_encoder"]
         value = encode["norm"](encode["linear2"](encode["linear1"](values[..., None]).relu()))
-        x = gene + encode["dropout"](value) + net["pert_encoder"](perturbed[..., None])
-        for layer in net["transformer_encoder"]["layers"]:
+        x = gene + encode["dropout"](value) + parts["pert_encoder"](perturbed[..., None])
+        for layer in parts["transformer_encoder"]["layers"]:
             x = layer(x)
-        scale, shift = (net["decoder"][name](x)[..., 0] for name in ("scale", "shift"))
-    return scale.float() * values + shift.float()
+        scale, shift = (parts["decoder"][name](x)[..., 0] for name in ("scale", "shift"))
+    expression: torch.Tensor = scale.float() * values + shift.float()
+    return expression
 
 
 def is_mixed(device: Any) -> bool:
     """Whether the device computes in bfloat16."""
     import torch
 
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 # ---- training

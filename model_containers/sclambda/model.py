@@ -363,7 +363,8 @@ def against(
     embedding = given.embedding.clone().requires_grad_()
     _, expression_error, embedding_error = decoded(net, given, embedding, at, z, shifts)
     (gradient,) = torch.autograd.grad(expression_error + embedding_error, embedding)
-    return given.embedding + settings.adversarial_step * gradient.shape[1] ** 0.5 * gradient.sign()
+    moved: torch.Tensor = given.embedding + settings.adversarial_step * gradient.shape[1] ** 0.5 * gradient.sign()
+    return moved
 
 
 def decoded(
@@ -431,7 +432,8 @@ def mean_shifts(
     import numpy as np
     import torch
 
-    *hidden, last = net["expression"]
+    parts: Any = net  # torch's types do not say what a ModuleDict holds
+    *hidden, last = parts["expression"]
     own = [states[torch.from_numpy(covariate == one).to(states.device)] for one in range(covariate.max() + 1)]
     with torch.no_grad():
         at = torch.from_numpy(rows).to(states.device)

@@ -278,8 +278,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     import numpy as np
     import torch
+    from numpy._core.multiarray import scalar
 
-    with torch.serialization.safe_globals([np._core.multiarray.scalar, np.dtype, np.dtypes.Int64DType]):
+    with torch.serialization.safe_globals([scalar, np.dtype, np.dtypes.Int64DType]):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
 
     def plain(value: Any) -> Any:
@@ -307,8 +308,8 @@ def read_losses(path: Path) -> dict[str, float]:
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     logged = {name: [float(row[name]) for row in rows if row.get(name)] for name in ("train_loss", "val_loss")}
-    found = {"train_loss": np.mean(logged["train_loss"]), "val_loss": (logged["val_loss"] or [None])[-1]}
-    return {name: float(value) for name, value in found.items() if value is not None}
+    means = {"train_loss": float(np.mean(logged["train_loss"]))}
+    return means | ({"val_loss": logged["val_loss"][-1]} if logged["val_loss"] else {})
 
 
 def keep_weights(work: Path) -> None:
