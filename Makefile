@@ -35,6 +35,7 @@ test: $(TOOLS) ## run lint, types, import contracts and all tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	MYPYPATH=model_containers $(BIN)/mypy model_containers/neural.py model_containers/*/model.py
 	$(BIN)/lint-imports
 	$(BIN)/pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered
 

@@ -100,10 +100,11 @@ class Kind:
     def __init__(self, code: str, align: bool, copy: bool) -> None:
         if code not in ("i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"):
             raise pickle.UnpicklingError(f"it holds numpy's {code!r:.50}, no whole numbers")
-        self.signed, self.size, self.order = code[0] == "i", int(code[1]), "little"
+        self.signed, self.size = code[0] == "i", int(code[1])
+        self.order: Literal["little", "big"] = "little"
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.order: Literal["little", "big"] = "big" if state[1] == ">" else "little"  # `|` of a single byte
+        self.order = "big" if state[1] == ">" else "little"  # `|` of a single byte
 
 
 class Number:
