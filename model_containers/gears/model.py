@@ -146,8 +146,9 @@ class Cells(NamedTuple):
 
 
 def train(task: contract.TrainTask) -> None:
-    """Train on the train cells and keep the weights of the least validation loss: weights.pt, model.json and
-    coexpression.parquet.
+    """Train on the train cells and keep the weights of the least validation loss.
+
+    Writes weights.pt, model.json and coexpression.parquet.
 
     With fewer than FEWEST_TO_CHOOSE_BY val conditions that can be predicted, the last weights are kept.
     """
@@ -199,8 +200,10 @@ def train(task: contract.TrainTask) -> None:
 
 
 def predict(task: contract.PredictTask) -> None:
-    """Predict every condition whose genes have neighbours that were perturbed in training, in the covariates of the
-    train cells: the mean control cell, shifted."""
+    """Predict every condition whose genes have neighbours that were perturbed in training.
+
+    In the covariates of the train cells; a prediction is the mean control cell, shifted.
+    """
     import numpy as np
     import pandas as pd
 
@@ -227,7 +230,7 @@ def predict(task: contract.PredictTask) -> None:
 
 
 def normalised(graph: pd.DataFrame, most: int, names: Iterable[str]) -> pd.DataFrame:
-    """A graph's links as a convolution takes them: columns gene, neighbour, weight, sorted by gene.
+    """List a graph's links as a convolution takes them: columns gene, neighbour, weight, sorted by gene.
 
     graph: columns gene, neighbour, weight, sorted by gene and falling weight; of each gene the first `most` rows count,
     and every gene of `names`, all there are, is linked to itself with weight 1. Each weight is divided by the root of
@@ -246,13 +249,13 @@ def normalised(graph: pd.DataFrame, most: int, names: Iterable[str]) -> pd.DataF
 
 
 def go_links(graph: pd.DataFrame, shape: Shape, settings: Settings) -> pd.DataFrame:
-    """The normalised graph of the Gene Ontology between all genes and those perturbed in training (README.md)."""
+    """Build the normalised graph of the Gene Ontology between all genes and those perturbed in training (README.md)."""
     is_link = graph["neighbour"].isin(set(shape.perturbed)) & (graph["neighbour"] != graph["gene"])
     return normalised(graph[is_link], settings.go_neighbours, set(graph["gene"]))
 
 
 def graph_of(links: pd.DataFrame, names: Sequence[str], layers: int, device: Any) -> Graph:
-    """What of a normalised graph the vectors of some genes hang on."""
+    """Find the part of a normalised graph on which the vectors of some genes depend."""
     import numpy as np
     import torch
 
@@ -273,8 +276,11 @@ def graph_of(links: pd.DataFrame, names: Sequence[str], layers: int, device: Any
 
 
 def coexpression(cells: Cells, numbers: np.ndarray, shape: Shape, settings: Settings) -> pd.DataFrame:
-    """The normalised graph of co-expression between the measured genes: Pearson's correlation, of either sign, over the
-    train cells (`numbers`), each cell taken from the mean of its covariate. A gene that does not vary has no link."""
+    """Build the normalised graph of co-expression between the measured genes.
+
+    Pearson's correlation, of either sign, over the train cells (`numbers`), each cell minus the mean of its covariate.
+    A gene that does not vary has no link.
+    """
     import numpy as np
     import pandas as pd
     import torch
@@ -314,7 +320,7 @@ def mean_of(rows: Callable[[np.ndarray], torch.Tensor], numbers: np.ndarray) -> 
 
 
 def cells_of(file: ad.AnnData, row_of: dict[contract.Key, int], shape: Shape, device: Any) -> Cells:
-    """The cells of a file. row_of: the row of each condition that is learned from or validated with."""
+    """Read the cells of a file. row_of: the row of each condition that is learned from or validated with."""
     import numpy as np
     import torch
 
@@ -331,7 +337,7 @@ def cells_of(file: ad.AnnData, row_of: dict[contract.Key, int], shape: Shape, de
 
 
 def shape_of(cells: ad.AnnData, graph: pd.DataFrame) -> Shape:
-    """What is learned from: covariates that have train cells of control and of a perturbation in the graph.
+    """Select what is learned from: covariates that have train cells of control and of a perturbation in the graph.
 
     Raises ContractError if there is none.
     """
@@ -352,7 +358,7 @@ def shape_of(cells: ad.AnnData, graph: pd.DataFrame) -> Shape:
 
 
 def unpredictable(keys: Iterable[contract.Key], links: pd.DataFrame, shape: Shape) -> dict[contract.Key, str]:
-    """The keys that cannot be predicted, each with its reason. links: of `go_links`."""
+    """List the keys that cannot be predicted, each with its reason. links: of `go_links`."""
     in_graph, linked = set(links["gene"]), set(links["gene"][links["gene"] != links["neighbour"]])
     near = linked | (in_graph & set(shape.perturbed))
     reasons = {}
@@ -383,9 +389,12 @@ def paired(cells: Cells, perturbed: np.ndarray, draws: np.random.Generator) -> P
 
 
 def network(shape: Shape, settings: Settings) -> torch.nn.ModuleDict:
-    """gene, perturbation, covariate: a vector each; convolutions: linear maps after each step through the graphs;
+    """Build the network.
+
+    gene, perturbation, covariate: a vector each; convolutions: linear maps after each step through the graphs;
     condition: summed vectors -> vector of a condition; response: a gene's and a condition's vector -> a vector;
-    first, last: weights of each gene's own; summary: first shifts -> vector."""
+    first, last: weights of each gene's own; summary: first shifts -> vector.
+    """
     from torch import nn
 
     width, n_genes = settings.hidden, len(shape.genes)
@@ -419,7 +428,7 @@ def conditions_of(
     settings: Settings,
     device: Any,
 ) -> Conditions:
-    """The distinct keys as the network takes them. links, measured: the normalised graphs."""
+    """Encode the distinct keys as the network takes them. links, measured: the normalised graphs."""
     import numpy as np
     import torch
 
@@ -447,7 +456,7 @@ def weight_of(net: torch.nn.ModuleDict, part: str) -> torch.Tensor:
 
 
 def convolved(net: torch.nn.ModuleDict, part: str, vectors: torch.Tensor, graph: Graph) -> torch.Tensor:
-    """The vectors of graph.names, spread over the graph and mapped, layer by layer: those of the names asked for.
+    """Spread the vectors of graph.names over the graph and map them, layer by layer: those of the names asked for.
 
     A ReLU between layers.
     """
@@ -487,7 +496,7 @@ def shift(net: torch.nn.ModuleDict, conditions: Conditions, rows: np.ndarray) ->
 
 
 def response(net: torch.nn.ModuleDict, gene: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-    """The first shift of every gene in every condition: conditions x genes.
+    """Compute the first shift of every gene in every condition: conditions x genes.
 
     That of gene u and condition p is first_u . (out relu(into (gene_u + condition_p))), biases left out here. `into` is
     taken of genes and conditions apart, and first_u . out is one vector: what is left for each pair of them is an
@@ -552,8 +561,10 @@ def all_shifts(net: torch.nn.ModuleDict, conditions: Conditions, settings: Setti
 
 
 def error(shifts: torch.Tensor, pairs: Pairs, cells: Cells, settings: Settings) -> torch.Tensor:
-    """The loss, a float64 scalar: the weighted sum over pairs of the mean over genes of |error|^(2 + focus) + direction
-    times the squared difference in sign, signs being those of the difference from the mean control cell.
+    """Compute the loss, a float64 scalar.
+
+    The weighted sum over pairs of the mean over genes of |error|^(2 + focus) + direction times the squared
+    difference in sign, signs being those of the difference from the mean control cell.
 
     shifts: pairs x measured genes. A sign has no gradient: the second term counts in the validation alone.
     """

@@ -82,7 +82,7 @@ def predict(task: contract.PredictTask) -> None:
 
 
 def neighbour_weights(cosines: np.ndarray, k: int) -> np.ndarray:
-    """The weight of each neighbour (column) for each gene (row), from their cosines.
+    """Compute the weight of each neighbour (column) for each gene (row), from their cosines.
 
     The k largest cosines of a row, divided by their sum; of equal ones the earlier column (names are sorted). A
     negative cosine weighs 0. A row without a positive cosine has all weights 0: its predicted difference is 0.

@@ -100,7 +100,7 @@ def train(task: contract.TrainTask) -> None:
 
     torch, device = neural.start_torch(task.threads)
     if device.type == "cuda":
-        # TF32. Half precision would cast every weight anew in each step, of a few conditions only.
+        # TF32. Half precision would cast every weight again in each step, of a few conditions only.
         torch.set_float32_matmul_precision("high")
     settings = contract.hyperparameters(task, Settings)
     sources = standardised(contract.read_sources(task.embedding))
@@ -136,7 +136,7 @@ def train(task: contract.TrainTask) -> None:
 
 
 def predict(task: contract.PredictTask) -> None:
-    """The covariate's control mean plus the predicted log fold change of each condition whose genes have embeddings."""
+    """Predict each condition whose genes have embeddings: the covariate's control mean plus its log fold change."""
     import numpy as np
 
     torch, device = neural.start_torch(task.threads)
@@ -176,7 +176,7 @@ def dimensions_of(sources: Mapping[str, pd.DataFrame]) -> dict[str, int]:
 
 
 def covered(sources: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """The genes that at least one source has, as the index of a table without columns."""
+    """List the genes that at least one source has, as the index of a table without columns."""
     import pandas as pd
 
     return pd.DataFrame(index=pd.Index(sorted(set().union(*(table.index for table in sources.values())))))
@@ -190,9 +190,10 @@ def control_means(means: ad.AnnData) -> pd.DataFrame:
 
 
 def usable(means: ad.AnnData, sources: Mapping[str, pd.DataFrame]) -> tuple[ad.AnnData, Shape]:
-    """The log fold changes (mean log1p profile minus the covariate's control mean) of perturbations with embeddings.
+    """Compute the log fold changes of perturbations with embeddings.
 
-    Of the covariates that have such a perturbation in the train split. Raises ContractError if there is none.
+    Mean log1p profile minus the covariate's control mean, in the covariates that have such a perturbation in the train
+    split. Raises ContractError if there is none.
     """
     known = covered(sources)
     is_known = means.obs["condition"].map(lambda name: contract.is_embedded(name, known)).to_numpy(bool)
@@ -206,14 +207,14 @@ def usable(means: ad.AnnData, sources: Mapping[str, pd.DataFrame]) -> tuple[ad.A
 
 
 def keys_of(obs: pd.DataFrame) -> list[contract.Key]:
-    """The key of each row."""
+    """List the key of each row."""
     return list(map(contract.Key, obs["covariate"], obs["condition"]))
 
 
 def conditions_of(
     keys: Sequence[contract.Key], sources: Mapping[str, pd.DataFrame], shape: Shape, device: Any
 ) -> Conditions:
-    """The keys as the network takes them."""
+    """Encode the keys as the network takes them."""
     import numpy as np
     import torch
 
@@ -291,7 +292,7 @@ def forward(net: torch.nn.ModuleDict, settings: Settings, conditions: Conditions
 
 
 def aligned(net: torch.nn.ModuleDict, sources: list[torch.Tensor]) -> torch.Tensor:
-    """Sources x genes x latent: each source's embeddings (genes x dimensions) after its MLP."""
+    """Map each source's embeddings (genes x dimensions) by its MLP: sources x genes x latent."""
     import torch
     from torch.nn.functional import leaky_relu
 
@@ -323,8 +324,7 @@ def pooled(
 
 
 def mean_correlation(predicted: torch.Tensor, measured: torch.Tensor) -> float:
-    """Mean over conditions of the Pearson correlation over genes of the two (both conditions x genes); 0 for a constant
-    row."""
+    """Average the Pearson correlation over genes of the two (both conditions x genes); 0 for a constant row."""
     from torch.nn.functional import cosine_similarity
 
     a, b = (values - values.mean(dim=1, keepdim=True) for values in (predicted, measured))
