@@ -9,8 +9,8 @@ import pandas as pd
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from blocks.config.catalog import open_catalog
 from blocks.store.code import code_hash
-from core import catalog
 from core.catalog.schema import EmbeddingSpec, ResolvedModel
 from tasks.artifacts import checksum, made
 from tasks.embed_container import FILE, made_in_container
@@ -73,7 +73,7 @@ def _whole(spec: EmbeddingSpec, make: Callable[[EmbeddingSpec], Path]) -> Path:
     """An embedding from what makes its parts."""
     if spec.form != "tables":
         return make(spec)
-    return join(spec, {part.name: make(part) for part in catalog.parts(spec)})
+    return join(spec, {part.name: make(part) for part in open_catalog().parts(spec)})
 
 
 def make_embeddings(

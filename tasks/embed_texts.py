@@ -10,13 +10,13 @@ from typing import Any
 from prefect import runtime, task
 from prefect.cache_policies import NO_CACHE
 
+from blocks.config.catalog import open_catalog
 from blocks.config.paths import vectors_folder
 from blocks.config.secrets import secret
 from blocks.services.text_service import ServiceBusy, service_key, text_vectors
 from blocks.services.vectors import Vector, address, keep_vectors, kept_vector, vector_name
 from blocks.store.artifacts import ArtifactStore, artifact_key
 from blocks.store.code import code_hash
-from core import catalog
 from core.catalog.schema import GENE_FILES, EmbeddingSpec, TextService
 from core.errors import UserError
 from tasks.artifacts import LOG, checksum, made
@@ -57,7 +57,7 @@ def check_services(specs: Iterable[EmbeddingSpec], sources: Mapping[str, str]) -
     specs: embeddings of any kind. sources: files that the user named. An embedding that is made, or whose vectors are
     all kept, needs no key.
     """
-    parts = {part.name: part for spec in specs for part in catalog.parts(spec)}
+    parts = {part.name: part for spec in specs for part in open_catalog().parts(spec)}
     for part in parts.values():
         if part.service and secret(part.service.secret) is None and _must_ask(part, sources):
             service_key(part.service)
@@ -66,7 +66,7 @@ def check_services(specs: Iterable[EmbeddingSpec], sources: Mapping[str, str]) -
 def _must_ask(spec: EmbeddingSpec, sources: Mapping[str, str]) -> bool:
     from core.embeddings.gene_texts import gene_texts
 
-    files = files_here(catalog.pretrained(str(spec.pretrained)), sources)
+    files = files_here(open_catalog().pretrained(str(spec.pretrained)), sources)
     if files is None:
         return True  # made anew every day: what is to be fetched holds texts that nobody asked for yet
     recipe = _recipe(spec, files)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import Literal, TypeAlias
 
 from pydantic import ValidationError
 
+from blocks.config.catalog import open_catalog
 from blocks.config.paths import MODEL_CONTAINERS
-from core import catalog
+from blocks.config.settings import read_source, source_variable
 from core.catalog.schema import (
     CONTROLS,
     NAME_PATTERN,
@@ -23,7 +23,6 @@ from core.catalog.schema import (
 )
 from core.errors import UserError
 
-VARIABLE = "CALIPERT_SOURCE_"
 CONTAINERS = "containers"  # in the user's folder of entries
 BASELINES = ("additive", "linear")  # core computes them in every benchmark
 
@@ -39,12 +38,11 @@ def named_source(spec: Needed, sources: Mapping[str, str]) -> Path | None:
     """The file that the user named for a data set or embedding, or the folder for a model's weights: in `sources`, else
     in CALIPERT_SOURCE_<NAME>."""
     name = spec.name
-    variable = VARIABLE + name.upper()
-    given = sources.get(name) or os.environ.get(variable)
+    given = sources.get(name) or read_source(name)
     if given is None:
         return None
     path = Path(given).expanduser().resolve()
-    field = f"--source {name}=..." if name in sources else variable
+    field = f"--source {name}=..." if name in sources else source_variable(name)
     if isinstance(spec, PretrainedSpec):
         missing = [file for file in spec.files if not (path / file).is_file()]
         if missing:
@@ -66,8 +64,8 @@ def inputs_of(models: Iterable[ResolvedModel]) -> list[EmbeddingSpec | Pretraine
 def inputs_of_embedding(spec: EmbeddingSpec) -> list[EmbeddingSpec | PretrainedSpec]:
     """What an embedding is made of, by the names under which files are named: itself or its parts, or the published
     files of those that are made of such. What is made from the cells of a fold needs none."""
-    parts = [part for part in catalog.parts(spec) if not part.per_fold]
-    return [catalog.pretrained(part.pretrained) if part.pretrained else part for part in parts]
+    parts = [part for part in open_catalog().parts(spec) if not part.per_fold]
+    return [open_catalog().pretrained(part.pretrained) if part.pretrained else part for part in parts]
 
 
 def check_sources(specs: Iterable[Needed], sources: Mapping[str, str]) -> None:
@@ -101,7 +99,7 @@ def _check_source(spec: Needed, sources: Mapping[str, str]) -> None:
             f"catalog entry {spec.name}",
             field,
             f"no {wanted.lower()} named; wanted: {', '.join(one.hint for one in own)}",
-            f"--source {spec.name}={wanted}, or set {VARIABLE}{spec.name.upper()}",
+            f"--source {spec.name}={wanted}, or set {source_variable(spec.name)}",
         )
 
 
@@ -113,7 +111,7 @@ def chosen_dataset(
     Raises UserError for an unknown data set, a number of folds that its task does not allow, a mirror that it does not
     have, and another number of folds than a mirror comes with.
     """
-    spec = catalog.dataset(dataset)
+    spec = open_catalog().dataset(dataset)
     if origin == "mirror":
         return _mirrored(spec, folds)
     if folds is None:
@@ -137,7 +135,7 @@ def _mirrored(spec: DatasetSpec, folds: int | Literal["leave-one-out"] | None) -
 
 def study() -> list[str]:
     """The names of the study's data sets: those of the catalog that have a preprocessed mirror."""
-    return [name for name in catalog.names("dataset") if catalog.dataset(name).mirror is not None]
+    return [name for name in open_catalog().names("dataset") if open_catalog().dataset(name).mirror is not None]
 
 
 def chosen_study(
@@ -162,7 +160,7 @@ def chosen_models(names: Iterable[str]) -> list[ResolvedModel]:
     Raises UserError for an unknown name, and for a model that neither has a container nor is such a baseline.
     """
     chosen = []
-    for model in catalog.models(names):
+    for model in open_catalog().models(names):
         where = f"catalog entry {model.template}"
         if model.container is None:
             if model.name not in BASELINES:
@@ -175,7 +173,7 @@ def chosen_models(names: Iterable[str]) -> list[ResolvedModel]:
 
 def container_places() -> list[Path]:
     """Where containers lie: model_containers, and `containers` in the user's folder of entries, if there is one."""
-    own = catalog.users_folder()
+    own = open_catalog().own_folder()
     return [MODEL_CONTAINERS, *([own.resolve() / CONTAINERS] if own else [])]
 
 

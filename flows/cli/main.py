@@ -16,7 +16,7 @@ from core.errors import UserError, shown
 from flows.cli.model import app as models_app
 
 if TYPE_CHECKING:
-    from blocks.config.settings import Services
+    from blocks.config.child_environment import Services
     from flows.reproduce import Outcome
 
 Folds = int | Literal["leave-one-out"] | None
@@ -176,12 +176,12 @@ def check(
     source: Sources = None,
 ) -> None:
     """Say what an entry would do with its file (labels, cells per condition, what is dropped), without doing it."""
-    from core import catalog
+    from blocks.config.catalog import open_catalog
     from core.prepare.check import check_dataset
     from flows.cli.console import check_table
     from tasks.inputs import check_sources, named_source
 
-    spec, sources = catalog.dataset(dataset), _named(source)
+    spec, sources = open_catalog().dataset(dataset), _named(source)
     check_sources([spec], sources)
     file = named_source(spec, sources)
     if file is None:
@@ -208,7 +208,7 @@ def status() -> None:
 @app.command()
 def env() -> None:
     """Start the local servers if need be, and print the shell lines for using them: eval "$(calipert env)"."""
-    from blocks.config.settings import exports
+    from blocks.config.child_environment import exports
     from blocks.services.stack import ensure_servers
 
     typer.echo(exports(ensure_servers()), nl=False)
@@ -258,7 +258,7 @@ def _check_benchmark(
 
 
 def _servers() -> Services:
-    from blocks.config.settings import adopt
+    from blocks.config.child_environment import adopt
     from blocks.services.stack import ensure_servers
 
     with CONSOLE.status("starting the local Prefect and MLflow servers (about ten seconds, once)"):

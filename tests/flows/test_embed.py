@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from blocks.config import settings
+from blocks.config import child_environment
 from core.embeddings.tables import read_embedding
 from core.errors import UserError
 from flows.embed import embed
@@ -40,14 +40,14 @@ def test_an_unknown_embedding_and_a_file_for_something_else_are_refused() -> Non
 @pytest.mark.xdist_group("servers")
 class TestWithServers:
     @pytest.fixture
-    def run(self, servers: settings.Services, tmp_path: Path) -> Callable[[Path], Path]:
+    def run(self, servers: child_environment.Services, tmp_path: Path) -> Callable[[Path], Path]:
         """Runs the flow in a process and a data folder of its own."""
 
         def call(gmt: Path) -> Path:
             parameters = {"embedding": "reactome", "sources": {"reactome": str(gmt)}}
             done = subprocess.run(
                 [sys.executable, "-c", FLOW, json.dumps(parameters)],
-                env=settings.child_environment(servers) | {"CALIPERT_DATA": str(tmp_path / "data")},
+                env=child_environment.child_environment(servers) | {"CALIPERT_DATA": str(tmp_path / "data")},
                 capture_output=True,
                 text=True,
                 check=False,

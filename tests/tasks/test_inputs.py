@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from core import catalog
+from blocks.config.catalog import open_catalog
 from core.errors import UserError
 from tasks.inputs import BASELINES, check_model_name, chosen_dataset, chosen_models, chosen_study, study
 
@@ -46,7 +46,7 @@ def test_a_plain_name_is_taken() -> None:
 
 
 def test_the_origin_decides_the_source_and_nothing_else() -> None:
-    entry = catalog.dataset("norman19")
+    entry = open_catalog().dataset("norman19")
     assert chosen_dataset("norman19", origin="raw") == entry
     mirrored = chosen_dataset("norman19", origin="mirror")
     assert mirrored.source == entry.mirror
