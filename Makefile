@@ -10,16 +10,19 @@ INSTALL := $(BIN)/pip install --constraint constraints.txt
 CPU_TORCH_INDEX := https://download.pytorch.org/whl/cpu
 RUNTIME := .venv/.runtime-installed
 TOOLS := .venv/.test-tools-installed
+DOCS_TOOLS := .venv/.docs-tools-installed
 # An image under another licence than the project's own is built by choice: calipert model build NAME.
 MODELS := $(notdir $(patsubst %/Dockerfile,%,$(shell grep -l 'licenses="MIT"' model_containers/*/Dockerfile)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo images test fault up down clean
+.PHONY: help setup tools demo images test docs fault up down clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(RUNTIME) ## install into .venv, if anything changed since the last time
+
+tools: $(TOOLS) ## install what tests and pre-commit need, too
 
 demo: setup ## benchmark two models on a simulated screen
 	$(BIN)/calipert run demo
@@ -34,6 +37,9 @@ test: $(TOOLS) ## run lint, types, import contracts and all tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered
+
+docs: $(DOCS_TOOLS) ## build the documentation into build/docs; a warning is an error
+	$(BIN)/mkdocs build
 
 fault: $(TOOLS) ## kill benchmarks, workers and servers at random, 30 rounds, and compare all bytes
 	CALIPERT_FAULT_ROUNDS=30 $(BIN)/pytest -n 0 -v -s tests/fault
@@ -69,4 +75,8 @@ endif
 
 $(TOOLS): $(RUNTIME)
 	$(INSTALL) --quiet --editable '.[test,bench]'
+	touch $@
+
+$(DOCS_TOOLS): $(RUNTIME)
+	$(INSTALL) --quiet --editable '.[docs]'
 	touch $@
