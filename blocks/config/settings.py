@@ -30,46 +30,36 @@ def variable(field: str) -> str:
 class Settings(BaseSettings):
     """One field per setting; the variable of `data` is CALIPERT_DATA, and so on. Paths are absolute."""
 
-    model_config = SettingsConfigDict(alias_generator=variable, case_sensitive=True, extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(
+        alias_generator=variable, case_sensitive=True, extra="ignore", frozen=True, use_attribute_docstrings=True
+    )
 
-    data: AbsolutePath = Field(default=DEFAULT_DATA, description="Folder of everything that calipert writes.")
-    catalog: AbsolutePath | None = Field(
-        default=None, description="Folder of your own catalog entries (docs/catalog.md)."
-    )
-    store: str | None = Field(
-        default=None,
-        description="s3://bucket/prefix of the store that machines share (docs/store.md); without it none.",
-    )
-    engine: Literal["process", "docker", "kubernetes"] = Field(
-        default="process", description="What models run in (docs/containers.md, docs/kubernetes.md)."
-    )
-    docker: AbsolutePath | None = Field(
-        default=None, description="YAML file with the limits of a model's container (docs/containers.md)."
-    )
-    kubernetes: AbsolutePath | None = Field(
-        default=None, description="YAML file that says how models run in the cluster (docs/kubernetes.md)."
-    )
-    gpus: str | None = Field(
-        default=None,
-        description="GPUs to use: numbers or UUIDs with commas between, or `none`; without it all (docs/gpus.md).",
-    )
-    locks: AbsolutePath | None = Field(
-        default=None, description="Folder of the locks on GPUs, the same for all users of this machine (docs/gpus.md)."
-    )
-    memory_gb: float = Field(
-        default=2.0,
-        ge=0.25,
-        allow_inf_nan=False,
-        description="Gigabytes that a chunk of a raw matrix may take while it is prepared (docs/large-data.md).",
-    )
-    mlflow_url: str | None = Field(
-        default=None, description="Address of MLflow's pages for browsers, where it is not the one that workers use."
-    )
-    commit: str | None = Field(default=None, description="Git commit of the code, where there is no checkout.")
-    pod_name: str | None = Field(
-        default=None, description="Name of the pod that this process runs in; set by its work pool."
-    )
-    pod_uid: str | None = Field(default=None, description="UID of that pod; set by its work pool.")
+    data: AbsolutePath = DEFAULT_DATA
+    """Folder of everything that calipert writes."""
+    catalog: AbsolutePath | None = None
+    """Folder of your own catalog entries (docs/catalog.md)."""
+    store: str | None = None
+    """Store that machines share, as s3://bucket/prefix; without it none (docs/store.md)."""
+    engine: Literal["process", "docker", "kubernetes"] = "process"
+    """What models run in (docs/containers.md, docs/kubernetes.md)."""
+    docker: AbsolutePath | None = None
+    """YAML file with the limits of a model's container (docs/containers.md)."""
+    kubernetes: AbsolutePath | None = None
+    """YAML file that says how models run in the cluster (docs/kubernetes.md)."""
+    gpus: str | None = None
+    """GPUs to use: numbers or UUIDs with commas between them, or `none`; without it all (docs/gpus.md)."""
+    locks: AbsolutePath | None = None
+    """Folder of the locks on GPUs, the same for all users of this machine (docs/gpus.md)."""
+    memory_gb: Annotated[float, Field(ge=0.25, allow_inf_nan=False)] = 2.0
+    """Gigabytes that the chunks of a raw matrix may take while it is prepared (docs/large-data.md)."""
+    mlflow_url: str | None = None
+    """Address of MLflow's pages for browsers, where it is not the one that workers use."""
+    commit: str | None = None
+    """Git commit of the code, where there is no checkout."""
+    pod_name: str | None = None
+    """Name of the pod that this process runs in; its work pool sets it."""
+    pod_uid: str | None = None
+    """UID of that pod; its work pool sets it."""
 
     @field_validator("*", mode="before")
     @classmethod

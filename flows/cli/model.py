@@ -70,7 +70,9 @@ def check(
     from tasks.engine import engine, runs_elsewhere
 
     if runs_elsewhere():
-        raise UserError("environment", ENGINE, "an engine that runs models elsewhere", "set it to docker or process")
+        raise UserError(
+            "environment", "CALIPERT_ENGINE", "an engine that runs models elsewhere", "set it to docker or process"
+        )
     path, settings = _folder(folder), _json_object(hyperparameters)
     failed = False
     for finding in check_model(path, engine(), embedding or _form(path.name), settings, lambda event: None):
