@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,7 @@ from blocks.local import gpus
 from blocks.services import daemons, workers
 from blocks.services import stack as services
 from core.errors import UserError
-
-SLIGHT = runpy.run_path(str(Path(__file__).parents[1] / "slight_servers.py"))
-recorded: Callable[[Path], dict[str, psutil.Process]] = SLIGHT["recorded"]
-running: Callable[[list[psutil.Process]], list[psutil.Process]] = SLIGHT["running"]
+from tests.helpers.slight_servers import recorded, running
 
 IDLE = "import time; time.sleep(600)"
 
