@@ -15,10 +15,10 @@ DOCS_TOOLS := .venv/.docs-tools-installed
 MODELS := $(notdir $(patsubst %/Dockerfile,%,$(shell grep -l 'licenses="MIT"' model_containers/*/Dockerfile)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tools demo images test docs fault up down clean
+.PHONY: help setup tools demo images test test-python docs fault up down clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(RUNTIME) ## install into .venv, if anything changed since the last time
 
@@ -40,6 +40,9 @@ test: $(TOOLS) ## run lint, types, import contracts and all tests
 
 docs: $(DOCS_TOOLS) ## build the documentation into build/docs; a warning is an error
 	$(BIN)/mkdocs build
+
+test-python: ## run the tests that need no PyTorch with the Python of a container image: IMAGE=...
+	.ci/test-python $(or $(IMAGE),$(error make test-python needs IMAGE, such as calipert-trixie: CONTRIBUTING.md))
 
 fault: $(TOOLS) ## kill benchmarks, workers and servers at random, 30 rounds, and compare all bytes
 	CALIPERT_FAULT_ROUNDS=30 $(BIN)/pytest -n 0 -v -s tests/fault
