@@ -16,7 +16,7 @@ PYTEST := $(BIN)/pytest -n 2 --dist loadgroup
 MODELS := $(notdir $(patsubst %/Dockerfile,%,$(shell grep -l 'licenses="MIT"' model_containers/*/Dockerfile)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tools demo images test test-platform docs fault up down clean
+.PHONY: help setup tools demo images test test-platform test-python fault docs up down clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ test-platform: $(TOOLS) ## tests with servers, containers and a browser, and one
 
 fault: $(TOOLS) ## kill benchmarks, workers and servers at many moments, and compare all bytes (an hour)
 	CALIPERT_FAULT_ROUNDS=10 $(BIN)/pytest -v -s tests/fault
+
+test-python: ## core's and flows' tests, which need no PyTorch, in a container with another Python: IMAGE=...
+	.ci/test-python $(or $(IMAGE),$(error make test-python needs IMAGE, such as calipert-trixie: CONTRIBUTING.md))
 
 docs: $(DOCS_TOOLS) ## build the documentation into build/docs; a warning is an error
 	$(BIN)/mkdocs build
