@@ -19,8 +19,8 @@ import pandas as pd
 import psutil
 import pytest
 
+from blocks.config.child_environment import Services
 from blocks.config.paths import PROJECT_ROOT
-from blocks.config.settings import Services
 from blocks.engines.process import Usage
 from blocks.local.processes import this_process
 from blocks.tracking import curves as mlflow_curves

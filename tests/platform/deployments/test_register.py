@@ -16,7 +16,7 @@ from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.exceptions import PrefectHTTPStatusError
 
-from core import catalog
+from blocks.config.catalog import open_catalog
 from deployments.register import create_pool, register
 from deployments.table import Deployment, table
 from tasks.train import FoldJob
@@ -28,7 +28,10 @@ ENTRY = {
     "source": {"kind": "local", "hint": "the file on my desk"},
     "labels": {"column": "perturbation", "control": ["control"]},
 }
-SOME = ("benchmark/demo", "prepare/demo", "prepare/norman19", "embed/reactome", "reproduce/all", "train-fold/any")
+SOME = (
+    *("benchmark/demo", "prepare/demo", "calibrate/demo", "train/demo", "prepare/norman19", "embed/reactome"),
+    *("reproduce/all", "train-fold/any"),
+)
 
 pytestmark = pytest.mark.xdist_group("prefect_server")
 
@@ -196,7 +199,7 @@ class TestWithServer:
         run = client.create_flow_run_from_deployment(known.id, parameters={"models": ["ridge_coexpression"]})
         assert run.parameters == {"dataset": "demo", "models": ["ridge_coexpression"]}
         assert set(run.tags) == {"calipert", "demo", "single"}
-        (model,) = catalog.models(["ridge_coexpression"])
+        (model,) = open_catalog().models(["ridge_coexpression"])
         job = FoldJob(
             dataset="demo", model=model, fold=0, seed=42, data="d", embedding="e", asked=[{}], target_sum=1e4
         ).model_dump(mode="json")
