@@ -11,6 +11,7 @@ from prefect.artifacts import create_table_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlowRunId
 
+from blocks.http import ConnectionLost
 from core.catalog.schema import DatasetSpec
 from core.errors import UserError
 from flows.benchmark import benchmark
@@ -23,7 +24,7 @@ from tasks.embed_texts import check_services
 from tasks.engine import check_containers
 from tasks.inputs import chosen_models, chosen_study, inputs_of
 from tasks.record import end_interrupted, tracking_server
-from tasks.sources import ConnectionLost, fetch_source
+from tasks.sources import fetch_source
 
 LONGEST = 500  # characters of a reason
 

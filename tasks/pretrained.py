@@ -9,6 +9,7 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from blocks.http import TASK_RETRY_DELAYS
 from core.catalog.schema import EmbeddingSpec, PretrainedSpec
 from tasks.artifacts import LOG, checksum, made
 from tasks.inputs import named_source
@@ -20,7 +21,7 @@ from tasks.sources import fetch_files, fetch_source, passing
     task_run_name="fetch {spec.name}",
     cache_policy=NO_CACHE,
     retries=4,
-    retry_delay_seconds=[2, 10, 30, 60],
+    retry_delay_seconds=TASK_RETRY_DELAYS[:4],
     retry_condition_fn=passing,
 )
 def fetch_pretrained(spec: PretrainedSpec, sources: dict[str, str]) -> Path:

@@ -176,7 +176,7 @@ def train_fold(job: FoldJob) -> Path:
     tracking = tracking_server()
     if finished(job) is None:
         tracking.begin_training(job.run_id, str(runtime.flow_run.id))
-    live = tracking.live_curve(job.run_id)
+    live = tracking.follow_curve(job.run_id)
     progress = shown_progress(f"training {job.name}")
 
     def say(event: Event) -> None:

@@ -16,11 +16,11 @@ import pytest
 import yaml
 
 from blocks.config import settings
+from blocks.http import ConnectionLost
 from core import catalog
 from core.errors import UserError
 from flows import reproduce as module
 from flows.reproduce import _reproduced
-from tasks.sources import ConnectionLost
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 ROOT = Path(__file__).parents[2]

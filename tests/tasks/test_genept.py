@@ -21,6 +21,7 @@ import pandas as pd
 import pytest
 from prefect.states import Failed
 
+from blocks.http import ConnectionLost
 from blocks.services import text_service
 from core import catalog
 from core.errors import UserError
@@ -31,7 +32,7 @@ from tasks import embed, embed_texts, pretrained, sources
 from tasks.embed_texts import check_services
 from tasks.inputs import inputs_of_embedding
 from tasks.pretrained import fetch_inputs
-from tasks.sources import ConnectionLost, passing
+from tasks.sources import passing
 
 STAND_IN = runpy.run_path(str(Path(__file__).with_name("text_service_stand_in.py")))
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,15 +18,17 @@ import pytest
 from prefect import Flow
 from prefect.states import Failed
 
+from blocks.http import ConnectionLost
 from core import catalog
 from core.catalog.schema import HttpsSource, S3Source
 from core.errors import UserError
 from flows.benchmark import benchmark
 from flows.calibrate import calibrate
 from flows.prepare import prepare
+from tasks.downloads import is_download_transient
 from tasks.inputs import check_sources, chosen_dataset, named_source
 from tasks.prepare import DESCRIPTIVE
-from tasks.sources import ConnectionLost, described, downloaded, fetch_source, may_pass, passing
+from tasks.sources import described, downloaded, fetch_source, passing
 
 CONTENT = b"\x89HDF\r\n\x1a\n" + b"counts" * 1000
 CHANGED = CONTENT + b"!"
@@ -287,7 +289,7 @@ def test_what_does_not_pass_is_not_tried_again(server: str) -> None:
 
 @pytest.mark.parametrize(("number", "passes"), [(errno.EBUSY, True), (errno.EREMOTEIO, True), (errno.ENOSPC, False)])
 def test_what_s3_says_in_numbers_may_pass_but_a_full_disk_does_not(number: int, passes: bool) -> None:
-    assert may_pass(OSError(number, "x")) == passes
+    assert is_download_transient(OSError(number, "x")) == passes
 
 
 def test_a_folder_that_cannot_be_written_is_the_users_to_mend(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
