@@ -11,7 +11,7 @@ from blocks.http import ConnectionLost
 from core import catalog
 from core.errors import UserError
 from flows import reproduce as module
-from flows.reproduce import _reproduced
+from flows.reproduce import _reproduce_dataset
 
 
 class FakeFetch:
@@ -33,7 +33,7 @@ def test_without_a_network_only_the_first_data_set_waits_for_it(monkeypatch: pyt
     monkeypatch.setattr(module, "fetch_source", fetch)
     spec, connected = catalog.dataset("norman19"), True
     for _ in range(2):
-        outcome, connected = _reproduced("norman19", spec, [], "raw", {}, connected)
+        outcome, connected = _reproduce_dataset("norman19", spec, [], "raw", {}, connected)
         assert outcome[:3] == (
             "norman19",
             "could not be got",
@@ -42,6 +42,6 @@ def test_without_a_network_only_the_first_data_set_waits_for_it(monkeypatch: pyt
     # An answer of whatever kind shows that the network is there again.
     fetch.error = UserError("https://a.b/c", "address", "HTTP 404", "check the address")
     for _ in range(2):
-        outcome, connected = _reproduced("norman19", spec, [], "raw", {}, connected)
+        outcome, connected = _reproduce_dataset("norman19", spec, [], "raw", {}, connected)
         assert outcome.reason == "https://a.b/c, address: HTTP 404 (check the address)"
     assert fetch.tried == [4, 0, 0, 4]

@@ -29,9 +29,9 @@ from flows.embed import embed as flow
 from flows.reproduce import reproduce
 from tasks import embed, embed_texts, pretrained, sources
 from tasks.embed_texts import check_services
-from tasks.inputs import inputs_of_embedding
+from tasks.inputs import list_embedding_inputs
 from tasks.pretrained import fetch_inputs
-from tasks.sources import passing
+from tasks.sources import is_worth_a_retry
 from tests.helpers import text_service_stand_in as stand_in
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +44,7 @@ TEXTS = {f"G{number}": f"What gene {number} does." for number in range(7)} | {"H
 def data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A data folder of the test's own; tasks as plain functions, three texts at once, and no waits."""
     monkeypatch.setenv("CALIPERT_DATA", str(tmp_path / "data"))
-    for module, name in ((embed, "embed"), (embed_texts, "ask"), (pretrained, "fetch_pretrained")):
+    for module, name in ((embed, "embed"), (embed_texts, "ask_for_vectors"), (pretrained, "fetch_pretrained")):
         monkeypatch.setattr(module, name, getattr(module, name).fn)
     monkeypatch.setattr(embed_texts, "TEXTS_AT_ONCE", 3)
     monkeypatch.setattr(embed_texts, "sleep", lambda _: None)
@@ -80,7 +80,7 @@ def make(service: Any, key: object, tmp_path: Path) -> Callable[..., Path]:
     def call(texts: dict[str, str] = TEXTS, backwards: bool = False) -> Path:
         genes = stand_in.write_genes(tmp_path / "genes", texts, backwards)
         spec = catalog.embedding("mine")
-        return embed.make_shared(spec, fetch_inputs(inputs_of_embedding(spec), {"ncbi_genes": str(genes)}))
+        return embed.make_shared_embedding(spec, fetch_inputs(list_embedding_inputs(spec), {"ncbi_genes": genes}))
 
     return call
 
@@ -194,7 +194,7 @@ def test_without_a_key_what_is_made_or_kept_can_be_used(
 ) -> None:
     folder = make()
     key(None)
-    spec, named = catalog.embedding("mine"), {"ncbi_genes": str(tmp_path / "genes")}
+    spec, named = catalog.embedding("mine"), {"ncbi_genes": tmp_path / "genes"}
     check_services([spec], named)
     # Other files with the same texts: the embedding is not made yet, its vectors are kept.
     stand_in.write_genes(tmp_path / "genes", TEXTS, backwards=True)
@@ -218,7 +218,7 @@ def test_downloaded_files_count_as_there(
     key(None)
     with pytest.raises(UserError, match="no such block"):
         check_services([catalog.embedding("mine")], {})
-    pretrained.fetch_pretrained(catalog.pretrained("ncbi_genes"), {})
+    pretrained.fetch_pretrained(catalog.pretrained("ncbi_genes"))
     check_services([catalog.embedding("mine")], {})
 
 
@@ -243,7 +243,7 @@ def test_a_refused_key_is_asked_with_once_and_its_block_named(
     assert (error.value.where, error.value.field) == (f"{service.url}/embeddings", "key")
     assert f"HTTP {status}" in error.value.found
     assert stand_in.SECRET in error.value.remedy
-    assert not passing(None, None, Failed(data=error.value))
+    assert not is_worth_a_retry(None, None, Failed(data=error.value))
     assert len(service.asked) == 1
     assert KEY not in "".join(traceback.format_exception(error.value))
 
@@ -293,7 +293,7 @@ def test_what_may_pass_is_worth_another_try_after_the_wait_that_is_asked_for(
     with pytest.raises(ConnectionLost, match=f"HTTP {status}") as error:
         make()
     assert waits == [waited]
-    assert passing(None, None, Failed(data=error.value))
+    assert is_worth_a_retry(None, None, Failed(data=error.value))
     service.asked.clear()
     make()
     assert service.texts == sorted(set(TEXTS.values()))[3:]
@@ -319,7 +319,7 @@ def test_what_can_be_no_address_is_named_and_not_tried_again(service: Any, key: 
     with pytest.raises(UserError, match="no address that can be asked") as error:
         text_service.text_vectors(about, 4, ["a text"])
     assert (error.value.where, error.value.field) == (f"{url}/embeddings", "service.url")
-    assert not passing(None, None, Failed(data=error.value))
+    assert not is_worth_a_retry(None, None, Failed(data=error.value))
     assert KEY not in "".join(traceback.format_exception(error.value))
 
 
@@ -327,7 +327,7 @@ def test_a_service_out_of_reach_is_worth_another_try(service: Any, make: Callabl
     stand_in.write_entry(tmp_path / "catalog", "http://127.0.0.1:9/v1")
     with pytest.raises(ConnectionLost, match="ConnectError") as error:
         make()
-    assert passing(None, None, Failed(data=error.value))
+    assert is_worth_a_retry(None, None, Failed(data=error.value))
 
 
 def test_a_used_up_account_is_no_matter_of_waiting(service: Any, make: Callable[..., Path]) -> None:
@@ -336,7 +336,7 @@ def test_a_used_up_account_is_no_matter_of_waiting(service: Any, make: Callable[
     with pytest.raises(UserError, match="You exceeded your quota") as error:
         make()
     assert error.value.field == "quota"
-    assert not passing(None, None, Failed(data=error.value))
+    assert not is_worth_a_retry(None, None, Failed(data=error.value))
 
 
 def good(request: dict[str, Any], dimensions: int = 4) -> list[dict[str, Any]]:
@@ -378,7 +378,7 @@ def test_an_answer_that_is_not_whole_is_a_failure_and_never_a_vector(
     with pytest.raises(UserError, match=found) as error:
         make()
     assert error.value.field == "answer"
-    assert not passing(None, None, Failed(data=error.value))
+    assert not is_worth_a_retry(None, None, Failed(data=error.value))
     assert len(service.asked) == 1
     assert not kept(data)
     assert not list(data.glob("store/embedding/*"))
@@ -458,18 +458,18 @@ def test_each_kept_vector_is_read_once(
 def test_vectors_that_went_missing_are_said(
     service: Any, make: Callable[..., Path], data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ask = embed_texts.ask
+    ask = embed_texts.ask_for_vectors
 
     def losing(*of_batch: Any) -> None:
         shutil.rmtree(data / "vectors", ignore_errors=True)
         ask(*of_batch)
 
-    monkeypatch.setattr(embed_texts, "ask", losing)
+    monkeypatch.setattr(embed_texts, "ask_for_vectors", losing)
     with pytest.raises(UserError, match="6 that were answered are gone") as error:
         make()
     assert (error.value.where, error.value.field) == (str(data / "vectors"), "vectors")
     assert not list(data.glob("store/embedding/*"))
-    monkeypatch.setattr(embed_texts, "ask", ask)
+    monkeypatch.setattr(embed_texts, "ask_for_vectors", ask)
     service.asked.clear()
     make()
     assert len(service.texts) == 6
@@ -482,7 +482,8 @@ from pathlib import Path
 from blocks.services import text_service
 from tasks import embed, embed_texts, inputs, pretrained
 text_service.secret = embed_texts.secret = lambda name: sys.argv[2]
-embed.embed, embed_texts.ask, fetch = embed.embed.fn, embed_texts.ask.fn, pretrained.fetch_pretrained.fn
+embed.embed, embed_texts.ask_for_vectors = embed.embed.fn, embed_texts.ask_for_vectors.fn
+fetch = pretrained.fetch_pretrained.fn
 embed_texts.TEXTS_AT_ONCE = 3
 replace, replaced = Path.replace, []
 def dying(self, target):
@@ -494,8 +495,8 @@ def dying(self, target):
 Path.replace = dying
 from core import catalog
 spec = catalog.embedding("mine")
-needed = {one.name: fetch(one, {"ncbi_genes": sys.argv[1]}) for one in inputs.inputs_of_embedding(spec)}
-print("RESULT", embed.make_shared(spec, needed))
+needed = {one.name: fetch(one, Path(sys.argv[1])) for one in inputs.list_embedding_inputs(spec)}
+print("RESULT", embed.make_shared_embedding(spec, needed))
 """
 
 

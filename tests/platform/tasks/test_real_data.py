@@ -17,9 +17,9 @@ from core.scoring.metrics import BY_NAME
 from tasks.artifacts import key_of
 from tasks.embed import embed
 from tasks.prepare import build_reference, prepare_cells
-from tasks.results import test_conditions as conditions_by_fold
+from tasks.results import list_test_conditions
 from tasks.score import score_controls
-from tasks.train import FoldJob, predicted, split_fold, trained
+from tasks.train import FoldJob, find_inputs, predict_conditions, split_fold, train_model
 
 pytestmark = pytest.mark.shared
 
@@ -68,7 +68,7 @@ def test_knowledge_beats_the_dataset_mean_on_held_out_perturbations(shared: Path
     embedding = embed.fn(model.embedding, shared / "data" / "ReactomePathways.gmt", list(EXPECTED_RATIO))
     wanted = list(EXPECTED_RATIO) if model_name == "ridge_reactome" else ["IFNGR1", "IFNGR2", "JAK2"]
     profiles = []
-    for fold, asked in conditions_by_fold(reference).items():
+    for fold, asked in list_test_conditions(reference).items():
         if asked[0]["condition"] in wanted:
             job = FoldJob(
                 dataset=spec.name,
@@ -80,7 +80,9 @@ def test_knowledge_beats_the_dataset_mean_on_held_out_perturbations(shared: Path
                 asked=asked,
                 target_sum=spec.target_sum,
             )
-            predictions = predicted(job, trained(job, lambda _: None), lambda _: None)
+            inputs = find_inputs(job)
+            directory = train_model(job, inputs, lambda _: None)
+            predictions = predict_conditions(job, inputs, directory, lambda _: None)
             profiles.append(ad.read_h5ad(predictions / "predictions.h5ad"))
     assert len(profiles) == len(wanted)
     ratios = _wmse_ratios(ad.concat(profiles), reference)

@@ -899,15 +899,15 @@ def test_a_gpu_of_this_machine_is_of_no_use(model, output):
 
 def test_the_engine_is_chosen_by_the_environment(monkeypatch):
     monkeypatch.delenv("CALIPERT_ENGINE", raising=False)
-    assert isinstance(selected.engine(), ProcessEngine)
+    assert isinstance(selected.choose_engine(), ProcessEngine)
     assert not selected.runs_elsewhere()
     monkeypatch.setenv("CALIPERT_ENGINE", "kubernetes")
-    assert isinstance(selected.engine(), KubernetesEngine)
+    assert isinstance(selected.choose_engine(), KubernetesEngine)
     assert selected.runs_elsewhere()
-    with selected.resumable("key") as folder:
+    with selected.open_checkpoint("key") as folder:
         assert folder is None, "what a Job leaves is on no disk of this machine"
     monkeypatch.setenv("CALIPERT_ENGINE", "slurm")
-    for ask in (selected.engine, selected.runs_elsewhere):
+    for ask in (selected.choose_engine, selected.runs_elsewhere):
         with pytest.raises(UserError, match="'slurm', which is no engine"):
             ask()
 
