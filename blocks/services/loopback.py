@@ -6,7 +6,7 @@ import socket
 
 import httpx
 
-from blocks.config.settings import HOST
+from blocks.config.child_environment import HOST
 from blocks.http import open_client, retry
 
 # Seconds for which a busy server is asked again, and until an answer counts as lost.
