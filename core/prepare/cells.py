@@ -23,24 +23,16 @@ from core.arrays import Bools, Floats, Ints
 from core.conditions import CONTROL, KEYS, SEPARATOR, genes_of
 from core.errors import UserError, shown
 from core.io.external_sort import Spill
+from core.io.faults import count_faults, expression_faults, refuse_faults, require_log_expression, whole_numbers
 from core.io.h5ad import read_names, require_space, write_by_rows
 from core.io.panels import ahead
 from core.io.raw_matrix import Rows, has_layer, open_rows
 from core.prepare.files import CELLS
-from core.prepare.labels import (
-    Plan,
-    count_faults,
-    expression_faults,
-    final_order,
-    plan,
-    refuse_faults,
-    require_log_expression,
-    whole_numbers,
-)
+from core.prepare.genes import expression_moments, highly_variable
 from core.prepare.mirror import REQUIRED_OBS, is_mirror, mirror_plan
+from core.prepare.plan import Plan, final_order, plan
 from core.prepare.settings import PreparationSettings
 from core.prepare.splits import draw_folds, draw_halves, fold_columns, sorted_groups
-from core.prepare.variable_genes import expression_moments, highly_variable
 from core.progress import LOG, progress
 from core.rng import generator
 

@@ -10,8 +10,8 @@ import pandas as pd
 from core.conditions import CONTROL, SEPARATOR, genes_of
 from core.io.h5ad import read_names
 from core.prepare.cells import FEWEST_CONDITIONS, SMALLEST_CONDITION
-from core.prepare.labels import plan
 from core.prepare.mirror import is_mirror, mirror_plan
+from core.prepare.plan import plan
 from core.prepare.settings import PreparationSettings
 
 

@@ -15,7 +15,8 @@ from scipy import sparse
 
 from core.conditions import CONTROL, KEYS
 from core.errors import UserError, shown
-from core.prepare.labels import Plan, columns_by_symbol, final_order, require_unique_cells
+from core.prepare.genes import columns_by_symbol
+from core.prepare.plan import Plan, final_order, require_unique_cells
 
 FOLD_PREFIX = "split_fold_"
 REQUIRED_OBS = ("condition", "donor_id", "tech_dup_split", FOLD_PREFIX + "0")

@@ -12,10 +12,12 @@ from scipy import sparse
 
 from core.conditions import CONTROL, SEPARATOR
 from core.errors import UserError
+from core.io.faults import require_log_expression, whole_numbers
 from core.io.h5ad import open_h5ad
 from core.prepare.cells import FEWEST_CONDITIONS, SMALLEST_CONDITION, small_conditions
-from core.prepare.labels import condition_labels, final_order, require_controls, require_log_expression, whole_numbers
+from core.prepare.labels import condition_labels, require_controls
 from core.prepare.mirror import is_mirror, mirror_cells
+from core.prepare.plan import final_order
 from core.prepare.settings import Labels
 from core.prepare.splits import Task, draw_folds, draw_halves
 from core.reference.build import build_half_split, build_negatives, build_reference

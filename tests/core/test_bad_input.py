@@ -20,9 +20,9 @@ from scipy import sparse
 
 from core.catalog.schema import DatasetSpec
 from core.errors import UserError
+from core.io.faults import count_faults, refuse_faults
 from core.prepare.cells import write_cells
 from core.prepare.check import check_dataset
-from core.prepare.labels import count_faults, refuse_faults
 from tests.helpers.mirror_files import mirror_of
 
 Entry = Callable[..., DatasetSpec]

@@ -30,7 +30,7 @@ from core.prepare.cells import (
     survey,
     write_cells,
 )
-from core.prepare.labels import Plan
+from core.prepare.plan import Plan
 from core.simulate import SimulationSettings, simulate
 
 Entry = Callable[..., DatasetSpec]

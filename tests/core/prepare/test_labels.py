@@ -22,7 +22,8 @@ from core.conditions import CONTROL, genes_of
 from core.errors import UserError, shown
 from core.io.h5ad import open_h5ad
 from core.prepare.cells import write_cells
-from core.prepare.labels import condition_labels, plan, sample_conditions
+from core.prepare.labels import condition_labels
+from core.prepare.plan import plan, sample_conditions
 from core.prepare.settings import Labels, Sampling
 
 Entry = Callable[..., DatasetSpec]

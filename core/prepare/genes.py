@@ -1,16 +1,47 @@
-"""Highly variable genes from the mean and variance of each gene, as scanpy's flavor "seurat" defines them."""
+"""Which genes stay: those with a symbol of their own, then the most variable ones as scanpy's "seurat" defines them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from core.arrays import Bools, Floats
+from core.arrays import Bools, Floats, Ints
+from core.errors import UserError, shown
 
 BINS = 20
+
+
+def columns_by_symbol(symbols: pd.Index) -> tuple[Ints, pd.Index, dict[str, Any]]:
+    """(positions of the genes to keep, sorted by symbol; their symbols; what was dropped, for the report).
+
+    symbols: of all columns of a file. A symbol that is missing, or occurs more than once, names no gene.
+    """
+    ambiguous = symbols.duplicated(keep=False) | symbols.isna()
+    columns = np.flatnonzero(~ambiguous)
+    columns = columns[np.argsort(symbols[columns].to_numpy().astype(str), kind="stable")]
+    report = {
+        "genes in the file": len(symbols),
+        "genes dropped because their symbol occurs more than once": sorted(
+            set(symbols[ambiguous].dropna().astype(str))
+        ),
+        "genes dropped because they have no symbol": int(symbols.isna().sum()),
+    }
+    return columns, symbols[columns].astype(str), report
+
+
+def read_symbols(var: pd.DataFrame, column: str, where: str) -> pd.Series:
+    if column not in var:
+        raise UserError(
+            where,
+            f"var[{column!r}]",
+            f"no such column; there are: {shown(sorted(map(str, var.columns)), 12)}",
+            "name the right column in the catalog entry (`symbol_column`)",
+        )
+    return var[column].astype(object).where(var[column].notna(), None)
 
 
 def expression_moments(parts: Iterable[sparse.csr_matrix], n_genes: int) -> tuple[Floats, Floats]:

@@ -15,7 +15,7 @@ from scipy import sparse
 from core.catalog.registry import Catalog
 from core.io.h5ad import open_h5ad
 from core.prepare.cells import normalise
-from core.prepare.variable_genes import expression_moments, highly_variable
+from core.prepare.genes import expression_moments, highly_variable
 
 Prepare = Callable[..., ad.AnnData]
 

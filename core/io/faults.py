@@ -1,0 +1,79 @@
+"""What can be wrong with the stored values of a matrix: not finite, negative, no counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from core.errors import UserError
+
+MOST = 1 << 24  # up to here float32, which cells.h5ad holds counts in, has every whole number
+
+# What can be wrong with a count: its name, where it is so, the remedy. The first that is found is reported.
+Fault: TypeAlias = tuple[str, Callable[[Any], Any], str]
+FAULTS: tuple[Fault, ...] = (
+    ("NaN or infinite values", lambda values: ~np.isfinite(values), "remove or mend these cells"),
+    ("negative values", lambda values: values < 0, "give raw counts, not scaled or corrected expression"),
+    (
+        "counts that are not whole numbers",
+        lambda values: np.isfinite(values) & (values != np.floor(values)),
+        "give raw counts in X, or name their layer in the catalog entry (`counts_layer`); normalised or "
+        "log-transformed values cannot be used here",
+    ),
+    (
+        f"counts above {MOST:,}, which 32-bit floats do not hold exactly",
+        lambda values: values > MOST,
+        "give raw counts of molecules: one cell has not that many of one gene",
+    ),
+)
+Faults: TypeAlias = dict[str, tuple[int, float]]  # name of a fault -> how many values have it, the first of them
+
+
+def count_faults(values: Any) -> Faults:
+    """What is wrong with some stored counts; nothing, unless they are whole numbers from 0 to MOST.
+
+    values: numbers of any type.
+    """
+    # One look at right counts: NaN is neither below nor above anything.
+    if not values.size or (values.min() >= 0 and values.max() <= MOST and whole_numbers(values)):
+        return {}
+    return _faults(values, FAULTS)
+
+
+def expression_faults(values: Any) -> Faults:
+    """What is wrong with stored expression that is taken as it is: nothing, unless it is finite and not negative."""
+    return _faults(values, FAULTS[:2])
+
+
+def require_log_expression(whole: bool, largest: float, where: str) -> None:
+    """Raise UserError for expression of whole numbers only, of which one is above 1: that is what counts look like."""
+    if whole and largest > 1:
+        raise UserError(
+            where,
+            "X",
+            "whole numbers only: these are counts",
+            "give log1p of normalised counts (scanpy.pp.normalize_total, scanpy.pp.log1p), or write a catalog entry "
+            "for the file and use `calipert run`",
+        )
+
+
+def _faults(values: Any, faults: tuple[Fault, ...]) -> Faults:
+    wrong = {name: is_wrong(values) for name, is_wrong, _ in faults}
+    return {name: (int(mask.sum()), float(values[mask][0])) for name, mask in wrong.items() if mask.any()}
+
+
+def whole_numbers(values: Any) -> bool:
+    """Whether all of some stored values are whole."""
+    return values.dtype.kind in "iu" or bool((values == np.floor(values)).all())
+
+
+def refuse_faults(faults: Iterable[Faults], field: str, where: str) -> None:
+    """Raise UserError where there is a fault; `faults` of consecutive pieces, of which the number is told in all."""
+    pieces = list(faults)
+    for name, _, remedy in FAULTS:
+        found = [piece[name] for piece in pieces if name in piece]
+        if found:
+            n, example = sum(n for n, _ in found), found[0][1]
+            raise UserError(where, field, f"{n:,} {name} (first: {example:.12g})", remedy)
