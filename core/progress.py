@@ -13,7 +13,9 @@ EVERY = 30.0  # seconds between two lines
 T = TypeVar("T")
 
 
-def progress(what: str, parts: Iterable[tuple[slice, T]], total: int, of: str = "cells") -> Iterator[tuple[slice, T]]:
+def log_progress(
+    what: str, parts: Iterable[tuple[slice, T]], total: int, of: str = "cells"
+) -> Iterator[tuple[slice, T]]:
     """Hand the parts of a pass on, and log how many of all `total` cells are behind, at most every half minute.
 
     parts: cells (a slice of their positions, ascending) and what there is of them. of: what else the slices count.

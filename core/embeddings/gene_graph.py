@@ -16,7 +16,7 @@ import pandas as pd
 from scipy import sparse
 
 from core.arrays import Floats, Ints
-from core.embeddings.tables import gmt_membership
+from core.embeddings.tables import read_gene_sets
 from core.errors import UserError
 
 GENES_AT_ONCE = 256
@@ -26,7 +26,7 @@ SYMBOL, QUALIFIER, TERM, ASPECT, TAXON = 2, 3, 4, 8, 12
 ASPECTS = {"C", "F", "P"}
 
 
-def gene_graph(terms: pd.DataFrame, most: int, among: Collection[str] = ()) -> pd.DataFrame:
+def build_gene_graph(terms: pd.DataFrame, most: int, among: Collection[str] = ()) -> pd.DataFrame:
     """The most similar genes of every gene: columns `gene`, `neighbour` (str) and `weight` (float64, 0 < weight <= 1).
 
     terms: columns `gene`, `term`; a pair that occurs twice counts once. most: how many neighbours a gene keeps at most,
@@ -66,22 +66,22 @@ def _nearest(gene: int, others: Ints, shared: Floats, n_terms: Floats, most: int
     return np.column_stack([np.full(len(order), float(gene)), others[order], weight[order]])
 
 
-def gene_terms(path: Path) -> pd.DataFrame:
+def read_gene_terms(path: Path) -> pd.DataFrame:
     """Which terms each gene carries: columns `gene`, `term`, sorted, each pair once; from a GAF or a GMT file.
 
-    A file that begins with `!gaf-version` is one of annotations to the Gene Ontology (`gaf_terms`); any other is taken
-    for gene sets (core.embeddings.tables.gmt_membership), whose terms are name and description. A GAF may be gzipped, a
-    GMT zipped.
+    A file that begins with `!gaf-version` is one of annotations to the Gene Ontology (`read_annotations`); any other is
+    taken for gene sets (core.embeddings.tables.read_gene_sets), whose terms are name and description. A GAF may be
+    gzipped, a GMT zipped.
     """
     if _is_gaf(path):
-        return gaf_terms(path)
-    membership = gmt_membership(path)
+        return read_annotations(path)
+    membership = read_gene_sets(path)
     term = membership["pathway"] + "\t" + membership["description"]
     table = pd.DataFrame({"gene": membership["gene"], "term": term})
     return table.sort_values(["gene", "term"], ignore_index=True)
 
 
-def gaf_terms(path: Path) -> pd.DataFrame:
+def read_annotations(path: Path) -> pd.DataFrame:
     """The human annotations of a GAF 2.x file, plain or gzipped: columns `gene` (symbol), `term` (GO id).
 
     All three aspects count (process, function, component). Left out are lines whose qualifier says NOT and those of

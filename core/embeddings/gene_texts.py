@@ -29,7 +29,7 @@ MOST_BYTES = 8_000
 CREDIT = re.compile(r"\s*\[(?:provided|supplied) by [^\]]*\]\.?")
 
 
-def gene_texts(summaries: Path, genes: Path) -> dict[str, str]:
+def read_gene_texts(summaries: Path, genes: Path) -> dict[str, str]:
     """Gene symbol -> what NCBI writes about the human gene; sorted by symbol, whatever the order in the files.
 
     summaries: gene_summary.gz. genes: Homo_sapiens.gene_info.gz. A gene is called as HGNC calls it, where HGNC does not
@@ -100,7 +100,7 @@ def _cut(text: str) -> str:
     return head.rpartition(" ")[0] or head
 
 
-def batches(texts: Iterable[str], most_texts: int, most_bytes: int) -> Iterator[list[str]]:
+def split_batches(texts: Iterable[str], most_texts: int, most_bytes: int) -> Iterator[list[str]]:
     """The texts in order, in lists of at most so many that are together at most so long (UTF-8); one that is longer
     than that stands alone."""
     batch: list[str] = []
@@ -116,7 +116,7 @@ def batches(texts: Iterable[str], most_texts: int, most_bytes: int) -> Iterator[
         yield batch
 
 
-def text_embedding(texts: Mapping[str, str], vectors: Mapping[str, npt.NDArray[np.float32]]) -> pd.DataFrame:
+def embed_texts(texts: Mapping[str, str], vectors: Mapping[str, npt.NDArray[np.float32]]) -> pd.DataFrame:
     """The embedding that vectors of the genes' texts make: genes (index, sorted) x d0, d1, ... (float32).
 
     texts: gene -> text. vectors: text -> its vector, of every text. Raises UserError where they differ in length.

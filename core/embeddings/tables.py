@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pandas as pd
 from scipy import linalg, sparse
 
-from core.arrays import Floats, fixed_signs, one_blas_thread
+from core.arrays import Floats, fix_signs, limit_blas_threads
 from core.errors import UserError, shown
 from core.prepare.files import FOLD_CELLS
 
@@ -33,7 +33,7 @@ MOST_VALUES = 100_000 * 4_096
 LONGEST_NAME, MOST_NAMES_BYTES = 100, 100_000 * 100
 
 
-def gmt_membership(path: Path) -> pd.DataFrame:
+def read_gene_sets(path: Path) -> pd.DataFrame:
     """The pathways of a GMT file, one row per (pathway, gene): columns `pathway`, `description`, `gene`.
 
     path: GMT text (name, description, genes; separated by tabs), or a .zip that holds one .gmt. A gene listed twice
@@ -84,21 +84,21 @@ def _gmt_text(path: Path) -> str:
         ) from error
 
 
-def pathway_embedding(path: Path, dimensions: int) -> pd.DataFrame:
+def embed_pathways(path: Path, dimensions: int) -> pd.DataFrame:
     """Truncated SVD of pathway membership: genes (index, sorted) x d0, d1, ... (float64).
 
     M (genes x pathways) is 1/sqrt(pathway size) where the gene is a member, else 0, so that every pathway weighs the
     same; M = U S V', and a gene's row is its first `dimensions` entries of M V. From the exact eigendecomposition of
     the smaller Gram matrix. Fewer columns where M has a lower rank: the others would be zero. A gene whose pathways
     lie outside the kept dimensions is missing.
-    Raises UserError as `gmt_membership` does.
+    Raises UserError as `read_gene_sets` does.
     """
-    membership = gmt_membership(path)
+    membership = read_gene_sets(path)
     genes, gene = np.unique(membership["gene"].to_numpy(dtype=str), return_inverse=True)
     pathway = membership.groupby(["pathway", "description"], sort=True).ngroup().to_numpy()
     size = np.bincount(pathway)
     M = sparse.csr_matrix((1 / np.sqrt(size[pathway]), (gene, pathway)), shape=(len(genes), len(size)))
-    with one_blas_thread():
+    with limit_blas_threads():
         if len(genes) < len(size):
             values, vectors = _leading((M @ M.T).toarray(), dimensions)
             scores = vectors * np.sqrt(values)
@@ -108,7 +108,7 @@ def pathway_embedding(path: Path, dimensions: int) -> pd.DataFrame:
     return _table(scores, genes, norms=np.sqrt(np.asarray(M.multiply(M).sum(axis=1)).ravel()))
 
 
-def coexpression_embedding(X: sparse.csr_matrix, genes: Sequence[str], dimensions: int) -> pd.DataFrame:
+def embed_coexpression(X: sparse.csr_matrix, genes: Sequence[str], dimensions: int) -> pd.DataFrame:
     """Principal component loadings of the genes: genes (index, sorted) x d0, d1, ... (float64).
 
     X: cells x genes, log1p, of a fold's training cells only (test cells would leak into the embedding). genes: the
@@ -139,7 +139,7 @@ def coexpression_embedding(X: sparse.csr_matrix, genes: Sequence[str], dimension
     covariance -= np.outer(total, total / n)
     covariance /= n - 1
     norms = np.sqrt(covariance.diagonal())
-    with one_blas_thread():
+    with limit_blas_threads():
         values, vectors = _leading(covariance, dimensions)
     return _table(vectors * np.sqrt(values), names[order], norms)
 
@@ -153,7 +153,7 @@ def _sums(X: sparse.csr_matrix, columns: npt.NDArray[np.intp]) -> tuple[Floats, 
     total, products = np.zeros(len(columns)), np.zeros((len(columns), len(columns)))
     spans = [slice(start, start + GENES_AT_ONCE) for start in range(0, len(columns), GENES_AT_ONCE)]
     tiles = list(combinations_with_replacement(spans, 2))
-    with one_blas_thread(), ThreadPoolExecutor() as pool:
+    with limit_blas_threads(), ThreadPoolExecutor() as pool:
         for start in range(0, X.shape[0], CELLS_AT_ONCE):
             block = X[start : start + CELLS_AT_ONCE][:, columns].toarray().astype(np.float64)
             total += block.sum(axis=0)
@@ -181,7 +181,7 @@ def _leading(gram: Floats, dimensions: int) -> tuple[Floats, Floats]:
 
 def _table(scores: Floats, genes: npt.NDArray[np.str_], norms: Floats) -> pd.DataFrame:
     """The embedding with fixed signs, without the genes whose row vanishes against `norms`, their full length."""
-    scores = fixed_signs(scores.T).T
+    scores = fix_signs(scores.T).T
     kept = np.linalg.norm(scores, axis=1) > VANISHING * norms
     columns = [f"d{i}" for i in range(scores.shape[1])]
     return pd.DataFrame(scores[kept], index=pd.Index(genes[kept], name="gene", dtype=object), columns=columns)
@@ -191,8 +191,8 @@ def _dense_row(row: sparse.coo_matrix) -> Floats:
     return np.asarray(row.toarray(), dtype=np.float64).ravel()
 
 
-def fold_coexpression(fold: Path, dimensions: int) -> pd.DataFrame:
-    """`coexpression_embedding` of the training cells of a fold.
+def embed_fold(fold: Path, dimensions: int) -> pd.DataFrame:
+    """`embed_coexpression` of the training cells of a fold.
 
     fold: the folder with its train.h5ad (core.prepare.training_data).
 
@@ -200,10 +200,10 @@ def fold_coexpression(fold: Path, dimensions: int) -> pd.DataFrame:
     """
     cells = ad.read_h5ad(fold / FOLD_CELLS)
     training = cells[(cells.obs["split"] == "train").to_numpy()]
-    return coexpression_embedding(training.X, list(training.var_names), dimensions)
+    return embed_coexpression(training.X, list(training.var_names), dimensions)
 
 
-def side_by_side(embeddings: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+def join_tables(embeddings: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Several embeddings in one table: the union of their genes (index, sorted) x `<name>/<dimension>` (float64).
 
     NaN in all dimensions of an embedding that lacks the gene.
@@ -291,7 +291,7 @@ def _is_number(kind: Any) -> bool:
     return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind))
 
 
-def known_genes(path: Path) -> pd.Index:
+def list_known_genes(path: Path) -> pd.Index:
     """The genes that a file of any form knows: an embedding, several side by side, or a graph."""
     import pyarrow.parquet as pq
 
@@ -303,7 +303,7 @@ def known_genes(path: Path) -> pd.Index:
     return read_embedding(path).index
 
 
-def coverage(known: pd.Index, genes: Iterable[str]) -> tuple[list[str], list[str]]:
+def split_by_coverage(known: pd.Index, genes: Iterable[str]) -> tuple[list[str], list[str]]:
     """The distinct genes that are known and those that are not, each sorted."""
     wanted = set(genes)
     covered = wanted.intersection(known)
@@ -311,8 +311,8 @@ def coverage(known: pd.Index, genes: Iterable[str]) -> tuple[list[str], list[str
 
 
 def require_coverage(name: str, known: pd.Index, genes: Iterable[str]) -> tuple[list[str], list[str]]:
-    """`coverage` of the perturbed genes. Raises UserError where the embedding `name` has none of them."""
-    covered, missing = coverage(known, genes)
+    """`split_by_coverage` of the perturbed genes. Raises UserError where the embedding `name` has none of them."""
+    covered, missing = split_by_coverage(known, genes)
     if not covered:
         raise UserError(
             f"embedding {name}",

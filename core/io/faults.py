@@ -31,18 +31,18 @@ FAULTS: tuple[Fault, ...] = (
 Faults: TypeAlias = dict[str, tuple[int, float]]  # name of a fault -> how many values have it, the first of them
 
 
-def count_faults(values: Any) -> Faults:
+def find_count_faults(values: Any) -> Faults:
     """What is wrong with some stored counts; nothing, unless they are whole numbers from 0 to MOST.
 
     values: numbers of any type.
     """
     # One look at right counts: NaN is neither below nor above anything.
-    if not values.size or (values.min() >= 0 and values.max() <= MOST and whole_numbers(values)):
+    if not values.size or (values.min() >= 0 and values.max() <= MOST and are_whole(values)):
         return {}
     return _faults(values, FAULTS)
 
 
-def expression_faults(values: Any) -> Faults:
+def find_expression_faults(values: Any) -> Faults:
     """What is wrong with stored expression that is taken as it is: nothing, unless it is finite and not negative."""
     return _faults(values, FAULTS[:2])
 
@@ -64,7 +64,7 @@ def _faults(values: Any, faults: tuple[Fault, ...]) -> Faults:
     return {name: (int(mask.sum()), float(values[mask][0])) for name, mask in wrong.items() if mask.any()}
 
 
-def whole_numbers(values: Any) -> bool:
+def are_whole(values: Any) -> bool:
     """Whether all of some stored values are whole."""
     return values.dtype.kind in "iu" or bool((values == np.floor(values)).all())
 

@@ -18,24 +18,24 @@ PANEL = 2048
 T = TypeVar("T")
 
 
-def spans(n: int, rows: int = PANEL) -> list[slice]:
+def split_rows(n: int, rows: int = PANEL) -> list[slice]:
     """The numbers 0 .. n - 1 in consecutive pieces of `rows`; the last may be shorter."""
     return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
 
 
-def panels(X: Any, rows: Ints | None = None) -> Iterator[tuple[slice, sparse.csr_matrix]]:
+def read_panels(X: Any, rows: Ints | None = None) -> Iterator[tuple[slice, sparse.csr_matrix]]:
     """The rows of a matrix, PANEL at a time, in order; the next panel is read while the caller works on this one.
 
     X: cells x genes, CSR in memory or on disk (`X` or a layer of a backed AnnData). rows: positions, ascending, of
     those that take part, by default all; the spans count them.
     """
-    pieces = spans(X.shape[0] if rows is None else len(rows))
-    return zip(pieces, ahead(lambda span: sparse.csr_matrix(X[_place(span, rows)]), pieces), strict=True)
+    pieces = split_rows(X.shape[0] if rows is None else len(rows))
+    return zip(pieces, read_ahead(lambda span: sparse.csr_matrix(X[_place(span, rows)]), pieces), strict=True)
 
 
-def float_panels(X: Any, rows: Ints | None = None) -> Iterator[tuple[slice, sparse.csr_matrix]]:
-    """`panels` of a matrix in float64."""
-    return ((span, panel.astype(np.float64)) for span, panel in panels(X, rows))
+def read_float_panels(X: Any, rows: Ints | None = None) -> Iterator[tuple[slice, sparse.csr_matrix]]:
+    """`read_panels` of a matrix in float64."""
+    return ((span, panel.astype(np.float64)) for span, panel in read_panels(X, rows))
 
 
 def _place(span: slice, rows: Ints | None) -> slice | Ints:
@@ -46,7 +46,7 @@ def _place(span: slice, rows: Ints | None) -> slice | Ints:
     return slice(int(at[0]), int(at[-1]) + 1) if at[-1] - at[0] + 1 == len(at) else at
 
 
-def ahead(read: Callable[[Any], T], items: Iterable[Any]) -> Iterator[T]:
+def read_ahead(read: Callable[[Any], T], items: Iterable[Any]) -> Iterator[T]:
     """`read(item)` of every item, in order, each read in a second thread while the caller works on the one before."""
     with ThreadPoolExecutor(1) as reader:
         waiting = None

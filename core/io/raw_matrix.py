@@ -14,8 +14,8 @@ from scipy import sparse
 from core.arrays import Ints
 from core.errors import UserError, shown
 from core.io.h5ad import require_space
-from core.io.panels import spans
-from core.progress import progress
+from core.io.panels import split_rows
+from core.progress import log_progress
 
 # What a stored value takes on its way, in bytes: two chunks in flight, their numbers and indices of up to eight
 # bytes each, and the copies that selecting rows and columns makes.
@@ -125,7 +125,7 @@ def _dense(place: h5py.Dataset, shape: tuple[int, int], values: int, scratch: Pa
             block = place[span]
         return sparse.csr_matrix(_usable(block))
 
-    return Rows(shape[1], spans(shape[0], n), read)
+    return Rows(shape[1], split_rows(shape[0], n), read)
 
 
 def _by_rows(place: h5py.Group, shape: tuple[int, int], values: int, scratch: Path, wrong: Wrong) -> Rows:
@@ -152,7 +152,7 @@ def _by_columns(place: h5py.Group, shape: tuple[int, int], values: int, scratch:
     require_space(scratch, copied, f"a copy of {wrong.field} by rows, since {wrong.path.name} stores it by columns")
     with files["data"].open("wb") as data, files["indices"].open("wb") as indices, files["indptr"].open("wb") as indptr:
         parts = ((block, _block(place, pointers[block.start : block.stop + 1], shape[0], wrong)) for block in blocks)
-        for _, columns in progress("turning columns into rows", parts, shape[1], "genes"):
+        for _, columns in log_progress("turning columns into rows", parts, shape[1], "genes"):
             # The rows of the transpose are the columns that were stored.
             turned = columns.T.tocsr()
             data.write(turned.data.data)
@@ -165,9 +165,13 @@ def _by_columns(place: h5py.Group, shape: tuple[int, int], values: int, scratch:
         pieces = []
         for number, block in enumerate(blocks):
             n = span.stop - span.start
-            at = piece_of(files["indptr"], np.int64, number * (shape[0] + 1) + span.start, n + 1)
+            at = read_piece(files["indptr"], np.int64, number * (shape[0] + 1) + span.start, n + 1)
             where = int(at[0]), int(at[-1] - at[0])
-            stored = (piece_of(files["data"], dtype, *where), piece_of(files["indices"], np.int32, *where), at - at[0])
+            stored = (
+                read_piece(files["data"], dtype, *where),
+                read_piece(files["indices"], np.int32, *where),
+                at - at[0],
+            )
             pieces.append(sparse.csr_matrix(stored, shape=(n, block.stop - block.start)))
         return sparse.hstack(pieces, format="csr")
 
@@ -181,7 +185,7 @@ STORED: dict[str, Callable[[Any, tuple[int, int], int, Path, Wrong], Rows]] = {
 }
 
 
-def piece_of(path: Path, dtype: Any, start: int, n: int) -> Any:
+def read_piece(path: Path, dtype: Any, start: int, n: int) -> Any:
     """`n` numbers of a plain binary file, from number `start` on."""
     return np.fromfile(path, dtype=dtype, count=n, offset=start * np.dtype(dtype).itemsize)
 

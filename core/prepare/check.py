@@ -10,8 +10,8 @@ import pandas as pd
 from core.conditions import CONTROL, SEPARATOR, genes_of
 from core.io.h5ad import read_names
 from core.prepare.cells import FEWEST_CONDITIONS, SMALLEST_CONDITION
-from core.prepare.mirror import is_mirror, mirror_plan
-from core.prepare.plan import plan
+from core.prepare.mirror import is_mirror, plan_mirror
+from core.prepare.plan import plan_preparation
 from core.prepare.settings import PreparationSettings
 
 
@@ -36,7 +36,7 @@ def check_dataset(path: Path, spec: PreparationSettings) -> DatasetCheck:
     """
     obs, var = read_names(path)
     mirror = is_mirror(obs)
-    names = mirror_plan(obs, var, str(path)) if mirror else plan(obs, var, spec, str(path))
+    names = plan_mirror(obs, var, str(path)) if mirror else plan_preparation(obs, var, spec, str(path))
     groups = names.obs.groupby(["covariate", "condition"], observed=True, sort=True).size()
     conditions = groups.rename("cells").reset_index()
     # A mirror's cells are taken as they are.

@@ -15,7 +15,7 @@ from core.errors import UserError, shown
 BINS = 20
 
 
-def columns_by_symbol(symbols: pd.Index) -> tuple[Ints, pd.Index, dict[str, Any]]:
+def choose_columns(symbols: pd.Index) -> tuple[Ints, pd.Index, dict[str, Any]]:
     """(positions of the genes to keep, sorted by symbol; their symbols; what was dropped, for the report).
 
     symbols: of all columns of a file. A symbol that is missing, or occurs more than once, names no gene.
@@ -44,7 +44,7 @@ def read_symbols(var: pd.DataFrame, column: str, where: str) -> pd.Series:
     return var[column].astype(object).where(var[column].notna(), None)
 
 
-def expression_moments(parts: Iterable[sparse.csr_matrix], n_genes: int) -> tuple[Floats, Floats]:
+def measure_expression(parts: Iterable[sparse.csr_matrix], n_genes: int) -> tuple[Floats, Floats]:
     """Mean and variance (n-1) over cells of each gene's normalised expression.
 
     parts: cells x genes, log1p of the normalised counts, some cells at a time; moments are of expm1 of it.
@@ -61,7 +61,7 @@ def expression_moments(parts: Iterable[sparse.csr_matrix], n_genes: int) -> tupl
     return mean, variance
 
 
-def highly_variable(mean: Floats, variance: Floats, genes: pd.Index, n_top: int) -> Bools:
+def choose_variable_genes(mean: Floats, variance: Floats, genes: pd.Index, n_top: int) -> Bools:
     """Mask of the `n_top` genes of highest normalised dispersion (Satija et al. 2015; scanpy's "seurat").
 
     mean, variance: per gene, of the normalised expression (not log). genes: their names.

@@ -20,7 +20,7 @@ LIKE_CONTROL = ("control", "ctrl", "nt", "ntc", "non-targeting", "nontargeting",
 NO_LABEL = ("nan", "NaN", "None", "none", "NA", "N/A", "<NA>")
 
 
-def condition_labels(labels: pd.Series, rules: Labels, where: str) -> pd.Series:
+def harmonise_labels(labels: pd.Series, rules: Labels, where: str) -> pd.Series:
     """Published labels as conditions; missing where there is no label, an empty one, or one that is dropped.
     Spaces around a label or a gene do not count.
 

@@ -15,8 +15,8 @@ from scipy import sparse
 
 from core.conditions import CONTROL, KEYS
 from core.errors import UserError, shown
-from core.prepare.genes import columns_by_symbol
-from core.prepare.plan import Plan, final_order, require_unique_cells
+from core.prepare.genes import choose_columns
+from core.prepare.plan import Plan, order_cells, require_unique_cells
 
 FOLD_PREFIX = "split_fold_"
 REQUIRED_OBS = ("condition", "donor_id", "tech_dup_split", FOLD_PREFIX + "0")
@@ -41,7 +41,7 @@ def has_mirror_layout(path: Path) -> bool:
         return False
 
 
-def mirror_plan(obs: pd.DataFrame, var: pd.DataFrame, where: str) -> Plan:
+def plan_mirror(obs: pd.DataFrame, var: pd.DataFrame, where: str) -> Plan:
     """Which cells and genes of a mirror file to read, and what they are called.
 
     obs, var: its tables of cells and genes. The plan's `obs` has condition, covariate, half and fold_k as the file
@@ -55,9 +55,9 @@ def mirror_plan(obs: pd.DataFrame, var: pd.DataFrame, where: str) -> Plan:
     own = obs[~synthetic]
     cells = pd.DataFrame({"condition": labels[~synthetic], "covariate": own["donor_id"].astype(str)})
     cells["half"] = _known(own["tech_dup_split"], HALVES, where)
-    for fold in folds(obs):
+    for fold in list_folds(obs):
         cells[f"fold_{fold}"] = _known(own[f"{FOLD_PREFIX}{fold}"], SPLITS, where)
-    order = final_order(cells)
+    order = order_cells(cells)
     cells = cells.iloc[order]
     _require_whole_conditions(cells, where)
     without = sorted(set(cells["covariate"]) - set(cells.loc[cells["condition"] == CONTROL, "covariate"]))
@@ -70,23 +70,23 @@ def mirror_plan(obs: pd.DataFrame, var: pd.DataFrame, where: str) -> Plan:
         raise UserError(
             where, "obs['tech_dup_split']", found, "leave the condition out: it has no truth or no duplicate"
         )
-    columns, genes, dropped = columns_by_symbol(pd.Index(var.index))
+    columns, genes, dropped = choose_columns(pd.Index(var.index))
     report = {"cells in the file": len(obs), "synthetic control cells left out": int(synthetic.sum())}
     return Plan(np.flatnonzero(~synthetic)[order], cells, columns, genes, report | dropped)
 
 
-def mirror_cells(data: ad.AnnData, where: str) -> ad.AnnData:
+def take_mirror_cells(data: ad.AnnData, where: str) -> ad.AnnData:
     """The mirror's cells in our layout: X log1p, obs covariate, condition, half, fold_k; sorted rows and genes.
 
-    Raises UserError as `mirror_plan` does.
+    Raises UserError as `plan_mirror` does.
     """
-    names = mirror_plan(data.obs, data.var, where)
+    names = plan_mirror(data.obs, data.var, where)
     matrix = sparse.csr_matrix(data.X, dtype=np.float32)[names.rows][:, names.columns]
     matrix.sort_indices()
     return ad.AnnData(X=matrix, obs=names.obs, var=pd.DataFrame(index=names.genes))
 
 
-def folds(obs: pd.DataFrame) -> list[int]:
+def list_folds(obs: pd.DataFrame) -> list[int]:
     """The numbers of the file's folds."""
     numbers = (c.removeprefix(FOLD_PREFIX) for c in obs.columns if c.startswith(FOLD_PREFIX))
     return sorted(int(number) for number in numbers if number.isdigit())

@@ -14,8 +14,8 @@ import pandas as pd
 from core.arrays import Bools, Ints
 from core.conditions import CONTROL
 from core.errors import UserError, shown
-from core.prepare.genes import columns_by_symbol, read_symbols
-from core.prepare.labels import condition_labels, find_measured_controls, require_controls
+from core.prepare.genes import choose_columns, read_symbols
+from core.prepare.labels import find_measured_controls, harmonise_labels, require_controls
 from core.prepare.settings import Filter, PreparationSettings, Sampling
 from core.rng import generator
 
@@ -42,7 +42,7 @@ class Plan(NamedTuple):
     report: dict[str, Any]
 
 
-def plan(obs: pd.DataFrame, var: pd.DataFrame, spec: PreparationSettings, where: str) -> Plan:
+def plan_preparation(obs: pd.DataFrame, var: pd.DataFrame, spec: PreparationSettings, where: str) -> Plan:
     """Harmonise the names of a published file, without its matrix.
 
     obs, var: its tables of cells and genes. Conditions are sampled before any filter, where the entry says so.
@@ -58,7 +58,7 @@ def plan(obs: pd.DataFrame, var: pd.DataFrame, spec: PreparationSettings, where:
     keep = _filtered(obs, spec.filters, where) & sampled
     kept = obs.loc[keep]
     labels = _column(kept, spec.labels.column, where)
-    conditions = condition_labels(labels, spec.labels, where)
+    conditions = harmonise_labels(labels, spec.labels, where)
     labelled = conditions.notna().to_numpy()
     covariates = (
         pd.Series(spec.covariate, index=kept.index)
@@ -70,7 +70,7 @@ def plan(obs: pd.DataFrame, var: pd.DataFrame, spec: PreparationSettings, where:
         table["library_size"] = _library_sizes(kept[labelled], spec.library_size, where)
     require_controls(table, spec.labels, where)
     symbols = pd.Index(var.index if spec.symbol_column is None else read_symbols(var, spec.symbol_column, where))
-    columns, genes, dropped = columns_by_symbol(symbols)
+    columns, genes, dropped = choose_columns(symbols)
     if not len(columns):
         field = "var_names" if spec.symbol_column is None else f"var[{spec.symbol_column!r}]"
         found = f"no gene with a symbol of its own among {len(var):,}"
@@ -99,7 +99,7 @@ def require_unique_cells(obs: pd.DataFrame, where: str) -> None:
         )
 
 
-def final_order(obs: pd.DataFrame) -> Ints:
+def order_cells(obs: pd.DataFrame) -> Ints:
     """Positions that sort cells as cells.h5ad has them: by covariate, condition and cell name, as text."""
     names = (obs.index, obs["condition"], obs["covariate"])
     return np.asarray(np.lexsort([name.to_numpy().astype(str) for name in names]))
@@ -122,7 +122,7 @@ def _sampled(obs: pd.DataFrame, spec: PreparationSettings, where: str) -> Bools:
     """Mask of the cells whose condition takes part; control and cells without a label always do."""
     if spec.sample is None:
         return np.ones(len(obs), dtype=bool)
-    labels = condition_labels(_column(obs, spec.labels.column, where), spec.labels, where)
+    labels = harmonise_labels(_column(obs, spec.labels.column, where), spec.labels, where)
     kept = sample_conditions(set(labels.dropna()) - {CONTROL}, spec.sample, spec.seed)
     return np.asarray(labels.isna() | labels.isin(kept | {CONTROL}), dtype=bool)
 
@@ -143,7 +143,7 @@ def _require_expected(obs: pd.DataFrame, n_genes: int, spec: PreparationSettings
     expected = spec.expected
     if expected is None:
         return
-    labels = condition_labels(_column(obs, spec.labels.column, where), spec.labels, where)
+    labels = harmonise_labels(_column(obs, spec.labels.column, where), spec.labels, where)
     conditions = len(set(labels.dropna()) - {CONTROL})
     if (len(obs), n_genes, conditions) != (expected.cells, expected.genes, expected.conditions):
         raise UserError(

@@ -20,7 +20,7 @@ VALIDATION_SHARE = 0.1375
 Task = Literal["single", "combination"]
 
 
-def sorted_groups(obs: pd.DataFrame) -> Iterator[tuple[str, str, pd.Index]]:
+def iterate_groups(obs: pd.DataFrame) -> Iterator[tuple[str, str, pd.Index]]:
     """(covariate, condition, cell names in sorted order) of each group, in sorted order."""
     groups = obs.groupby([obs["covariate"].astype(str), obs["condition"].astype(str)], observed=True, sort=True).groups
     for (covariate, condition), names in groups.items():
@@ -33,7 +33,7 @@ def draw_halves(obs: pd.DataFrame, seed: int) -> pd.Series:
     obs: cells with `covariate` and `condition`; control is halved too. Index and order as in obs.
     """
     half = pd.Series("second_half", index=obs.index, dtype=object, name="half")
-    for covariate, condition, names in sorted_groups(obs):
+    for covariate, condition, names in iterate_groups(obs):
         order = generator(seed, "half", covariate, condition).permutation(len(names))
         half.loc[names[order[: len(names) // 2]]] = "first_half"
     return half
@@ -50,7 +50,7 @@ def draw_folds(obs: pd.DataFrame, task: Task, folds: int | Literal["leave-one-ou
     plans = plan_folds(conditions, folds, seed)
     columns: dict[str, pd.Series] = {}
     of_cell = obs["condition"].astype(str)
-    controls = [(covariate, names) for covariate, condition, names in sorted_groups(obs) if condition == CONTROL]
+    controls = [(covariate, names) for covariate, condition, names in iterate_groups(obs) if condition == CONTROL]
     for fold, plan in enumerate(plans):
         split = of_cell.map(plan)
         for covariate, names in controls:
@@ -60,7 +60,7 @@ def draw_folds(obs: pd.DataFrame, task: Task, folds: int | Literal["leave-one-ou
     return pd.DataFrame(columns, index=obs.index)
 
 
-def fold_columns(obs: pd.DataFrame) -> list[str]:
+def list_fold_columns(obs: pd.DataFrame) -> list[str]:
     """The names of the fold columns, in the order of the folds."""
     return sorted((c for c in obs.columns if c.startswith("fold_")), key=lambda c: int(c.removeprefix("fold_")))
 

@@ -12,7 +12,7 @@ from core.arrays import Bools
 from core.conditions import CONTROL, KEYS
 from core.errors import UserError
 from core.io.h5ad import write_by_rows
-from core.io.panels import ahead, spans
+from core.io.panels import read_ahead, split_rows
 from core.prepare.files import FOLD_CELLS, FOLD_CONTROL
 
 
@@ -42,9 +42,9 @@ def _write(cells: ad.AnnData, split: pd.Series, kept: Bools, path: Path) -> None
     matrices = {"X": cells.X}
     if "counts" in cells.layers:
         matrices["layers/counts"] = cells.layers["counts"]
-    wanted = [span for span in spans(len(kept)) if kept[span].any()]
+    wanted = [span for span in split_rows(len(kept)) if kept[span].any()]
 
     def read(span: slice) -> dict[str, sparse.csr_matrix]:
         return {place: sparse.csr_matrix(matrix[span])[kept[span]] for place, matrix in matrices.items()}
 
-    write_by_rows(path, ad.AnnData(obs=obs, var=pd.DataFrame(index=cells.var_names)), ahead(read, wanted))
+    write_by_rows(path, ad.AnnData(obs=obs, var=pd.DataFrame(index=cells.var_names)), read_ahead(read, wanted))

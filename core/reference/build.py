@@ -11,15 +11,15 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from core.arrays import Floats, Ints, in_threads
+from core.arrays import Floats, Ints, run_in_threads
 from core.conditions import genes_of, row_names
 from core.io.h5ad import require_space
 from core.prepare.splits import draw_halves
-from core.reference.cell_sums import CellSums, reference_keys, sum_cells
+from core.reference.cell_sums import CellSums, list_reference_keys, sum_cells
 from core.reference.control_profiles import interpolate_duplicate, predict_additive
 from core.reference.files import HALF_SPLITS, NEGATIVES, REFERENCE, find_dataset_means
 from core.reference.linear_baseline import predict_linear
-from core.stats.differential_expression import against_rest, deg_mask
+from core.stats.differential_expression import compare_with_rest, mask_degs
 from core.stats.moments import Moments
 
 
@@ -31,7 +31,7 @@ def write_reference(cells: ad.AnnData, seed: int, half_seeds: int, folder: Path)
     """
     halves = {seed: cells.obs["half"]}
     halves |= {further: draw_halves(cells.obs, further) for further in range(seed + 1, seed + half_seeds)}
-    keys, _ = reference_keys(cells.obs)
+    keys, _ = list_reference_keys(cells.obs)
     n = len(keys), cells.n_vars
     # Sums of four kinds for each half split, and the layers.
     needed = 8 * n[0] * n[1] * (4 * half_seeds + 11 + 7 * (half_seeds - 1))
@@ -81,7 +81,7 @@ def build_half_split(sums: CellSums, seed: int, negatives: ad.AnnData) -> ad.Ann
     t_first, padj_first = _differential(first, sums.keys)
     t_second, padj_second = _differential(second, sums.keys)
     truth, duplicate = first.mean(), second.mean()
-    obs = sums.keys.assign(n_first=first.n, n_second=second.n, n_degs=deg_mask(padj_first).sum(axis=1))
+    obs = sums.keys.assign(n_first=first.n, n_second=second.n, n_degs=mask_degs(padj_first).sum(axis=1))
     del first, second
     layers = {
         "truth": truth,
@@ -94,7 +94,7 @@ def build_half_split(sums: CellSums, seed: int, negatives: ad.AnnData) -> ad.Ann
         "t_second": t_second,
         "padj_second": padj_second,
     }
-    return by_condition(obs, layers, sums.genes)
+    return frame_by_condition(obs, layers, sums.genes)
 
 
 def build_reference(sums: CellSums, negatives: ad.AnnData, seed: int) -> ad.AnnData:
@@ -114,7 +114,7 @@ def build_reference(sums: CellSums, negatives: ad.AnnData, seed: int) -> ad.AnnD
             for name, values in _fold_baselines(sums, covariate, fold, rows).items():
                 layers[name][rows] = values
 
-    in_threads(add_baselines, product(sorted(sums.control), range(sums.splits.shape[1])))
+    run_in_threads(add_baselines, product(sorted(sums.control), range(sums.splits.shape[1])))
     reference.layers["mean"] = sums.mean
     reference.layers["sparse_mean"] = sums.sparse_mean
     for name, values in layers.items():
@@ -141,11 +141,11 @@ def _differential(moments: Moments, keys: pd.DataFrame) -> tuple[Floats, Floats]
     t, padj = np.empty(moments.total.shape), np.empty(moments.total.shape)
     for covariate in keys["covariate"].unique():
         rows = np.flatnonzero(keys["covariate"] == covariate)
-        t[rows], padj[rows] = against_rest(moments.of(rows))
+        t[rows], padj[rows] = compare_with_rest(moments.of(rows))
     return t, padj
 
 
-def by_condition(keys: pd.DataFrame, layers: dict[str, Floats], genes: pd.Index) -> ad.AnnData:
+def frame_by_condition(keys: pd.DataFrame, layers: dict[str, Floats], genes: pd.Index) -> ad.AnnData:
     """(covariate, condition) x genes with `keys` as obs, named `covariate|condition`."""
     obs = keys.copy()
     obs.index = row_names(obs["covariate"], obs["condition"])

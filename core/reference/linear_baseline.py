@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from scipy import linalg
 
-from core.arrays import Floats, fixed_signs, one_blas_thread
+from core.arrays import Floats, fix_signs, limit_blas_threads
 
 COMPONENTS = 10
 RIDGE = 0.1
@@ -27,9 +27,9 @@ def predict_linear(singles: list[str], pseudobulks: Floats, genes: pd.Index, wan
     if len(singles) < 2 or not known.any():
         return predictions
     k = min(COMPONENTS, len(singles) - 1)
-    with one_blas_thread():
+    with limit_blas_threads():
         centred = pseudobulks - pseudobulks.mean(axis=0)
-        G = fixed_signs(linalg.svd(centred, full_matrices=False)[2][:k]).T
+        G = fix_signs(linalg.svd(centred, full_matrices=False)[2][:k]).T
         Y = pseudobulks[known].T
         b = Y.mean(axis=1)
         P = G[rows[known]].T

@@ -10,8 +10,8 @@ import pandas as pd
 
 from core.conditions import CONTROL, KEYS
 from core.reference.quality_files import EDISTANCES, QUALITY
-from core.stats.edistance import edistances, principal_coordinates
-from core.stats.moments import group_codes
+from core.stats.edistance import measure_edistances, project_cells
+from core.stats.moments import code_groups
 
 
 def write_quality(cells: ad.AnnData, keys: pd.DataFrame, folder: Path) -> None:
@@ -19,8 +19,8 @@ def write_quality(cells: ad.AnnData, keys: pd.DataFrame, folder: Path) -> None:
 
     cells: in memory or on disk. keys: `obs` of the reference.
     """
-    energy = energy_by_covariate(cells)
-    quality(keys, energy).to_parquet(folder / QUALITY, index=False)
+    energy = measure_covariates(cells)
+    summarise_quality(keys, energy).to_parquet(folder / QUALITY, index=False)
     long = pd.concat([_long(covariate, table) for covariate, table in energy.items()], ignore_index=True)
     long.to_parquet(folder / EDISTANCES, index=False)
 
@@ -33,7 +33,7 @@ def _long(covariate: str, table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(long).assign(edistance=table.to_numpy().ravel())
 
 
-def energy_by_covariate(cells: ad.AnnData) -> dict[str, pd.DataFrame]:
+def measure_covariates(cells: ad.AnnData) -> dict[str, pd.DataFrame]:
     """For each covariate the E-distances between all its conditions, control first; square tables by condition.
 
     Principal components are those of the covariate's own cells, control included.
@@ -44,15 +44,15 @@ def energy_by_covariate(cells: ad.AnnData) -> dict[str, pd.DataFrame]:
         rows = np.flatnonzero(covariates == covariate)
         obs = cells.obs.iloc[rows]
         names = [CONTROL, *sorted(set(obs["condition"].astype(str)) - {CONTROL})]
-        codes = group_codes(obs, pd.DataFrame({"condition": names}))
-        tables[covariate] = edistances(principal_coordinates(cells.X, rows=rows), codes, names)
+        codes = code_groups(obs, pd.DataFrame({"condition": names}))
+        tables[covariate] = measure_edistances(project_cells(cells.X, rows=rows), codes, names)
     return tables
 
 
-def quality(keys: pd.DataFrame, energy: dict[str, pd.DataFrame]) -> pd.DataFrame:
+def summarise_quality(keys: pd.DataFrame, energy: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """One row per (covariate, condition): n_cells, n_degs (first half), edistance_to_control.
 
-    keys: `obs` of the reference. energy: by covariate, as `energy_by_covariate` gives it.
+    keys: `obs` of the reference. energy: by covariate, as `measure_covariates` gives it.
     """
     table: pd.DataFrame = keys[["covariate", "condition", "n_cells", "n_degs"]].reset_index(drop=True)
     table = table.astype({"covariate": str, "condition": str})

@@ -12,10 +12,10 @@ import pandas as pd
 from core.arrays import Floats
 from core.conditions import KEYS
 from core.errors import UserError, shown
-from core.prepare.mirror import FOLD_PREFIX, folds
-from core.reference.build import by_condition
-from core.reference.cell_sums import reference_keys
-from core.stats.differential_expression import deg_mask
+from core.prepare.mirror import FOLD_PREFIX, list_folds
+from core.reference.build import frame_by_condition
+from core.reference.cell_sums import list_reference_keys
+from core.stats.differential_expression import mask_degs
 
 PROFILES = {
     "truth": "technical_duplicate_first_half_baseline",
@@ -29,14 +29,14 @@ DATASET_MEAN = FOLD_PREFIX + "{fold}_split_mean_baseline"
 DIFFERENTIAL = {"first": "_gt", "second": ""}
 
 
-def stored_reference(data: ad.AnnData, cells: ad.AnnData, where: str) -> tuple[ad.AnnData, ad.AnnData]:
+def read_stored_reference(data: ad.AnnData, cells: ad.AnnData, where: str) -> tuple[ad.AnnData, ad.AnnData]:
     """(reference, negatives) from the file's stored profiles and DE results, as they are.
 
     data: the mirror file. cells: `mirror_cells` of it. Layers that the file does not store (linear, sparse_mean)
     are absent. Raises UserError where a stored table is missing or lacks genes, the truth of a test condition or the
     means of a covariate.
     """
-    keys, _ = reference_keys(cells.obs)
+    keys, _ = list_reference_keys(cells.obs)
     genes = cells.var_names
     stored = pd.Index(keys["covariate"] + "_" + keys["condition"])
     tested = stored[keys["test_fold"] >= 0]
@@ -55,14 +55,14 @@ def stored_reference(data: ad.AnnData, cells: ad.AnnData, where: str) -> tuple[a
     obs = keys.assign(
         n_first=size["first_half"].to_numpy(),
         n_second=size["second_half"].to_numpy(),
-        n_degs=deg_mask(layers["padj_first"]).sum(axis=1),
+        n_degs=mask_degs(layers["padj_first"]).sum(axis=1),
     )
-    return by_condition(obs, layers, genes), _stored_negatives(data, genes, set(keys["covariate"]), where)
+    return frame_by_condition(obs, layers, genes), _stored_negatives(data, genes, set(keys["covariate"]), where)
 
 
 def _stored_negatives(data: ad.AnnData, genes: pd.Index, covariates: set[str], where: str) -> ad.AnnData:
     slots = [("control_mean", -1, CONTROL_MEAN)]
-    slots += [("dataset_mean", fold, DATASET_MEAN.format(fold=fold)) for fold in folds(data.obs)]
+    slots += [("dataset_mean", fold, DATASET_MEAN.format(fold=fold)) for fold in list_folds(data.obs)]
     tables = [(kind, fold, _table(data, slot, genes, covariates, where)) for kind, fold, slot in slots]
     rows = [(str(covariate), kind, fold) for kind, fold, table in tables for covariate in table.index]
     obs = pd.DataFrame(rows, columns=["covariate", "kind", "fold"])

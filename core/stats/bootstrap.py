@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from core.arrays import Floats, one_blas_thread
+from core.arrays import Floats, limit_blas_threads
 from core.rng import generator
 
 CHUNK = 250  # resamples at once: bounds the memory of the resampling weights
@@ -19,7 +19,7 @@ def bootstrap_sums(values: Floats, resamples: int, seed: int, step: str) -> Floa
     n = len(values)
     rng = generator(seed, step)
     sums = np.empty((resamples, values.shape[1]))
-    with one_blas_thread():
+    with limit_blas_threads():
         for start in range(0, resamples, CHUNK):
             size = min(CHUNK, resamples - start)
             drawn = rng.integers(n, size=(size, n)) + n * np.arange(size)[:, None]

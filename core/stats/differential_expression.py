@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import special
 
-from core.arrays import Bools, Floats, in_threads
+from core.arrays import Bools, Floats, run_in_threads
 from core.stats.moments import Moments
 
 FEWEST_CELLS = 4
@@ -13,7 +13,7 @@ SIGNIFICANCE = 0.05
 BLOCK = 16  # conditions at once: their arrays stay in cache
 
 
-def against_rest(groups: Moments) -> tuple[Floats, Floats]:
+def compare_with_rest(groups: Moments) -> tuple[Floats, Floats]:
     """Welch's t with overestimated variance of each group against all other groups together.
 
     groups: moments of the perturbed conditions of one half and one covariate (conditions x genes, log1p);
@@ -35,7 +35,7 @@ def against_rest(groups: Moments) -> tuple[Floats, Floats]:
         rows = tested[start : start + BLOCK]
         t[rows], padj[rows] = _against(groups.of(rows), whole)
 
-    in_threads(block, range(0, len(tested), BLOCK))
+    run_in_threads(block, range(0, len(tested), BLOCK))
     return t, padj
 
 
@@ -51,10 +51,10 @@ def _against(own: Moments, whole: Moments) -> tuple[Floats, Floats]:
     # Without variance the degrees of freedom do not matter: t is 0 or infinite.
     p = 2 * special.stdtr(np.where(np.isnan(freedom), 1.0, freedom), -np.abs(score))
     undefined = np.isnan(score)
-    return np.where(undefined, 0.0, score), benjamini_hochberg(np.where(undefined, 1.0, p))
+    return np.where(undefined, 0.0, score), adjust_p_values(np.where(undefined, 1.0, p))
 
 
-def benjamini_hochberg(p: Floats) -> Floats:
+def adjust_p_values(p: Floats) -> Floats:
     """p-values adjusted for the false discovery rate along the last axis (Benjamini and Hochberg 1995)."""
     n = p.shape[-1]
     # Equal p-values get the same adjusted one, in whatever order they come.
@@ -66,12 +66,12 @@ def benjamini_hochberg(p: Floats) -> Floats:
     return adjusted
 
 
-def deg_mask(padj: Floats) -> Bools:
+def mask_degs(padj: Floats) -> Bools:
     """Differentially expressed genes: adjusted p below 0.05; an untested gene (NaN) is none."""
     return np.asarray(padj < SIGNIFICANCE)
 
 
-def effect_weights(t: Floats) -> Floats:
+def weigh_effects(t: Floats) -> Floats:
     """The DEG weights of each condition: |t| scaled to 0..1 over genes, then squared; undefined ones are 0.
 
     t: conditions x genes. A row of zeros means that no weight is defined (DE missing, or |t| the same everywhere).

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from core.arrays import Bools, Floats, Ints, in_threads
-from core.io.panels import float_panels
+from core.arrays import Bools, Floats, Ints, run_in_threads
+from core.io.panels import read_float_panels
 
 
 class Moments(NamedTuple):
@@ -32,7 +32,7 @@ class Moments(NamedTuple):
         return Moments(self.n[groups], self.total[groups], self.squares[groups])
 
 
-def group_codes(frame: pd.DataFrame, keys: pd.DataFrame) -> Ints:
+def code_groups(frame: pd.DataFrame, keys: pd.DataFrame) -> Ints:
     """For each row of `frame` the position of its columns' values in `keys` (same columns), -1 if not there."""
     columns = list(keys.columns)
     index = pd.MultiIndex.from_frame(keys.astype(str))
@@ -64,27 +64,27 @@ def add_sums(total: Floats, members: sparse.csc_matrix, values: sparse.csr_matri
     total.reshape(-1)[sums.row.astype(np.int64) * total.shape[1] + sums.col] += sums.data
 
 
-def square(values: sparse.csr_matrix) -> sparse.csr_matrix:
+def square_values(values: sparse.csr_matrix) -> sparse.csr_matrix:
     """x^2, of the same shape."""
     return sparse.csr_matrix((values.data**2, values.indices, values.indptr), shape=values.shape)
 
 
-def group_moments(X: Any, codes: Ints, n_groups: int) -> Moments:
+def sum_groups(X: Any, codes: Ints, n_groups: int) -> Moments:
     """Sums of x and x^2 of the cells of each group, in float64; one pass over the cells.
 
     X: cells x genes, CSR in memory or on disk, log1p. codes: the group of each cell (0 .. n_groups - 1); -1 belongs
     to none.
     """
     total, squares = np.zeros((n_groups, X.shape[1])), np.zeros((n_groups, X.shape[1]))
-    for span, values in float_panels(X):
-        in_threads(
+    for span, values in read_float_panels(X):
+        run_in_threads(
             lambda work: add_group_sums(work[0], codes[span], work[1]),  # noqa: B023 - done before the next panel
-            [(total, values), (squares, square(values))],
+            [(total, values), (squares, square_values(values))],
         )
-    return Moments(group_sizes(codes, n_groups), total, squares)
+    return Moments(count_group_cells(codes, n_groups), total, squares)
 
 
-def group_sizes(codes: Ints, n_groups: int) -> Ints:
+def count_group_cells(codes: Ints, n_groups: int) -> Ints:
     """Number of cells in each group; -1 belongs to none."""
     return np.bincount(codes[codes >= 0], minlength=n_groups).astype(np.int64)
 
