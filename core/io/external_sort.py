@@ -38,7 +38,15 @@ class Spill:
         return sum(len(ranks) for ranks, _ in self._runs)
 
     def add(self, ranks: Ints, rows: sparse.csr_matrix) -> None:
-        """ranks: distinct over all calls, 0 to the number of all rows - 1 in the end. rows: CSR, sorted indices."""
+        """Add rows.
+
+        Parameters
+        ----------
+        ranks : Ints
+            Distinct over all calls, 0 to the number of all rows - 1 in the end.
+        rows : sparse.csr_matrix
+            CSR, sorted indices.
+        """
         order = np.argsort(ranks)
         rows = rows[order]
         for file, values in zip(
@@ -49,7 +57,12 @@ class Spill:
         self._stored += rows.nnz
 
     def panels(self) -> Iterator[tuple[slice, sparse.csr_matrix]]:
-        """Return all rows by rank, PANEL each, read ahead as by core.io.panels, after the context has ended."""
+        """Return all rows by rank, PANEL each, read ahead as by core.io.panels, after the context has ended.
+
+        Returns
+        -------
+        Iterator[tuple[slice, sparse.csr_matrix]]
+        """
         pieces = split_rows(len(self))
         return zip(pieces, read_ahead(self._panel, pieces), strict=True)
 

@@ -14,7 +14,7 @@ MOST = 1 << 24  # up to here float32, which cells.h5ad holds counts in, has ever
 # What can be wrong with a count: its name, where it is so, the remedy. The first that is found is reported.
 Fault: TypeAlias = tuple[str, Callable[[Any], Any], str]
 FAULTS: tuple[Fault, ...] = (
-    ("NaN or infinite values", lambda values: ~np.isfinite(values), "remove or mend these cells"),
+    ("NaN or infinite values", lambda values: ~np.isfinite(values), "remove or correct these cells"),
     ("negative values", lambda values: values < 0, "give raw counts, not scaled or corrected expression"),
     (
         "counts that are not whole numbers",
@@ -32,9 +32,16 @@ Faults: TypeAlias = dict[str, tuple[int, float]]  # name of a fault -> how many 
 
 
 def find_count_faults(values: Any) -> Faults:
-    """What is wrong with some stored counts; nothing, unless they are whole numbers from 0 to MOST.
+    """Say what is wrong with some stored counts: nothing, if they are whole numbers from 0 to MOST.
 
-    values: numbers of any type.
+    Parameters
+    ----------
+    values : Any
+        Numbers of any type.
+
+    Returns
+    -------
+    Faults
     """
     # One look at right counts: NaN is neither below nor above anything.
     if not values.size or (values.min() >= 0 and values.max() <= MOST and are_whole(values)):
@@ -43,12 +50,37 @@ def find_count_faults(values: Any) -> Faults:
 
 
 def find_expression_faults(values: Any) -> Faults:
-    """What is wrong with stored expression that is taken as it is: nothing, unless it is finite and not negative."""
+    """Say what is wrong with stored expression: nothing, if it is finite and not negative.
+
+    Parameters
+    ----------
+    values : Any
+        The stored values.
+
+    Returns
+    -------
+    Faults
+    """
     return _faults(values, FAULTS[:2])
 
 
 def require_log_expression(whole: bool, largest: float, where: str) -> None:
-    """Raise UserError for expression of whole numbers only, of which one is above 1: that is what counts look like."""
+    """Refuse expression that looks like counts: whole numbers only, of which one is above 1.
+
+    Parameters
+    ----------
+    whole : bool
+        Whether all values are whole numbers.
+    largest : float
+        The largest value.
+    where : str
+        What the input is called in messages.
+
+    Raises
+    ------
+    UserError
+        then.
+    """
     if whole and largest > 1:
         raise UserError(
             where,
@@ -65,12 +97,37 @@ def _faults(values: Any, faults: tuple[Fault, ...]) -> Faults:
 
 
 def are_whole(values: Any) -> bool:
-    """Whether all of some stored values are whole."""
+    """Tell whether all of some stored values are whole.
+
+    Parameters
+    ----------
+    values : Any
+        The stored values.
+
+    Returns
+    -------
+    bool
+    """
     return values.dtype.kind in "iu" or bool((values == np.floor(values)).all())
 
 
 def refuse_faults(faults: Iterable[Faults], field: str, where: str) -> None:
-    """Raise UserError where there is a fault; `faults` of consecutive pieces, of which the number is told in all."""
+    """Refuse values with a fault.
+
+    Parameters
+    ----------
+    faults : Iterable[Faults]
+        Of consecutive pieces.
+    field : str
+        Where in the file the matrix lies.
+    where : str
+        What the input is called in messages.
+
+    Raises
+    ------
+    UserError
+        that says how many values have it.
+    """
     pieces = list(faults)
     for name, _, remedy in FAULTS:
         found = [piece[name] for piece in pieces if name in piece]

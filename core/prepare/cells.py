@@ -48,14 +48,30 @@ def write_cells(
 ) -> None:
     """Write cells.h5ad, prepared from the published file `raw`, into `folder`.
 
-    raw: cells x genes, whole-number counts in X (or in `spec.counts_layer`), stored as CSR, CSC or dense; or a file in
-    the layout of the preprocessed mirror, whose cells, halves, folds and expression are taken as they are.
     The file holds cells x genes sorted by (covariate, condition, cell name) and gene: X log1p of counts normalised to
     `spec.target_sum` (CSR float32), layers["counts"] (not from a mirror without them), obs `condition`, `covariate`,
     `half`, `fold_k` and, where given, `library_size`; uns["preparation"], a JSON report of what was dropped and why;
     uns["provenance"], as given.
-    memory: bytes that the chunks of the matrix may take, beside what a few numbers a cell and a gene do. It changes
-    no bit of the result. Raises UserError where the file or what remains of it cannot be used.
+
+    Parameters
+    ----------
+    raw : Path
+        Cells x genes, whole-number counts in X (or in `spec.counts_layer`), stored as CSR, CSC or dense; or a file in
+        the layout of the preprocessed mirror, whose cells, halves, folds and expression are taken as they are.
+    spec : PreparationSettings
+        What decides how the cells are prepared; an entry of the catalog is that.
+    provenance : dict[str, Any]
+        What the cells come from; written into the file.
+    folder : Path
+        Where the files lie, or go.
+    memory : int
+        Bytes that the chunks of the matrix may take, beside what a few numbers a cell and a gene do. It changes no bit
+        of the result.
+
+    Raises
+    ------
+    UserError
+        Where the file or what remains of it cannot be used.
     """
     obs, var = read_names(raw)
     prepare = _from_mirror if is_mirror(obs) else _from_counts
@@ -66,9 +82,18 @@ def write_cells(
 
 
 def read_cells(folder: Path) -> ad.AnnData:
-    """The cells that `write_cells` wrote into `folder`; X and layers stay on disk, to be read row by row.
+    """Open the cells that `write_cells` wrote into `folder`; X and layers stay on disk, to be read row by row.
 
     The file is open for as long as the cells are in use.
+
+    Parameters
+    ----------
+    folder : Path
+        Where the files lie, or go.
+
+    Returns
+    -------
+    ad.AnnData
     """
     file = h5py.File(folder / CELLS)
     # What anndata calls backed would read the layers.
@@ -123,7 +148,7 @@ def _from_counts(
 def _normalised(
     what: str, spill: Spill, sizes: Floats | None, spec: PreparationSettings
 ) -> Iterator[tuple[sparse.csr_matrix, sparse.csr_matrix]]:
-    """(counts, log1p of the normalised counts) of the cells in their final order, a panel at a time."""
+    """Return (counts, log1p of the normalised counts) of the cells in their final order, a panel at a time."""
 
     def work(panel: tuple[slice, sparse.csr_matrix]) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
         span, counts = panel
@@ -168,10 +193,22 @@ def _from_mirror(
 
 
 def read_selected(matrix: Rows, rows: Ints, columns: Ints) -> Iterator[tuple[slice, sparse.csr_matrix]]:
-    """The wanted rows of a matrix, chunk by chunk, and which of the wanted rows they are.
+    """Read the wanted rows of a matrix, chunk by chunk, with which of the wanted rows they are.
 
-    rows: their positions, ascending. columns: positions of the wanted columns, in the order in which they come.
     The parts are CSR with sorted indices and without stored zeros. Chunks without a wanted row are not read.
+
+    Parameters
+    ----------
+    matrix : Rows
+        The file's matrix.
+    rows : Ints
+        Their positions, ascending.
+    columns : Ints
+        Positions of the wanted columns, in the order in which they come.
+
+    Returns
+    -------
+    Iterator[tuple[slice, sparse.csr_matrix]]
     """
     column_of = np.full(matrix.width, -1, dtype=np.int32)
     column_of[columns] = np.arange(len(columns), dtype=np.int32)
@@ -195,8 +232,29 @@ def read_selected(matrix: Rows, rows: Ints, columns: Ints) -> Iterator[tuple[sli
 
 
 def count_genes_and_cells(matrix: Rows, names: Plan, min_genes: int, where: str) -> tuple[Ints, Ints]:
-    """One pass over the counts: in each planned cell the number of genes, and for each planned gene the number of
-    cells, among those with at least `min_genes` genes, that have it. Raises UserError for counts that are none.
+    """Count the genes of each planned cell, and the cells that have each planned gene, in one pass over the counts.
+
+    Cells with fewer than `min_genes` genes do not count for the genes.
+
+    Parameters
+    ----------
+    matrix : Rows
+        The file's matrix.
+    names : Plan
+        Which cells and genes.
+    min_genes : int
+        A cell with fewer does not count.
+    where : str
+        What the input is called in messages.
+
+    Returns
+    -------
+    tuple[Ints, Ints]
+
+    Raises
+    ------
+    UserError
+        For values that are no counts.
     """
     n_genes = np.zeros(len(names.rows), dtype=np.int64)
     n_cells = np.zeros(len(names.columns), dtype=np.int64)
@@ -212,14 +270,25 @@ def count_genes_and_cells(matrix: Rows, names: Plan, min_genes: int, where: str)
 
 
 def estimate_bytes(values: int) -> int:
-    """About how many bytes the preparation writes for so many counts of chosen cells: each once to the spill, as they
-    are, and twice to the result, as count and as expression, packed to a little more than half of what they are.
+    """Estimate how many bytes the preparation writes for so many counts of chosen cells.
+
+    Each is written once to the spill, as it is, and twice to the result, as count and as expression, packed to a little
+    more than half of what they are.
+
+    Parameters
+    ----------
+    values : int
+        Number of counts.
+
+    Returns
+    -------
+    int
     """
     return 18 * values
 
 
 def _chosen(obs: pd.DataFrame, spec: PreparationSettings, where: str, report: dict[str, Any]) -> pd.DataFrame:
-    """The cells that stay, in their final order, with halves and folds."""
+    """Return the cells that stay, in their final order, with halves and folds."""
     without = sorted(set(obs["covariate"]) - set(obs.loc[obs["condition"] == CONTROL, "covariate"]))
     _require(not without, where, "filters", f"no control cell left in {shown(without)}", _LOWER)
     small = mask_small_conditions(obs, max(spec.min_cells_per_condition, SMALLEST_CONDITION))
@@ -245,16 +314,41 @@ def _frame(cells: pd.DataFrame, genes: pd.Index, report: dict[str, Any]) -> ad.A
 
 
 def mask_small_conditions(obs: pd.DataFrame, fewest: int) -> Bools:
-    """Mask of the cells of (covariate, condition) groups below `fewest` cells; control is never small."""
+    """Return the mask of the cells of (covariate, condition) groups below `fewest` cells; control is never small.
+
+    Parameters
+    ----------
+    obs : pd.DataFrame
+        The table of cells, with `covariate` and `condition`.
+    fewest : int
+        A condition with fewer is small.
+
+    Returns
+    -------
+    Bools
+    """
     size = obs.groupby(KEYS, observed=True)["condition"].transform("size")
     return np.asarray((size < fewest) & (obs["condition"] != CONTROL), dtype=bool)
 
 
 def cap_conditions(obs: pd.DataFrame, max_control: int, seed: int) -> Bools:
-    """Mask of the cells kept: per perturbation at most round(mean cells per condition of its covariate).
+    """Return the mask of the cells kept: per perturbation at most round(mean cells per condition of its covariate).
 
-    Control counts as one condition in the mean and is itself capped at `max_control`. Sampling is without
-    replacement; round() goes to the even number at .5.
+    Control counts as one condition in the mean and is itself capped at `max_control`. Sampling is without replacement;
+    round() goes to the even number at .5.
+
+    Parameters
+    ----------
+    obs : pd.DataFrame
+        The table of cells, with `covariate` and `condition`.
+    max_control : int
+        The most control cells of a covariate.
+    seed : int
+        Seed of the draws.
+
+    Returns
+    -------
+    Bools
     """
     keep = pd.Series(True, index=obs.index)
     mean = obs.groupby("covariate", observed=True)["condition"].agg(lambda labels: len(labels) / labels.nunique())
@@ -268,9 +362,22 @@ def cap_conditions(obs: pd.DataFrame, max_control: int, seed: int) -> Bools:
 
 
 def normalise_counts(counts: sparse.csr_matrix, sizes: Floats | None, target_sum: float) -> sparse.csr_matrix:
-    """log1p of the counts scaled to `target_sum` per cell, by the cell's own sum or by its library size (`sizes`).
+    """Scale the counts of each cell to `target_sum`, then take log1p.
 
     A cell without any count stays zero. Float32.
+
+    Parameters
+    ----------
+    counts : sparse.csr_matrix
+        Cells x genes.
+    sizes : Floats | None
+        Library size of each cell; None for its own sum.
+    target_sum : float
+        Sum of the counts of a cell, once it is normalised.
+
+    Returns
+    -------
+    sparse.csr_matrix
     """
     scaled = counts.astype(np.float64)
     if sizes is None:

@@ -32,7 +32,23 @@ def check_dataset(path: Path, spec: PreparationSettings) -> DatasetCheck:
     """Read the names in the published file `path` as the entry says, or as its own, if it has a mirror's layout.
 
     The filters that need the counts (genes per cell, cells per gene) are not applied: conditions may still lose cells
-    to them. Raises UserError for a file or labels that cannot be used.
+    to them.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    spec : PreparationSettings
+        What decides how the cells are prepared; an entry of the catalog is that.
+
+    Returns
+    -------
+    DatasetCheck
+
+    Raises
+    ------
+    UserError
+        For a file or labels that cannot be used.
     """
     obs, var = read_names(path)
     mirror = is_mirror(obs)

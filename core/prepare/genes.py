@@ -16,9 +16,16 @@ BINS = 20
 
 
 def choose_columns(symbols: pd.Index) -> tuple[Ints, pd.Index, dict[str, Any]]:
-    """(positions of the genes to keep, sorted by symbol; their symbols; what was dropped, for the report).
+    """Choose (positions of the genes to keep, sorted by symbol; their symbols; what was dropped, for the report).
 
-    symbols: of all columns of a file. A symbol that is missing, or occurs more than once, names no gene.
+    Parameters
+    ----------
+    symbols : pd.Index
+        Of all columns of a file. A symbol that is missing, or occurs more than once, names no gene.
+
+    Returns
+    -------
+    tuple[Ints, pd.Index, dict[str, Any]]
     """
     ambiguous = symbols.duplicated(keep=False) | symbols.isna()
     columns = np.flatnonzero(~ambiguous)
@@ -34,6 +41,26 @@ def choose_columns(symbols: pd.Index) -> tuple[Ints, pd.Index, dict[str, Any]]:
 
 
 def read_symbols(var: pd.DataFrame, column: str, where: str) -> pd.Series:
+    """Read the gene symbols in a column of the table of genes; None where there is none.
+
+    Parameters
+    ----------
+    var : pd.DataFrame
+        The table of genes.
+    column : str
+        Its name.
+    where : str
+        What the input is called in messages.
+
+    Returns
+    -------
+    pd.Series
+
+    Raises
+    ------
+    UserError
+        Without this column.
+    """
     if column not in var:
         raise UserError(
             where,
@@ -45,9 +72,18 @@ def read_symbols(var: pd.DataFrame, column: str, where: str) -> pd.Series:
 
 
 def measure_expression(parts: Iterable[sparse.csr_matrix], n_genes: int) -> tuple[Floats, Floats]:
-    """Mean and variance (n-1) over cells of each gene's normalised expression.
+    """Return the mean and variance (n-1) over cells of each gene's normalised expression.
 
-    parts: cells x genes, log1p of the normalised counts, some cells at a time; moments are of expm1 of it.
+    Parameters
+    ----------
+    parts : Iterable[sparse.csr_matrix]
+        Cells x genes, log1p of the normalised counts, some cells at a time; moments are of expm1 of it.
+    n_genes : int
+        Number of genes.
+
+    Returns
+    -------
+    tuple[Floats, Floats]
     """
     n, total, squares = 0, np.zeros(n_genes), np.zeros(n_genes)
     for part in parts:
@@ -62,11 +98,23 @@ def measure_expression(parts: Iterable[sparse.csr_matrix], n_genes: int) -> tupl
 
 
 def choose_variable_genes(mean: Floats, variance: Floats, genes: pd.Index, n_top: int) -> Bools:
-    """Mask of the `n_top` genes of highest normalised dispersion (Satija et al. 2015; scanpy's "seurat").
+    """Return the mask of the `n_top` genes of highest normalised dispersion (Satija et al. 2015; scanpy's "seurat").
 
-    mean, variance: per gene, of the normalised expression (not log). genes: their names.
-    Equal to `scanpy.pp.highly_variable_genes(flavor="seurat", n_top_genes=n_top)` but for ties at the cut, which
-    the gene's name decides (scanpy takes all of them). All genes, if there are no more than `n_top`.
+    Equal to `scanpy.pp.highly_variable_genes(flavor="seurat", n_top_genes=n_top)` but for ties at the cut, which the
+    gene's name decides (scanpy takes all of them). All genes, if there are no more than `n_top`.
+
+    Parameters
+    ----------
+    mean, variance : Floats
+        Per gene, of the normalised expression (not log).
+    genes : pd.Index
+        Their names.
+    n_top : int
+        How many.
+
+    Returns
+    -------
+    Bools
     """
     if len(genes) <= n_top:
         return np.ones(len(genes), dtype=bool)

@@ -21,12 +21,24 @@ NO_LABEL = ("nan", "NaN", "None", "none", "NA", "N/A", "<NA>")
 
 
 def harmonise_labels(labels: pd.Series, rules: Labels, where: str) -> pd.Series:
-    """Published labels as conditions; missing where there is no label, an empty one, or one that is dropped.
-    Spaces around a label or a gene do not count.
+    """Return published labels as conditions; missing where there is no label, an empty one, or one that is dropped.
 
-    The genes of a combination are sorted, so that `B+A` is `A+B`. Refused, since each could be read in two ways: a
-    label that holds both the entry's separator and `+`, and names that differ in case only, from a control label or
-    from each other.
+    Spaces around a label or a gene do not count. The genes of a combination are sorted, so that `B+A` is `A+B`.
+    Refused, since each could be read in two ways: a label that holds both the entry's separator and `+`, and names that
+    differ in case only, from a control label or from each other.
+
+    Parameters
+    ----------
+    labels : pd.Series
+        As published.
+    rules : Labels
+        How labels read, from the entry.
+    where : str
+        What the input is called in messages.
+
+    Returns
+    -------
+    pd.Series
     """
     distinct = [label for label in labels.dropna().astype(str).unique() if label.strip() not in ("", *rules.dropped)]
     mapping = {label: _condition(label, rules, where) for label in distinct}
@@ -116,7 +128,25 @@ def _require_one_spelling(conditions: Iterable[str], rules: Labels, where: str) 
 def find_measured_controls(labels: pd.Series, rules: Labels, symbols: pd.Index, where: str) -> list[str]:
     """Labels that the entry names as control and that are also genes of the file, sorted.
 
-    Raises UserError where `control_contains` alone makes control of a label that names such a gene.
+    Parameters
+    ----------
+    labels : pd.Series
+        As published.
+    rules : Labels
+        How labels read, from the entry.
+    symbols : pd.Index
+        Of all columns of a file.
+    where : str
+        What the input is called in messages.
+
+    Returns
+    -------
+    list[str]
+
+    Raises
+    ------
+    UserError
+        Where `control_contains` alone makes control of a label that names such a gene.
     """
     measured, control = set(symbols.dropna().astype(str)), _controls(rules)
     names = {label.strip() for label in labels.dropna().astype(str).unique()}
@@ -135,7 +165,17 @@ def find_measured_controls(labels: pd.Series, rules: Labels, symbols: pd.Index, 
 
 
 def require_controls(obs: pd.DataFrame, rules: Labels, where: str) -> None:
-    """Raise UserError where a covariate has no control cells."""
+    """Raise UserError where a covariate has no control cells.
+
+    Parameters
+    ----------
+    obs : pd.DataFrame
+        The table of cells, with `covariate` and `condition`.
+    rules : Labels
+        How labels read, from the entry.
+    where : str
+        What the input is called in messages.
+    """
     has_control = (obs["condition"] == CONTROL).groupby(obs["covariate"], observed=True).any()
     without = sorted(has_control.index[~has_control].astype(str))
     if len(has_control) == 0 or without:

@@ -25,12 +25,32 @@ SPLITS = ("train", "val", "test")
 
 
 def is_mirror(obs: pd.DataFrame) -> bool:
-    """Whether a file's table of cells has the mirror's columns."""
+    """Tell whether a file's table of cells has the mirror's columns.
+
+    Parameters
+    ----------
+    obs : pd.DataFrame
+        The table of cells, with `covariate` and `condition`.
+
+    Returns
+    -------
+    bool
+    """
     return all(column in obs for column in REQUIRED_OBS)
 
 
 def has_mirror_layout(path: Path) -> bool:
-    """Whether a file has the mirror's columns, told from their names alone; False for a file that cannot be read."""
+    """Tell whether a file has the mirror's columns, told from their names alone; False for a file that cannot be read.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+
+    Returns
+    -------
+    bool
+    """
     try:
         with h5py.File(path) as file:
             obs = file["obs"]
@@ -42,12 +62,25 @@ def has_mirror_layout(path: Path) -> bool:
 
 
 def plan_mirror(obs: pd.DataFrame, var: pd.DataFrame, where: str) -> Plan:
-    """Which cells and genes of a mirror file to read, and what they are called.
+    """Return which cells and genes of a mirror file to read, and what they are called.
 
-    obs, var: its tables of cells and genes. The plan's `obs` has condition, covariate, half and fold_k as the file
-    gives them, and its rows (unlike those of a raw file) are in the final order: by covariate, condition, cell name.
-    Raises UserError for duplicated cell names, a missing or unknown half or split, perturbed conditions whose cells
-    are in several splits of a fold or in one half only, and covariates without control.
+    Parameters
+    ----------
+    obs, var : pd.DataFrame
+        Its tables of cells and genes. The plan's `obs` has condition, covariate, half and fold_k as the file gives
+        them, and its rows (unlike those of a raw file) are in the final order: by covariate, condition, cell name.
+    where : str
+        What the input is called in messages.
+
+    Returns
+    -------
+    Plan
+
+    Raises
+    ------
+    UserError
+        For duplicated cell names, a missing or unknown half or split, perturbed conditions whose cells are in several
+        splits of a fold or in one half only, and covariates without control.
     """
     require_unique_cells(obs, where)
     labels = obs["condition"].astype(str)
@@ -76,9 +109,23 @@ def plan_mirror(obs: pd.DataFrame, var: pd.DataFrame, where: str) -> Plan:
 
 
 def take_mirror_cells(data: ad.AnnData, where: str) -> ad.AnnData:
-    """The mirror's cells in our layout: X log1p, obs covariate, condition, half, fold_k; sorted rows and genes.
+    """Return the mirror's cells in our layout: X log1p, obs covariate, condition, half, fold_k; sorted rows and genes.
 
-    Raises UserError as `plan_mirror` does.
+    Parameters
+    ----------
+    data : ad.AnnData
+        The mirror file.
+    where : str
+        What the input is called in messages.
+
+    Returns
+    -------
+    ad.AnnData
+
+    Raises
+    ------
+    UserError
+        As `plan_mirror` does.
     """
     names = plan_mirror(data.obs, data.var, where)
     matrix = sparse.csr_matrix(data.X, dtype=np.float32)[names.rows][:, names.columns]
@@ -87,7 +134,17 @@ def take_mirror_cells(data: ad.AnnData, where: str) -> ad.AnnData:
 
 
 def list_folds(obs: pd.DataFrame) -> list[int]:
-    """The numbers of the file's folds."""
+    """Return the numbers of the file's folds.
+
+    Parameters
+    ----------
+    obs : pd.DataFrame
+        The table of cells, with `covariate` and `condition`.
+
+    Returns
+    -------
+    list[int]
+    """
     numbers = (c.removeprefix(FOLD_PREFIX) for c in obs.columns if c.startswith(FOLD_PREFIX))
     return sorted(int(number) for number in numbers if number.isdigit())
 

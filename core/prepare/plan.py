@@ -45,10 +45,25 @@ class Plan(NamedTuple):
 def plan_preparation(obs: pd.DataFrame, var: pd.DataFrame, spec: PreparationSettings, where: str) -> Plan:
     """Harmonise the names of a published file, without its matrix.
 
-    obs, var: its tables of cells and genes. Conditions are sampled before any filter, where the entry says so.
-    Raises UserError for a missing column, duplicated cell names, another size than the entry expects, labels that
-    cannot be read or that differ in case only, perturbations that `control_contains` would make control of, and data
-    without control cells.
+    Parameters
+    ----------
+    obs, var : pd.DataFrame
+        Its tables of cells and genes. Conditions are sampled before any filter, where the entry says so.
+    spec : PreparationSettings
+        What decides how the cells are prepared; an entry of the catalog is that.
+    where : str
+        What the input is called in messages.
+
+    Returns
+    -------
+    Plan
+
+    Raises
+    ------
+    UserError
+        For a missing column, duplicated cell names, another size than the entry expects, labels that cannot be read or
+        that differ in case only, perturbations that `control_contains` would make control of, and data without control
+        cells.
     """
     if len(obs) == 0 or len(var) == 0:
         raise UserError(where, "shape", f"{len(obs)} cells x {len(var)} genes", "give a file with cells and genes")
@@ -88,7 +103,15 @@ def plan_preparation(obs: pd.DataFrame, var: pd.DataFrame, spec: PreparationSett
 
 
 def require_unique_cells(obs: pd.DataFrame, where: str) -> None:
-    """Raise UserError where a cell name occurs twice."""
+    """Raise UserError where a cell name occurs twice.
+
+    Parameters
+    ----------
+    obs : pd.DataFrame
+        The table of cells, with `covariate` and `condition`.
+    where : str
+        What the input is called in messages.
+    """
     repeated = obs.index[obs.index.duplicated()]
     if len(repeated):
         raise UserError(
@@ -100,7 +123,17 @@ def require_unique_cells(obs: pd.DataFrame, where: str) -> None:
 
 
 def order_cells(obs: pd.DataFrame) -> Ints:
-    """Positions that sort cells as cells.h5ad has them: by covariate, condition and cell name, as text."""
+    """Return the positions that sort cells as cells.h5ad has them: by covariate, condition and cell name, as text.
+
+    Parameters
+    ----------
+    obs : pd.DataFrame
+        The table of cells, with `covariate` and `condition`.
+
+    Returns
+    -------
+    Ints
+    """
     names = (obs.index, obs["condition"], obs["covariate"])
     return np.asarray(np.lexsort([name.to_numpy().astype(str) for name in names]))
 
@@ -108,8 +141,21 @@ def order_cells(obs: pd.DataFrame) -> Ints:
 def sample_conditions(conditions: set[str], sampling: Sampling, seed: int) -> set[str]:
     """`sampling.conditions` of the perturbed conditions: those in `priority`, the rest drawn with the seed.
 
-    All of them, where there are no more. Priority conditions beyond the number wanted are left out from the end of
-    the list.
+    All of them, where there are no more. Priority conditions beyond the number wanted are left out from the end of the
+    list.
+
+    Parameters
+    ----------
+    conditions : set[str]
+        Names of the conditions.
+    sampling : Sampling
+        How many, and which first.
+    seed : int
+        Seed of the draws.
+
+    Returns
+    -------
+    set[str]
     """
     first = [name for name in sampling.priority if name in conditions][: sampling.conditions]
     others = sorted(conditions - set(first))
@@ -119,7 +165,7 @@ def sample_conditions(conditions: set[str], sampling: Sampling, seed: int) -> se
 
 
 def _sampled(obs: pd.DataFrame, spec: PreparationSettings, where: str) -> Bools:
-    """Mask of the cells whose condition takes part; control and cells without a label always do."""
+    """Return the mask of the cells whose condition takes part; control and cells without a label always do."""
     if spec.sample is None:
         return np.ones(len(obs), dtype=bool)
     labels = harmonise_labels(_column(obs, spec.labels.column, where), spec.labels, where)

@@ -26,8 +26,16 @@ from core.stats.moments import Moments
 def write_reference(cells: ad.AnnData, seed: int, half_seeds: int, folder: Path) -> None:
     """Write reference.h5ad, negatives.h5ad and half_splits/seed_<s>.h5ad of the further half splits into `folder`.
 
-    cells: in memory or on disk; they are passed over once. seed: of the cells' own halves and of sparse_mean; the
-    further splits have seed + 1, seed + 2, ...
+    Parameters
+    ----------
+    cells : ad.AnnData
+        In memory or on disk; they are passed over once.
+    seed : int
+        Of the cells' own halves and of sparse_mean; the further splits have seed + 1, seed + 2, ...
+    half_seeds : int
+        Number of half splits.
+    folder : Path
+        Where the files lie, or go.
     """
     halves = {seed: cells.obs["half"]}
     halves |= {further: draw_halves(cells.obs, further) for further in range(seed + 1, seed + half_seeds)}
@@ -50,8 +58,17 @@ def write_reference(cells: ad.AnnData, seed: int, half_seeds: int, folder: Path)
 def build_negatives(sums: CellSums) -> ad.AnnData:
     """negatives.h5ad: per covariate control_mean (fold -1) and each fold's dataset_mean (rows x genes, log1p).
 
-    dataset_mean is the mean over the fold's training perturbations of their mean profiles: every perturbation
-    weighs the same, control does not take part.
+    dataset_mean is the mean over the fold's training perturbations of their mean profiles: every perturbation weighs
+    the same, control does not take part.
+
+    Parameters
+    ----------
+    sums : CellSums
+        Of `sum_cells`.
+
+    Returns
+    -------
+    ad.AnnData
     """
     rows, profiles = [], []
     for covariate in sorted(sums.control):
@@ -66,16 +83,28 @@ def build_negatives(sums: CellSums) -> ad.AnnData:
 
 
 def _trained(sums: CellSums, covariate: str, column: str) -> Ints:
-    """The rows of the covariate's perturbed conditions that train in a fold."""
+    """Return the rows of the covariate's perturbed conditions that train in a fold."""
     in_training = (sums.keys["covariate"] == covariate) & (sums.splits[column] == "train")
     return np.flatnonzero(in_training)
 
 
 def build_half_split(sums: CellSums, seed: int, negatives: ad.AnnData) -> ad.AnnData:
-    """What depends on the halves of one seed: truth, duplicates and differential expression of each half.
+    """Return what depends on the halves of one seed: truth, duplicates and differential expression of each half.
 
-    Returns (covariate, condition) x genes with the layers truth, technical_duplicate, interpolated_duplicate, and t and
-    padj of each half, float64; interpolated_duplicate is NaN for conditions that are never test.
+    Parameters
+    ----------
+    sums : CellSums
+        Of `sum_cells`.
+    seed : int
+        Seed of the draws.
+    negatives : ad.AnnData
+        From negatives.h5ad.
+
+    Returns
+    -------
+    ad.AnnData
+        (covariate, condition) x genes with the layers truth, technical_duplicate, interpolated_duplicate, and t and
+        padj of each half, float64; interpolated_duplicate is NaN for conditions that are never test.
     """
     first, second = sums.halves[seed]()
     t_first, padj_first = _differential(first, sums.keys)
@@ -100,8 +129,21 @@ def build_half_split(sums: CellSums, seed: int, negatives: ad.AnnData) -> ad.Ann
 def build_reference(sums: CellSums, negatives: ad.AnnData, seed: int) -> ad.AnnData:
     """reference.h5ad of the halves of `seed`: the layers of its half split and mean, sparse_mean, additive, linear.
 
-    Rows without a value in a layer (conditions never test; combinations with an unknown single; genes not
-    measured) are NaN.
+    Rows without a value in a layer (conditions never test; combinations with an unknown single; genes not measured) are
+    NaN.
+
+    Parameters
+    ----------
+    sums : CellSums
+        Of `sum_cells`.
+    negatives : ad.AnnData
+        From negatives.h5ad.
+    seed : int
+        Seed of the draws.
+
+    Returns
+    -------
+    ad.AnnData
     """
     reference = build_half_split(sums, seed, negatives)
     keys = sums.keys
@@ -123,7 +165,7 @@ def build_reference(sums: CellSums, negatives: ad.AnnData, seed: int) -> ad.AnnD
 
 
 def _fold_baselines(sums: CellSums, covariate: str, fold: int, rows: Ints) -> dict[str, Floats]:
-    """additive and linear of the conditions `rows`, tested in one fold of one covariate."""
+    """Compute additive and linear of the conditions `rows`, tested in one fold of one covariate."""
     conditions = sums.keys["condition"].to_numpy()
     singles = [
         row for row in _trained(sums, covariate, sums.splits.columns[fold]) if len(genes_of(conditions[row])) == 1
@@ -146,7 +188,21 @@ def _differential(moments: Moments, keys: pd.DataFrame) -> tuple[Floats, Floats]
 
 
 def frame_by_condition(keys: pd.DataFrame, layers: dict[str, Floats], genes: pd.Index) -> ad.AnnData:
-    """(covariate, condition) x genes with `keys` as obs, named `covariate|condition`."""
+    """Return (covariate, condition) x genes with `keys` as obs, named `covariate|condition`.
+
+    Parameters
+    ----------
+    keys : pd.DataFrame
+        The table of conditions: covariate, condition and more.
+    layers : dict[str, Floats]
+        Names of the layers.
+    genes : pd.Index
+        Names of the columns.
+
+    Returns
+    -------
+    ad.AnnData
+    """
     obs = keys.copy()
     obs.index = row_names(obs["covariate"], obs["condition"])
     return ad.AnnData(obs=obs, var=pd.DataFrame(index=genes), layers=layers)

@@ -41,10 +41,19 @@ class CellSums(NamedTuple):
 
 
 def list_reference_keys(obs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(keys, splits) of the perturbed conditions of some cells, one row each, sorted.
+    """Return (keys, splits) of the perturbed conditions of some cells, one row each, sorted.
 
     keys: covariate, condition, `n_cells` and `test_fold` (-1: never test). splits: `train`, `val` or `test` in each
     fold, as the cells' columns `fold_k` say.
+
+    Parameters
+    ----------
+    obs : pd.DataFrame
+        The table of cells, with `covariate` and `condition`.
+
+    Returns
+    -------
+    tuple[pd.DataFrame, pd.DataFrame]
     """
     table = obs.loc[obs["condition"] != CONTROL, [*KEYS, *list_fold_columns(obs)]].astype(str)
     keys = table.groupby(KEYS, sort=True).size().rename("n_cells").reset_index()
@@ -60,8 +69,20 @@ def sum_cells(
 ) -> CellSums:
     """Pass once over the cells, in memory or on disk.
 
-    halves: for each seed `first_half` or `second_half` for each cell. seed: of the draws of sparse_mean. room: makes
-    an array of zeros (float64) of a shape; for many seeds on disk.
+    Parameters
+    ----------
+    cells : ad.AnnData
+        Cells x genes.
+    halves : Mapping[int, pd.Series]
+        For each seed `first_half` or `second_half` for each cell.
+    seed : int
+        Of the draws of sparse_mean.
+    room : Callable[[tuple[int, int]], Any]
+        Makes an array of zeros (float64) of a shape; for many seeds on disk.
+
+    Returns
+    -------
+    CellSums
     """
     obs, genes = cells.obs, cells.var_names
     keys, splits = list_reference_keys(obs)
@@ -122,7 +143,7 @@ def _call(work: Callable[[], None]) -> None:
 
 
 def _training_controls(obs: pd.DataFrame, keys: pd.DataFrame) -> dict[tuple[str, int], sparse.csr_matrix]:
-    """(covariate, fold) -> mask (1 x cells) of its training control cells, where a combination is tested."""
+    """Return (covariate, fold) -> mask (1 x cells) of its training control cells, where a combination is tested."""
     combined = keys[(keys["test_fold"] >= 0) & keys["condition"].map(lambda name: len(genes_of(name)) > 1)]
     is_control = (obs["condition"] == CONTROL).to_numpy()
     masks: dict[tuple[str, int], Bools] = {}

@@ -17,7 +17,14 @@ from core.stats.moments import code_groups
 def write_quality(cells: ad.AnnData, keys: pd.DataFrame, folder: Path) -> None:
     """Write quality.parquet and edistance.parquet (covariate, condition, other, edistance) into `folder`.
 
-    cells: in memory or on disk. keys: `obs` of the reference.
+    Parameters
+    ----------
+    cells : ad.AnnData
+        In memory or on disk.
+    keys : pd.DataFrame
+        `obs` of the reference.
+    folder : Path
+        Where the files lie, or go.
     """
     energy = measure_covariates(cells)
     summarise_quality(keys, energy).to_parquet(folder / QUALITY, index=False)
@@ -34,9 +41,18 @@ def _long(covariate: str, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def measure_covariates(cells: ad.AnnData) -> dict[str, pd.DataFrame]:
-    """For each covariate the E-distances between all its conditions, control first; square tables by condition.
+    """Return for each covariate the E-distances between all its conditions, control first; square tables by condition.
 
     Principal components are those of the covariate's own cells, control included.
+
+    Parameters
+    ----------
+    cells : ad.AnnData
+        Cells x genes.
+
+    Returns
+    -------
+    dict[str, pd.DataFrame]
     """
     tables = {}
     covariates = cells.obs["covariate"].astype(str).to_numpy()
@@ -50,9 +66,18 @@ def measure_covariates(cells: ad.AnnData) -> dict[str, pd.DataFrame]:
 
 
 def summarise_quality(keys: pd.DataFrame, energy: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """One row per (covariate, condition): n_cells, n_degs (first half), edistance_to_control.
+    """Return one row per (covariate, condition): n_cells, n_degs (first half), edistance_to_control.
 
-    keys: `obs` of the reference. energy: by covariate, as `measure_covariates` gives it.
+    Parameters
+    ----------
+    keys : pd.DataFrame
+        `obs` of the reference.
+    energy : dict[str, pd.DataFrame]
+        By covariate, as `measure_covariates` gives it.
+
+    Returns
+    -------
+    pd.DataFrame
     """
     table: pd.DataFrame = keys[["covariate", "condition", "n_cells", "n_degs"]].reset_index(drop=True)
     table = table.astype({"covariate": str, "condition": str})

@@ -30,11 +30,25 @@ DIFFERENTIAL = {"first": "_gt", "second": ""}
 
 
 def read_stored_reference(data: ad.AnnData, cells: ad.AnnData, where: str) -> tuple[ad.AnnData, ad.AnnData]:
-    """(reference, negatives) from the file's stored profiles and DE results, as they are.
+    """Return (reference, negatives) from the file's stored profiles and DE results, as they are.
 
-    data: the mirror file. cells: `mirror_cells` of it. Layers that the file does not store (linear, sparse_mean)
-    are absent. Raises UserError where a stored table is missing or lacks genes, the truth of a test condition or the
-    means of a covariate.
+    Parameters
+    ----------
+    data : ad.AnnData
+        The mirror file.
+    cells : ad.AnnData
+        `mirror_cells` of it. Layers that the file does not store (linear, sparse_mean) are absent.
+    where : str
+        What the input is called in messages.
+
+    Returns
+    -------
+    tuple[ad.AnnData, ad.AnnData]
+
+    Raises
+    ------
+    UserError
+        Where a stored table is missing or lacks genes, the truth of a test condition or the means of a covariate.
     """
     keys, _ = list_reference_keys(cells.obs)
     genes = cells.var_names
@@ -72,7 +86,7 @@ def _stored_negatives(data: ad.AnnData, genes: pd.Index, covariates: set[str], w
 
 
 def _table(data: ad.AnnData, slot: str, genes: pd.Index, rows: Collection[str], where: str) -> pd.DataFrame:
-    """A stored table with its genes in our order; `rows` are those that it must have."""
+    """Return a stored table with its genes in our order; `rows` are those that it must have."""
     table = data.uns.get(slot)
     if not isinstance(table, pd.DataFrame):
         raise UserError(where, f"uns[{slot!r}]", "no such table", "give a complete mirror file, or use --recompute")
@@ -91,7 +105,7 @@ def _table(data: ad.AnnData, slot: str, genes: pd.Index, rows: Collection[str], 
 def _differential(
     uns: Mapping[str, Any], slot: str, names: str, stored: pd.Index, genes: pd.Index, where: str
 ) -> Floats:
-    """Stored per-gene values of each condition, aligned by gene name; NaN where the file has none."""
+    """Return stored per-gene values of each condition, aligned by gene name; NaN where the file has none."""
     if slot not in uns or names not in uns:
         raise UserError(where, f"uns[{slot!r}]", "no such results", "give a complete mirror file, or use --recompute")
     values = np.full((len(stored), len(genes)), np.nan)

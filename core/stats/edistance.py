@@ -21,10 +21,22 @@ SMALL = 1000
 
 
 def project_cells(X: Any, components: int = COMPONENTS, rows: Ints | None = None) -> Floats:
-    """Cells in the first principal components, centred over all cells (cells x min(components, rank bound)).
+    """Project cells onto the first principal components, centred over all cells.
 
-    X: cells x genes, log1p, CSR in memory or on disk. rows: the cells that take part, by default all. Exact:
-    eigenvectors of the genes' covariance in float64, signs fixed. Two passes over the cells, genes^2 numbers in memory.
+    Parameters
+    ----------
+    X : Any
+        Cells x genes, log1p, CSR in memory or on disk.
+    components : int
+        k x n.
+    rows : Ints | None
+        The cells that take part, by default all. Exact: eigenvectors of the genes' covariance in float64, signs fixed.
+        Two passes over the cells, genes^2 numbers in memory.
+
+    Returns
+    -------
+    Floats
+        Cells x min(components, rank bound).
     """
     n, width = X.shape[0] if rows is None else len(rows), X.shape[1]
     k = min(components, width, n - 1)
@@ -69,7 +81,7 @@ def _covariance(products: list[Floats], mean: Floats, n: int) -> Floats:
 
 
 def _leading(matrix: Floats, k: int) -> Floats:
-    """The eigenvectors of the k largest eigenvalues of a symmetric matrix, as columns, largest first."""
+    """Return the eigenvectors of the k largest eigenvalues of a symmetric matrix, as columns, largest first."""
     if len(matrix) <= max(SMALL, 10 * k):
         return _decomposed(matrix, k)
     start, another = np.random.default_rng(0).standard_normal((2, len(matrix)))
@@ -93,10 +105,23 @@ def _decomposed(matrix: Floats, k: int) -> Floats:
 
 
 def measure_edistances(coordinates: Floats, codes: Ints, names: list[str]) -> pd.DataFrame:
-    """Pairwise E-distance of groups: 2 d(a, b) - d(a, a) - d(b, b), mean squared Euclidean distances (n-1 within).
+    """Measure the E-distance of all pairs of groups: 2 d(a, b) - d(a, a) - d(b, b).
 
-    coordinates: cells x components. codes: the group of each cell. names: the groups. Equal to the sum over pairs of
-    cells (Peidli et al. 2024, scPerturb), from each group's mean and variance alone. Groups below two cells are NaN.
+    d are mean squared Euclidean distances (n-1 within).
+
+    Parameters
+    ----------
+    coordinates : Floats
+        Cells x components.
+    codes : Ints
+        The group of each cell.
+    names : list[str]
+        The groups. Equal to the sum over pairs of cells (Peidli et al. 2024, scPerturb), from each group's mean and
+        variance alone. Groups below two cells are NaN.
+
+    Returns
+    -------
+    pd.DataFrame
     """
     n = np.bincount(codes, minlength=len(names)).astype(np.float64)
     members = sparse.csr_matrix((np.ones(len(codes)), (codes, np.arange(len(codes)))), shape=(len(names), len(codes)))
