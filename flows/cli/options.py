@@ -29,8 +29,10 @@ def read_pairs(option: str, texts: Iterable[str] | None, form: str = "NAME=VALUE
 
 def read_folds(text: str | None) -> Folds:
     """Read a number of folds. Raises UserError for anything else than a number or leave-one-out."""
-    if text is None or text == "leave-one-out":
-        return text
+    if text is None:
+        return None
+    if text == "leave-one-out":
+        return "leave-one-out"
     if text.isdigit():
         return int(text)
     raise UserError("--folds", "value", repr(text), "a number of at least 2, or leave-one-out")
