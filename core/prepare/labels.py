@@ -90,7 +90,7 @@ def _condition(label: str, rules: Labels, where: str) -> str:
             where,
             field,
             f"the label {label!r} names no gene, or an empty one",
-            "mend the label, or add it to `labels.control` in the catalog entry",
+            "correct the label, or add it to `labels.control` in the catalog entry",
         )
     return SEPARATOR.join(genes)
 
