@@ -211,7 +211,7 @@ def _sums(X: sparse.csr_matrix, columns: npt.NDArray[np.intp]) -> tuple[Floats, 
 def _leading(gram: Floats, dimensions: int) -> tuple[Floats, Floats]:
     """Return the largest eigenvalues (k) of a symmetric matrix and their eigenvectors (n x k), largest first.
 
-    k is `dimensions`, or the matrix's numerical rank where that is lower. Call it within one_blas_thread().
+    k is `dimensions`, or the matrix's numerical rank where that is lower. Call it within limit_blas_threads().
     """
     n = len(gram)
     values, vectors = linalg.eigh(gram, subset_by_index=[max(n - dimensions, 0), n - 1])

@@ -19,17 +19,17 @@ OVERLAP = """
 import threading
 import numpy, scipy.linalg
 from threadpoolctl import threadpool_info
-from core.arrays import one_blas_thread
+from core.arrays import limit_blas_threads
 inside, leave = threading.Event(), threading.Event()
 def other():
-    with one_blas_thread():
+    with limit_blas_threads():
         inside.set()
         leave.wait(10)
 thread = threading.Thread(target=other)
 before = threads()
 thread.start()
 inside.wait(10)
-with one_blas_thread():
+with limit_blas_threads():
     leave.set()
     thread.join(10)
     print(before, threads())

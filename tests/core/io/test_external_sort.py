@@ -30,7 +30,7 @@ def matrix(n: int, width: int = 7, seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("rows", [1, 4, 30, 100])
 def test_rows_come_back_in_order(rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("core.io.external_sort.spans", partial(split_rows, rows=rows))
+    monkeypatch.setattr("core.io.external_sort.split_rows", partial(split_rows, rows=rows))
     dense = matrix(30)
     dense[[0, 5, 29]] = 0
     spill = filled(tmp_path, dense, np.random.default_rng(1).permutation(30), [3, 4, 18])

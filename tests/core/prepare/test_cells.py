@@ -190,7 +190,7 @@ def test_memory_changes_no_bit(prepared: Prepare, pairs_raw: ad.AnnData, entry: 
 def test_panels_are_summed_in_their_order(prepared: Prepare, single_raw: ad.AnnData, entry: Entry, monkeypatch) -> None:
     """A panel smaller than the data: the moments behind the choice of genes are the same to rounding."""
     cells = prepared(single_raw, entry(n_variable_genes=60))
-    monkeypatch.setattr("core.io.external_sort.spans", partial(split_rows, rows=37))
+    monkeypatch.setattr("core.io.external_sort.split_rows", partial(split_rows, rows=37))
     assert same(prepared(single_raw, entry(n_variable_genes=60)), cells)
 
 

@@ -112,7 +112,7 @@ def test_a_test_condition_is_in_no_split_of_its_fold(screen: ad.AnnData, tmp_pat
 def test_cells_on_disk_and_panels_give_the_same(screen: ad.AnnData, tmp_path: Path, monkeypatch) -> None:
     screen.write_h5ad(tmp_path / "cells.h5ad")
     whole = written_fold(screen, 1, tmp_path / "whole")
-    monkeypatch.setattr("core.prepare.training_data.spans", partial(split_rows, rows=31))
+    monkeypatch.setattr("core.prepare.training_data.split_rows", partial(split_rows, rows=31))
     pieces = written_fold(ad.read_h5ad(tmp_path / "cells.h5ad", backed="r"), 1, tmp_path / "pieces")
     for a, b in zip(whole, pieces, strict=True):
         pd.testing.assert_frame_equal(a.obs, b.obs)
