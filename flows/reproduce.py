@@ -108,7 +108,7 @@ def _reproduce_dataset(
     own = {name: file for name, file in sources.items() if name == spec.name}
     fetch = fetch_source if connected else fetch_source.with_options(retries=0)
     LOG.info("%s: %s", spec.name, spec.title)
-    failing = "could not be got"
+    failing = "could not be fetched"
     try:
         fetch(spec, resolve_sources([spec], own).get(spec.name))
         failing = "could not be prepared"

@@ -27,8 +27,8 @@ LEGEND = (
 )
 
 
-def listing(kind: Kind) -> RenderableType:
-    """The entries of a kind with title and needs, below them a legend. Raises UserError for an entry that is broken."""
+def make_listing(kind: Kind) -> RenderableType:
+    """Lay out the entries of a kind with title and needs, and a legend. Raises UserError for a broken entry."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
     for head, style in (("name", "bold"), ("", ""), ("needs", "")):
         table.add_column(head, style=style, overflow="fold", no_wrap=head == "name")
@@ -41,33 +41,39 @@ def listing(kind: Kind) -> RenderableType:
 Row = tuple[str, str, Iterable[str]]
 
 
-def _datasets() -> Iterator[Row]:
+def _list_datasets() -> Iterator[Row]:
     for spec in map(catalog.dataset, catalog.names("dataset")):
         yield spec.name, spec.title, [_file(spec.source, spec.name)]
 
 
-def _published() -> Iterator[Row]:
+def _list_published() -> Iterator[Row]:
     for spec in map(catalog.pretrained, catalog.names("pretrained")):
         yield spec.name, spec.title, _of_published(spec)
 
 
-def _embeddings() -> Iterator[Row]:
+def _list_embeddings() -> Iterator[Row]:
     for spec in map(catalog.embedding, catalog.names("embedding")):
         yield spec.name, spec.title, _of_embedding(spec)
 
 
-def _models() -> Iterator[Row]:
+def _list_models() -> Iterator[Row]:
     for model in catalog.models(catalog.names("model")):
         yield model.name, model.title, _of_model(model)
 
 
-def _groups() -> Iterator[Row]:
+def _list_groups() -> Iterator[Row]:
     for group in map(catalog.group, catalog.names("group")):
         models = catalog.models([group.name])
         yield group.name, f"{group.title}: {', '.join(group.models)}", [n for model in models for n in _of_model(model)]
 
 
-ROWS = {"dataset": _datasets, "embedding": _embeddings, "model": _models, "group": _groups, "pretrained": _published}
+ROWS = {
+    "dataset": _list_datasets,
+    "embedding": _list_embeddings,
+    "model": _list_models,
+    "group": _list_groups,
+    "pretrained": _list_published,
+}
 
 
 def _file(source: HttpsSource | S3Source | LocalSource | SimulatedSource, name: str, wanted: str = "FILE") -> str:

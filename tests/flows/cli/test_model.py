@@ -141,7 +141,7 @@ def test_a_maker_of_embeddings_is_no_model(capsys):
 
 
 def test_the_list_has_models_and_embeddings():
-    users = model_cli._users()
+    users = model_cli._list_users()
     assert users["scgpt"] == ["scgpt", "embedding scgpt"]
     assert users["geneformer"] == ["embedding geneformer"]
     assert "knn_geneformer" in users["knn"]
