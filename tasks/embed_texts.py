@@ -9,12 +9,12 @@ from time import sleep
 from prefect import runtime, task
 from prefect.cache_policies import NO_CACHE
 
+from blocks.config.catalog import open_catalog
 from blocks.config.paths import vectors_folder
 from blocks.config.secrets import secret
 from blocks.services.text_service import ServiceBusy, service_key, text_vectors
 from blocks.services.vectors import Vector, address, keep_vectors, kept_vector, vector_name
 from blocks.store.code import code_hash
-from core import catalog
 from core.catalog.schema import GENE_FILES, EmbeddingSpec, TextService
 from core.errors import UserError
 from tasks.artifacts import LOG, Recipe, build_or_get, checksum_file, find_artifact
@@ -55,7 +55,7 @@ def check_services(specs: Iterable[EmbeddingSpec], files: Mapping[str, Path]) ->
     specs: embeddings of any kind. files: what the user has (tasks.inputs.resolve_sources). An embedding that is in the
     store, or whose vectors are all kept, needs no key.
     """
-    parts = {part.name: part for spec in specs for part in catalog.parts(spec)}
+    parts = {part.name: part for spec in specs for part in open_catalog().parts(spec)}
     errors: list[UserError] = []
     for part in parts.values():
         if part.service and secret(part.service.secret) is None and _must_ask(part, files):
@@ -67,7 +67,7 @@ def check_services(specs: Iterable[EmbeddingSpec], files: Mapping[str, Path]) ->
 def _must_ask(spec: EmbeddingSpec, files: Mapping[str, Path]) -> bool:
     from core.embeddings.gene_texts import gene_texts
 
-    published = catalog.pretrained(str(spec.pretrained))
+    published = open_catalog().pretrained(str(spec.pretrained))
     found = find_files(published, files.get(published.name))
     if found is None:
         return True  # the address gives other files every day, with texts that the service has not been asked for

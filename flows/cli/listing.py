@@ -9,8 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from core import catalog
-from core.catalog.registry import Kind
+from blocks.config.catalog import open_catalog
+from core.catalog.registry import Catalog, Kind
 from core.catalog.schema import (
     EmbeddingSpec,
     HttpsSource,
@@ -32,7 +32,7 @@ def make_listing(kind: Kind) -> RenderableType:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
     for head, style in (("name", "bold"), ("", ""), ("needs", "")):
         table.add_column(head, style=style, overflow="fold", no_wrap=head == "name")
-    for name, about, needs in ROWS[kind]():
+    for name, about, needs in ROWS[kind](open_catalog()):
         table.add_row(name, Text(about), Text(", ".join(need for need in dict.fromkeys(needs) if need)))
     return Group(table, "", Text(LEGEND, style="dim"))
 
@@ -41,30 +41,30 @@ def make_listing(kind: Kind) -> RenderableType:
 Row = tuple[str, str, Iterable[str]]
 
 
-def _list_datasets() -> Iterator[Row]:
+def _list_datasets(catalog: Catalog) -> Iterator[Row]:
     for spec in map(catalog.dataset, catalog.names("dataset")):
         yield spec.name, spec.title, [_file(spec.source, spec.name)]
 
 
-def _list_published() -> Iterator[Row]:
+def _list_published(catalog: Catalog) -> Iterator[Row]:
     for spec in map(catalog.pretrained, catalog.names("pretrained")):
         yield spec.name, spec.title, _of_published(spec)
 
 
-def _list_embeddings() -> Iterator[Row]:
+def _list_embeddings(catalog: Catalog) -> Iterator[Row]:
     for spec in map(catalog.embedding, catalog.names("embedding")):
-        yield spec.name, spec.title, _of_embedding(spec)
+        yield spec.name, spec.title, _of_embedding(catalog, spec)
 
 
-def _list_models() -> Iterator[Row]:
+def _list_models(catalog: Catalog) -> Iterator[Row]:
     for model in catalog.models(catalog.names("model")):
-        yield model.name, model.title, _of_model(model)
+        yield model.name, model.title, _of_model(catalog, model)
 
 
-def _list_groups() -> Iterator[Row]:
+def _list_groups(catalog: Catalog) -> Iterator[Row]:
     for group in map(catalog.group, catalog.names("group")):
-        models = catalog.models([group.name])
-        yield group.name, f"{group.title}: {', '.join(group.models)}", [n for model in models for n in _of_model(model)]
+        needs = [need for model in catalog.models([group.name]) for need in _of_model(catalog, model)]
+        yield group.name, f"{group.title}: {', '.join(group.models)}", needs
 
 
 ROWS = {
@@ -84,7 +84,7 @@ def _of_published(spec: PretrainedSpec) -> list[str]:
     return [_file(source, spec.name, "FOLDER") for source in spec.files.values()]
 
 
-def _of_embedding(spec: EmbeddingSpec) -> Iterator[str]:
+def _of_embedding(catalog: Catalog, spec: EmbeddingSpec) -> Iterator[str]:
     for part in catalog.parts(spec):
         yield f"container {part.container}" if part.container else ""
         yield _file(part.source, part.name) if part.source else ""
@@ -92,7 +92,7 @@ def _of_embedding(spec: EmbeddingSpec) -> Iterator[str]:
         yield f"secret {part.service.secret}" if part.service else ""
 
 
-def _of_model(model: ResolvedModel) -> Iterator[str]:
+def _of_model(catalog: Catalog, model: ResolvedModel) -> Iterator[str]:
     yield f"container {model.container}" if model.container else ""
-    yield from _of_embedding(model.embedding) if model.embedding else ()
+    yield from _of_embedding(catalog, model.embedding) if model.embedding else ()
     yield from _of_published(model.pretrained) if model.pretrained else ()

@@ -169,12 +169,12 @@ def check(
     source: Sources = None,
 ) -> None:
     """Say what an entry would do with its file (labels, cells per condition, what is dropped), without doing it."""
-    from core import catalog
+    from blocks.config.catalog import open_catalog
     from core.prepare.check import check_dataset
     from flows.cli.console import make_check_table
     from tasks.inputs import resolve_sources
 
-    spec = catalog.dataset(dataset)
+    spec = open_catalog().dataset(dataset)
     file = resolve_sources([spec], parse_sources(source)).get(spec.name)
     if file is None:
         remedy = f"download {getattr(spec.source, 'url', 'it')} and name it: --source {spec.name}=FILE"
@@ -200,7 +200,7 @@ def status() -> None:
 @app.command()
 def env() -> None:
     """Start the local servers if need be, and print the shell lines for using them: eval "$(calipert env)"."""
-    from blocks.config.settings import exports
+    from blocks.config.child_environment import exports
     from blocks.services.stack import ensure_servers
 
     typer.echo(exports(ensure_servers()), nl=False)

@@ -65,10 +65,12 @@ def check(
 ) -> None:
     """Run the contract's tests on a model under the engine in use (CALIPERT_ENGINE); exit status 1 if it fails one."""
     from flows.cli.model_check import check_model
-    from tasks.engine import ENGINE, choose_engine, runs_elsewhere
+    from tasks.engine import choose_engine, runs_elsewhere
 
     if runs_elsewhere():
-        raise UserError("environment", ENGINE, "an engine that runs models elsewhere", "set it to docker or process")
+        raise UserError(
+            "environment", "CALIPERT_ENGINE", "an engine that runs models elsewhere", "set it to docker or process"
+        )
     path, settings = _find_folder(folder), _parse_json_object(hyperparameters)
     failed = False
     for finding in check_model(path, choose_engine(), embedding or _find_form(path.name), settings, lambda event: None):
@@ -84,12 +86,13 @@ def check(
 
 def _list_users() -> dict[str, list[str]]:
     """Return container -> the models of the catalog that run in it, and the embeddings that it makes."""
-    from core import catalog
+    from blocks.config.catalog import open_catalog
 
     users: dict[str, list[str]] = {}
-    entries = {model.name: model for model in catalog.models(catalog.names("model"))}
-    made = {f"embedding {name}": catalog.embedding(name) for name in catalog.names("embedding")}
-    for name, entry in (entries | made).items():
+    catalog = open_catalog()
+    models = {model.name: model for model in catalog.models(catalog.names("model"))}
+    embeddings = {f"embedding {name}": catalog.embedding(name) for name in catalog.names("embedding")}
+    for name, entry in (models | embeddings).items():
         if entry.container is not None:
             users.setdefault(entry.container, []).append(name)
     return users
@@ -97,8 +100,9 @@ def _list_users() -> dict[str, list[str]]:
 
 def _find_form(container: str) -> Form:
     """Return the form of embedding that the catalog's models in a container get; a table if there is no such model."""
-    from core import catalog
+    from blocks.config.catalog import open_catalog
 
+    catalog = open_catalog()
     resolved = catalog.models(catalog.names("model"))
     forms = {one.embedding.form for one in resolved if one.embedding and one.container == container}
     return "graph" if forms == {"graph"} else "table"

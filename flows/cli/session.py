@@ -13,14 +13,14 @@ from rich.logging import RichHandler
 from core.errors import UserError, shown
 
 if TYPE_CHECKING:
-    from blocks.config.settings import Services
+    from blocks.config.child_environment import Services
 
 CONSOLE = Console(highlight=False)
 
 
 def start_servers() -> Services:
     """Start the local servers if they do not run, and use them in this process."""
-    from blocks.config.settings import adopt
+    from blocks.config.child_environment import adopt
     from blocks.services.stack import ensure_servers
 
     with CONSOLE.status("starting the local Prefect and MLflow servers (about ten seconds, once)"):

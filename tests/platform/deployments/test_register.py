@@ -17,7 +17,7 @@ from prefect.client.schemas.schedules import CronSchedule
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.testing.utilities import prefect_test_harness
 
-from core import catalog
+from blocks.config.catalog import open_catalog
 from deployments.register import create_pool, register
 from deployments.table import Deployment, table
 from tasks.train import FoldJob
@@ -192,7 +192,7 @@ class TestWithServer:
         run = client.create_flow_run_from_deployment(known.id, parameters={"models": ["ridge_coexpression"]})
         assert run.parameters == {"dataset": "demo", "models": ["ridge_coexpression"]}
         assert set(run.tags) == {"calipert", "demo", "single"}
-        (model,) = catalog.models(["ridge_coexpression"])
+        (model,) = open_catalog().models(["ridge_coexpression"])
         job = FoldJob(
             dataset="demo", model=model, fold=0, seed=42, data="d", embedding="e", asked=[{}], target_sum=1e4
         ).model_dump(mode="json")

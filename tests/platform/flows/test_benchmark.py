@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from blocks.config.settings import Services
+from blocks.config.child_environment import Services
 
 MODELS = ["ridge_coexpression", "knn_coexpression"]
 

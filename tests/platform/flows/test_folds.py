@@ -19,9 +19,9 @@ import pytest
 import yaml
 from prefect.client.base import PrefectHttpxSyncClient
 
-from blocks.config import settings
+from blocks.config import child_environment
+from blocks.config.child_environment import Services
 from blocks.config.paths import PROJECT_ROOT
-from blocks.config.settings import Services
 from blocks.services import stack as services
 
 MODELS = ["ridge_coexpression", "knn_coexpression"]
@@ -137,7 +137,7 @@ def test_every_fold_is_a_flow_run_in_the_gpu_pool_and_the_scores_are_those_of_on
     assert {part["work_pool_name"] for part in parts} == {"gpu"}
     own = Path(os.environ["CALIPERT_DATA"]) / "reports" / "tiny" / "scores.parquet"
     code = f"from flows.benchmark import benchmark; benchmark('tiny', {MODELS})"
-    environment = settings.child_environment(stack) | {"CALIPERT_DATA": str(tmp_path / "data")}
+    environment = child_environment.child_environment(stack) | {"CALIPERT_DATA": str(tmp_path / "data")}
     subprocess.run([sys.executable, "-c", code], cwd=PROJECT_ROOT, env=environment, check=True)
     assert own.read_bytes() == (tmp_path / "data" / "reports" / "tiny" / "scores.parquet").read_bytes()
     assert {one["status"] for one in mlflow_runs(stack)} == {"FINISHED"}
