@@ -103,7 +103,7 @@ def test_every_state_says_what_matters() -> None:
     assert f"embed-esm2 completed {(NOW - timedelta(days=2)).astimezone():%b %d %H:%M}, 12 s" in lines
     assert "GPU GPU-1 demo, ridge, fold 1 (process 7)" in lines
     assert "store 12 artifacts, 3.4 MB; 5 TB free" in text
-    assert "nobody goes on with them: ridge seed 42." in text
+    assert "but their flow run or process has ended: ridge seed 42." in text
     assert "Prefect: slow" in lines
     assert "make up" not in text
 
