@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import httpx
 
 from blocks.config.paths import store_folder
+from blocks.http import open_client
 from blocks.local.processes import known_dead
 from blocks.services.stack import ServiceStatus
 from blocks.services.stack import status as services_status
-from blocks.tracking.api import Refused, Run, Server
+from blocks.tracking.running import TrackedRun, find_running_runs
 from core.errors import UserError
 
 DAYS = 7
@@ -103,7 +104,7 @@ def take_snapshot(now: datetime) -> Snapshot:
     ended: set[str] = set()
     troubles: list[str] = []
     with ThreadPoolExecutor(8) as pool:
-        tracking = pool.submit(_tracked, mlflow)
+        tracking = pool.submit(_find_tracked_runs, mlflow)
         size = pool.submit(_measure_store, store_folder())
         gpus = pool.submit(_gpus)
         if prefect:
@@ -121,7 +122,13 @@ def take_snapshot(now: datetime) -> Snapshot:
         for kind, of_kind in found.items()
     }
     return Snapshot(
-        services, pools, runs, _stale(ended, tracked), held, size.result(), [*troubles, *no_tracking, *no_gpus]
+        services,
+        pools,
+        runs,
+        _list_stale_runs(ended, tracked),
+        held,
+        size.result(),
+        [*troubles, *no_tracking, *no_gpus],
     )
 
 
@@ -142,9 +149,7 @@ class _Prefect:
     def __init__(self, url: str, pool: ThreadPoolExecutor) -> None:
         user, _, password = os.environ.get("PREFECT_API_AUTH_STRING", "").partition(":")
         auth = httpx.BasicAuth(user, password) if user else None
-        # Reading the usual certificates takes long, and http has none.
-        verify = not url.startswith("http:")
-        self._http = httpx.Client(base_url=url, auth=auth, timeout=_TIMEOUT, verify=verify)
+        self._http = open_client(url, auth=auth, timeout=_TIMEOUT)
         self._pool = pool
 
     def __enter__(self) -> _Prefect:
@@ -214,7 +219,7 @@ class _Prefect:
         return {run["id"] for chosen in asked for run in self.ask("/flow_runs/filter", flow_runs=chosen, limit=PAGE)}
 
 
-def _flow_run(answer: dict[str, Any], flows: dict[str, str], doing: list[str], tracked: list[Run]) -> FlowRun:
+def _flow_run(answer: dict[str, Any], flows: dict[str, str], doing: list[str], tracked: list[TrackedRun]) -> FlowRun:
     folds = Counter(run.status for run in tracked if "fold" in run.tags)
     counted = (folds["FINISHED"], folds["FAILED"] + folds["KILLED"], folds.total())
     state = answer.get("state") or {}
@@ -244,27 +249,21 @@ def _time(text: str | None) -> datetime | None:
     return datetime.fromisoformat(text) if text else None
 
 
-def _tracked(uri: str | None) -> tuple[dict[str, list[Run]], list[str]]:
-    """Flow run -> its MLflow runs, of all flow runs that have one that is RUNNING; "" for those without a flow run.
-    And what hinders."""
-    found: dict[str, list[Run]] = {}
+def _find_tracked_runs(uri: str | None) -> tuple[dict[str, list[TrackedRun]], list[str]]:
+    """Find the MLflow runs of flow runs (blocks.tracking.running), and what hinders."""
     if uri is None:
-        return found, []
-    server = Server(uri, patience=0)
+        return {}, []
     try:
-        experiments = list(server.experiments(_EXPERIMENTS))
-        for run in server.search(experiments, "attributes.status = 'RUNNING'"):
-            found.setdefault(run.tags.get("flow_run_id", ""), []).append(run)
-        for flow_run in filter(None, found):
-            found[flow_run] = server.search(experiments, f"tags.flow_run_id = '{flow_run}'")
-    except (UserError, Refused) as error:
-        return {}, [f"MLflow: {shorten_reason(str(error))}"]
-    return found, []
+        return find_running_runs(uri, _EXPERIMENTS), []
+    except (httpx.HTTPError, ValueError) as error:
+        return {}, [f"MLflow: {uri}: {shorten_reason(f'{type(error).__name__}: {error}')}"]
 
 
-def _stale(ended: set[str], tracked: dict[str, list[Run]]) -> list[str]:
-    """The names of MLflow runs that are RUNNING although their flow run or their process has ended, those of folds
-    left out. ended: flow runs."""
+def _list_stale_runs(ended: set[str], tracked: dict[str, list[TrackedRun]]) -> list[str]:
+    """List the names of MLflow runs that are RUNNING although their flow run or their process has ended.
+
+    Those of folds are left out. ended: flow runs.
+    """
     return sorted(
         run.name
         for flow_run, runs in tracked.items()
