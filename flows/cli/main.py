@@ -11,7 +11,7 @@ from rich.console import Console
 
 from core.errors import UserError
 from flows.cli.model import app as models_app
-from flows.cli.options import Dataset, Folds, Origin, Sources, parse_folds, parse_sources, split_names
+from flows.cli.options import Dataset, Folds, Origin, Sources, read_folds, read_names, read_sources
 from flows.cli.session import CONSOLE, run_flow, show_addresses, show_results, start_servers
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def run(
     """Benchmark models on a data set: prepare, train every fold, score, calibrate, report."""
     from tasks.inputs import check_request
 
-    names, sources, number = split_names(models), parse_sources(source), parse_folds(folds)
+    names, sources, number = read_names(models), read_sources(source), read_folds(folds)
     check_request(dataset, names, number, origin, sources)
     services = start_servers()
     from flows.benchmark import benchmark
@@ -65,7 +65,7 @@ def reproduce(
     """Prepare and calibrate all data sets of the study; what one of them lacks does not stop the others."""
     from tasks.inputs import choose_models, choose_study, list_inputs, resolve_sources
 
-    wanted, names, sources = split_names(datasets), split_names(models), parse_sources(source)
+    wanted, names, sources = read_names(datasets), read_names(models), read_sources(source)
     resolve_sources(list_inputs(choose_models(names)), sources, later=choose_study(wanted, origin).values())
     services = start_servers()
     from flows.cli.console import make_outcome_table
@@ -129,7 +129,7 @@ def score(
     """Score predictions made elsewhere against a data set and its calibrated metrics."""
     from tasks.inputs import check_model_name, check_request
 
-    sources, number = parse_sources(source), parse_folds(folds)
+    sources, number = read_sources(source), read_folds(folds)
     check_request(dataset, [], number, origin, sources)
     check_model_name(name)
     if not predictions.is_file():
@@ -175,7 +175,7 @@ def check(
     from tasks.inputs import resolve_sources
 
     spec = open_catalog().dataset(dataset)
-    file = resolve_sources([spec], parse_sources(source)).get(spec.name)
+    file = resolve_sources([spec], read_sources(source)).get(spec.name)
     if file is None:
         remedy = f"download {getattr(spec.source, 'url', 'it')} and name it: --source {spec.name}=FILE"
         raise UserError(dataset, "source", "an entry that can be read, but no file to check it with", remedy)
@@ -195,6 +195,14 @@ def status() -> None:
 
     now = datetime.now(UTC)
     CONSOLE.print(make_screen(take_snapshot(now), now))
+
+
+@app.command()
+def settings() -> None:
+    """Show every setting: its value, where that comes from, and what it is for. Passwords and keys are hidden."""
+    from flows.cli.settings_table import build_settings_table
+
+    CONSOLE.print(build_settings_table())
 
 
 @app.command()

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from core.catalog.schema import Form
 from core.errors import UserError
+from flows.cli.options import read_pairs
 from flows.cli.session import CONSOLE
 
 app = typer.Typer(no_args_is_help=True, help="Build images of models, and check models against the contract.")
@@ -46,7 +47,7 @@ def build(
     from blocks.engines.docker.engine import docker_client
     from blocks.engines.docker.images import build_image
 
-    arguments = _parse_arguments(arg or [])
+    arguments = read_pairs("--arg", arg)
     folders = [_find_folder(name) for name in names]
     with docker_client() as client:
         for folder in folders:
@@ -117,14 +118,6 @@ def _find_folder(name: str) -> Path:
             return folder
     known = sorted(path.parent.name for place in list_container_places() for path in place.glob("*/model.py"))
     raise UserError(name, "model", "no folder with a model.py", f"give the path of one, or one of: {', '.join(known)}")
-
-
-def _parse_arguments(texts: list[str]) -> dict[str, str]:
-    pairs = [text.partition("=") for text in texts]
-    for name, equals, value in pairs:
-        if not (name and equals):
-            raise UserError("--arg", "value", repr(name + equals + value), "write NAME=VALUE")
-    return {name: value for name, _, value in pairs}
 
 
 def _parse_json_object(text: str) -> dict[str, object]:

@@ -1,7 +1,8 @@
-"""Options that commands share, and how their text is read."""
+"""Options that commands share, and the reading of those that typer does not read itself."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 import typer
@@ -20,24 +21,34 @@ Origin = Annotated[
 ]
 
 
-def split_names(text: str) -> list[str]:
-    """Split a list that is separated by commas."""
+def read_names(text: str) -> list[str]:
+    """Read names with commas between them."""
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def parse_sources(source: list[str] | None) -> dict[str, str]:
-    """Read NAME=FILE. Raises UserError for anything else."""
-    pairs = [text.partition("=") for text in source or []]
-    for name, equals, file in pairs:
-        if not (name and equals and file):
-            raise UserError("--source", "value", f"{name + equals + file!r}", "write NAME=FILE")
-    return {name: file for name, _, file in pairs}
+def read_pairs(option: str, texts: Iterable[str] | None, form: str = "NAME=VALUE") -> dict[str, str]:
+    """Read texts of the form NAME=VALUE. Raises UserError, with the option and the form, for any other text."""
+    pairs = {}
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        # The value of a build argument may be empty, a file's name may not.
+        if not (name and equals and (value or form == "NAME=VALUE")):
+            raise UserError(option, "value", repr(text), f"write {form}")
+        pairs[name] = value
+    return pairs
 
 
-def parse_folds(text: str | None) -> int | Literal["leave-one-out"] | None:
-    """Read a number of folds, or leave-one-out. Raises UserError for anything else."""
-    if text is None or text == "leave-one-out":
-        return text  # type: ignore[return-value]
+def read_folds(text: str | None) -> int | Literal["leave-one-out"] | None:
+    """Read a number of folds. Raises UserError for anything else than a number or leave-one-out."""
+    if text is None:
+        return None
+    if text == "leave-one-out":
+        return "leave-one-out"
     if text.isdigit():
         return int(text)
     raise UserError("--folds", "value", repr(text), "a number of at least 2, or leave-one-out")
+
+
+def read_sources(texts: Iterable[str] | None) -> dict[str, str]:
+    """Read the option --source. Raises UserError as `read_pairs` does."""
+    return read_pairs("--source", texts, "NAME=FILE")
