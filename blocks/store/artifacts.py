@@ -24,8 +24,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from blocks.config.paths import store_folder
 from blocks.local.scratch import scratch, sweep
-from blocks.store.bucket import DamagedFolder, ObjectStore, StoredFile
-from blocks.store.checksums import file_checksum
+from blocks.store.bucket import DamagedFolder, ObjectStore
+from blocks.store.checksums import StoredFile, checksum_files, file_checksum
 from core.errors import UserError
 
 JSON: TypeAlias = "str | int | float | bool | list[JSON] | tuple[JSON, ...] | Mapping[str, JSON] | None"
@@ -340,16 +340,9 @@ def _damage(folder: Path, kind: str, key: str, place: Path | None = None) -> str
 
 def _seal(content: Path, manifest: Manifest, final: Path) -> None:
     """Writes the manifest of the built files, and makes all read-only and durable."""
-    files = {}
-    for path in sorted(content.rglob("*")):
-        if path.is_dir() and not path.is_symlink():
-            continue
-        name = path.relative_to(content).as_posix()
-        if path.is_symlink() or not path.is_file():
-            raise ValueError(f"{name}: an artifact holds regular files only")
-        if name == MANIFEST:
-            raise ValueError(f"{name}: the store writes this file itself")
-        files[name] = StoredFile(size=path.stat().st_size, sha256=file_checksum(path, final / name))
+    files = checksum_files(content, final)
+    if MANIFEST in files:
+        raise ValueError(f"{MANIFEST}: the store writes this file itself")
     sealed = manifest.model_copy(update={"files": files})
     (content / MANIFEST).write_text(sealed.model_dump_json(indent=1), encoding="utf-8")
     _settle(content)
