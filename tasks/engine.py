@@ -10,8 +10,9 @@ from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
+from blocks.engines.base import Engine
 from blocks.engines.checkpoints import checkpoint
-from blocks.engines.process import Engine, ProcessEngine
+from blocks.engines.process import ProcessEngine
 from blocks.local.gpus import Gpu, lease
 from core import catalog
 from core.catalog.schema import EmbeddingSpec, ResolvedModel

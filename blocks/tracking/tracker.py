@@ -41,7 +41,7 @@ from blocks.tracking.tables import summaries, verdicts
 from core.errors import UserError
 
 if TYPE_CHECKING:
-    from blocks.engines.process import Usage
+    from blocks.engines.base import Usage
 
 EXPERIMENT_PREFIX = "calipert/"
 # The file's name in every run of a benchmark.

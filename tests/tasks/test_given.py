@@ -13,7 +13,7 @@ import pytest
 from scipy import sparse
 
 from blocks.config.paths import checkpoints_folder
-from blocks.engines.process import ModelFailed
+from blocks.engines.base import ModelFailed
 from core import catalog
 from core.catalog.schema import EmbeddingSpec, PretrainedSpec
 from core.errors import UserError

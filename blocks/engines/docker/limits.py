@@ -6,10 +6,9 @@ import os
 from pathlib import Path
 from typing import Annotated
 
-import yaml
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
-from core.errors import UserError
+from blocks.engines.yaml_settings import read_settings
 
 SETTINGS = "CALIPERT_DOCKER"
 
@@ -42,24 +41,14 @@ class Limits(BaseModel):
 
 
 def read_limits() -> Limits:
-    """The limits in the YAML file that CALIPERT_DOCKER names; what it leaves out, and all without a file, by default.
+    """Return the limits in the YAML file that CALIPERT_DOCKER names, by default those of `Limits`.
 
     Raises UserError for a file that cannot be read or does not fit.
     """
     name = os.environ.get(SETTINGS)
-    if not name:
-        return Limits()
-    path, remedy = Path(name).expanduser(), "correct it as docs/containers.md says"
-    try:
-        return Limits.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(path, f"file ({SETTINGS})", str(error), remedy) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "file"
-        raise UserError(path, field, f"{first['input']!r}: {first['msg']}", remedy) from error
+    return read_settings(Limits, Path(name).expanduser(), SETTINGS, "docs/containers.md") if name else Limits()
 
 
-def change(field: str) -> str:
-    """The end of a message that names a limit: where to change it."""
+def how_to_change(field: str) -> str:
+    """Return the end of a message that names a limit: where to change it."""
     return f": to change it, set `{field}` in the file that {SETTINGS} names (docs/containers.md)"

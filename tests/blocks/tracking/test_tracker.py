@@ -20,7 +20,7 @@ import pandas as pd
 import psutil
 import pytest
 
-from blocks.engines.process import Usage
+from blocks.engines.base import Usage
 from blocks.local.processes import this_process
 from blocks.tracking import curves as mlflow_curves
 from blocks.tracking import tracker as module

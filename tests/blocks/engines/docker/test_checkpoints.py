@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
+from blocks.engines.base import ModelFailed
 from blocks.engines.docker import checkpoints as docker_checkpoints
 from blocks.engines.docker.checkpoints import FILE
 from blocks.engines.docker.engine import DockerEngine
 from blocks.engines.docker.limits import Limits
-from blocks.engines.process import ModelFailed
 from core.errors import UserError
 
 pytestmark = [pytest.mark.docker, pytest.mark.usefixtures("nothing_left")]
