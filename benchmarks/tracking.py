@@ -24,7 +24,7 @@ import pandas as pd
 import typer
 
 from benchmarks.comparison import CONSOLE, Timing, agreement, machine, show_agreement, show_times, timed
-from blocks.config.settings import environment
+from blocks.config.child_environment import environment
 from blocks.engines.base import Usage
 from blocks.services import stack as services
 from blocks.tracking import curves as mlflow_curves

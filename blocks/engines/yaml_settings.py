@@ -13,7 +13,7 @@ from core.errors import UserError
 _S = TypeVar("_S", bound=BaseModel)
 
 
-def read_settings(schema: type[_S], path: Path, variable: str, page: str, secret: tuple[str, ...] = ()) -> _S:
+def read_yaml_settings(schema: type[_S], path: Path, variable: str, page: str, secret: tuple[str, ...] = ()) -> _S:
     """Return the settings in a YAML file.
 
     variable: of the environment, that names the file. page: that explains them. secret: fields whose values no message

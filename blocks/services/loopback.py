@@ -10,7 +10,7 @@ from http import HTTPStatus
 from http.client import HTTPException
 from urllib.error import HTTPError
 
-from blocks.config.settings import HOST
+from blocks.config.child_environment import HOST
 
 # Seconds between questions to a server that says it is busy: half a minute in all.
 BUSY = (0.2, 0.5, 1, 2, 4, 8, 16)

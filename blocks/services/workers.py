@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
 
+from blocks.config.child_environment import Services, child_environment
 from blocks.config.paths import PROJECT_ROOT, temporary_folder
 from blocks.config.pools import CPU, GPU
-from blocks.config.settings import Services, child_environment
+from blocks.config.settings import SOURCE, Settings, variable
 from blocks.services import daemons
 from blocks.services.daemons import START_TIMEOUT, Record, Records
 from blocks.services.loopback import ask, ask_once
@@ -26,17 +27,10 @@ from blocks.services.loopback import ask, ask_once
 # started.
 NAMING = (
     "AWS_",
-    "CALIPERT_CATALOG",
-    "CALIPERT_DOCKER",
-    "CALIPERT_ENGINE",
-    "CALIPERT_GPUS",
-    "CALIPERT_KUBERNETES",
-    "CALIPERT_LOCKS",
-    "CALIPERT_MEMORY_GB",
-    "CALIPERT_SOURCE_",
-    "CALIPERT_STORE",
     "CUDA_VISIBLE_DEVICES",
     "DOCKER_",
+    SOURCE,
+    *(variable(field) for field in Settings.model_fields if field != "data"),
 )
 WORKER = "worker-"  # how the names of workers begin; the work pool follows
 WORKERS = tuple(f"{WORKER}{pool}" for pool in (CPU, GPU))

@@ -7,7 +7,6 @@ not written twice, and a run that was cut off is ended by the next attempt. docs
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from prefect.blocks.core import Block
 from pydantic import Field, field_validator
 
 from blocks.config.paths import scratch_folder
+from blocks.config.settings import read_settings
 from blocks.local.processes import known_dead, this_process
 from blocks.local.scratch import scratch
 from blocks.tracking.api import Run, Server
@@ -354,7 +354,7 @@ class MLflowTracking(Block):
 
     def _experiment_url(self, dataset: str) -> str:
         """CALIPERT_MLFLOW_URL says how browsers reach the server where that differs from how workers do."""
-        pages = os.environ.get("CALIPERT_MLFLOW_URL", self.tracking_uri).rstrip("/")
+        pages = (read_settings().mlflow_url or self.tracking_uri).rstrip("/")
         return f"{pages}/#/experiments/{self._server.experiment(f'{EXPERIMENT_PREFIX}{dataset}')}"
 
 
@@ -379,7 +379,7 @@ def git_commit(root: Path) -> str | None:
 def _origin(flow_run_id: str | None) -> dict[str, str | None]:
     """Tags that say by what a run was opened."""
     # An image has no checkout: it is told when it is built.
-    commit = os.environ.get("CALIPERT_COMMIT") or git_commit(Path(__file__).resolve().parents[2])
+    commit = read_settings().commit or git_commit(Path(__file__).resolve().parents[2])
     return {"git_commit": commit, _FLOW_RUN: flow_run_id, _PROCESS: this_process()}
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
-from blocks.engines.yaml_settings import read_settings
+from blocks.config.settings import read_settings
+from blocks.engines.yaml_settings import read_yaml_settings
 
 SETTINGS = "CALIPERT_DOCKER"
 
@@ -45,8 +44,8 @@ def read_limits() -> Limits:
 
     Raises UserError for a file that cannot be read or does not fit.
     """
-    name = os.environ.get(SETTINGS)
-    return read_settings(Limits, Path(name).expanduser(), SETTINGS, "docs/containers.md") if name else Limits()
+    path = read_settings().docker
+    return Limits() if path is None else read_yaml_settings(Limits, path, SETTINGS, "docs/containers.md")
 
 
 def how_to_change(field: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import queue
 import shutil
 from collections import deque
@@ -18,6 +17,7 @@ from typing import ClassVar
 from uuid import uuid4
 
 from blocks.config.paths import scratch_folder, store_folder
+from blocks.config.settings import read_settings
 from blocks.engines.base import LAST_LINES, WAIT_S, Engine, ModelFailed, StageRun, Usage
 from blocks.engines.kubernetes.api import Api, Object, OutOfReach, RequestRefused
 from blocks.engines.kubernetes.job import MODEL, SETTINGS, Cluster, StageJob, read_cluster, read_digest, translate_spec
@@ -31,7 +31,7 @@ from blocks.engines.kubernetes.status import (
     read_ending,
     read_model_state,
 )
-from blocks.engines.kubernetes.transfer import STORE, download, open_bucket
+from blocks.engines.kubernetes.transfer import download, open_bucket
 from blocks.engines.lines import Event, read_event
 from blocks.local.cancellation import killed_by_stop
 from blocks.local.scratch import scratch
@@ -62,7 +62,7 @@ class KubernetesEngine(Engine):
     # An image of many gigabytes may have to be pulled first.
     describe_limit_s: ClassVar[float] = 3600.0
 
-    settings: str = field(default_factory=lambda: os.environ.get(SETTINGS, ""))
+    settings: str = field(default_factory=lambda: str(read_settings().kubernetes or ""))
 
     def run_stage(self, run: StageRun) -> Usage:
         """Run a stage as a Job, delete the Job at the end, and first what a killed process left of the same stage.
@@ -80,7 +80,7 @@ class KubernetesEngine(Engine):
             model=run.model,
             stage=run.stage,
             inputs=translate_spec(run.spec, store_folder()),
-            store=os.environ[STORE],
+            store=store.url,
             timeout_s=run.timeout_s,
             flow_run=_flow_run(),
             attempt=uuid4().hex,
@@ -370,5 +370,5 @@ def _flow_run() -> str | None:
 
 
 def _own_pod() -> tuple[str, str] | None:
-    name, uid = os.environ.get(POD_NAME), os.environ.get(POD_UID)
-    return (name, uid) if name and uid else None
+    own = read_settings()
+    return (own.pod_name, own.pod_uid) if own.pod_name and own.pod_uid else None

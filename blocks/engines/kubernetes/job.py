@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 
 from blocks.engines.base import Stage, model_variables
 from blocks.engines.kubernetes.api import Object
-from blocks.engines.yaml_settings import read_settings
+from blocks.engines.yaml_settings import read_yaml_settings
 from core.errors import UserError
 
 SETTINGS = "CALIPERT_KUBERNETES"
@@ -75,7 +75,7 @@ class Cluster(BaseModel):
 
 def read_cluster(path: Path) -> Cluster:
     """Return the settings in a YAML file. Raises UserError for one that cannot be read or does not fit."""
-    return read_settings(Cluster, path, SETTINGS, "docs/kubernetes.md", secret=("api",))
+    return read_yaml_settings(Cluster, path, SETTINGS, "docs/kubernetes.md", secret=("api",))
 
 
 def read_digest(image: str, where: object, field: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,12 @@ from typing import Any
 import psutil
 import pytest
 
-from blocks.config.settings import Services
+from blocks.config.child_environment import Services
 from blocks.local import gpus
 from blocks.services import daemons, workers
 from blocks.services import stack as services
-from core.catalog import registry
 from core.errors import UserError
-from tasks import inputs
-
-SLIGHT = runpy.run_path(str(Path(__file__).parents[1] / "slight_servers.py"))
-recorded: Callable[[Path], dict[str, psutil.Process]] = SLIGHT["recorded"]
-running: Callable[[list[psutil.Process]], list[psutil.Process]] = SLIGHT["running"]
+from tests.helpers.slight_servers import recorded, running
 
 IDLE = "import time; time.sleep(600)"
 
@@ -125,7 +119,7 @@ def test_a_worker_of_a_pool_that_is_no_more_is_stopped_too(
 
 
 @pytest.mark.parametrize(
-    "variable", [registry.VARIABLE, f"{inputs.VARIABLE}NORMAN19", "CALIPERT_STORE", gpus.GPUS, gpus.LOCKS, gpus.VISIBLE]
+    "variable", ["CALIPERT_CATALOG", "CALIPERT_SOURCE_NORMAN19", "CALIPERT_STORE", gpus.GPUS, gpus.LOCKS, gpus.VISIBLE]
 )
 def test_a_worker_is_replaced_when_the_users_files_are_named_otherwise(
     ensured: Callable[..., dict[str, psutil.Process]], fakes: Path, monkeypatch: pytest.MonkeyPatch, variable: str

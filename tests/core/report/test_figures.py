@@ -1,8 +1,6 @@
 """Figures: they say what the tables say, at any size, and are the same bytes every time."""
 
-import runpy
 from itertools import chain, pairwise
-from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
@@ -17,8 +15,7 @@ from core.report.figures.edistance import edistance, order
 from core.report.figures.headroom import headroom
 from core.report.figures.per_condition import per_condition
 from core.report.tables import ranked_metrics, wmse_ratios
-
-build = runpy.run_path(str(Path(__file__).parents[1] / "report_tables.py"))["build"]
+from tests.helpers.report_tables import build
 
 SIZES = {
     "one model, 12 conditions": {"models": 1, "conditions": 12, "baselines": ()},

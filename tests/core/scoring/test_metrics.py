@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
-from pathlib import Path
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -25,8 +21,7 @@ from core.scoring.metrics import (
     r2,
     squared_error,
 )
-
-by_definition = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "by_definition.py")))
+from tests.helpers import by_definition
 
 ROWS, GENES = 9, 23
 PROFILES = arrays(np.float64, (ROWS, GENES), elements=st.floats(0, 9, width=16))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import runpy
 import signal
 import ssl
 import subprocess
@@ -44,11 +43,12 @@ from blocks.store import bucket as object_store
 from blocks.store.artifacts import ArtifactStore, artifact_key
 from blocks.store.bucket import ObjectStore
 from core.errors import UserError
+from flows.cli.model_panel import write_panel
 from tasks import engine as selected
+from tests.helpers import cluster_stand_in
+from tests.helpers.cluster_stand_in import NAMESPACE, VERSION
 
 ROOT = Path(__file__).resolve().parents[4]
-STAND_IN = runpy.run_path(str(ROOT / "tests" / "blocks" / "cluster_stand_in.py"))
-VERSION, NAMESPACE = STAND_IN["VERSION"], STAND_IN["NAMESPACE"]
 BUCKET = "s3://screens/calipert"
 SECRET = "planted-s3-secret"  # noqa: S105
 DIGEST = "sha256:" + 64 * "0"
@@ -113,7 +113,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def cluster(bucket: ObjectStore, impatient: None, s3: str, tmp_path: Path) -> Iterator[Any]:
-    made = STAND_IN["Cluster"](tmp_path / "node", {}, {"calipert-store": access(s3)})
+    made = cluster_stand_in.Cluster(tmp_path / "node", {}, {"calipert-store": access(s3)})
     yield made
     made.close()
 
@@ -267,10 +267,8 @@ def test_a_model_sees_its_inputs_and_nothing_beside_them(model, cluster, output)
     assert SECRET not in json.dumps([cluster.created, seen])
 
 
-@pytest.mark.slow
 def test_ridge_trains_and_predicts_as_it_does_in_a_process(model, cluster, tmp_path):
     cluster.quick = False
-    write_panel = runpy.run_path(str(ROOT / "tests" / "model_containers" / "conftest.py"))["write_panel"]
     panel: list[Any] = []
 
     def fold(folder: Path) -> None:
@@ -903,16 +901,16 @@ def test_a_gpu_of_this_machine_is_of_no_use(model, output):
 
 def test_the_engine_is_chosen_by_the_environment(monkeypatch):
     monkeypatch.delenv("CALIPERT_ENGINE", raising=False)
-    assert isinstance(selected.engine(), ProcessEngine)
+    assert isinstance(selected.choose_engine(), ProcessEngine)
     assert not selected.runs_elsewhere()
     monkeypatch.setenv("CALIPERT_ENGINE", "kubernetes")
-    assert isinstance(selected.engine(), KubernetesEngine)
+    assert isinstance(selected.choose_engine(), KubernetesEngine)
     assert selected.runs_elsewhere()
-    with selected.resumable("key") as folder:
+    with selected.open_checkpoint("key") as folder:
         assert folder is None, "what a Job leaves is on no disk of this machine"
     monkeypatch.setenv("CALIPERT_ENGINE", "slurm")
-    for ask in (selected.engine, selected.runs_elsewhere):
-        with pytest.raises(UserError, match="'slurm', which is no engine"):
+    for ask in (selected.choose_engine, selected.runs_elsewhere):
+        with pytest.raises(UserError, match="CALIPERT_ENGINE\n  found:  'slurm'\n  remedy: Input should be 'process'"):
             ask()
 
 
