@@ -18,12 +18,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import filelock
 from prefect.blocks.core import Block
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from blocks.config.paths import store_folder
 from blocks.config.settings import read_settings
+from blocks.local.files import lock_file
 from blocks.local.scratch import scratch, sweep
 from blocks.store.bucket import DamagedFolder, ObjectStore
 from blocks.store.checksums import StoredFile, checksum_files, file_checksum
@@ -40,7 +40,6 @@ _KEY = re.compile(r"[0-9a-f]{64}")
 # Beside the kinds, so that publishing is a rename within one file system. The dot keeps them apart.
 _TEMPORARY = ".temporary"
 _LOCKS = ".locks"
-QUIET_S = 2.0  # so long another may be at work on the same before it is said
 _SCRATCH = "artifact"
 # What this process (by its id) has done: the stores that it swept, and what it knows to be in which bucket.
 _swept: set[tuple[int, str]] = set()
@@ -198,16 +197,8 @@ class ArtifactStore(Block):
     def _lock(self, kind: str, key: str) -> Iterator[None]:
         folder = Path(self.root) / _LOCKS / kind
         folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / key)
-        try:
-            lock.acquire(timeout=QUIET_S)
-        except filelock.Timeout:
-            _LOG.info("another run here is making the same %s (%s...): waiting for it", kind, key[:12])
-            lock.acquire()
-        try:
+        with lock_file(folder / key, f"another run on this machine computes the same {kind} ({key[:12]}...)"):
             yield
-        finally:
-            lock.release()
 
     def _sweep(self) -> None:
         """Once in a process: also where all is there, and nothing is built, the remains of a killed one go."""

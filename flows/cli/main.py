@@ -284,9 +284,10 @@ def _flow(flow: Any, **parameters: object) -> Any:
 
 
 def _write_csv(table: Any, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    table.to_csv(partial, index=False)
-    partial.replace(path)
+    from blocks.local.files import replace_file
+
+    with replace_file(path) as new:
+        table.to_csv(new, index=False)
 
 
 def _show(results: Path, services: Services) -> None:

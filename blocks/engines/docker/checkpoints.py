@@ -19,6 +19,7 @@ from docker.models.containers import Container
 from blocks.engines.docker.limits import Limits
 from blocks.engines.docker.output import read_members, repack
 from blocks.engines.docker.stage import CHECKPOINT, User
+from blocks.local.files import replace_file
 from core.errors import UserError
 
 LOG = logging.getLogger("calipert.engines")
@@ -86,12 +87,13 @@ class Checkpoint:
                 raise
 
     def _copy(self) -> None:
-        unfinished = self._file.with_name(f"{FILE}.partial")
-        with closing(self._container.get_archive(CHECKPOINT, chunk_size=CHUNK)[0]) as chunks:
+        with (
+            replace_file(self._file) as unfinished,
+            closing(self._container.get_archive(CHECKPOINT, chunk_size=CHUNK)[0]) as chunks,
+        ):
             limits = int(self._limits.output), self._limits.output_files
             found = read_members(self._check_between(chunks), CHECKPOINT, *limits)
             repack(found, unfinished, self._user.uid, self._user.gid)
-        unfinished.replace(self._file)
 
     def _check_between(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
         for chunk in chunks:

@@ -22,6 +22,7 @@ import httpx
 import pytest
 
 from blocks.config.paths import PROJECT_ROOT
+from blocks.local import files as local_files
 from blocks.store import artifacts as store_module
 from blocks.store import bucket as module
 from blocks.store.artifacts import ArtifactStore, artifact_key
@@ -709,7 +710,7 @@ def test_a_store_that_cannot_be_written_still_uploads(
     folder = obtain(ArtifactStore(root=str(tmp_path / "one" / "store"), remote=None))
     with monkeypatch.context() as locked:
         locked.setattr(os, "access", lambda path, mode: False)
-        locked.setattr(store_module.filelock, "FileLock", refuse)
+        locked.setattr(local_files.filelock, "FileLock", refuse)
         assert obtain(host("one"), refuse) == folder
     obtain(host("two"), refuse)
 
