@@ -168,7 +168,7 @@ def write(block: MLflowTracking, results: Results, folds: int, steps: list[Timin
 
 def _train(block: MLflowTracking, run_id: str, training: Path, trained: bool) -> None:
     """What is written of one fold, at the start, during and at the end of its training."""
-    live = block.live_curve(run_id)
+    live = block.follow_curve(run_id)
     if trained:
         with training.open(encoding="utf-8") as lines:
             for line in islice(lines, LIVE_WRITES):

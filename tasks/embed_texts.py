@@ -12,23 +12,24 @@ from prefect.cache_policies import NO_CACHE
 from blocks.config.catalog import open_catalog
 from blocks.config.paths import vectors_folder
 from blocks.config.secrets import secret
-from blocks.services.text_service import ServiceBusy, service_key, text_vectors
+from blocks.http import TASK_RETRY_DELAYS, ConnectionLost
+from blocks.services.text_service import service_key, text_vectors
 from blocks.services.vectors import Vector, address, keep_vectors, kept_vector, vector_name
 from blocks.store.code import code_hash
 from core.catalog.schema import GENE_FILES, EmbeddingSpec, TextService
+from core.embeddings.files import EMBEDDING
 from core.errors import UserError
 from tasks.artifacts import LOG, Recipe, build_or_get, checksum_file, find_artifact
-from tasks.embed_container import FILE
 from tasks.inputs import collect_error, raise_collected
 from tasks.progress import make_progress_reporter
-from tasks.sources import ConnectionLost, find_files, is_worth_a_retry
+from tasks.sources import find_files, is_worth_a_retry
 
 KIND = "embedding"
 SUMMARIES, GENES = GENE_FILES
 # OpenAI takes 2,048 texts and 300,000 tokens at once; a token is a byte at least. What a kill loses is one such list.
 TEXTS_AT_ONCE, BYTES_AT_ONCE = 128, 250_000
 BYTES_OF_A_TOKEN = 4  # in English, about
-RETRIES = 6
+RETRIES = len(TASK_RETRY_DELAYS)
 LONGEST_WAIT = 120.0  # seconds: the longest wait before the next try that a service may ask for
 
 
@@ -44,7 +45,7 @@ def embed_texts(spec: EmbeddingSpec, published: Path) -> Path:
 
     def build(folder: Path) -> None:
         texts = gene_texts(published / SUMMARIES, published / GENES)
-        write_embedding(text_embedding(texts, _collect_vectors(spec, sorted(set(texts.values())))), folder / FILE)
+        write_embedding(text_embedding(texts, _collect_vectors(spec, sorted(set(texts.values())))), folder / EMBEDDING)
 
     return build_or_get(_recipe(spec, {name: published / name for name in (SUMMARIES, GENES)}), build)
 
@@ -140,7 +141,7 @@ def _find_vector(spec: EmbeddingSpec, text: str) -> Vector | None:
     task_run_name="ask for {spec.name}",
     cache_policy=NO_CACHE,
     retries=RETRIES,
-    retry_delay_seconds=[2, 10, 30, 60, 60, 60],
+    retry_delay_seconds=TASK_RETRY_DELAYS,
     retry_condition_fn=is_worth_a_retry,
 )
 def ask_for_vectors(spec: EmbeddingSpec, texts: list[str]) -> None:
@@ -152,10 +153,9 @@ def ask_for_vectors(spec: EmbeddingSpec, texts: list[str]) -> None:
     service = _service(spec)
     try:
         vectors = text_vectors(service, spec.dimensions, texts)
-    except ServiceBusy as busy:
+    except ConnectionLost as busy:
         if runtime.task_run.run_count <= RETRIES:
             sleep(min(busy.wait, LONGEST_WAIT))
-        remedy = "run again later: it goes on with the texts that are missing"
-        raise ConnectionLost(service.url, "connection", busy.why, remedy) from None
+        raise
     names = [vector_name(service, spec.dimensions, text) for text in texts]
     keep_vectors(dict(zip(names, vectors, strict=True)))

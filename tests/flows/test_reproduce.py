@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from blocks.config.catalog import open_catalog
+from blocks.http import ConnectionLost
 from core.errors import UserError
 from flows import reproduce as module
 from flows.reproduce import _reproduce_dataset
-from tasks.sources import ConnectionLost
 
 
 class FakeFetch:

@@ -21,6 +21,7 @@ import pytest
 from prefect.states import Failed
 
 from blocks.config.catalog import open_catalog
+from blocks.http import ConnectionLost
 from blocks.services import text_service
 from core.errors import UserError
 from flows.benchmark import benchmark
@@ -30,7 +31,7 @@ from tasks import embed, embed_texts, pretrained, sources
 from tasks.embed_texts import check_services
 from tasks.inputs import list_embedding_inputs
 from tasks.pretrained import fetch_inputs
-from tasks.sources import ConnectionLost, is_worth_a_retry
+from tasks.sources import is_worth_a_retry
 from tests.helpers import text_service_stand_in as stand_in
 
 ROOT = Path(__file__).resolve().parents[2]

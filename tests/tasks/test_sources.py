@@ -19,15 +19,17 @@ from prefect import Flow
 from prefect.states import Failed
 
 from blocks.config.catalog import open_catalog
+from blocks.http import ConnectionLost
 from core.catalog.registry import Catalog
 from core.catalog.schema import HttpsSource, S3Source
 from core.errors import UserError
 from flows.benchmark import benchmark
 from flows.calibrate import calibrate
 from flows.prepare import prepare
+from tasks.downloads import is_download_transient
 from tasks.inputs import choose_dataset, resolve_sources
-from tasks.prepare import DESCRIPTIVE
-from tasks.sources import ConnectionLost, describe_source, download_once, fetch_source, is_worth_a_retry, may_pass
+from tasks.prepare import DECIDING
+from tasks.sources import describe_source, download_once, fetch_source, is_worth_a_retry
 
 CONTENT = b"\x89HDF\r\n\x1a\n" + b"counts" * 1000
 CHANGED = CONTENT + b"!"
@@ -239,8 +241,8 @@ def users_entry(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
 
 def test_the_cells_of_a_file_are_the_same_artifact_whatever_it_was_asked_for_as() -> None:
     raw, mirror = (choose_dataset("norman19", origin=origin) for origin in ("raw", "mirror"))
-    assert raw.model_dump(exclude=DESCRIPTIVE) == mirror.model_dump(exclude=DESCRIPTIVE)
-    assert "mirror" not in raw.model_dump(exclude=DESCRIPTIVE)
+    assert raw.model_dump(include=DECIDING) == mirror.model_dump(include=DECIDING)
+    assert "mirror" not in raw.model_dump(include=DECIDING)
 
 
 def test_file_licence_and_citation_are_said_before_a_download_and_not_again(
@@ -292,7 +294,7 @@ def test_what_does_not_pass_is_not_tried_again(server: str) -> None:
 
 @pytest.mark.parametrize(("number", "passes"), [(errno.EBUSY, True), (errno.EREMOTEIO, True), (errno.ENOSPC, False)])
 def test_what_s3_says_in_numbers_may_pass_but_a_full_disk_does_not(number: int, passes: bool) -> None:
-    assert may_pass(OSError(number, "x")) == passes
+    assert is_download_transient(OSError(number, "x")) == passes
 
 
 def test_a_folder_that_cannot_be_written_is_the_users_to_mend(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
