@@ -56,6 +56,7 @@ class ModelFailed(Exception):
         super().__init__(model, stage, ending, exit_code, last_lines)
 
     def __str__(self) -> str:
+        """Return the message."""
         return "\n".join([f"{self.model} {self.stage} {self.ending}", *(f"  {line}" for line in self.last_lines)])
 
 
