@@ -13,15 +13,17 @@ from core.errors import UserError
 _S = TypeVar("_S", bound=BaseModel)
 
 
-def read_yaml_settings(schema: type[_S], path: Path, variable: str, page: str, secret: tuple[str, ...] = ()) -> _S:
+def read_yaml_settings(
+    schema: type[_S], path: Path, variable: str, page: str, *, empty: object = None, secret: tuple[str, ...] = ()
+) -> _S:
     """Return the settings in a YAML file.
 
-    variable: of the environment, that names the file. page: that explains them. secret: fields whose values no message
+    variable: of the environment, that names the file. page: that explains them. empty: what an empty file means. secret: fields whose values no message
     repeats. Raises UserError for a file that cannot be read or does not fit.
     """
     remedy = f"correct it as {page} says"
     try:
-        return schema.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+        return schema.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or empty)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(path, f"file ({variable})", str(error), remedy) from error
     except ValidationError as error:

@@ -45,7 +45,7 @@ def read_limits() -> Limits:
     Raises UserError for a file that cannot be read or does not fit.
     """
     path = read_settings().docker
-    return Limits() if path is None else read_yaml_settings(Limits, path, SETTINGS, "docs/containers.md")
+    return Limits() if path is None else read_yaml_settings(Limits, path, SETTINGS, "docs/containers.md", empty={})
 
 
 def how_to_change(field: str) -> str:

@@ -184,7 +184,7 @@ def test_a_copy_that_cannot_be_taken_is_named(model, kept):
         big = tarfile.TarInfo("big")
         big.size = 2**22
         archive.addfile(big, io.BytesIO(bytes(big.size)))
-    with pytest.raises(UserError, match=r"(?s)checkpoint\.tar.*the stage then begins anew"):
+    with pytest.raises(UserError, match=r"(?s)checkpoint\.tar.*the stage then starts from the beginning"):
         run(model, kept, "", output=2**20)
 
 

@@ -469,7 +469,7 @@ def test_a_job_that_somebody_deletes(model, cluster, output):
         cluster.delete(name, {"preconditions": {"uid": job["metadata"]["uid"]}})
 
     error = failure(model(SLEEPER), output, on_event=delete)
-    assert error.ending == "lost its Job, which somebody else deleted"
+    assert error.ending == "lost its Job, which was deleted from outside"
     assert error.last_lines == ("asleep",)
 
 
