@@ -18,8 +18,8 @@ def read_yaml_settings(
 ) -> _S:
     """Return the settings in a YAML file.
 
-    variable: of the environment, that names the file. page: that explains them. empty: what an empty file means. secret: fields whose values no message
-    repeats. Raises UserError for a file that cannot be read or does not fit.
+    variable: of the environment, that names the file. page: that explains them. empty: what an empty file means.
+    secret: fields whose values no message repeats. Raises UserError for a file that cannot be read or does not fit.
     """
     remedy = f"correct it as {page} says"
     try:
