@@ -22,6 +22,7 @@ from prefect.exceptions import TerminationSignal
 
 from blocks.config.secrets import mlflow_credentials
 from blocks.local.cancellation import Stopped
+from blocks.services.pages import read_pages
 from blocks.store.code import code_hash
 from blocks.tracking.tracker import MLflowTracking, ModelRun
 from core.catalog.schema import DatasetSpec, EmbeddingSpec, ResolvedModel
@@ -157,11 +158,8 @@ def active_flow_runs(ids: list[str]) -> set[str]:
         id=FlowRunFilterId(any_=[UUID(one) for one in ids]),
         state=FlowRunFilterState(type=FlowRunFilterStateType(any_=ended)),
     )
-    found: set[str] = set()
     with get_client(sync_client=True) as client:
-        while page := client.read_flow_runs(flow_run_filter=mine, limit=200, offset=len(found)):
-            found |= {str(run.id) for run in page}
-    return set(ids) - found
+        return set(ids) - {str(run.id) for run in read_pages(client.read_flow_runs, flow_run_filter=mine)}
 
 
 @contextmanager
