@@ -227,7 +227,7 @@ def test_events_come_while_the_model_runs(model, output, tmp_path):
 
 def test_usage_is_the_time_of_the_models_container():
     terminated = {"startedAt": "2026-01-01T00:00:00Z", "finishedAt": "2026-01-01T01:00:05Z"}
-    usage = kubernetes_engine._usage(terminated, "cpu")
+    usage = kubernetes_engine._read_usage(terminated, "cpu")
     assert usage == Usage(seconds=3605.0, cpu_seconds=None, peak_memory_bytes=None, device="cpu")
 
 
