@@ -99,6 +99,7 @@ def calibrate(
     ] = False,
 ) -> None:
     """Calibrate the metrics on one file; needs no server, MLflow or model."""
+    from blocks.local.files import replace_file
     from core.scoring.file_calibration import FileOptions, calibrate_file
     from flows.cli.console import make_verdict_table
 
@@ -110,9 +111,8 @@ def calibrate(
     columns = ["covariate"] * (scores["covariate"].nunique() > 1)
     tables = {"scores": scores[["model", *columns, "condition", "metric", "value"]], "calibration": calibration}
     for name, table in tables.items():
-        partial = out / f".{name}.csv.partial"
-        table.to_csv(partial, index=False)
-        partial.replace(out / f"{name}.csv")
+        with replace_file(out / f"{name}.csv") as new:
+            table.to_csv(new, index=False)
     CONSOLE.print(make_verdict_table(calibration, CONSOLE.width))
     CONSOLE.print(f"scores: {out / 'scores.csv'}\ncalibration: {out / 'calibration.csv'}")
 

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from blocks.engines.process import Engine, Event, ModelFailed, Stage
+from blocks.engines.base import Engine, ModelFailed, Stage
+from blocks.engines.lines import Event
 from blocks.local.gpus import Gpu, lease
 from core.catalog.schema import Form
 from core.conditions import genes_of

@@ -36,7 +36,7 @@ def run_flow(flow: Any, **parameters: object) -> Any:
     ours = logging.getLogger("calipert")
     ours.setLevel(logging.INFO)
     ours.addHandler(RichHandler(console=CONSOLE, show_path=False, show_level=False, log_time_format="%H:%M:%S"))
-    from blocks.engines.process import ModelFailed
+    from blocks.engines.base import ModelFailed
 
     try:
         return flow(**parameters)
