@@ -1,4 +1,4 @@
-"""Downloads that go on where they broke off, over HTTPS and from S3."""
+"""Downloads over HTTPS and from S3 that continue where they broke off."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import httpx
 
 from blocks.config.secrets import S3_KEY, S3_SECRET, s3_credentials
 from blocks.http import is_transient, is_transient_status, open_client
+from blocks.local.files import replace_file
 from core.catalog.schema import HttpsSource, S3Source
 from core.errors import UserError
 from tasks.artifacts import LOG
@@ -40,8 +41,8 @@ def download(source: HttpsSource | S3Source, target: Path) -> None:
     """Fetch a file into `target`, which appears under its name only when it is whole. One caller at a time.
 
     What an earlier try left in `<target>.part` is kept if the server says that the file is still the same.
-    Raises ConnectionError if bytes are missing (the next try goes on from there), UserError where the file is not to
-    be had, or is no HDF5 though it is named .h5ad.
+    Raises ConnectionError if bytes are missing (the next try goes on from there), UserError if the file cannot be
+    downloaded, or is no HDF5 though it is named .h5ad.
     """
     # Costs time, and nothing is downloaded in most runs.
     from core.io.h5ad import require_space
@@ -84,7 +85,7 @@ def is_download_transient(error: BaseException) -> bool:
 
 
 def _version(state: Path) -> str | None:
-    """Which version of the file the kept bytes are of; None where that is not known."""
+    """Return the version of the file that the kept bytes belong to; None if it is not known."""
     try:
         version = json.loads(state.read_text(encoding="utf-8"))["version"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
@@ -94,12 +95,8 @@ def _version(state: Path) -> str | None:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a small file that is there whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with replace_file(path) as new:
+        new.write_text(text, encoding="utf-8")
 
 
 def _receive(stream: Stream, file: Any, url: str) -> None:
@@ -161,13 +158,13 @@ def _https(source: HttpsSource, start: int, version: str | None) -> Iterator[Str
 
 
 def _broken(why: str) -> Iterator[bytes]:
-    """No bytes, but a failure after which the next try begins anew."""
+    """Give no bytes, but a failure after which the next try begins at the first byte."""
     raise ConnectionError(why)
     yield b""
 
 
 def _require_safe(answer: httpx.Response, url: str) -> None:
-    """A redirection from https to plain http would hand the file to anybody on the way."""
+    """Refuse a redirection from https to plain http: others on the way could read and change the file."""
     if url.startswith("https:") and answer.url.scheme != "https":
         raise UserError(url, "address", f"redirected to {answer.url}", "give an address that stays on https")
 

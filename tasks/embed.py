@@ -122,8 +122,4 @@ def _graph(annotations: Path, neighbours: int, genes: list[str]) -> pd.DataFrame
     return build_gene_graph(read_gene_terms(annotations), neighbours, genes)
 
 
-COMPUTE: dict[str, Callable[..., pd.DataFrame]] = {
-    "gmt": _pathways,
-    "coexpression": _coexpression,
-    "graph": _graph,
-}
+COMPUTE: dict[str, Callable[..., pd.DataFrame]] = {"gmt": _pathways, "coexpression": _coexpression, "graph": _graph}
