@@ -18,7 +18,8 @@ class FakeFetch:
     """In place of the task: without a network. tried: with how many retries, call by call."""
 
     def __init__(self, error: Exception) -> None:
-        self.error, self.tried = error, []
+        self.error = error
+        self.tried: list[int] = []
 
     def __call__(self, *_: object, retries: int = 4) -> Path:
         self.tried.append(retries)

@@ -22,6 +22,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -198,7 +199,11 @@ class Cluster:
                 if name in self.troubles:
                     reason, message = self.troubles[name]
                     container.state = {"waiting": {"reason": reason, "message": message}}
-                    self.changed.wait_for(lambda name=name: name not in self.troubles or "ended" in pod.status)
+
+                    def may_go_on(name: str = name) -> bool:
+                        return name not in self.troubles or "ended" in pod.status
+
+                    self.changed.wait_for(may_go_on)
                 if "ended" in pod.status:
                     pod.status["phase"] = "Failed"
                     return
@@ -241,7 +246,7 @@ class Cluster:
             inside = any(value == m["mountPath"] or value.startswith(f"{m['mountPath']}/") for m in mounts)
             return f"{root}{value}" if inside else value
 
-        variables = {}
+        variables: dict[str, str] = {}
         for source in manifest.get("envFrom", []):
             variables |= self.secrets[source["secretRef"]["name"]]
         variables |= {variable["name"]: here(variable["value"]) for variable in manifest["env"]}
@@ -266,8 +271,8 @@ class Cluster:
             )
             if "ended" in pod.status:
                 pod.process.kill()
-        assert pod.process.stdout is not None
         with pod.process as process:
+            assert process.stdout is not None
             for line in process.stdout:
                 self._write(container, line)
             code = process.wait()
@@ -300,13 +305,17 @@ class Cluster:
             container.lines.append((time.monotonic(), stamp, line))
             self.changed.notify_all()
 
+    @staticmethod
+    def _has_more(container: Container, sent: int) -> bool:
+        return container.over or len(container.lines) > sent
+
     def log(self, container: Container, since_s: float | None, follow: bool) -> Iterator[bytes]:
         start = 0.0 if since_s is None else time.monotonic() - since_s
         sent = 0
         while True:
             with self.changed:
                 if follow:
-                    self.changed.wait_for(lambda sent=sent: container.over or len(container.lines) > sent)
+                    self.changed.wait_for(partial(self._has_more, container, sent))
                 new, over = container.lines[sent:], container.over or not follow
             for written, stamp, line in new:
                 if written >= start:
@@ -355,7 +364,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         jobs = f"/apis/batch/v1/namespaces/{NAMESPACE}/jobs"
         pods = f"/api/v1/namespaces/{NAMESPACE}/pods"
-        status, answer = 404, {"kind": "Status", "message": f"{request}: not found"}
+        status = 404
+        answer: dict[str, Any] = {"kind": "Status", "message": f"{request}: not found"}
         if method == "POST" and url.path == jobs:
             if body["metadata"]["name"] in cluster.jobs:
                 status, answer = 409, {"kind": "Status", "message": "already exists"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -25,7 +26,7 @@ def mirror_of(cells: ad.AnnData, seed: int = 0) -> ad.AnnData:
     key = obs["covariate"] + "_" + obs["condition"]
     first, second = obs["half"] == "first_half", obs["half"] == "second_half"
     perturbed = obs["condition"] != "control"
-    uns: dict[str, object] = {
+    uns: dict[str, Any] = {
         "technical_duplicate_first_half_baseline": x[first].groupby(key[first]).mean(),
         "technical_duplicate_second_half_baseline": x[second].groupby(key[second]).mean(),
         "ctrl_baseline": x[~perturbed].groupby(obs["covariate"][~perturbed]).mean(),
@@ -75,7 +76,7 @@ def mirror_of(cells: ad.AnnData, seed: int = 0) -> ad.AnnData:
     return mirror
 
 
-def _differential(cells: ad.AnnData, key: pd.Series) -> dict[str, dict[str, list]]:
+def _differential(cells: ad.AnnData, key: pd.Series) -> dict[str, dict[str, list[Any]]]:
     data = ad.AnnData(cells.X, obs=pd.DataFrame({"key": pd.Categorical(key)}, index=cells.obs_names), var=cells.var)
     data.uns["log1p"] = {"base": None}
     groups = [name for name in data.obs["key"].cat.categories if not name.endswith("_control")]

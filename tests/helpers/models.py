@@ -87,7 +87,13 @@ class Planted:
         pretrained: Path | None = None,
     ) -> pd.DataFrame:
         """Train and predict; wmse of each held-out condition (index) by `model` and by `dataset_mean` (columns)."""
-        common = {"embedding": embedding, "seed": 1, "threads": 1, "output": output, "pretrained": pretrained}
+        common: dict[str, Any] = {
+            "embedding": embedding,
+            "seed": 1,
+            "threads": 1,
+            "output": output,
+            "pretrained": pretrained,
+        }
         cells = self.folder / "train.h5ad"
         model.train(contract.TrainTask(cells=cells, hyperparameters=hyperparameters, **common))
         names = self.truth.obs["condition"].tolist()

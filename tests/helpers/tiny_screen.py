@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-SETTINGS = {"seed": 7, "genes": 250, "singles": 12, "cells_per_condition": 40, "control_cells": 120}
+SETTINGS: dict[str, Any] = {"seed": 7, "genes": 250, "singles": 12, "cells_per_condition": 40, "control_cells": 120}
 # Of a user who has the file.
 ENTRY: dict[str, Any] = {
     "name": "tiny",

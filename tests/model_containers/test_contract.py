@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import anndata as ad
 import numpy as np
@@ -141,7 +142,8 @@ def test_an_error_of_the_model_is_not_hidden(tmp_path):
 
 def test_embed_is_named_where_main_is_called():
     with pytest.raises(TypeError, match="positional"):
-        contract.main(DESCRIPTION, refuse, refuse, ["describe", "spec.json"])  # type: ignore[misc]
+        # The wrong call is what is tested.
+        contract.main(DESCRIPTION, refuse, refuse, ["describe", "spec.json"])  # type: ignore[call-arg, arg-type]
 
 
 @pytest.mark.parametrize("field", ["name", "combinations", "embedding", "counts", "gpu", "input"])
@@ -217,8 +219,8 @@ def test_the_only_file_is_the_one_whose_name_fits(tmp_path):
 
 
 def test_events_are_json_lines(capsys):
-    contract.progress(np.int64(1), 2, "epoch")
-    contract.metric("loss", 1, np.float32(0.5))
+    contract.progress(cast(Any, np.int64(1)), 2, "epoch")
+    contract.metric("loss", 1, cast(Any, np.float32(0.5)))
     contract.log("two\nlines")
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [
         {"event": "progress", "done": 1, "total": 2, "unit": "epoch"},
@@ -305,7 +307,7 @@ def test_an_embedding_of_zeros_is_none(tmp_path):
     table = contract.read_embedding(write_embedding(tmp_path / "e.parquet", A=[3, 4], B=[0, 0], C=[-1, 0]))
     assert table.index.tolist() == ["A", "C"]
     assert (table.dtypes == np.float64).all()
-    np.testing.assert_allclose(contract.unit_norm(table), [[0.6, 0.8], [-1, 0]], rtol=1e-15)
+    np.testing.assert_allclose(contract.unit_norm(table), [[0.6, 0.8], [-1.0, 0.0]], rtol=1e-15)
 
 
 def test_an_embedding_that_cannot_be_used_is_refused(tmp_path):

@@ -148,15 +148,19 @@ def test_it_goes_on_where_it_was_killed(load, published, tmp_path, monkeypatch, 
     sizes = list(map(len, model.batches(proteins)))
     assert sizes[0] == 1
     assert sum(sizes) > sizes[0] + sizes[1] > 2
-    kept, runs = tmp_path / "kept", []
+    kept = tmp_path / "kept"
+    runs: list[int] = []
     kept.mkdir()
     pool = model.pooled
 
-    def pooled(states, n_residues, pooling):
-        if len(runs) == sizes[0] + sizes[1]:
-            raise KeyboardInterrupt
+    def counted(states, n_residues, pooling):
         runs.append(n_residues)
         return pool(states, n_residues, pooling)
+
+    def pooled(*given):
+        if len(runs) == sizes[0] + sizes[1]:
+            raise KeyboardInterrupt
+        return counted(*given)
 
     def run(name, checkpoint=kept):
         (tmp_path / name).mkdir()
@@ -171,7 +175,7 @@ def test_it_goes_on_where_it_was_killed(load, published, tmp_path, monkeypatch, 
     (kept / "cpu-0.npy").write_bytes(b"torn")
     # What a GPU has made is not taken.
     (kept / "cuda-2.npy").write_bytes((kept / "cpu-1.npy").read_bytes())
-    monkeypatch.setattr(model, "pooled", lambda *rest: runs.append(rest[1]) or pool(*rest))
+    monkeypatch.setattr(model, "pooled", counted)
     runs.clear()
     capsys.readouterr()
     assert run("again") == whole
@@ -318,7 +322,10 @@ def drop(name: str) -> Callable[[Path], None]:
 
 
 def write(name: str, content: bytes) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_bytes(content)
+    def change(folder: Path) -> None:
+        (folder / name).write_bytes(content)
+
+    return change
 
 
 def set_config(**fields: object) -> Callable[[Path], None]:
@@ -412,6 +419,7 @@ def test_sharded_weights_are_read(made, published):
 def test_the_files_of_the_catalog_are_what_is_read(load, name):
     spec = open_catalog().embedding(name)
     assert spec.container == "esm2"
+    assert spec.pretrained is not None
     files = set(open_catalog().pretrained(spec.pretrained).files)
     shards = {file for file in files if file.startswith("model-0")}
     weights = {"model.safetensors.index.json", *shards} if shards else {"model.safetensors"}

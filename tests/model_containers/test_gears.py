@@ -169,13 +169,13 @@ def test_coexpression_is_the_correlation_within_covariates_in_train_cells(gears,
         pd.DataFrame(X, columns=GENES).loc[train].groupby(covariate[train]).transform(lambda part: part - part.mean())
     )
     size = centred.drop(columns="g4").corr().abs()
-    rows = [
+    links = [
         (gene, other, value)
         for gene in size
         for other, value in size[gene].drop(gene).sort_values(ascending=False).items()
         if value > threshold
     ]
-    expected = gears.normalised(graph_table(*rows), 3, GENES)
+    expected = gears.normalised(graph_table(*links), 3, GENES)
     names = ["gene", "neighbour"]
     pd.testing.assert_frame_equal(
         found.sort_values(names, ignore_index=True), expected.sort_values(names, ignore_index=True), rtol=1e-4

@@ -198,6 +198,7 @@ def test_the_catalogs_embedding_is_made_by_a_process(
 
 def test_the_files_of_the_catalog_are_what_is_read():
     spec = open_catalog().embedding("geneformer")
+    assert spec.pretrained is not None
     assert set(open_catalog().pretrained(spec.pretrained).files) == {"model.safetensors", TOKENS, SYMBOLS}
 
 

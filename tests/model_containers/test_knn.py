@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -15,7 +17,7 @@ def knn(load):
     return load("knn")
 
 
-def write_cells(path, profiles: dict[tuple[str, str], list[float]]) -> None:
+def write_cells(path, profiles: Mapping[tuple[str, str], Sequence[float]]) -> None:
     """One cell per (condition, split)."""
     rows = [("line", condition, split) for condition, split in profiles]
     obs = pd.DataFrame(rows, columns=["covariate", "condition", "split"], index=[f"c{row}" for row in range(len(rows))])

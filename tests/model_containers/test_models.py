@@ -17,6 +17,8 @@ import anndata as ad
 import numpy as np
 import pytest
 
+from blocks.engines.base import Stage
+from blocks.engines.lines import Event
 from blocks.engines.process import ProcessEngine
 from core.errors import UserError
 from model_containers import contract
@@ -201,7 +203,8 @@ def test_the_maker_of_embeddings_in_the_guide_works(tmp_path):
         one.mkdir()
     (folder / "model.py").write_text(code)
     (published / "table.csv").write_text("gene,x,y\nB,1,2\nA,3,4\n")
-    engine, events = ProcessEngine(), []
+    engine = ProcessEngine()
+    events: list[Event] = []
     assert engine.describe(folder).input == "files"
     task = {"pretrained": str(published), "settings": {"times": 2}, "output": str(tmp_path / "output")}
     engine.run("embed", folder, task, on_event=events.append)
@@ -217,12 +220,14 @@ def test_the_model_in_the_guide_works(panel, tmp_path):
     folder = tmp_path / "average"
     folder.mkdir()
     (folder / "model.py").write_text(code)
-    engine, events = ProcessEngine(), []
+    engine = ProcessEngine()
+    events: list[Event] = []
     assert engine.describe(folder).name == "average"
-    for stage, task in (
-        ("train", panel.train_task(tmp_path / "model")),
-        ("predict", panel.predict_task(tmp_path / "model", tmp_path / "output")),
-    ):
+    tasks: dict[Stage, Any] = {
+        "train": panel.train_task(tmp_path / "model"),
+        "predict": panel.predict_task(tmp_path / "model", tmp_path / "output"),
+    }
+    for stage, task in tasks.items():
         spec = json.loads(json.dumps(vars(task), default=str))
         if stage == "predict":
             spec["conditions"] = [key._asdict() for key in task.conditions]

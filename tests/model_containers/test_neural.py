@@ -91,7 +91,8 @@ def train(task: contract.TrainTask, count: int = 8, cut: int | None = None) -> t
 
 
 def task_in(folder: Path, **changes: Any) -> contract.TrainTask:
-    given = {"cells": folder, "embedding": None, "hyperparameters": {}, "seed": 3, "threads": 1, "output": folder}
+    given: dict[str, Any] = {"cells": folder, "embedding": None, "hyperparameters": {}}
+    given |= {"seed": 3, "threads": 1, "output": folder}
     return contract.TrainTask(**(given | changes))
 
 

@@ -114,7 +114,9 @@ def test_one_source_is_not_weighed(presage):
     assert "covariate" not in net
     source = {"only": pd.DataFrame(np.random.default_rng(0).normal(size=(2, 5)), index=["A", "B"])}
     conditions = presage.conditions_of([contract.Key("x", "A"), contract.Key("x", "A+B")], source, shape, CPU)
-    first, both = (sum(of_sources(net, gene, source)[0] for gene in genes) for genes in ("A", "AB"))
+    first, both = (
+        torch.stack([of_sources(net, gene, source)[0] for gene in genes]).sum(dim=0) for genes in ("A", "AB")
+    )
     expected = net["head"](torch.stack([first, both]))
     torch.testing.assert_close(presage.forward(net, settings, conditions, np.array([0, 1])), expected)
 

@@ -43,7 +43,7 @@ def by_definition(tables, covariate: str, asked: list[str], alphas: list[float])
     for alpha in alphas:
         fitted = KernelRidge(alpha=alpha, kernel="linear").fit(x(train), y.loc[train])
         errors[alpha] = ((fitted.predict(x(val)) - y.loc[val]) ** 2).to_numpy().mean()
-    best = min(errors, key=errors.get)
+    best = min(errors, key=lambda alpha: errors[alpha])
     final = KernelRidge(alpha=best, kernel="linear").fit(x(known), y)
     return dataset_mean.to_numpy() + final.predict(x(asked))
 

@@ -108,7 +108,8 @@ def test_loss_is_that_of_perturbed_cells_from_control_cells_of_their_covariate(s
         screen = scgpt.screen_of(cells, shape, CPU)
     net.eval()
     batch = np.array([8, 9, 7, 14, 12])
-    controls, genes = [], []
+    controls: list[int] = []
+    genes: list[int] = []
 
     def noted(numbers):
         controls.extend(numbers if not controls else [])  # the control cells are looked up first
@@ -235,7 +236,8 @@ def test_a_published_checkpoint_is_taken_over(scgpt, tmp_path, spelling, capsys)
 
 
 def test_a_tensor_that_does_not_fit_stays_random_and_is_named(scgpt, tmp_path, capsys):
-    published = publish(tmp_path, ["a", "b"], **{"value_encoder.linear1.weight": torch.zeros(16, 3)})
+    changes: dict[str, Any] = {"value_encoder.linear1.weight": torch.zeros(16, 3)}
+    published = publish(tmp_path, ["a", "b"], **changes)
     pretrained = scgpt.read_pretrained(published.folder)
     net = scgpt.network(shape_of(scgpt, ["b"], **pretrained.widths), 0.0)
     drawn = neural.copy_of(net)["value_encoder.linear1.weight"]
@@ -396,7 +398,7 @@ def test_a_training_that_was_cut_off_goes_on_to_the_same_bits(scgpt, panel, tmp_
         patch.setattr(contract, "metric", cut_at(3, contract.metric))
         with pytest.raises(KeyboardInterrupt):
             scgpt.train(task)
-    seen = []
+    seen: list[Any] = []
     monkeypatch.setattr(neural, "generator", noted(seen, neural.generator))
     scgpt.train(task)
     assert {epoch for _, epoch in seen} == {0, 3, 4}, "the first two epochs are not computed again"
@@ -479,7 +481,7 @@ def test_it_learns_combinations_from_single_genes_and_other_combinations(scgpt, 
     cells = ad.AnnData(sparse.csr_matrix(X), obs=obs.assign(covariate="x"), var=pd.DataFrame(index=genes))
     cells.write_h5ad(tmp_path / "train.h5ad")
     cells[cells.obs["condition"] == contract.CONTROL].write_h5ad(tmp_path / "control.h5ad")
-    settings = {"width": 16, "heads": 2, "layers": 2, "hidden": 16, "epochs": 12, "batch_size": 16}
+    settings: dict[str, Any] = {"width": 16, "heads": 2, "layers": 2, "hidden": 16, "epochs": 12, "batch_size": 16}
     settings |= {"learning_rate": 0.002, "sequence": 24, "pool": 16, "dropout": 0.0}
     scgpt.train(contract.TrainTask(tmp_path / "train.h5ad", None, settings, 1, 1, tmp_path))
     keys = tuple(contract.Key("x", name) for name in test)

@@ -121,7 +121,8 @@ def test_losses_and_gradients_are_those_of_single_cells(sclambda, case):
 
     # All cells of a condition are moved together.
     own = {key: case.embedded(key).requires_grad_() for key in keys}
-    gradients = torch.autograd.grad(sum(errors(own)), list(own.values()), retain_graph=True)
+    expression_error, embedding_error = errors(own)
+    gradients = torch.autograd.grad(expression_error + embedding_error, list(own.values()), retain_graph=True)
     moved = {
         key: each.detach() + 1e-3 * 5**0.5 * one.sign() for (key, each), one in zip(own.items(), gradients, strict=True)
     }

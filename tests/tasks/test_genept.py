@@ -23,6 +23,7 @@ from prefect.states import Failed
 from blocks.config.catalog import open_catalog
 from blocks.http import ConnectionLost
 from blocks.services import text_service
+from blocks.services.vectors import Vector, kept_vector
 from core.errors import UserError
 from flows.benchmark import benchmark
 from flows.embed import embed as flow
@@ -315,7 +316,9 @@ def test_after_the_last_try_nothing_waits(
 @pytest.mark.parametrize("url", ["https://a:b", "https://xn--"])
 def test_what_can_be_no_address_is_named_and_not_tried_again(service: Any, key: object, url: str) -> None:
     # Such as the catalog may let pass.
-    about = open_catalog().embedding("mine").service.model_copy(update={"url": url})
+    known = open_catalog().embedding("mine").service
+    assert known is not None
+    about = known.model_copy(update={"url": url})
     with pytest.raises(UserError, match="no address that can be asked") as error:
         text_service.text_vectors(about, 4, ["a text"])
     assert (error.value.where, error.value.field) == (f"{url}/embeddings", "service.url")
@@ -422,7 +425,7 @@ def checked(numbers: bytes) -> bytes:
         lambda content: content[:32] + np.frombuffer(content[32:], np.float32).astype(np.float64).tobytes(),
         lambda content: checked(content[32:-4]),
         lambda content: checked(content[32:-3]),
-        lambda content: checked(np.float32([1, np.nan, 1, 1]).tobytes()),
+        lambda content: checked(np.array([1, np.nan, 1, 1], np.float32).tobytes()),
     ],
 )
 def test_a_damaged_vector_is_asked_for_again(
@@ -448,8 +451,12 @@ def test_each_kept_vector_is_read_once(
 ) -> None:
     make()
     read: list[str] = []
-    kept_vector = embed_texts.kept_vector
-    monkeypatch.setattr(embed_texts, "kept_vector", lambda name, n: read.append(name) or kept_vector(name, n))
+
+    def counted(name: str, dimensions: int) -> Vector | None:
+        read.append(name)
+        return kept_vector(name, dimensions)
+
+    monkeypatch.setattr(embed_texts, "kept_vector", counted)
     make(TEXTS | {"NEW": "What the new gene does."})
     # The one that is asked for: before, and after.
     assert (len(read), len(set(read))) == (9, 8)
@@ -586,4 +593,6 @@ def test_a_key_goes_nowhere_in_the_clear_but_to_this_machine(service: Any, tmp_p
 @pytest.mark.parametrize("url", ["https://example.org", "http://localhost:8000/v1", "http://127.0.0.1/v1"])
 def test_addresses_of_services(service: Any, tmp_path: Path, url: str) -> None:
     stand_in.write_entry(tmp_path / "catalog", url)
-    assert open_catalog().embedding("mine").service.url == url
+    known = open_catalog().embedding("mine").service
+    assert known is not None
+    assert known.url == url

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -15,7 +16,7 @@ from scipy import sparse
 from blocks.config.catalog import open_catalog
 from blocks.config.paths import checkpoints_folder
 from blocks.engines.base import ModelFailed
-from core.catalog.schema import EmbeddingSpec, PretrainedSpec
+from core.catalog.schema import EmbeddingSpec, HttpsSource, PretrainedSpec
 from core.errors import UserError
 from model_containers import contract
 from tasks import embed, engine, pretrained, sources
@@ -26,8 +27,8 @@ WEIGHTS = PretrainedSpec(
     name="net",
     title="a net",
     files={
-        "args.json": {"kind": "https", "url": "https://example.org/args.json"},
-        "best.pt": {"kind": "https", "url": "https://example.org/best.pt"},
+        "args.json": HttpsSource(kind="https", url="https://example.org/args.json"),
+        "best.pt": HttpsSource(kind="https", url="https://example.org/best.pt"),
     },
 )
 
@@ -80,13 +81,20 @@ def test_several_are_joined_for_each_fold_from_parts_that_are_made_once(
     several = model.model_copy(update={"name": "m", "embedding": open_catalog().embedding("knowledge")})
     made: list[str] = []
     original = embed.embed
-    monkeypatch.setattr(embed, "embed", lambda spec, *rest: made.append(spec.name) or original(spec, *rest))
+
+    def note(spec: EmbeddingSpec, *rest: Any) -> Path:
+        made.append(spec.name)
+        return original(spec, *rest)
+
+    monkeypatch.setattr(embed, "embed", note)
     found = embed.make_embeddings([several, model], folds, {"reactome": gmt}, ["A", "F"])
     assert sorted(made) == ["coexpression", "coexpression", "reactome"]
     assert found["m", 0] != found["m", 1]
     assert found["fmlp_reactome", 0] == found["fmlp_reactome", 1]
     for fold in folds:
-        read = contract.read_sources(found["m", fold] / "embedding.parquet")
+        joined = found["m", fold]
+        assert joined is not None
+        read = contract.read_sources(joined / "embedding.parquet")
         assert {name: set(table.index) for name, table in read.items()} == {
             "reactome": set("ABCDE"),
             "coexpression": {"A", "F"},
@@ -139,7 +147,7 @@ def test_weights_come_from_the_folder_that_is_named(gmt: Path, tmp_path: Path) -
 
 
 def test_weights_are_downloaded_under_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(name: str, source: sources.HttpsSource) -> Path:
+    def download(name: str, source: HttpsSource) -> Path:
         path = tmp_path / f"{name}.{source.url.rpartition('/')[2]}"
         path.write_text(source.url)
         return path

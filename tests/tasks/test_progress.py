@@ -45,7 +45,7 @@ def test_the_log_has_a_line_every_thirty_seconds(steps, caplog: pytest.LogCaptur
 def test_the_artifact_is_brought_up_to_date_every_two_seconds_and_at_the_end(
     steps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[tuple[str, float]] = []
+    told: list[tuple[str, object]] = []
 
     def create(**given: object) -> UUID:
         told.append(("created", given["progress"]))

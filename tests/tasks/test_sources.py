@@ -271,10 +271,11 @@ def test_a_mirror_that_is_not_there_is_refused_before_any_work(flow: Flow[..., o
 def test_a_lost_connection_is_tried_again_and_named(
     kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    nowhere = {
+    sources: dict[str, HttpsSource | S3Source] = {
         "https": source("http://127.0.0.1:9/a.h5ad"),
         "s3": S3Source(kind="s3", url="s3://screens/a.h5ad", anonymous=True, endpoint="http://127.0.0.1:9"),
-    }[kind]
+    }
+    nowhere = sources[kind]
     spec = open_catalog().dataset("norman19").model_copy(update={"source": nowhere})
     with pytest.raises(ConnectionLost) as caught:
         fetch_source.fn(spec)

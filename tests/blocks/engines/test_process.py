@@ -206,6 +206,8 @@ def test_usage_tells_time_processor_and_memory(model):
         on_event=print,
     )
     assert usage.seconds >= 0.6
+    assert usage.cpu_seconds is not None
+    assert usage.peak_memory_bytes is not None
     assert usage.cpu_seconds >= 0.4
     assert 200e6 <= usage.peak_memory_bytes < 400e6
 
@@ -215,6 +217,7 @@ def test_usage_is_the_models_not_the_callers(model):
     ballast = b"x" * 300_000_000
     usage = ProcessEngine().run("train", model(""), {}, on_event=print)
     assert isinstance(usage, Usage)
+    assert usage.peak_memory_bytes is not None
     assert 1e6 < usage.peak_memory_bytes < 100e6 < len(ballast)
 
 

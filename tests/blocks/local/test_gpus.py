@@ -22,6 +22,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from blocks.engines.lines import Event
 from blocks.engines.process import ProcessEngine
 from blocks.local import cancellation, gpus
 from blocks.local.cancellation import Stopped, stop_all
@@ -183,6 +184,8 @@ def test_a_lease_takes_the_first_free_gpu_and_gives_it_back(host):
     host("GPU-a,GPU-b")
     with lease("one") as first:
         with lease("two") as second:
+            assert first is not None
+            assert second is not None
             assert [first.id, second.id] == ["GPU-a", "GPU-b"]
             assert holders() == [("GPU-a", Holder(os.getpid(), "one")), ("GPU-b", Holder(os.getpid(), "two"))]
         assert free() == ["GPU-b"]
@@ -206,6 +209,7 @@ def test_a_longer_name_of_an_earlier_holder_leaves_nothing(host):
 def test_a_gpu_whose_holder_has_not_written_yet_is_held(host):
     host("GPU-a")
     with lease("one") as gpu:
+        assert gpu is not None
         os.ftruncate(gpu.descriptor, 0)
         assert holders() == [("GPU-a", Holder(None, "has just taken it"))]
 
@@ -225,6 +229,7 @@ def test_who_waits_says_so_once_and_takes_what_comes_free(host, caplog, monkeypa
 
         monkeypatch.setattr(gpus, "time", SimpleNamespace(sleep=sleep))
         with lease("three") as gpu:
+            assert gpu is not None
             assert gpu.id == "GPU-b"
     assert polls == [gpus.POLL_S] * 3
     assert [message for message in caplog.messages if "three" in message] == [
@@ -249,6 +254,7 @@ def test_threads_of_one_process_exclude_each_other(host):
 
     def use(number: int) -> bool:
         with lease(f"thread {number}") as gpu:
+            assert gpu is not None
             with guard:
                 alone = gpu.id not in held
                 held.add(gpu.id)
@@ -320,9 +326,10 @@ def test_the_shared_folder_is_the_first_that_can_be_made(host, tmp_path, monkeyp
 
 def test_a_lock_file_that_is_deleted_while_it_is_taken_is_no_lease(host, monkeypatch):
     host("GPU-a")
-    real, removed = fcntl.flock, []
+    real = fcntl.flock
+    removed: list[bool] = []
 
-    def flock(file: object, how: int) -> None:
+    def flock(file: int, how: int) -> None:
         real(file, how)
         if not removed:
             removed.append(True)
@@ -330,6 +337,7 @@ def test_a_lock_file_that_is_deleted_while_it_is_taken_is_no_lease(host, monkeyp
 
     monkeypatch.setattr(fcntl, "flock", flock)
     with lease("one") as gpu:
+        assert gpu is not None
         assert os.path.samestat(os.fstat(gpu.descriptor), (lock_folder() / "GPU-a.lock").stat())
         assert holders() == [("GPU-a", Holder(os.getpid(), "one"))]
 
@@ -457,7 +465,7 @@ def test_a_model_sees_the_leased_gpu_and_no_other(tmp_path, monkeypatch):
     )
 
     def found(gpu: gpus.Gpu | None) -> list[float]:
-        events: list = []
+        events: list[Event] = []
         ProcessEngine().run("train", folder, {}, on_event=events.append, gpu=gpu)
         return [event["value"] for event in events]
 

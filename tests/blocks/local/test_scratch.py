@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import platform
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from blocks.config.paths import PROJECT_ROOT
-from blocks.local import scratch as module
 from blocks.local.scratch import scratch, sweep
 
 HOLDER = """
@@ -99,7 +100,8 @@ def test_a_lock_that_was_left_without_its_folder_goes(tmp_path: Path) -> None:
 def test_a_sweep_between_making_the_lock_file_and_locking_it_does_no_harm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flock, swept = module.fcntl.flock, []
+    flock = fcntl.flock
+    swept: list[int] = []
 
     def late(descriptor: int, operation: int) -> None:
         if not swept:
@@ -107,7 +109,7 @@ def test_a_sweep_between_making_the_lock_file_and_locking_it_does_no_harm(
             sweep(tmp_path, "work")
         flock(descriptor, operation)
 
-    monkeypatch.setattr(module.fcntl, "flock", late)
+    monkeypatch.setattr(fcntl, "flock", late)
     with scratch(tmp_path, "work") as folder:
         assert swept
         sweep(tmp_path, "work")
@@ -149,7 +151,7 @@ def test_what_cannot_be_removed_is_said_and_stops_nobody(
         raise PermissionError(13, "Permission denied", str(folder))
 
     with monkeypatch.context() as other_user, caplog.at_level(logging.WARNING, "calipert.scratch"):
-        other_user.setattr(module.shutil, "rmtree", refuse)
+        other_user.setattr(shutil, "rmtree", refuse)
         sweep(tmp_path, "work")
     assert f"cannot be removed: {left}" in caplog.text
     with scratch(tmp_path, "work") as folder:

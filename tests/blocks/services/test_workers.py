@@ -29,8 +29,10 @@ def ensured(fakes: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[
         script = ["-c", IDLE] if name.startswith("worker") else []
         return launch(name, [*script, *arguments], *rest)  # type: ignore[arg-type]
 
-    def ensure(*pools: str, **options: float) -> dict[str, psutil.Process]:
-        workers.ensure_workers(services.ensure_servers(), *([pools] if pools else []), **options)
+    def ensure(*pools: str, **options: Any) -> dict[str, psutil.Process]:
+        if pools:
+            options["pools"] = pools
+        workers.ensure_workers(services.ensure_servers(), **options)
         return {name: process for name, process in recorded(fakes).items() if name.startswith("worker")}
 
     monkeypatch.setattr(daemons, "launch", idle)

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from hypothesis import strategies as st
 import blocks.store.artifacts
 import blocks.store.checksums
 from blocks.config.paths import PROJECT_ROOT
-from blocks.store.artifacts import ArtifactStore, artifact_key
+from blocks.store.artifacts import JSON, ArtifactStore, artifact_key
 from core.catalog.schema import DatasetSpec
 from core.errors import UserError
 from core.prepare.cells import write_cells
@@ -31,7 +32,7 @@ from core.simulate import SimulationSettings, simulate
 from tasks.artifacts import Recipe, build_or_get
 
 INPUTS = {"cells": "ab12"}
-PARAMETERS = {"seed": 42, "rate": 0.1, "names": ["a", "b"]}
+PARAMETERS: dict[str, JSON] = {"seed": 42, "rate": 0.1, "names": ["a", "b"]}
 CODE = "c0de"
 KEY = artifact_key("reference", INPUTS, PARAMETERS, CODE)
 
@@ -383,7 +384,12 @@ def test_a_disk_that_fills_up_under_a_preparation(
     whole = prepare(screen)
     values = json.loads((whole / "manifest.json").read_text(encoding="utf-8"))["files"]["cells.h5ad"]["size"]
     spilt: list[int] = []
-    monkeypatch.setattr("core.prepare.cells.estimate_bytes", lambda n: spilt.append(8 * n) or 0)
+
+    def fit_always(n: int) -> int:
+        spilt.append(8 * n)
+        return 0
+
+    monkeypatch.setattr("core.prepare.cells.estimate_bytes", fit_always)
     shutil.rmtree(tmp_path / "store")
     prepare(screen)
     most = spilt[0] + values
@@ -534,7 +540,7 @@ def rewrite(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
-DAMAGES = {
+DAMAGES: dict[Callable[[Path], None], str] = {
     truncate: "table.txt has 5 bytes, not 10",
     alter: "weights/layer.bin has changed",
     lose: "weights/layer.bin: No such file",
@@ -564,11 +570,10 @@ def test_each_file_is_read_once_per_process_until_it_changes(
     store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
-    digest = blocks.store.checksums.file_digest
 
     def counted(file: Any, name: str) -> Any:
         read.append(Path(file.name).name)
-        return digest(file, name)
+        return file_digest(file, name)
 
     monkeypatch.setattr(blocks.store.checksums, "file_digest", counted)
     folder = obtain(store)

@@ -18,11 +18,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import filelock
 import httpx
 import pytest
 
 from blocks.config.paths import PROJECT_ROOT
-from blocks.local import files as local_files
 from blocks.store import artifacts as store_module
 from blocks.store import bucket as module
 from blocks.store.artifacts import ArtifactStore, artifact_key
@@ -710,7 +710,7 @@ def test_a_store_that_cannot_be_written_still_uploads(
     folder = obtain(ArtifactStore(root=str(tmp_path / "one" / "store"), remote=None))
     with monkeypatch.context() as locked:
         locked.setattr(os, "access", lambda path, mode: False)
-        locked.setattr(local_files.filelock, "FileLock", refuse)
+        locked.setattr(filelock, "FileLock", refuse)
         assert obtain(host("one"), refuse) == folder
     obtain(host("two"), refuse)
 
@@ -771,15 +771,16 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(
         [sys.executable, "-c", FORKING], cwd=PROJECT_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert process.stdin is not None
-    assert process.stdout is not None
+    answers = process.stdout
+    assert answers is not None
 
     def start(root: str, number: int) -> int:
         print(root, URL, number, 0.8, file=process.stdin, flush=True)
-        return int(process.stdout.readline())
+        return int(answers.readline())
 
     def wait() -> None:
         print("wait", file=process.stdin, flush=True)
-        assert process.stdout.readline() == "ended\n"
+        assert answers.readline() == "ended\n"
 
     try:
         whole = float("inf")

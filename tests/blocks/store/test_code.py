@@ -120,7 +120,7 @@ def test_the_imports_are_those_of_the_syntax_tree(package: str) -> None:
     files = sorted((PROJECT_ROOT / package).rglob("*.py"))
     assert files
     for path in files:
-        wanted = set()
+        wanted: set[tuple[int, str, tuple[str, ...]]] = set()
         for node in ast.walk(ast.parse(path.read_bytes())):
             if isinstance(node, ast.Import):
                 wanted |= {(0, alias.name, ()) for alias in node.names}

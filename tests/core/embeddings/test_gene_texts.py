@@ -131,7 +131,7 @@ def test_batches_are_limited_in_number_and_length() -> None:
 
 
 def test_genes_of_one_text_have_one_vector() -> None:
-    vectors = {"one": np.float32([1, 2]), "two": np.float32([3, 4])}
+    vectors = {"one": np.array([1, 2], np.float32), "two": np.array([3, 4], np.float32)}
     table = embed_texts({"B": "one", "A": "two", "C": "one"}, vectors)
     assert table.to_dict() == {"d0": {"A": 3.0, "B": 1.0, "C": 1.0}, "d1": {"A": 4.0, "B": 2.0, "C": 2.0}}
     assert list(table.index) == ["A", "B", "C"]

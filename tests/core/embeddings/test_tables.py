@@ -1,6 +1,8 @@
 """Gene embeddings: equal to scikit-learn and scanpy, the same bytes always, and missing genes stay missing."""
 
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -318,9 +320,7 @@ def test_the_number_of_threads_does_not_change_a_bit(monkeypatch):
     monkeypatch.setattr(module, "CELLS_AT_ONCE", 200)
     results = []
     for threads in (1, 2):
-        monkeypatch.setattr(
-            module, "ThreadPoolExecutor", lambda workers=threads, pool=module.ThreadPoolExecutor: pool(workers)
-        )
+        monkeypatch.setattr(module, "ThreadPoolExecutor", partial(ThreadPoolExecutor, threads))
         with threadpool_limits(threads):
             results.append(embed_coexpression(X, genes, 16))
     pd.testing.assert_frame_equal(*results, check_exact=True)

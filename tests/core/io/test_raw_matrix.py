@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import anndata as ad
@@ -203,7 +204,7 @@ def test_the_scratch_copy_of_a_matrix_by_columns_is_checked_for_space(tmp_path: 
     dense = matrix("float64")
     path = write(tmp_path / "raw.h5ad", sparse.csc_matrix(dense))
     needed = 12 * int((dense != 0).sum()) + 24 * 8
-    free = type("Usage", (), {"free": needed - 1})
+    free = SimpleNamespace(free=needed - 1)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: free)
     with pytest.raises(UserError, match=r"free disk space[\s\S]*a copy of X by rows"):
         read_all(path, dense.shape, 10_000)

@@ -7,6 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 
 from core.report.figures import style
 from core.report.figures.conditions import conditions
@@ -102,6 +104,10 @@ def test_rendering_does_not_depend_on_the_users_settings():
         assert style.svg(dynamic_range(tables["calibration"])) == plain
 
 
+def xs_of(line: Line2D) -> np.ndarray:
+    return np.asarray(line.get_xdata())
+
+
 def test_dynamic_range_shows_each_mean_interval_spread_and_n():
     calibration = build(conditions=60)["calibration"]
     figure = dynamic_range(calibration)
@@ -110,13 +116,15 @@ def test_dynamic_range_shows_each_mean_interval_spread_and_n():
     names = [label.get_text() for label in left.get_yticklabels()]
     assert names == list(quoted["drf"].sort_values(ascending=False, kind="stable").index)
     points = [line for line in left.lines if line.get_marker() in style.VERDICT_MARKERS.values()]
-    bars = [line for line in left.lines if len(line.get_xdata()) == 2 and line.get_linewidth() == 1.6]
+    bars = [line for line in left.lines if len(xs_of(line)) == 2 and line.get_linewidth() == 1.6]
     for row, name in enumerate(names):
         entry = quoted.loc[name]
-        assert points[row].get_xdata()[0] == entry["drf"]
-        assert list(bars[row].get_xdata()) == [entry["drf_low"], entry["drf_high"]]
+        assert xs_of(points[row])[0] == entry["drf"]
+        assert list(xs_of(bars[row])) == [entry["drf_low"], entry["drf_high"]]
         assert points[row].get_color() == style.VERDICT_COLOURS[entry["verdict"]]
-        assert left.patches[row].get_width() == pytest.approx(2 * entry["drf_half_sd"])
+        spread = left.patches[row]
+        assert isinstance(spread, Rectangle)
+        assert spread.get_width() == pytest.approx(2 * entry["drf_half_sd"])
     image = style.svg(figure).decode()
     assert image.count("n = 60") == len(names)
     assert "18 % NaN" in image
@@ -167,7 +175,7 @@ def test_per_condition_counts_wins_by_stratum():
     panel = per_condition(ratios).axes[0]
     assert [text.get_text() for text in panel.texts] == ["better in\n1 of 2", "better in\n1 of 1", "better in\n1 of 2"]
     assert [label.get_text() for label in panel.get_xticklabels()] == ["0", "1–9", "≥ 100"]
-    points = np.concatenate([part.get_offsets()[:, 1] for part in panel.collections])
+    points = np.concatenate([np.asarray(part.get_offsets())[:, 1] for part in panel.collections])
     assert sorted(points) == sorted(ratios["ratio"])
 
 

@@ -21,7 +21,11 @@ class Page(HTMLParser):
     def __init__(self, path):
         super().__init__()
         self.source = path.read_text(encoding="utf-8")
-        self.open, self.tags, self.addresses, self.words, self.rows = [], [], [], [], []
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.words: list[str] = []
+        self.rows: list[list[str]] = []
         self.feed(self.source)
         assert not self.open
         self.text = " ".join(" ".join(self.words).split())

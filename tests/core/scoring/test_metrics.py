@@ -156,6 +156,7 @@ def test_a_small_difference_is_not_a_constant(profiles: tuple[np.ndarray, np.nda
 def test_what_varies_only_where_no_weight_is_counts_as_constant(profiles: tuple[np.ndarray, np.ndarray]) -> None:
     x, t = profiles
     w = weights_of("degs")
+    assert w is not None
     flat = np.where(w > 0, 2.0, t)
     assert np.isnan(pearson(x, flat, w)).all()
     assert np.isnan(r2(x, flat, w)).all()

@@ -33,7 +33,8 @@ def value(covariate: str, condition: str, gene: str) -> float:
 
 def predictions(keys: pd.DataFrame = KEYS, genes: pd.Index = GENES) -> ad.AnnData:
     rows = keys[["covariate", "condition"]].to_numpy()
-    X = np.array([[value(*row, gene) for gene in genes] for row in rows]).reshape(len(rows), len(genes))
+    values = [[value(covariate, condition, gene) for gene in genes] for covariate, condition in rows]
+    X = np.array(values).reshape(len(rows), len(genes))
     return ad.AnnData(X, obs=keys.set_index(keys.index.astype(str)), var=pd.DataFrame(index=genes))
 
 

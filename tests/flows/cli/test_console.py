@@ -1,5 +1,7 @@
 """What the terminal shows: complete, fitted to its width, marked without colour too."""
 
+import io
+
 import numpy as np
 import pytest
 from rich.console import Console
@@ -12,18 +14,10 @@ from tests.helpers.report_tables import build
 
 def printed(renderable, width=100, color=False):
     console = Console(
-        width=width, color_system="truecolor" if color else None, force_terminal=color, record=True, file=_Nowhere()
+        width=width, color_system="truecolor" if color else None, force_terminal=color, record=True, file=io.StringIO()
     )
     console.print(renderable)
     return console.export_text(styles=color)
-
-
-class _Nowhere:
-    def write(self, text):
-        return len(text)
-
-    def flush(self):
-        pass
 
 
 @pytest.mark.parametrize("width", [80, 100, 160])

@@ -75,7 +75,7 @@ class InThisProcess(Engine):
                 patch.setattr(sys, "argv", ["model.py", stage, str(file)])
                 runpy.run_path(str(model_folder / "model.py"), run_name="__main__")
         except (SystemExit, Exception) as error:
-            code = error.code if isinstance(error, SystemExit) else 1
+            code = error.code if isinstance(error, SystemExit) and not isinstance(error.code, str) else 1
             raise ModelFailed(model_folder.name, stage, f"ended: {error}", code, (said.getvalue(),)) from error
         for line in printed.getvalue().splitlines():
             on_event(read_event(line))

@@ -88,7 +88,8 @@ def contents(kept: Path) -> dict[str, str]:
     if not kept.exists():
         return {}
     with tarfile.open(kept) as archive:
-        return {one.name: archive.extractfile(one).read().decode() for one in archive if one.isfile()}
+        files = {one.name: archive.extractfile(one) for one in archive if one.isfile()}
+        return {name: file.read().decode() for name, file in files.items() if file}
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from prefect_docker.host import DockerHost
 
 from blocks.config.paths import PROJECT_ROOT
 from blocks.engines.base import LAST_LINES, ModelFailed, Usage
@@ -173,6 +174,8 @@ def test_usage(model, tmp_path):
     """
     usage = run(model, tmp_path, code).usage
     assert 2.4 < usage.seconds < 20
+    assert usage.cpu_seconds is not None
+    assert usage.peak_memory_bytes is not None
     assert 0.3 < usage.cpu_seconds <= usage.seconds * 1.2
     assert 1e8 < usage.peak_memory_bytes < 2**28
     assert usage.device == "cpu"
@@ -253,8 +256,7 @@ def test_a_full_output_is_explained(model, tmp_path):
 
 def test_silence_is_no_end(model, tmp_path, monkeypatch):
     """The client's own limit is for answers of the engine, not for what a model prints."""
-    host = docker_engine.DockerHost
-    monkeypatch.setattr(docker_engine, "DockerHost", lambda: host(timeout=2))
+    monkeypatch.setattr(docker_engine, "DockerHost", lambda: DockerHost(timeout=2))
     assert run(model, tmp_path, "time.sleep(5); print('late')").messages == ["late"]
 
 

@@ -209,6 +209,7 @@ def test_a_run_carries_what_it_came_from(tracking: MLflowTracking, client: Mlflo
         "flow_run_id": "flow-1",
     }
     assert tags.items() <= run.data.tags.items()
+    assert run.inputs is not None
     (given,) = run.inputs.dataset_inputs
     assert (given.dataset.name, given.dataset.digest) == (dataset, "d" * 36)
     assert json.loads(given.dataset.source) == {"url": "https://example.org/raw.h5ad"}
@@ -224,6 +225,7 @@ def test_a_control_has_no_seed_in_its_name_and_no_engine(
     assert run.info.run_name == "control_mean"
     assert "engine" not in run.data.tags
     assert "flow_run_id" not in run.data.tags
+    assert run.inputs is not None
     assert json.loads(run.inputs.dataset_inputs[0].dataset.source) == {"uri": "panel.h5ad"}
 
 
@@ -719,7 +721,8 @@ def test_a_calibration_is_one_run(tracking: MLflowTracking, client: MlflowClient
     table = calibration_table()
     file = tmp_path / "calibration.parquet"
     file.write_text("first")
-    given = {"key": "c1", "digest": "d", "source": "s", "params": {"half_seeds": 5}, "file": file}
+    params = {"half_seeds": 5}
+    given: dict[str, Any] = {"key": "c1", "digest": "d", "source": "s", "params": params, "file": file}
     run_id = tracking.log_calibration(dataset, table, **given)
     file.write_text("the second, longer")
     assert tracking.log_calibration(dataset, table, **given) == run_id
@@ -744,7 +747,7 @@ def test_a_calibration_is_one_run(tracking: MLflowTracking, client: MlflowClient
 def test_a_calibration_that_fails_says_so_and_can_be_repeated(
     tracking: MLflowTracking, client: MlflowClient, dataset: str, tmp_path: Path
 ) -> None:
-    given = {"key": "c1", "digest": "d", "source": "s", "params": {}}
+    given: dict[str, Any] = {"key": "c1", "digest": "d", "source": "s", "params": {}}
     file = tmp_path / "calibration.parquet"
     with pytest.raises(FileNotFoundError):
         tracking.log_calibration(dataset, calibration_table(), file=file, **given)

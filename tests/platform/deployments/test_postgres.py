@@ -315,7 +315,7 @@ def _postgres(programs: Path, group: Group) -> Iterator[None]:
     """A server in a folder of its own, with the databases of compose.yaml, on a free port of 127.0.0.1."""
     # Not among pytest's folders, which no other user may enter; and PostgreSQL does not run as root.
     folder = Path(tempfile.mkdtemp(prefix="calipert-postgres-"))
-    owner = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.getuid() == 0 else {}
+    owner: dict[str, Any] = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.getuid() == 0 else {}
     settings = group.services["postgres"]["environment"]
     environment = {"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8", **settings}
     environment["PGPASSWORD"] = settings["POSTGRES_PASSWORD"]
@@ -351,7 +351,7 @@ def _postgres(programs: Path, group: Group) -> Iterator[None]:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                **owner,  # type: ignore[call-overload]
+                **owner,
             )
         try:
             address = f"postgresql://postgres@127.0.0.1:{port}/postgres"

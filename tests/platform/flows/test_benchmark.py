@@ -35,6 +35,7 @@ def mlflow_runs(servers: Services) -> pd.DataFrame:
 
     client = MlflowClient(tracking_uri=servers.mlflow)
     experiment = client.get_experiment_by_name("calipert/tiny")
+    assert experiment is not None
     runs = client.search_runs([experiment.experiment_id], max_results=1000)
     return pd.DataFrame(
         {

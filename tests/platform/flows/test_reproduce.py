@@ -170,8 +170,11 @@ class TestWithServers:
 
         client = MlflowClient(tracking_uri=servers.mlflow)
         experiment = client.get_experiment_by_name("calipert/mirrored")
+        assert experiment is not None
         runs = client.search_runs([experiment.experiment_id], "tags.kind = 'calibration'")
-        sources = {json.loads(run.inputs.dataset_inputs[0].dataset.source)["uri"] for run in runs}
+        inputs = [run.inputs.dataset_inputs[0] for run in runs if run.inputs]
+        assert len(inputs) == len(runs)
+        sources = {json.loads(one.dataset.source)["uri"] for one in inputs}
         assert sources == {"s3://screens/tiny_processed_complete.h5ad"}
 
     def test_an_interrupted_reproduction_ends_the_runs_of_its_subflows(self, servers: Services) -> None:

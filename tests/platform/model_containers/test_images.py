@@ -23,6 +23,7 @@ from blocks.engines.docker import checkpoints as docker_checkpoints
 from blocks.engines.docker.engine import DockerEngine
 from blocks.engines.docker.images import build_image, find_image
 from blocks.engines.process import ProcessEngine
+from core.catalog.schema import Form
 from core.errors import UserError
 from flows.cli.model_check import check_model
 from model_containers import contract
@@ -88,7 +89,7 @@ NAMES = sorted(SMALL) if os.environ.get("CALIPERT_ALL_IMAGES") == "1" else ["fml
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_passes_the_contracts_tests(built, name):
-    form = "graph" if name == "gears" else "table"
+    form: Form = "graph" if name == "gears" else "table"
     findings = list(check_model(built(name), DockerEngine(), form, SMALL[name], lambda event: None))
     assert [finding for finding in findings if finding.fault] == []
     assert len(findings) == 9

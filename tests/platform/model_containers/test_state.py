@@ -57,7 +57,7 @@ def test_a_training_in_containers_goes_on_to_the_same_bytes(folder, panel, tmp_p
     def train(output: str, on_event: Callable[[Mapping[str, Any]], None], **given: str) -> dict[str, str]:
         (tmp_path / output).mkdir(exist_ok=True)
         files = {"cells": panel.folder / "train.h5ad", "embedding": panel.folder / "embedding.parquet"}
-        spec = {name: str(path) for name, path in files.items()} | {"output": str(tmp_path / output)}
+        spec: dict[str, Any] = {name: str(path) for name, path in files.items()} | {"output": str(tmp_path / output)}
         spec |= {"hyperparameters": SMALL, "seed": 1, **given}
         DockerEngine().run("train", folder, spec, on_event=on_event, timeout_s=1200)
         return {path.name: sha256(path.read_bytes()).hexdigest() for path in (tmp_path / output).iterdir()}

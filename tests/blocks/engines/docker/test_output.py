@@ -119,7 +119,9 @@ def test_what_is_packed_again_is_a_users_and_nothing_but_content(tmp_path):
             (strange.removeprefix("place/"), 7, 8, ""),
         ]
         assert [one.mode for one in found] == [0o755, 0o644]
-        assert archive.extractfile(found[1]).read() == b"weights"
+        file = archive.extractfile(found[1])
+        assert file is not None
+        assert file.read() == b"weights"
 
 
 def test_a_name_that_is_there_is_not_replaced(tmp_path):

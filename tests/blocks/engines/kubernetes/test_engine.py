@@ -449,13 +449,12 @@ def test_output_that_cannot_be_uploaded(model, cluster, output, monkeypatch):
 
 
 def test_output_that_vanishes_from_the_bucket(model, output, monkeypatch):
-    download = kubernetes_engine.download
     monkeypatch.setattr(kubernetes_engine, "download", lambda *arguments: False)
     assert failure(model(""), output).ending == "ended well, but its output is not in the bucket"
 
     def damaged(store: ObjectStore, name: str, folder: Path) -> bool:
         monkeypatch.setattr(transfer, "file_checksum", lambda path: "")
-        return download(store, name, folder)
+        return transfer.download(store, name, folder)
 
     monkeypatch.setattr(kubernetes_engine, "download", damaged)
     folder = model("import json, sys; open(json.load(open(sys.argv[2]))['output'] + '/x', 'w').write('1')", "other")
@@ -710,7 +709,7 @@ def test_tidying_hides_no_other_error(model, cluster, output, monkeypatch, caplo
 
 def stage_job(**changes: Any) -> StageJob:
     pod = ModelPod(image=f"registry.example.org/toy@{DIGEST}", cpu="2", memory="8Gi", disk="20Gi", gpus=1)
-    given = {
+    given: dict[str, Any] = {
         "namespace": NAMESPACE,
         "image": WORKER,
         "store_secret": "calipert-store",
@@ -720,8 +719,8 @@ def stage_job(**changes: Any) -> StageJob:
     store = Path("/data/store")
     spec = {"cells": f"/data/store/fold/{KEYS['a']}/train.h5ad", "embedding": None, "output": "/data/store/x"}
     cluster = Cluster.model_validate(given | changes.pop("cluster", {}))
-    whole = {"model": "toy", "stage": "train", "store": BUCKET, "timeout_s": 5.5, "flow_run": "f" * 36, "attempt": "1"}
-    whole |= {"owner": None}
+    whole: dict[str, Any] = {"model": "toy", "stage": "train", "store": BUCKET, "timeout_s": 5.5}
+    whole |= {"flow_run": "f" * 36, "attempt": "1", "owner": None}
     return StageJob(cluster=cluster, inputs=translate_spec(spec | changes.pop("spec", {}), store), **(whole | changes))
 
 
@@ -992,7 +991,7 @@ def test_within_a_cluster_the_service_account_asks(tmp_path, monkeypatch, impati
 
     class Clock(datetime):
         @classmethod
-        def now(cls, tz: Any = None) -> datetime:
+        def now(cls, tz: Any = None) -> Any:
             return datetime(2026, 1, 1) + passed
 
     monkeypatch.setattr(incluster_config, "datetime", SimpleNamespace(datetime=Clock, timedelta=timedelta))

@@ -28,7 +28,7 @@ OUTPUT = Path(SPEC["output"])
 MEGABYTE = bytes(2**20)
 
 
-def attempt(what: str, deed: Callable[[], object]) -> None:
+def attempt(what: str, deed: Callable[..., object]) -> None:
     try:
         got = deed()
     except (OSError, ValueError, subprocess.SubprocessError) as error:

@@ -18,8 +18,9 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
+from pydantic import ByteSize
 
-from blocks.engines.base import ModelFailed
+from blocks.engines.base import ModelFailed, Stage
 from blocks.engines.docker.engine import DockerEngine
 from blocks.engines.docker.limits import Limits
 from core.errors import UserError
@@ -29,13 +30,13 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 
 MEGABYTE = 2**20
 LIMITS = Limits(
-    memory=256 * MEGABYTE,
+    memory=ByteSize(256 * MEGABYTE),
     pids=64,
-    output=16 * MEGABYTE,
+    output=ByteSize(16 * MEGABYTE),
     output_files=100,
-    temporary=8 * MEGABYTE,
-    shared_memory=4 * MEGABYTE,
-    printed=8 * MEGABYTE,
+    temporary=ByteSize(8 * MEGABYTE),
+    shared_memory=ByteSize(4 * MEGABYTE),
+    printed=ByteSize(8 * MEGABYTE),
 )
 GENES = pd.Index([f"G{number:02d}" for number in range(30)])
 ASKED = [{"covariate": "line", "condition": name} for name in ("A", "B", "A+B")]
@@ -56,7 +57,7 @@ def attempts(model: Path, tmp_path: Path) -> Callable[..., list[str]]:
     (tmp_path / "output").mkdir()
 
     def run(
-        misdeed: str, stage: str = "train", *, timeout_s: float = 60, control: Path | None = None, **given: Any
+        misdeed: str, stage: Stage = "train", *, timeout_s: float = 60, control: Path | None = None, **given: Any
     ) -> list[str]:
         events: list[Mapping[str, Any]] = []
         spec = {
