@@ -16,7 +16,7 @@ from deployments.table import Deployment
 FIELDS = 12  # up to so many keys of a mapping have a field each in the form; more are written as JSON
 
 
-def form(flow: Flow[..., Any], row: Deployment) -> dict[str, Any]:
+def build_form(flow: Flow[..., Any], row: Deployment) -> dict[str, Any]:
     """The schema of a flow's parameters with titles and descriptions, and with what the row says: defaults, choices.
 
     Raises ValueError where the row has a default, hint or choices for a parameter that the flow does not take.

@@ -13,21 +13,21 @@ import sys
 from blocks.config.pools import CPU, GPU
 from blocks.services.stack import SILENT_RUNS
 from core.errors import UserError
-from deployments.table import table
+from deployments.table import build_table
 
 BUCKETS = ("calipert", "mlflow")
 
 
 def prepare() -> None:
     """Does all of it. Raises UserError for a catalog entry that does not fit, or a variable that is not set."""
-    rows = table()
+    rows = build_table()
     make_buckets()
     make_account()
     watch_runs()
-    from deployments.register import create_pool, register
+    from deployments.register import create_work_pool, register
 
     for pool in (CPU, GPU):
-        create_pool(pool)
+        create_work_pool(pool)
     register(rows)
 
 

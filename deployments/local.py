@@ -16,11 +16,11 @@ from blocks.config import child_environment
 from blocks.config.paths import data_folder
 from blocks.config.pools import CPU, GPU
 from blocks.config.settings import DEFAULT_DATA
-from blocks.local.gpus import devices
+from blocks.local.gpus import list_gpus
 from blocks.services import stack as services
 from blocks.services.workers import ensure_workers
 from core.errors import UserError
-from deployments.table import table
+from deployments.table import build_table
 
 if TYPE_CHECKING:
     from deployments.register import Registered
@@ -31,15 +31,15 @@ def up() -> None:
 
     Raises UserError if a service does not start, a catalog entry does not fit, or nvidia-smi fails.
     """
-    rows, at_once = table(), trainings_at_once()
+    rows, at_once = build_table(), count_trainings_at_once()
     Console().print("starting what does not run yet of Prefect, MLflow and the workers (up to a minute)", style="dim")
     running = services.ensure_servers()
-    child_environment.adopt(running)
+    child_environment.use_servers(running)
     # Only now: prefect reads its settings when it is imported.
-    from deployments.register import create_pool, register
+    from deployments.register import create_work_pool, register
 
-    create_pool(CPU)
-    create_pool(GPU, at_once)
+    create_work_pool(CPU)
+    create_work_pool(GPU, at_once)
     registered = register(rows)
     ensure_workers(running)
     Console().print(_welcome(running))
@@ -47,7 +47,7 @@ def up() -> None:
         Console(highlight=False).print(line, soft_wrap=True)
 
 
-def trainings_at_once() -> int:
+def count_trainings_at_once() -> int:
     """How many trainings a new work pool `gpu` runs at the same time here: one per GPU.
 
     Without a GPU half as many as there are cores, but two where there are two: each training computes on one core, and
@@ -55,7 +55,7 @@ def trainings_at_once() -> int:
     it, and `up` keeps it. Raises UserError if nvidia-smi is installed and fails.
     """
     cores = os.cpu_count() or 1
-    return len(devices()) or min(cores, max(2, cores // 2))
+    return len(list_gpus()) or min(cores, max(2, cores // 2))
 
 
 def down() -> None:

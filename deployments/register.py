@@ -22,7 +22,7 @@ from prefect.workers.process import ProcessWorker
 from blocks.config.paths import PROJECT_ROOT
 from blocks.config.pools import CPU, GPU
 from blocks.services.pages import read_pages
-from deployments.forms import form
+from deployments.forms import build_form
 from deployments.table import Deployment
 
 DESCRIPTIONS = {CPU: "Whole flows: preparing, scoring, gathering.", GPU: "Trainings: one model on one fold each."}
@@ -36,7 +36,7 @@ class Registered(NamedTuple):
     left: list[str]
 
 
-def create_pool(name: str, concurrency_limit: int | None = None) -> None:
+def create_work_pool(name: str, concurrency_limit: int | None = None) -> None:
     """Creates a work pool whose runs are processes on the worker's machine; one that exists stays as it is.
 
     concurrency_limit: how many of its runs may run at the same time, on all its machines together; None: any number.
@@ -100,7 +100,7 @@ def _settings(row: Deployment) -> dict[str, Any]:
         "parameters": row.parameters,
         "tags": row.tags,
         "description": row.description,
-        "parameter_openapi_schema": form(flow, row),
+        "parameter_openapi_schema": build_form(flow, row),
         "enforce_parameter_schema": True,
         "pull_steps": [{"prefect.deployments.steps.set_working_directory": {"directory": str(PROJECT_ROOT)}}],
     }

@@ -20,7 +20,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 LENGTH = 32
 
 
-def filled(example: str) -> str:
+def fill_example(example: str) -> str:
     """The text of an .env file: every variable that stands empty gets a random value of its own, of 190 bits."""
     return re.sub(r"^(\w+)=$", lambda found: f"{found[1]}={_random()}", example, flags=re.MULTILINE)
 
@@ -38,7 +38,7 @@ def write(path: Path) -> None:
     except FileNotFoundError:
         raise UserError(path, "the file's folder", "it does not exist", "name a file in an existing folder") from None
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(filled(EXAMPLE.read_text(encoding="utf-8")))
+        file.write(fill_example(EXAMPLE.read_text(encoding="utf-8")))
 
 
 def main() -> None:

@@ -81,7 +81,7 @@ class _Training(NamedTuple):
     groups: str
 
 
-def table() -> list[Deployment]:
+def build_table() -> list[Deployment]:
     """All deployments: every flow with every data set of the catalog, the user's own included, every embedding that
     data sets share, `reproduce/all`, and `train-fold/any`, into which a benchmark fans out.
 

@@ -34,7 +34,7 @@ class Services:
         return f"{self.prefect}/api"
 
 
-def environment(services: Services) -> dict[str, str]:
+def build_environment(services: Services) -> dict[str, str]:
     """Variables that make Prefect and MLflow use these servers, keep to the data folder and report to nobody."""
     home = prefect_folder()
     lease_storage = "prefect.server.concurrency.lease_storage.filesystem"
@@ -67,19 +67,19 @@ def environment(services: Services) -> dict[str, str]:
     }
 
 
-def child_environment(services: Services) -> dict[str, str]:
+def build_child_environment(services: Services) -> dict[str, str]:
     """The whole environment for a child process: this one's, without the user's own PREFECT_ and MLFLOW_
-    settings, and with `environment(services)`."""
+    settings, and with `build_environment(services)`."""
     kept = {name: value for name, value in os.environ.items() if not _is_users_own(name)}
-    return kept | environment(services)
+    return kept | build_environment(services)
 
 
-def adopt(services: Services) -> None:
+def use_servers(services: Services) -> None:
     """Makes this process use the servers. Call it before prefect is imported, which reads its settings then.
 
     Raises RuntimeError if prefect has been imported with other settings.
     """
-    ours = environment(services)
+    ours = build_environment(services)
     foreign = [name for name in os.environ if _is_users_own(name) and name not in ours]
     differing = [*foreign, *(name for name, value in ours.items() if os.environ.get(name) != value)]
     if "prefect" in sys.modules and any(name.startswith("PREFECT_") for name in differing):
@@ -89,9 +89,9 @@ def adopt(services: Services) -> None:
     os.environ.update(ours)
 
 
-def exports(services: Services) -> str:
+def format_exports(services: Services) -> str:
     """Shell lines that make a shell use the servers: `eval` them to type `prefect` and `mlflow` anywhere."""
-    ours = environment(services)
+    ours = build_environment(services)
     foreign = sorted(name for name in os.environ if _is_users_own(name) and name not in ours)
     lines = [f"unset {name}" for name in foreign]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in sorted(ours.items())]

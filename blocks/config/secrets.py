@@ -24,7 +24,7 @@ MLFLOW = {
 _NAME = re.compile(r"[a-z0-9-]+")
 
 
-def secret(name: str) -> str | None:
+def read_secret(name: str) -> str | None:
     """The value of the Secret block of that name (a-z, 0-9, dash); None where there is none, or no Prefect API is set.
 
     Asked for once in a process: a block that is made later is for the next one. Never starts a server. Callable from
@@ -34,13 +34,13 @@ def secret(name: str) -> str | None:
     return _values((name,))[0]
 
 
-def s3_credentials() -> dict[str, str]:
+def read_s3_credentials() -> dict[str, str]:
     """{"key", "secret"} for s3fs, from the blocks S3_KEY and S3_SECRET; {} where neither is there, which leaves it to
     the AWS chain (environment, files, the role of the machine). Raises UserError for one without the other."""
     return _pair({"key": S3_KEY, "secret": S3_SECRET})
 
 
-def mlflow_credentials() -> dict[str, str]:
+def read_mlflow_credentials() -> dict[str, str]:
     """What MLflow's client must find in the environment, from the blocks of MLFLOW; {} where they are not there, or
     where one of the variables is already set. Raises UserError for one block without the other."""
     if any(name in os.environ for name in MLFLOW):

@@ -24,7 +24,7 @@ from prefect.blocks.core import Block
 from pydantic import Field
 
 from blocks.config.paths import MODEL_CONTAINERS, scratch_folder
-from blocks.local.cancellation import killed_by_stop, raise_if_stopped
+from blocks.local.cancellation import kill_on_stop, raise_if_stopped
 from blocks.local.gpus import VISIBLE, Gpu
 from blocks.local.scratch import scratch
 from core.errors import UserError
@@ -156,7 +156,7 @@ class ProcessEngine(Block):
                 start_new_session=True,
             ) as process:
                 try:
-                    with killed_by_stop(name, partial(_kill_group, process)):
+                    with kill_on_stop(name, partial(_kill_group, process)):
                         for stream, line in _lines(process, deadline):
                             raise_if_stopped(name)
                             if stream is process.stdout:

@@ -52,7 +52,7 @@ _LOCK = RLock()
 
 
 @contextmanager
-def models_end_with(what: str) -> Iterator[None]:
+def end_models_with(what: str) -> Iterator[None]:
     """Whatever the block starts, in this thread or in threads that run in copies of its context, ends with its error.
 
     what: the flow, in words. When the block is left by an exception, a cancellation included, its running models are
@@ -76,7 +76,7 @@ def stop_all(reason: str) -> None:
     """Kill all models that this process runs, in any thread; may be called by a signal's handler.
 
     Whoever waits for one of them, for a GPU, or starts another gets `Stopped` with the reason. Only what begins in a
-    new block of `models_end_with` that stands in none of the stopped ones may run models again.
+    new block of `end_models_with` that stands in none of the stopped ones may run models again.
     """
     _STOPS.append(reason)
     _kill(lambda running: True)
@@ -90,7 +90,7 @@ def raise_if_stopped(what: str) -> None:
 
 
 @contextmanager
-def killed_by_stop(what: str, kill: Callable[[], None]) -> Iterator[None]:
+def kill_on_stop(what: str, kill: Callable[[], None]) -> Iterator[None]:
     """While the block runs, a stop calls `kill`, once and from the thread that stops. Raises Stopped after a stop.
 
     The error comes before the block if the stop came before it, and instead of its natural end or its own error

@@ -66,7 +66,7 @@ class Holder:
     what: str
 
 
-def devices() -> list[str]:
+def list_gpus() -> list[str]:
     """Ids of the GPUs that this process may lease, as CUDA_VISIBLE_DEVICES takes them; empty without a GPU.
 
     CALIPERT_GPUS names them (`0,1`; `none` or nothing for none), else nvidia-smi does: the UUID of each GPU, or of each
@@ -95,7 +95,7 @@ def devices() -> list[str]:
 
 
 @contextmanager
-def lease(name: str) -> Iterator[Gpu | None]:
+def lease_gpu(name: str) -> Iterator[Gpu | None]:
     """A GPU of this host that nobody else leases while the block runs; None, with a message, if the host has none.
 
     name: who asks, for messages and for `holders`. Waits while all are taken. Each call excludes all others, those of
@@ -103,7 +103,7 @@ def lease(name: str) -> Iterator[Gpu | None]:
     cannot be used.
     """
     raise_if_stopped(name)
-    gpus = devices()
+    gpus = list_gpus()
     if not gpus:
         LOG.info("%s runs on the CPU: %s", name, _why_none())
         yield None
@@ -118,16 +118,16 @@ def lease(name: str) -> Iterator[Gpu | None]:
         file.close()
 
 
-def holders() -> list[tuple[str, Holder | None]]:
+def list_holders() -> list[tuple[str, Holder | None]]:
     """Every GPU that this process may lease, with who holds it, or None where it is free."""
-    gpus = devices()
+    gpus = list_gpus()
     if not gpus:
         return []
-    folder = lock_folder()
+    folder = open_lock_folder()
     return [(gpu, _holder(_lock_file(folder, gpu))) for gpu in gpus]
 
 
-def lock_folder() -> Path:
+def open_lock_folder() -> Path:
     """The folder of the lock files, the same for all users of the host; made if it is missing.
 
     CALIPERT_LOCKS, else /run/lock/calipert-gpus, else (where that cannot be made) /tmp/calipert-gpus.
@@ -169,7 +169,7 @@ os.register_at_fork(after_in_child=_forget_leases)
 
 
 def _wait(gpus: list[str], name: str) -> tuple[str, FileIO]:
-    folder = lock_folder()
+    folder = open_lock_folder()
     said = False
     while True:
         for gpu in gpus:

@@ -14,12 +14,12 @@ import psutil
 _TOLERANCE = 2.0
 
 
-def this_process() -> str:
+def name_this_process() -> str:
     """The name of this process: its machine, its number there, and when it started (seconds since 1970)."""
     return f"{_machine()} {os.getpid()} {psutil.Process().create_time():.1f}"
 
 
-def known_dead(name: str) -> bool:
+def is_dead(name: str) -> bool:
     """Whether that process has certainly ended; False where it runs, and where nobody here can know."""
     words = name.split()
     if len(words) != 3 or words[0] != _machine():

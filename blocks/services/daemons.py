@@ -55,7 +55,7 @@ Records = dict[str, Record]  # by name
 # Starting
 
 
-def launch(name: str, arguments: list[str], port: int, environment: dict[str, str], folder: Path) -> Record:
+def start_service(name: str, arguments: list[str], port: int, environment: dict[str, str], folder: Path) -> Record:
     """Starts a detached session that survives this process and its terminal, and writes into its own log."""
     command = [sys.executable, *arguments]
     log = log_file(name)
@@ -75,10 +75,10 @@ def launch(name: str, arguments: list[str], port: int, environment: dict[str, st
     return Record(name, child.pid, psutil.Process(child.pid).create_time(), port, command)
 
 
-def failure(record: Record, timeout: float) -> UserError:
+def describe_failure(record: Record, timeout: float) -> UserError:
     """The error for a service that ended or gave no answer within `timeout` seconds: the last lines of its log."""
     log = log_file(record.name)
-    found = f"no answer within {timeout:.0f} s" if alive(record) else "the process has ended"
+    found = f"no answer within {timeout:.0f} s" if is_alive(record) else "the process has ended"
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:]
     text = "\n    ".join([f"{found}; the last lines of its log:", *lines])
     return UserError(log, f"{record.name} service", text, "mend what the log complains of and start again")
@@ -87,7 +87,7 @@ def failure(record: Record, timeout: float) -> UserError:
 # Checking
 
 
-def alive(record: Record | None) -> bool:
+def is_alive(record: Record | None) -> bool:
     """Whether the recorded process runs; False without a record."""
     return record is not None and _root(record) is not None
 
@@ -103,7 +103,7 @@ def _root(record: Record) -> psutil.Process | None:
     return None
 
 
-def listens(record: Record) -> bool:
+def is_listening(record: Record) -> bool:
     """Whether the recorded process, or one that it started, listens on its port."""
     root = _root(record)
     if root is None:
@@ -117,9 +117,9 @@ def listens(record: Record) -> bool:
     return False
 
 
-def pid(record: Record | None) -> int | None:
+def find_pid(record: Record | None) -> int | None:
     """The number of the recorded process, None if it does not run."""
-    return record.pid if record is not None and alive(record) else None
+    return record.pid if record is not None and is_alive(record) else None
 
 
 def log_file(name: str) -> Path:
@@ -136,7 +136,7 @@ def end_children(records: Records, *names: str) -> None:
     _signal(children, psutil.Process.terminate, STOP_TIMEOUT)
 
 
-def processes(name: str, records: Records) -> list[psutil.Process]:
+def list_processes(name: str, records: Records) -> list[psutil.Process]:
     """All processes of a service, recorded or not, those too whose parent is gone."""
     found = {process.pid: process for process in _marked(name)}
     root = _root(records[name]) if name in records else None
@@ -163,7 +163,7 @@ def _end(names: Sequence[str], records: Records) -> None:
     roots = _roots(names, records)
     _signal(list(roots.values()), psutil.Process.terminate, STOP_TIMEOUT)
     for signal in (psutil.Process.terminate, psutil.Process.kill):
-        _signal([one for name in names for one in processes(name, records)], signal, LAST_TIMEOUT)
+        _signal([one for name in names for one in list_processes(name, records)], signal, LAST_TIMEOUT)
     for name in roots:
         if records[name].pid in _children:
             _children.pop(records[name].pid).poll()
@@ -192,7 +192,7 @@ def _signal(processes: list[psutil.Process], signal: Callable[[psutil.Process], 
 
 
 @contextmanager
-def lock() -> Iterator[None]:
+def lock_services() -> Iterator[None]:
     """Held by whoever starts or ends services of this data folder; waits for it."""
     path = services_file().with_suffix(".lock")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -200,7 +200,7 @@ def lock() -> Iterator[None]:
         yield
 
 
-def read() -> Records:
+def read_records() -> Records:
     """What is on record; nothing, with a warning, where the record is unreadable."""
     path = services_file()
     if not path.exists():
@@ -217,13 +217,13 @@ def _write(records: Records) -> None:
     replace_text(services_file(), json.dumps(rows, indent=1) + "\n")
 
 
-def remember(records: Records, record: Record) -> None:
+def add_record(records: Records, record: Record) -> None:
     """Puts a started service on record."""
     records[record.name] = record
     _write(records)
 
 
-def forget(records: Records, *names: str) -> None:
+def end_services(records: Records, *names: str) -> None:
     """Ends services and strikes them off. Written last: what is still being ended stays on record."""
     _end(names, records)
     recorded = [name for name in names if name in records]

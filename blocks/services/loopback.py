@@ -14,16 +14,16 @@ BUSY_SECONDS = 30.0
 TIMEOUT = 30.0
 
 
-def free_port(wanted: int) -> int:
+def find_free_port(wanted: int) -> int:
     """`wanted` if it is free, else any free port."""
-    if wanted and bindable(wanted):
+    if wanted and is_free_port(wanted):
         return wanted
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])
 
 
-def bindable(port: int) -> bool:
+def is_free_port(port: int) -> bool:
     """Whether a server could listen on this port."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import httpx
 import numpy as np
 
-from blocks.config.secrets import secret
+from blocks.config.secrets import read_secret
 from blocks.http import ConnectionLost, is_transient_status, open_client, read_retry_after
 from blocks.services.vectors import Vector, address, fault
 from core.catalog.schema import TextService
@@ -23,9 +23,9 @@ REFUSED = (401, 403)
 RETRY_REMEDY = "run again later: it goes on with the texts that are missing"
 
 
-def service_key(service: TextService) -> str:
+def read_service_key(service: TextService) -> str:
     """The service's key, from its Secret block. Raises UserError where there is none, or it can be no key."""
-    key = secret(service.secret)
+    key = read_secret(service.secret)
     if key is None:
         remedy = f"make the Secret block {service.secret} with a key of the service (docs/secrets.md)"
         raise UserError("Prefect blocks", service.secret, f"no such block; {service.url} asks for a key", remedy)
@@ -35,7 +35,7 @@ def service_key(service: TextService) -> str:
     return key
 
 
-def text_vectors(service: TextService, dimensions: int | None, texts: Sequence[str]) -> list[Vector]:
+def request_vectors(service: TextService, dimensions: int | None, texts: Sequence[str]) -> list[Vector]:
     """The vectors of texts (float32), in their order, by one request.
 
     dimensions: how long they must be, which the service is told; None leaves it to the service. Each text has
@@ -43,7 +43,7 @@ def text_vectors(service: TextService, dimensions: int | None, texts: Sequence[s
     Raises ConnectionLost where another try may help, and UserError where the key is missing or refused, the address is
     none, the request is refused, or the answer is not what was asked for.
     """
-    key = service_key(service)
+    key = read_service_key(service)
     where = address(service)
     wanted = {"model": service.model, "input": list(texts)} | ({"dimensions": dimensions} if dimensions else {})
     try:

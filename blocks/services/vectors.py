@@ -33,7 +33,7 @@ def address(service: TextService) -> str:
     return f"{service.url.rstrip('/')}/embeddings"
 
 
-def vector_name(service: TextService, dimensions: int | None, text: str) -> str:
+def name_vector(service: TextService, dimensions: int | None, text: str) -> str:
     """SHA-256 (hex) of what a vector follows from. The service counts: two may call different models the same."""
     recipe = [address(service), service.model, dimensions, text]
     return sha256(json.dumps(recipe).encode()).hexdigest()
@@ -49,7 +49,7 @@ def fault(vector: Vector, dimensions: int | None) -> str | None:
     return None if vector.any() else "nothing but zeros"
 
 
-def kept_vector(name: str, dimensions: int | None) -> Vector | None:
+def read_vector(name: str, dimensions: int | None) -> Vector | None:
     """The vector of that name, None where none is kept or its file is damaged, which is said in a warning.
 
     Raises OSError for a file that is there and cannot be read: to ask for it again would cost.
@@ -70,7 +70,7 @@ def kept_vector(name: str, dimensions: int | None) -> Vector | None:
     return None
 
 
-def keep_vectors(vectors: Mapping[str, Vector]) -> None:
+def write_vectors(vectors: Mapping[str, Vector]) -> None:
     """Keep vectors under their names; those that stand there are replaced."""
     with scratch(vectors_folder(), _SCRATCH) as temporary:
         for name, vector in vectors.items():

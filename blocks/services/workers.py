@@ -17,7 +17,7 @@ from hashlib import sha256
 
 import httpx
 
-from blocks.config.child_environment import Services, child_environment
+from blocks.config.child_environment import Services, build_child_environment
 from blocks.config.paths import PROJECT_ROOT, temporary_folder
 from blocks.config.pools import CPU, GPU
 from blocks.config.settings import SOURCE, Settings, variable
@@ -48,8 +48,8 @@ def ensure_workers(services: Services, pools: Sequence[str] = (CPU, GPU), timeou
     within `timeout` seconds; those that started well go on.
     """
     port = int(services.prefect.rpartition(":")[2])
-    with daemons.lock():
-        records = daemons.read()
+    with daemons.lock_services():
+        records = daemons.read_records()
         names = [f"{WORKER}{pool}" for pool in pools]
         end_workers(records, *(name for name in names if _is_outdated(records.get(name), port)))
         for pool in pools:
@@ -61,8 +61,8 @@ def ensure_workers(services: Services, pools: Sequence[str] = (CPU, GPU), timeou
             record = records[f"{WORKER}{pool}"]
             name = record.command[record.command.index("--name") + 1]
             while not _heard_of(services, pool, name):
-                if not daemons.alive(record) or time.monotonic() > deadline:
-                    error = daemons.failure(record, timeout)
+                if not daemons.is_alive(record) or time.monotonic() > deadline:
+                    error = daemons.describe_failure(record, timeout)
                     end_workers(records, record.name)
                     raise error
                 time.sleep(0.2)
@@ -72,7 +72,7 @@ def end_workers(records: Records, *names: str) -> None:
     """Ends workers and strikes them off, after their flow runs: a worker kills those that have not yet reported how
     they ended."""
     daemons.end_children(records, *names)
-    daemons.forget(records, *names)
+    daemons.end_services(records, *names)
 
 
 def _launch_worker(records: Records, services: Services, pool: str, port: int) -> None:
@@ -83,9 +83,9 @@ def _launch_worker(records: Records, services: Services, pool: str, port: int) -
     temporary = temporary_folder() / f"{WORKER}{pool}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    environment = child_environment(services) | {"TMPDIR": str(temporary)}
-    started = daemons.launch(f"{WORKER}{pool}", command, port, environment, PROJECT_ROOT)
-    daemons.remember(records, replace(started, naming=_naming()))
+    environment = build_child_environment(services) | {"TMPDIR": str(temporary)}
+    started = daemons.start_service(f"{WORKER}{pool}", command, port, environment, PROJECT_ROOT)
+    daemons.add_record(records, replace(started, naming=_naming()))
 
 
 def _end_lost_runs(services: Services, pool: str) -> None:
@@ -119,7 +119,7 @@ def _worker_names(pool: str) -> str:
 
 def _is_outdated(record: Record | None, port: int) -> bool:
     """Whether a worker is to be ended, or what is left of it, and another one started in its place."""
-    if record is None or not daemons.alive(record) or record.port != port:
+    if record is None or not daemons.is_alive(record) or record.port != port:
         return True
     if record.naming != _naming():
         _LOG.warning(

@@ -214,10 +214,10 @@ def settings() -> None:
 @app.command()
 def env() -> None:
     """Start the local servers if need be, and print the shell lines for using them: eval "$(calipert env)"."""
-    from blocks.config.child_environment import exports
+    from blocks.config.child_environment import format_exports
     from blocks.services.stack import ensure_servers
 
-    typer.echo(exports(ensure_servers()), nl=False)
+    typer.echo(format_exports(ensure_servers()), nl=False)
 
 
 def main() -> None:
@@ -242,12 +242,12 @@ def _check_benchmark(
 
 
 def _servers() -> Services:
-    from blocks.config.child_environment import adopt
+    from blocks.config.child_environment import use_servers
     from blocks.services.stack import ensure_servers
 
     with CONSOLE.status("starting the local Prefect and MLflow servers (about ten seconds, once)"):
         services = ensure_servers()
-    adopt(services)
+    use_servers(services)
     # The console shows our own progress, and a failure once; Prefect's whole log is in its UI.
     os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
     return services

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from blocks.engines.process import Engine, Event, ModelFailed, Stage
-from blocks.local.gpus import Gpu, lease
+from blocks.local.gpus import Gpu, lease_gpu
 from core.catalog.schema import Form
 from core.conditions import genes_of
 from core.errors import UserError, shown
@@ -149,7 +149,7 @@ def _panel(place: Path) -> Panel:
 
 
 def _device(description: Description, name: str) -> AbstractContextManager[Gpu | None]:
-    return lease(f"check of {name}") if description.gpu else nullcontext()
+    return lease_gpu(f"check of {name}") if description.gpu else nullcontext()
 
 
 def _unfinished(events: list[Event]) -> str | None:

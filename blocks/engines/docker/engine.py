@@ -59,9 +59,9 @@ from blocks.engines.process import (
     split_lines,
     where_to_change,
 )
-from blocks.local.cancellation import killed_by_stop, raise_if_stopped
+from blocks.local.cancellation import kill_on_stop, raise_if_stopped
 from blocks.local.gpus import GPUS, NONE, Gpu
-from blocks.local.processes import known_dead, this_process
+from blocks.local.processes import is_dead, name_this_process
 from blocks.local.scratch import scratch
 from core.errors import UserError
 from model_containers.contract import Description
@@ -122,7 +122,7 @@ class DockerEngine(Block):
             one = _Stage(client, str(image.id), model_folder.name, stage, self.limits, on_event, timeout_s, deadline)
             with scratch(scratch_folder(), "stage") as folder, _Guard(client, one.id, gpu) as guard:
                 one.guard = guard
-                with killed_by_stop(name, guard.remove):
+                with kill_on_stop(name, guard.remove):
                     return one.run(spec, folder, gpu)
 
     def describe(self, model_folder: Path) -> Description:
@@ -170,7 +170,7 @@ class _Stage:
         info = self.client.info()
         machine, user = Machine(info["NCPU"], info["MemTotal"]), User.of_container()
         named = f"calipert-{self.model}-{self.stage}-{self.id[:12]}"
-        labels = {STAGE: self.id, OWNER: this_process(), DATA: str(data_folder())}
+        labels = {STAGE: self.id, OWNER: name_this_process(), DATA: str(data_folder())}
         labels |= {} if gpu is None else {GPU: gpu.id}
         mounts = write_spec(spec, folder / "spec.json", user)
         create = self.client.containers.create
@@ -365,7 +365,7 @@ def _remove_leftovers(client: docker.DockerClient) -> None:
     """Remove what processes left that used this data folder and are certainly dead; their guards may be at it, too."""
     label = {"label": f"{DATA}={data_folder()}"}
     made = [*client.api.containers(all=True, filters=label), *(client.api.volumes(filters=label)["Volumes"] or [])]
-    for stage_id in {thing["Labels"][STAGE] for thing in made if known_dead(thing["Labels"][OWNER])}:
+    for stage_id in {thing["Labels"][STAGE] for thing in made if is_dead(thing["Labels"][OWNER])}:
         LOG.warning("removing the containers of a stage that a killed process left (%s)", stage_id)
         docker_guard.remove(client, f"{STAGE}={stage_id}")
 

@@ -40,7 +40,7 @@ from blocks.engines.kubernetes.job import (
 from blocks.engines.kubernetes.logs import Follower
 from blocks.engines.kubernetes.transfer import download, object_store
 from blocks.engines.process import LAST_LINES, WAIT_S, Event, ModelFailed, Stage, Usage, described, event_of
-from blocks.local.cancellation import killed_by_stop
+from blocks.local.cancellation import kill_on_stop
 from blocks.local.gpus import Gpu
 from blocks.local.scratch import scratch
 from blocks.store.bucket import DamagedFolder, ObjectStore
@@ -113,7 +113,7 @@ class KubernetesEngine(Block):
         )
         digest_of(job.pod.image, self.settings, f"models.{job.model}.image")
         stops: list[bool] = []
-        with killed_by_stop(f"{job.model} {stage}", lambda: stops.append(True)):
+        with kill_on_stop(f"{job.model} {stage}", lambda: stops.append(True)):
             watch = _Watch(job, on_event, stops)
             try:
                 with _explained(watch):
@@ -183,7 +183,7 @@ class _Watch:
         self.api.close()
 
     def _check(self) -> None:
-        """Raise what ends a stopped flow; `killed_by_stop` then says why it was."""
+        """Raise what ends a stopped flow; `kill_on_stop` then says why it was."""
         if self.stops:
             raise InterruptedError
 
