@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def up() -> None:
-    """Starts what does not run yet and registers all deployments; a second `up` starts nothing twice.
+    """Start what does not run yet and register all deployments; a second `up` starts nothing twice.
 
     Raises UserError if a service does not start, a catalog entry does not fit, or nvidia-smi fails.
     """
@@ -48,7 +48,7 @@ def up() -> None:
 
 
 def count_trainings_at_once() -> int:
-    """How many trainings a new work pool `gpu` runs at the same time here: one per GPU.
+    """Return how many trainings a new work pool `gpu` runs at the same time here: one per GPU.
 
     Without a GPU half as many as there are cores, but two where there are two: each training computes on one core, and
     the other half is for what scores and serves meanwhile. `prefect work-pool update gpu --concurrency-limit N` changes
@@ -59,14 +59,14 @@ def count_trainings_at_once() -> int:
 
 
 def down() -> None:
-    """Stops the workers and the servers that were started here, and nothing else."""
+    """Stop the workers and the servers that were started here, and nothing else."""
     stopped = services.stop()
     nothing = f"nothing was running with its data in {data_folder()} (CALIPERT_DATA)"
     Console().print(f"stopped: {', '.join(stopped)}" if stopped else nothing, soft_wrap=True)
 
 
 def status() -> None:
-    """Prints the state of both servers and of the workers."""
+    """Print the state of both servers and of the workers."""
     shown = Table("service", "state", "address", "process")
     shown.add_column("log", overflow="fold")
     for one in services.status():
@@ -78,7 +78,7 @@ COMMANDS = {"up": up, "down": down, "status": status}
 
 
 def main() -> None:
-    """Runs one of the commands; an error that the user can mend ends it with status 1."""
+    """Run one of the commands; an error that the user can fix ends it with status 1."""
     parser = argparse.ArgumentParser(prog="python -m deployments.local", description=__doc__)
     parser.add_argument("command", choices=COMMANDS)
     command = parser.parse_args().command
@@ -103,7 +103,7 @@ def _welcome(running: child_environment.Services) -> Panel:
 
 
 def _news(registered: Registered, rows: int) -> Iterator[str]:
-    """What registering has changed, line by line."""
+    """Say what registering has changed, line by line."""
     new, changed, left = registered
     yield f"{rows} deployments: {len(new)} new, {len(changed)} changed"
     if left:

@@ -44,12 +44,15 @@ def answers(url: str) -> bool:
 
 
 def ask(url: str, body: object = None) -> bytes:
-    """The answer as of `ask_once`, by a server that may be busy (Prefect's is, while its database is written to)."""
+    """Return the answer as `ask_once` does, from a server that may be busy (Prefect's, while its database is written to)."""
     return retry(lambda: ask_once(url, body), BUSY_SECONDS)
 
 
 def ask_once(url: str, body: object = None) -> bytes:
-    """The answer to GET, or to POST with a JSON body; never through a proxy. Raises httpx.HTTPError without success."""
+    """Return the answer to GET, or to POST with a JSON body; never through a proxy.
+
+    Raises httpx.HTTPError without success.
+    """
     method = "GET" if body is None else "POST"
     with open_client(url, trust_env=False, timeout=TIMEOUT) as client:
         return client.request(method, url, json=body).raise_for_status().content

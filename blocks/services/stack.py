@@ -100,11 +100,11 @@ SILENT_RUNS = {
 
 
 def ensure_servers(timeout: float = START_TIMEOUT) -> Services:
-    """Starts what does not run yet, both at once, and returns when both answer.
+    """Start the servers that do not run yet, both at once, and return when both answer.
 
-    Servers outlive the process that started them. Simultaneous callers start nothing twice.
+    Servers outlive the process that started them. Callers at the same time start nothing twice.
     timeout: seconds to wait for an answer. Raises UserError, with the last lines of the log, if a server ends or
-    does not answer in time; it is stopped then, so that the next call starts afresh.
+    does not answer in time; it is stopped then, so that the next call starts it again.
     """
     records = daemons.read_records()
     if not all(_healthy(records.get(server.name), server) for server in SERVERS):
@@ -119,15 +119,14 @@ def ensure_servers(timeout: float = START_TIMEOUT) -> Services:
 
 
 def stop() -> list[str]:
-    """Ends the services of this data folder, the workers before the servers, and returns the names of those that
-    ran. Nothing else is ended.
+    """End the services of this data folder, the workers first; return the names of those that ran.
 
     Each gets some time to finish in order; what is left of its processes is killed.
     """
     servers = [server.name for server in SERVERS]
     with daemons.lock_services():
         records = daemons.read_records()
-        # Whatever else is on record is a worker too, of a pool that there is no more.
+        # All others on record are workers too, of pools that no longer exist.
         workers = list(dict.fromkeys(name for name in (*WORKERS, *records) if name not in servers))
         running = [name for name in (*workers, *servers) if daemons.list_processes(name, records)]
         end_workers(records, *workers)
@@ -138,7 +137,7 @@ def stop() -> list[str]:
 
 
 def status() -> list[ServiceStatus]:
-    """The state of both servers and of the workers."""
+    """Return the state of both servers and of the workers."""
     records = daemons.read_records()
     found = []
     for server in SERVERS:
@@ -195,7 +194,7 @@ def _launch_server(records: Records, server: _Server, port: int) -> None:
     ports = {one.name: records[one.name].port if one.name in records else 0 for one in SERVERS}
     addresses = {name: f"http://{HOST}:{number}" for name, number in (ports | {server.name: port}).items()}
     environment = build_child_environment(Services(**addresses))
-    # Each server is told of itself only: the other's port may not be known yet, and MLflow's must not call itself.
+    # Each server gets its own address only: the other's port may not be known yet, and MLflow's must not call itself.
     del environment["MLFLOW_TRACKING_URI"]
     if server.name != "prefect":
         del environment["PREFECT_API_URL"]
