@@ -36,7 +36,7 @@ class Services:
 
 
 def build_environment(services: Services) -> dict[str, str]:
-    """Build the variables that make Prefect and MLflow use these servers and the data folder, and send no statistics."""
+    """Build the variables that make Prefect and MLflow use these servers and this data folder, without statistics."""
     home = prefect_folder()
     lease_storage = "prefect.server.concurrency.lease_storage.filesystem"
     return {

@@ -44,7 +44,7 @@ def answers(url: str) -> bool:
 
 
 def ask(url: str, body: object = None) -> bytes:
-    """Return the answer as `ask_once` does, from a server that may be busy (Prefect's, while its database is written to)."""
+    """Return the answer as `ask_once` does; a server that is busy (Prefect writes to its database) is asked again."""
     return retry(lambda: ask_once(url, body), BUSY_SECONDS)
 
 
