@@ -128,7 +128,7 @@ def test_what_is_no_gpu_is_refused(nvidia_smi, monkeypatch, listed, chosen):
     if listed:
         nvidia_smi(listed)
     monkeypatch.setenv(gpus.GPUS, chosen)
-    with pytest.raises(UserError, match="no GPU of this host"):
+    with pytest.raises(UserError, match="not a GPU of this host"):
         list_gpus()
 
 
