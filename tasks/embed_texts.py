@@ -40,12 +40,12 @@ def embed_texts(spec: EmbeddingSpec, published: Path) -> Path:
     or an answer is not what was asked for, and ConnectionLost if the service stays out of reach; vectors that came
     before are kept, and the next run asks for the others.
     """
-    from core.embeddings.gene_texts import gene_texts, text_embedding
+    from core.embeddings.gene_texts import embed_texts, read_gene_texts
     from core.embeddings.tables import write_embedding
 
     def build(folder: Path) -> None:
-        texts = gene_texts(published / SUMMARIES, published / GENES)
-        write_embedding(text_embedding(texts, _collect_vectors(spec, sorted(set(texts.values())))), folder / EMBEDDING)
+        texts = read_gene_texts(published / SUMMARIES, published / GENES)
+        write_embedding(embed_texts(texts, _collect_vectors(spec, sorted(set(texts.values())))), folder / EMBEDDING)
 
     return build_or_get(_recipe(spec, {name: published / name for name in (SUMMARIES, GENES)}), build)
 
@@ -66,7 +66,7 @@ def check_services(specs: Iterable[EmbeddingSpec], files: Mapping[str, Path]) ->
 
 
 def _must_ask(spec: EmbeddingSpec, files: Mapping[str, Path]) -> bool:
-    from core.embeddings.gene_texts import gene_texts
+    from core.embeddings.gene_texts import read_gene_texts
 
     published = open_catalog().pretrained(str(spec.pretrained))
     found = find_files(published, files.get(published.name))
@@ -74,7 +74,7 @@ def _must_ask(spec: EmbeddingSpec, files: Mapping[str, Path]) -> bool:
         return True  # the address gives other files every day, with texts that the service has not been asked for
     if find_artifact(_recipe(spec, found)):
         return False
-    texts = set(gene_texts(found[SUMMARIES], found[GENES]).values())
+    texts = set(read_gene_texts(found[SUMMARIES], found[GENES]).values())
     return any(_find_vector(spec, text) is None for text in texts)
 
 
@@ -105,7 +105,7 @@ def _collect_vectors(spec: EmbeddingSpec, texts: list[str]) -> dict[str, Vector]
 
     Raises UserError if one that was answered is not there afterwards.
     """
-    from core.embeddings.gene_texts import batches
+    from core.embeddings.gene_texts import split_batches
 
     service = _service(spec)
     found = {text: _find_vector(spec, text) for text in texts}
@@ -114,12 +114,12 @@ def _collect_vectors(spec: EmbeddingSpec, texts: list[str]) -> dict[str, Vector]
         read_service_key(service)
         tokens = sum(len(text.encode()) for text in unknown) // BYTES_OF_A_TOKEN
         LOG.info(
-            "embedding %s: %s of %s texts are asked of %s (model %s), about %s tokens, for which it may charge",
+            "embedding %s: %s of %s texts are asked of %s (model %s), about %s tokens; it may charge for them",
             *(spec.name, f"{len(unknown):,}", f"{len(texts):,}", service.url, service.model, f"{tokens:,}"),
         )
         report_progress = make_progress_reporter(f"embedding {spec.name}")
         done = 0
-        for batch in batches(unknown, TEXTS_AT_ONCE, BYTES_AT_ONCE):
+        for batch in split_batches(unknown, TEXTS_AT_ONCE, BYTES_AT_ONCE):
             ask_for_vectors(spec, batch)
             done += len(batch)
             report_progress({"event": "progress", "done": done, "total": len(unknown), "unit": "text"})

@@ -9,14 +9,14 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
-from core.arrays import Bools, Floats, Ints, in_threads
+from core.arrays import Bools, Floats, Ints, run_in_threads
 from core.conditions import KEYS, genes_of
 from core.errors import UserError
 from core.reference.controls import CONTROLS
 from core.reference.files import find_control_means, find_dataset_means
 from core.scoring.metrics import FEWEST_DEGS, METRICS, Metric, joined, products
-from core.stats.differential_expression import deg_mask, effect_weights
-from core.stats.moments import group_codes
+from core.stats.differential_expression import mask_degs, weigh_effects
+from core.stats.moments import code_groups
 
 # Rows scored at once: arrays of a block stay in cache, and results do not depend on the number of threads.
 BLOCK = 16
@@ -114,7 +114,7 @@ def score(
     keys: covariate, condition. Rows that are NaN throughout are absent predictions and get no score; one that is NaN
     in part is refused. Returns a long table: covariate, condition, fold, metric, value, sorted; NaN: not defined.
     """
-    rows = group_codes(keys[KEYS], evaluation.keys[KEYS])
+    rows = code_groups(keys[KEYS], evaluation.keys[KEYS])
     unknown = keys.loc[rows < 0, "condition"]
     if len(unknown):
         raise UserError("predictions", "condition", f"{unknown.iloc[0]!r} is no test condition", "leave it out")
@@ -148,8 +148,8 @@ def _profile_values(
             "dataset_mean": evaluation.dataset_mean[mine],
         }
         centred = {"none": (x, t)} | {name: (x - centre, t - centre) for name, centre in centres.items()}
-        degs = deg_mask(evaluation.padj[mine]).astype(np.float64)
-        effect = effect_weights(evaluation.t[mine])
+        degs = mask_degs(evaluation.padj[mine]).astype(np.float64)
+        effect = weigh_effects(evaluation.t[mine])
         weights = {"all": None, "degs": degs, "effect": effect}
         undefined = {
             "all": np.zeros(len(mine), dtype=bool),
@@ -160,7 +160,7 @@ def _profile_values(
             value = metric.function(*centred[metric.centre], weights[metric.weighting])
             values[metric.name][at] = np.where(undefined[metric.weighting], np.nan, value)
 
-    in_threads(block, range(0, len(rows), BLOCK))
+    run_in_threads(block, range(0, len(rows), BLOCK))
     return values
 
 
@@ -209,6 +209,6 @@ def _ranks(
         for metric in metrics:
             values[metric.name][at] = metric.function(without if metric.without_targets else everything, own[at])
 
-    in_threads(take_truths, range(0, len(candidates), BLOCK))
-    in_threads(rank, range(0, len(places), RANKED))
+    run_in_threads(take_truths, range(0, len(candidates), BLOCK))
+    run_in_threads(rank, range(0, len(places), RANKED))
     return values
