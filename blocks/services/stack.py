@@ -18,7 +18,7 @@ from blocks.config.child_environment import HOST, Services, child_environment, r
 from blocks.config.paths import logs_folder, mlflow_folder, prefect_folder, temporary_folder
 from blocks.services import daemons
 from blocks.services.daemons import START_TIMEOUT, Record, Records
-from blocks.services.loopback import answers, ask, bindable, free_port
+from blocks.services.loopback import ask, find_free_port, is_answering, is_bindable
 from blocks.services.workers import WORKERS, end_workers
 
 
@@ -158,16 +158,16 @@ def _start(records: Records, timeout: float) -> None:
         if not daemons.alive(records.get(server.name)):
             before = records.get(server.name)
             daemons.forget(records, server.name)
-            _launch_server(records, server, free_port(before.port if before else server.port))
+            _launch_server(records, server, find_free_port(before.port if before else server.port))
     while waiting:
         for server in list(waiting):
             record = records[server.name]
             if _healthy(record, server):
                 waiting.remove(server)
-            elif not daemons.alive(record) and not bindable(record.port):
+            elif not daemons.alive(record) and not is_bindable(record.port):
                 # Another program took the port in the meantime.
                 daemons.forget(records, server.name)
-                _launch_server(records, server, free_port(0))
+                _launch_server(records, server, find_free_port(0))
             elif not daemons.alive(record) or time.monotonic() > deadline:
                 error = daemons.failure(record, timeout)
                 daemons.forget(records, *(one.name for one in waiting))
@@ -199,7 +199,7 @@ def _launch_server(records: Records, server: _Server, port: int) -> None:
 
 def _healthy(record: Record | None, server: _Server) -> bool:
     """Whether the recorded process itself, not some other program on its port, answers."""
-    return record is not None and daemons.listens(record) and answers(f"{_url(record)}{server.health}")
+    return record is not None and daemons.listens(record) and is_answering(f"{_url(record)}{server.health}")
 
 
 def _services(records: Records) -> Services:

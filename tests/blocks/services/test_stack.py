@@ -19,7 +19,7 @@ from blocks.config.child_environment import Services
 from blocks.config.paths import PROJECT_ROOT
 from blocks.services import daemons
 from blocks.services import stack as services
-from blocks.services.loopback import bindable, free_port
+from blocks.services.loopback import find_free_port, is_bindable
 from core.errors import UserError
 from tests.helpers.slight_servers import FAKE, fake, recorded, running, serve_with
 
@@ -79,9 +79,9 @@ def test_another_programs_answer_on_the_port_is_not_taken_for_the_servers(
         port = probe.getsockname()[1]
     other = subprocess.Popen([sys.executable, *fake(port)])
     try:
-        wait_for(lambda: not bindable(port))
+        wait_for(lambda: not is_bindable(port))
         ports = iter([port, port])
-        monkeypatch.setattr(services, "free_port", lambda wanted: next(ports, None) or free_port(wanted))
+        monkeypatch.setattr(services, "find_free_port", lambda wanted: next(ports, None) or find_free_port(wanted))
         found = services.ensure_servers()
         assert str(port) not in found.prefect + found.mlflow
         assert other.poll() is None
