@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from core.report import tables as views
 from core.report.figures import conditions, dynamic_range, edistance, headroom, per_condition, style
+from core.report.files import FIGURES
 from core.scoring.calibration import FEWEST_CONDITIONS, THRESHOLD
 from core.scoring.leaderboard import COVERAGE, RANKED
 from core.scoring.metrics import BY_NAME
@@ -92,7 +93,7 @@ def write_report(
     """
     ratios = views.wmse_ratios(scores, leaderboard, quality)
     figures = _figures(quality, edistance, calibration, leaderboard, ratios)
-    folder = path.parent / "figures"
+    folder = path.parent / FIGURES
     folder.mkdir(parents=True, exist_ok=True)
     pictures = {}
     for name, (figure, alt) in figures.items():

@@ -11,7 +11,7 @@ from scipy import stats
 from statsmodels.stats.power import TTestPower
 
 from core.arrays import Bools, Floats
-from core.reference.controls import CONTROLS, counterpart
+from core.reference.controls import CONTROLS, name_matched_control
 from core.scoring.metrics import BY_NAME, CONSTANT
 from core.stats.bootstrap import bootstrap_means, interval
 
@@ -76,7 +76,7 @@ def compare(scores: pd.DataFrame, n_degs: pd.Series, seed: int, matched: pd.Data
 
 
 def _control_of(model: str, control: str, wide: pd.DataFrame, metric: str) -> str:
-    matched = counterpart(control, model)
+    matched = name_matched_control(control, model)
     return matched if (metric, matched) in wide else control
 
 

@@ -66,9 +66,11 @@ def entry(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def run_benchmark(servers: child_environment.Services, entry: Path) -> Callable[..., Path]:
+@pytest.fixture(scope="session")
+def run_benchmark(servers: child_environment.Services, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Run the benchmark flow in a process of its own, with a data folder of its own; the folder of the results."""
+    entry = tmp_path_factory.mktemp("entry") / "tiny.yaml"
+    entry.write_text(yaml.safe_dump(ENTRY))
 
     def run(raw: Path, data: Path, models: list[str], **environment: str) -> Path:
         parameters = {"dataset": str(entry), "models": models, "sources": {"tiny": str(raw)}}

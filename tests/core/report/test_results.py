@@ -14,7 +14,8 @@ import pandas as pd
 import pytest
 
 from core.catalog.schema import DatasetSpec
-from core.reference.build import read_reference, write_reference
+from core.reference.build import write_reference
+from core.reference.files import read_reference
 from core.reference.quality import write_quality
 from core.report.results import DECLARED, write_results
 from core.scoring.calibration import calibrate
@@ -55,7 +56,7 @@ def parts(single_cells: ad.AnnData, tmp_path_factory: pytest.TempPathFactory) ->
 def results(parts: dict[str, Path], scores: list[str], spec: DatasetSpec, folder: Path) -> Path:
     folder.mkdir()
     paths = [parts[name] for name in scores]
-    write_results(spec, paths, parts["calibration"], parts["quality"], PROVENANCE, folder)
+    write_results(spec, spec.seed, paths, parts["calibration"], parts["quality"], PROVENANCE, folder)
     return folder
 
 

@@ -8,19 +8,18 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import httpx
 import numpy as np
 import pandas as pd
 import psutil
 import pytest
 import requests
 
+from blocks.config.child_environment import Services
 from blocks.config.paths import PROJECT_ROOT
 from blocks.engines.process import Usage
 from blocks.local.processes import this_process
@@ -52,32 +51,9 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of an MLflow server for the tests of this file."""
-    folder = tmp_path_factory.mktemp("mlflow")
-    uri = f"http://127.0.0.1:{free_port()}"
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", uri.rpartition(":")[2]]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--workers", "1"]
-    command += ["--artifacts-destination", str(folder / "artifacts")]
-    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with (folder / "server.log").open("w") as log:
-        process = subprocess.Popen(
-            command, env={**os.environ, **quiet}, cwd=folder, stdout=log, stderr=log, start_new_session=True
-        )
-    try:
-        for _ in range(480):
-            assert process.poll() is None, (folder / "server.log").read_text()
-            try:
-                httpx.get(f"{uri}/health", timeout=5)
-                break
-            except httpx.TransportError:
-                time.sleep(0.25)
-        else:
-            pytest.fail((folder / "server.log").read_text())
-        yield uri
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+def server(servers: Services) -> str:
+    """The URL of an MLflow server."""
+    return servers.mlflow
 
 
 @pytest.fixture
