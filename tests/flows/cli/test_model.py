@@ -6,6 +6,7 @@ import io
 import json
 import re
 import runpy
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
@@ -135,9 +136,20 @@ def test_a_folder_that_is_not_whole(average):
     assert "there is no README.md" in output
 
 
-def test_a_maker_of_embeddings_is_no_model(capsys):
+@pytest.mark.parametrize("requirement", ["pandas", "no-such-package"])
+def test_a_maker_of_embeddings_is_no_model(tmp_path, requirement):
+    folder = shutil.copytree(MODELS / "geneformer", tmp_path / "geneformer")
+    (folder / "requirements.txt").write_text(f"{requirement}\n")
     with pytest.raises(UserError, match="it makes embeddings, and is no model"):
-        check("geneformer")
+        check(str(folder))
+
+
+@pytest.mark.parametrize("imports", ["import contract\n", "import contract\nimport no_such_package\n"])
+def test_packages_that_are_missing_are_refused_with_the_remedy(average, imports):
+    folder = average("import contract\n", imports)
+    (folder / "requirements.txt").write_text("no-such-package\n")
+    with pytest.raises(UserError, match=r"(?s)lacks a package: no-such-package.*install here"):
+        check(str(folder))
 
 
 def test_the_list_has_models_and_embeddings():
