@@ -48,7 +48,7 @@ def download(source: HttpsSource | S3Source, target: Path) -> None:
     from core.io.h5ad import require_space
 
     part, state = target.with_name(f"{target.name}.part"), target.with_name(f"{target.name}.part.json")
-    version = _version(state)
+    version = _read_version(state)
     start = part.stat().st_size if part.exists() and version else 0
     with OPEN[source.kind](source, start, version) as stream:
         if stream.total is not None:
@@ -120,7 +120,7 @@ def _require_hdf5(part: Path, url: str) -> None:
 
 
 @contextmanager
-def _https(source: HttpsSource, start: int, version: str | None) -> Iterator[Stream]:
+def _open_https(source: HttpsSource, start: int, version: str | None) -> Iterator[Stream]:
     # Unpacked on the way, the bytes would not be those that ranges count.
     headers = {"Accept-Encoding": "identity"}
     if start and version:
@@ -135,7 +135,7 @@ def _https(source: HttpsSource, start: int, version: str | None) -> Iterator[Str
             total = answer.headers.get("content-range", "").rpartition("/")[2]
             if not total.isdigit() or int(total) != start:
                 # Without a version the next try begins at the first byte.
-                yield Stream(0, None, None, _broken(f"{source.url}: the server has no bytes from {start:,} on"))
+                yield Stream(0, None, None, _break_off(f"{source.url}: the server has no bytes from {start:,} on"))
             else:
                 yield Stream(start, start, version, iter(()))
             return
@@ -151,7 +151,7 @@ def _https(source: HttpsSource, start: int, version: str | None) -> Iterator[Str
             begin = start
             if found and found != version:
                 # A server, or a cache on the way, that does not understand If-Range.
-                yield Stream(0, None, None, _broken(f"{source.url}: the file has changed since its first part came"))
+                yield Stream(0, None, None, _break_off(f"{source.url}: the file has changed since its first part came"))
                 return
         total_size = begin + int(length) if length is not None else None
         yield Stream(begin, total_size, found, answer.iter_raw())
@@ -177,7 +177,7 @@ def _require_success(answer: httpx.Response, url: str) -> None:
 
 
 @contextmanager
-def _s3(source: S3Source, start: int, version: str | None) -> Iterator[Stream]:
+def _open_s3(source: S3Source, start: int, version: str | None) -> Iterator[Stream]:
     import s3fs
     from botocore.exceptions import NoCredentialsError, PartialCredentialsError  # type: ignore[import-untyped]
 
@@ -208,4 +208,7 @@ def _s3(source: S3Source, start: int, version: str | None) -> Iterator[Stream]:
     yield Stream(begin, total, etag, chunks())
 
 
-OPEN: dict[str, Callable[[Any, int, str | None], AbstractContextManager[Stream]]] = {"https": _https, "s3": _s3}
+OPEN: dict[str, Callable[[Any, int, str | None], AbstractContextManager[Stream]]] = {
+    "https": _open_https,
+    "s3": _open_s3,
+}

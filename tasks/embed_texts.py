@@ -86,7 +86,7 @@ def _recipe(spec: EmbeddingSpec, files: Mapping[str, Path]) -> Recipe:
         {name: checksum_file(files[name]) for name in (SUMMARIES, GENES)},
         {
             "kind": spec.kind,
-            "service": {"address": address(service), "model": service.model},
+            "service": {"address": build_address(service), "model": service.model},
             "dimensions": spec.dimensions,
         },
         code_hash("core.embeddings.gene_texts") + code_hash("core.embeddings.tables"),

@@ -175,7 +175,7 @@ def end_runs_on_error(runs: Runs) -> Iterator[None]:
 def end_failed(run_ids: Iterable[str], error: BaseException) -> None:
     """End MLflow runs as FAILED with the reason, or as KILLED if the flow was ended from outside.
 
-    What MLflow refuses is only logged: it must not hide the error.
+    An error of MLflow is only logged: it must not hide this one.
     """
     status, reason = "FAILED", f"{type(error).__name__}: {error}"
     if isinstance(error, Stopped):
@@ -257,11 +257,11 @@ def show_results(spec: DatasetSpec, runs: Runs, results: Path, page: Path) -> No
     # Browsers do not follow links from a server's pages to files, so MLflow serves the report.
     create_link_artifact(
         key=f"report-{name}",
-        link=server.report_url(spec.name, next(iter(runs.models.values()))),
+        link=server.build_report_url(spec.name, next(iter(runs.models.values()))),
         link_text=f"Report of {spec.name}",
         description=f"Every MLflow run of the benchmark keeps it; the worker has it as `{page}`.",
     )
-    url = server.benchmark_url(spec.name, runs.benchmark_id)
+    url = server.build_benchmark_url(spec.name, runs.benchmark_id)
     create_link_artifact(key=f"mlflow-{name}", link=url, link_text="Compare the models in MLflow")
 
 

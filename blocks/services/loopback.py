@@ -34,7 +34,7 @@ def is_free_port(port: int) -> bool:
     return True
 
 
-def answers(url: str) -> bool:
+def is_answering(url: str) -> bool:
     """Whether GET is answered with success."""
     try:
         ask_once(url)

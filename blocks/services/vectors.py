@@ -55,7 +55,7 @@ def fault(vector: Vector, dimensions: int | None) -> str | None:
 def read_vector(name: str, dimensions: int | None) -> Vector | None:
     """Read the vector of that name; None if none is kept, or, with a warning, if its file is damaged.
 
-    Raises OSError for a file that is there and cannot be read: to ask for it again would cost.
+    Raises OSError for a file that exists and cannot be read: to ask for it again would cost.
     """
     path = _path(name)
     try:
@@ -66,7 +66,7 @@ def read_vector(name: str, dimensions: int | None) -> Vector | None:
     why: str | None = "its checksum does not fit"
     if sha256(numbers).digest() == digest and len(numbers) % _NUMBER.itemsize == 0:
         vector = np.frombuffer(numbers, _NUMBER).astype(np.float32)
-        why = fault(vector, dimensions)
+        why = find_fault(vector, dimensions)
         if why is None:
             return vector
     LOG.warning("%s is damaged (%s): it is ignored", path, why)

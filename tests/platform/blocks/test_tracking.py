@@ -27,7 +27,7 @@ from blocks.tracking import curves as mlflow_curves
 from blocks.tracking import tracker as module
 from blocks.tracking.client import Refused, Server
 from blocks.tracking.tables import DRF_ENDINGS, QUOTED_COLUMNS, QUOTED_VARIANT, SUMMARY_COLUMNS
-from blocks.tracking.tracker import MLflowTracking, ModelRun, OpenRun, git_commit
+from blocks.tracking.tracker import MLflowTracking, ModelRun, OpenRun, read_git_commit
 from core.errors import UserError
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def test_a_password_in_the_url_is_refused_without_repeating_it() -> None:
 
 
 def test_the_commit_is_the_checkouts_own_or_absent(tmp_path: Path) -> None:
-    assert git_commit(tmp_path) is None
+    assert read_git_commit(tmp_path) is None
 
     def git(*words: str) -> str:
         about = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
@@ -187,12 +187,12 @@ def test_the_commit_is_the_checkouts_own_or_absent(tmp_path: Path) -> None:
         return told.stdout.strip()
 
     git("init")
-    assert git_commit(tmp_path) is None
+    assert read_git_commit(tmp_path) is None
     git("commit", "--allow-empty", "-m", "first")
-    assert git_commit(tmp_path) == git("rev-parse", "HEAD")
+    assert read_git_commit(tmp_path) == git("rev-parse", "HEAD")
     inner = tmp_path / "installed"
     inner.mkdir()
-    assert git_commit(inner) is None
+    assert read_git_commit(inner) is None
 
 
 def test_a_run_carries_what_it_came_from(tracking: MLflowTracking, client: MlflowClient, dataset: str) -> None:
@@ -764,10 +764,11 @@ def test_the_link_leads_to_the_benchmark(tracking: MLflowTracking, client: Mlflo
     page = f"{tracking.tracking_uri}/#/experiments/{experiment}/runs"
     wanted = "searchFilter=tags.benchmark_id%20%3D%20%27b1%27"
     assert (
-        tracking.benchmark_url(dataset, "b1") == f"{page}?workflowType=machine_learning&compareRunsMode=CHART&{wanted}"
+        tracking.build_benchmark_url(dataset, "b1")
+        == f"{page}?workflowType=machine_learning&compareRunsMode=CHART&{wanted}"
     )
     report = f"{page}/{run_id}/artifacts/report.html?workflowType=machine_learning"
-    assert tracking.report_url(dataset, run_id) == report
+    assert tracking.build_report_url(dataset, run_id) == report
 
 
 def test_mlflow_is_imported_late_and_nothing_is_sent_elsewhere_or_printed(tracking: MLflowTracking) -> None:
