@@ -84,7 +84,7 @@ def is_download_transient(error: BaseException) -> bool:
     return is_transient(error) or isinstance(error, s3.ConnectionError | s3.HTTPClientError | ClientError)
 
 
-def _version(state: Path) -> str | None:
+def _read_version(state: Path) -> str | None:
     """Return the version of the file that the kept bytes belong to; None if it is not known."""
     try:
         version = json.loads(state.read_text(encoding="utf-8"))["version"]
@@ -157,7 +157,7 @@ def _open_https(source: HttpsSource, start: int, version: str | None) -> Iterato
         yield Stream(begin, total_size, found, answer.iter_raw())
 
 
-def _broken(why: str) -> Iterator[bytes]:
+def _break_off(why: str) -> Iterator[bytes]:
     """Give no bytes, but a failure after which the next try begins at the first byte."""
     raise ConnectionError(why)
     yield b""

@@ -14,7 +14,7 @@ from blocks.config.paths import vectors_folder
 from blocks.config.secrets import read_secret
 from blocks.http import TASK_RETRY_DELAYS, ConnectionLost
 from blocks.services.text_service import read_service_key, request_vectors
-from blocks.services.vectors import Vector, address, name_vector, read_vector, write_vectors
+from blocks.services.vectors import Vector, build_address, name_vector, read_vector, write_vectors
 from blocks.store.code import code_hash
 from core.catalog.schema import GENE_FILES, EmbeddingSpec, TextService
 from core.embeddings.files import EMBEDDING

@@ -44,7 +44,7 @@ def request_vectors(service: TextService, dimensions: int | None, texts: Sequenc
     none, the request is refused, or the answer is not what was asked for.
     """
     key = read_service_key(service)
-    where = address(service)
+    where = build_address(service)
     wanted = {"model": service.model, "input": list(texts)} | ({"dimensions": dimensions} if dimensions else {})
     try:
         with open_client(headers={"Authorization": f"Bearer {key}"}, timeout=TIMEOUT) as client:
@@ -61,7 +61,7 @@ def request_vectors(service: TextService, dimensions: int | None, texts: Sequenc
     return _parse_vectors(answer, len(texts), dimensions, where)
 
 
-def _refusal(service: TextService, where: str, answer: httpx.Response, words: str) -> Exception:
+def _explain_refusal(service: TextService, where: str, answer: httpx.Response, words: str) -> Exception:
     """Return what an answer other than success means. words: the service's own, without the key."""
     status = answer.status_code
     said = f"HTTP {status} {httpx.codes.get_reason_phrase(status)}".strip()
@@ -81,7 +81,7 @@ def _refusal(service: TextService, where: str, answer: httpx.Response, words: st
     return UserError(where, "request", said, "check `service` and `dimensions` of the entry (docs/catalog.md)")
 
 
-def _words(answer: httpx.Response) -> str:
+def _read_words(answer: httpx.Response) -> str:
     """Return the service's explanation, if it gives one in its form, else nothing."""
     try:
         words = answer.json()["error"]["message"]

@@ -28,18 +28,18 @@ _DIGEST = sha256().digest_size  # bytes
 _NUMBER = np.dtype("<f4")
 
 
-def address(service: TextService) -> str:
+def build_address(service: TextService) -> str:
     """Return the address of a service. A slash at the end of its `url` makes no difference."""
     return f"{service.url.rstrip('/')}/embeddings"
 
 
 def name_vector(service: TextService, dimensions: int | None, text: str) -> str:
     """SHA-256 (hex) of what a vector follows from. The service counts: two may call different models the same."""
-    recipe = [address(service), service.model, dimensions, text]
+    recipe = [build_address(service), service.model, dimensions, text]
     return sha256(json.dumps(recipe).encode()).hexdigest()
 
 
-def fault(vector: Vector, dimensions: int | None) -> str | None:
+def find_fault(vector: Vector, dimensions: int | None) -> str | None:
     """Say why this is not a vector of a text, None if it is one.
 
     dimensions: how long it must be, None for any length.

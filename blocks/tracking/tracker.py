@@ -382,7 +382,7 @@ def read_git_commit(root: Path) -> str | None:
 def _describe_process(flow_run_id: str | None) -> dict[str, str | None]:
     """Return tags that say by what a run was opened."""
     # An image has no checkout: it is told when it is built.
-    commit = read_settings().commit or git_commit(Path(__file__).resolve().parents[2])
+    commit = read_settings().commit or read_git_commit(Path(__file__).resolve().parents[2])
     return {"git_commit": commit, _FLOW_RUN: flow_run_id, _PROCESS: name_this_process()}
 
 
