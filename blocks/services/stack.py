@@ -25,7 +25,7 @@ from blocks.config.child_environment import (
 from blocks.config.paths import logs_folder, mlflow_folder, prefect_folder, temporary_folder
 from blocks.services import daemons
 from blocks.services.daemons import START_TIMEOUT, Record, Records
-from blocks.services.loopback import answers, ask, find_free_port, is_free_port
+from blocks.services.loopback import ask, find_free_port, is_answering, is_free_port
 from blocks.services.workers import WORKERS, end_workers
 
 
@@ -209,7 +209,7 @@ def _launch_server(records: Records, server: _Server, port: int) -> None:
 
 def _healthy(record: Record | None, server: _Server) -> bool:
     """Whether the recorded process itself, not some other program on its port, answers."""
-    return record is not None and daemons.is_listening(record) and answers(f"{_url(record)}{server.health}")
+    return record is not None and daemons.is_listening(record) and is_answering(f"{_url(record)}{server.health}")
 
 
 def _services(records: Records) -> Services:
