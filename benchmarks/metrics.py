@@ -68,7 +68,7 @@ class Candidates(NamedTuple):
 
 
 def write_files(folder: Path, conditions: int, genes: int) -> list[Path]:
-    """reference/ and a folder of predictions for each fold, in `folder`; returns the latter.
+    """Write reference/ and a folder of predictions for each fold, in `folder`; returns the latter.
 
     The first condition was not tested for differential expression, the last has no DEG; predictions are the truth,
     shrunk towards the mean, with noise.
@@ -146,7 +146,7 @@ def _weighted_pearson(x: Floats, t: Floats, w: Floats) -> float:
 
 
 def plain_rankings(case: Case, candidates: Candidates) -> Values:
-    """nir and pds of one condition, with scipy's distances to all truths."""
+    """Compute nir and pds of one condition, with scipy's distances to all truths."""
     euclidean = cdist(case.x[None], candidates.truths)[0]
     cosine = cdist((case.x - case.c)[None, candidates.kept], candidates.changes, "cosine")[0]
     ties = np.abs(cosine - cosine[case.own]) <= CONSTANT
@@ -159,7 +159,7 @@ def plain_rankings(case: Case, candidates: Candidates) -> Values:
 
 
 def plain_weights(t: Floats) -> Floats:
-    """The DEG weights of one condition; 0 throughout where it was not tested."""
+    """Compute the DEG weights of one condition; 0 throughout where it was not tested."""
     if np.isnan(t).any():
         return np.zeros(len(t))
     size = np.abs(t)
@@ -187,7 +187,7 @@ def plain_loop(
 
 
 def candidates_of(evaluation: Evaluation) -> Candidates:
-    """The truths of all conditions, centred once for all."""
+    """Centre the truths of all conditions, once."""
     targets = {gene for label in evaluation.keys["condition"] for gene in label.split("+")}
     kept = ~evaluation.genes.isin(targets)
     return Candidates(evaluation.truth, (evaluation.truth - evaluation.control_mean)[:, kept], kept)

@@ -82,7 +82,7 @@ def _stack(folder: Path, dataset: str) -> Iterator[child_environment.Services]:
 
 
 def _in_fresh_process(work: Callable[..., None], argument: object) -> Any:
-    """What `work` sends: in a process that has imported nothing yet, for Prefect reads its settings when imported."""
+    """Receive what `work` sends, from a new process, because Prefect reads its settings when imported."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=work, args=(argument, sender))
@@ -109,7 +109,7 @@ def _register(names: Sequence[str], sender: Connection) -> None:
 
 
 def _benchmark(parameters: dict[str, Any], sender: Connection) -> None:
-    """Sends the seconds that importing the flow took, and those of the flow."""
+    """Send the seconds that importing the flow took, and those of the flow."""
     start = time.perf_counter()
     from flows.benchmark import benchmark
 
@@ -119,7 +119,7 @@ def _benchmark(parameters: dict[str, Any], sender: Connection) -> None:
 
 
 def _tasks(number: int, sender: Connection) -> None:
-    """Sends the seconds of one task that does nothing, among so many in a flow."""
+    """Send the seconds of one task that does nothing, among so many in a flow."""
     from prefect import flow, task
     from prefect.cache_policies import NO_CACHE
 

@@ -94,14 +94,14 @@ def model_means(of: Screen, metrics: Sequence[Metric] = METRICS) -> pd.DataFrame
 
 
 def right_order(means: pd.DataFrame) -> pd.DataFrame:
-    """metric x pair: 1 where the better model has the better mean, 0 where not, NaN where there is none."""
+    """Compare by metric x pair: 1 where the better model has the better mean, 0 where not, NaN where there is none."""
     direction = means.index.map(lambda name: 1.0 if BY_NAME[name].higher_is_better else -1.0)
     margins = {f"{a} > {b}": direction * (means[a] - means[b]) for a, b in PAIRS}
     return pd.DataFrame({pair: (margin > 0).where(margin.notna()).astype(float) for pair, margin in margins.items()})
 
 
 def calibration(of: Screen, metrics: Sequence[Metric] = METRICS) -> pd.DataFrame:
-    """The quoted rows of the calibration table (interpolated duplicate against the metric's negative control)."""
+    """Select the quoted calibration rows (interpolated duplicate against the metric's negative control)."""
     scores = control_scores(of.reference, of.negatives).assign(half_seed=of.seed)
     table = calibrate(scores[scores["metric"].isin([metric.name for metric in metrics])], of.seed)
     return table[table["variant"] == "drf_interpolated"].set_index("metric")
@@ -136,14 +136,14 @@ def study(settings: SimulationSettings) -> tuple[pd.DataFrame, pd.DataFrame, pd.
 
 
 def markdown(cells: pd.DataFrame, head: str) -> str:
-    """A table of text; the index is its first column."""
+    """Write a table of text; the index is its first column."""
     lines = [[head, *map(str, cells.columns)], ["---"] * (1 + cells.shape[1])]
     lines += [[f"`{name}`", *row] for name, row in zip(cells.index, cells.to_numpy(), strict=True)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def by_cells(table: pd.DataFrame, column: str, text: Callable[[pd.Series], str]) -> pd.DataFrame:
-    """metric x cells of `text` of each cell's five values."""
+    """Arrange metric x cells of `text` of each cell's five values."""
     wide = table[column].groupby(level=["metric", "cells"]).agg(text).unstack("cells")
     return wide.reindex(index=list(BY_NAME), columns=list(CELLS))
 
@@ -155,15 +155,18 @@ def seeds_right(values: pd.Series) -> str:
 
 
 def mean_of_seeds(values: pd.Series) -> str:
+    """Write the mean over seeds."""
     return "–" if values.isna().all() else f"{values.mean():.2f}".replace("-", "−")
 
 
 def verdicts(values: pd.Series) -> str:
+    """Write the verdicts of the seeds."""
     counts = values.map(LETTERS).value_counts()
     return " ".join(f"{counts[letter]}{letter}" for letter in LETTERS.values() if letter in counts)
 
 
 def main() -> None:
+    """Run the study and print its tables."""
     orders, calibrations, effects = study(SimulationSettings())
     print(f"Planted models: seeds of {len(SEEDS)} in which the better one has the better mean, at {CELLS} cells\n")
     ordered = pd.DataFrame({pair: by_cells(orders, pair, seeds_right).agg(" ".join, axis=1) for pair in orders})
