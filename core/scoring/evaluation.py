@@ -14,7 +14,7 @@ from core.conditions import KEYS, genes_of
 from core.errors import UserError
 from core.reference.build import HALF_LAYERS, control_means, dataset_means
 from core.reference.controls import CONTROLS
-from core.scoring.metrics import FEWEST_DEGS, METRICS, Metric, joined, products
+from core.scoring.metrics import FEWEST_DEGS, METRICS, Metric, add_products, sum_products
 from core.stats.differential_expression import deg_mask, effect_weights
 from core.stats.moments import group_codes
 
@@ -205,8 +205,8 @@ def _ranks(
 
     def rank(start: int) -> None:
         at = slice(start, start + RANKED)
-        without, targets = map(products, centred(profiles, places[at]), truths)
-        everything = joined(without, targets)
+        without, targets = map(sum_products, centred(profiles, places[at]), truths)
+        everything = add_products(without, targets)
         for metric in metrics:
             values[metric.name][at] = metric.function(without if metric.without_targets else everything, own[at])
 
