@@ -132,9 +132,9 @@ def _done(name: str, cells: Path, calibration: Path) -> Outcome:
     from core.conditions import CONTROL
     from core.io.h5ad import read_names
     from core.prepare.cells import FILE
-    from core.report.tables import verdicts
+    from core.report.tables import tabulate_verdicts
 
-    table = verdicts(pd.read_parquet(calibration / "calibration.parquet"))
+    table = tabulate_verdicts(pd.read_parquet(calibration / "calibration.parquet"))
     obs, var = read_names(cells / FILE)
     conditions = set(obs["condition"]) - {CONTROL}
     calibrated = int((table["verdict"] == "calibrated").sum())

@@ -48,9 +48,11 @@ def make_results(
 
     def build(folder: Path) -> None:
         # Only here: it costs seconds, and mostly the results are there.
+        from core.report.page import Dataset
         from core.report.results import write_results
 
-        write_results(spec, scores, calibration, quality, provenance, folder)
+        dataset = Dataset(spec.name, spec.title, spec.task, spec.citation, spec.licence)
+        write_results(dataset, spec.seed, scores, calibration, quality, provenance, folder)
 
     provenance = {
         "data set": spec.name,

@@ -45,11 +45,11 @@ def score_model(spec: DatasetSpec, reference: Path, model: str, seed: int, predi
 @task(name="calibrate-metrics", cache_policy=NO_CACHE)
 def calibrate_metrics(spec: DatasetSpec, control_scores: Path) -> Path:
     """calibration.parquet: the dynamic range and the verdict of every metric."""
-    from core.scoring.calibration import calibrate
+    from core.scoring.calibration import build_calibration
 
     def build(folder: Path) -> None:
         scores = pd.read_parquet(control_scores / "scores.parquet")
-        calibrate(scores, spec.seed).to_parquet(folder / "calibration.parquet", index=False)
+        build_calibration(scores, spec.seed).to_parquet(folder / "calibration.parquet", index=False)
 
     return made(
         "calibration",
@@ -66,11 +66,11 @@ def accept_predictions(spec: DatasetSpec, file: Path, reference: Path) -> Path:
 
     Raises UserError where the file cannot be used.
     """
-    from core.scoring.predictions import write_accepted
+    from core.scoring.predictions import write_aligned_predictions
 
     return made(
         "predictions",
-        lambda folder: write_accepted(file, reference, spec.target_sum, folder),
+        lambda folder: write_aligned_predictions(file, reference, spec.target_sum, folder),
         inputs={"file": checksum(file), "reference": reference},
         parameters={"target_sum": spec.target_sum},
         code=code_hash("core.scoring.predictions"),

@@ -1,4 +1,4 @@
-"""What the terminal shows: the result, the verdicts, and an error that the user can mend."""
+"""What the terminal shows: results, verdicts, checks of data sets, and errors that the user can correct."""
 
 from __future__ import annotations
 
@@ -34,78 +34,81 @@ _LEGEND = {
 }
 _VERDICT_STYLES = {"calibrated": "green", "inconclusive": "yellow", "miscalibrated": "red", "none": "dim"}
 _WIDE = 97  # columns that the full table of verdicts takes
-_HEAD, _TAIL = 30, 10  # rows of a long table of conditions that are shown
+_HEAD, _TAIL = 30, 10  # rows of a long table of conditions that are shown, at its start and end
 _LONGEST = 800  # characters of one field of an error: the panel must fit on a screen
 
 
-def result_table(leaderboard: pd.DataFrame, width: int = 100) -> RenderableType:
-    """Models and controls x metrics (means), fitted to the width of the terminal; below it a legend.
+def draw_results(leaderboard: pd.DataFrame, width: int = 100) -> RenderableType:
+    """Draw models and controls x metrics (means), as wide as the terminal, and a legend.
 
-    leaderboard: the long table of docs/science.md section 4. Calibrated metrics stand first and are marked; the best
-    model by each has a star. Values of other metrics are dim and not ranked. Small errors are shown in thousandths.
-    What does not fit in the width with two decimals goes into further tables. NaN is a dash.
+    leaderboard: as core.scoring.leaderboard gives it. Calibrated metrics are first and marked; the best model by each
+    has a star. Values of other metrics are dim and not ranked. Small errors are shown in thousandths. Metrics that do
+    not fit in the width with two decimals go into further tables. NaN is a dash.
     """
     # An error panel must not wait for the tables' libraries to load.
     from core.report import tables as views
+    from core.report.text import format_share
     from core.scoring.leaderboard import RANKED
 
-    means, ranks = views.wide(leaderboard, "mean"), views.wide(leaderboard, "rank")
-    ranked = views.ranked_metrics(leaderboard)
-    rows = views.entries(leaderboard)
+    means, ranks = views.pivot_metrics(leaderboard, "mean"), views.pivot_metrics(leaderboard, "rank")
+    ranked = views.list_ranked_metrics(leaderboard)
+    rows = views.list_entries(leaderboard)
     rows = rows.assign(
-        # What the gaps between rows separate, and predictors of too little coverage with it.
+        # Gaps between rows separate these groups.
         group=rows["kind"].replace("baseline", "model").where(rows["in_panel"], "below"),
-        name=rows["model"].where(rows["in_panel"], rows["model"] + " (" + rows["coverage"].map(views.share) + ")"),
+        name=rows["model"].where(rows["in_panel"], rows["model"] + " (" + rows["coverage"].map(format_share) + ")"),
     )
     names, groups = list(rows["name"]), list(rows["group"])
     room = width - max(map(len, names), default=0)
 
     def columns(decimals: int) -> list[Column]:
         return [
-            _column(metric, means[metric].tolist(), ranks[metric].tolist(), metric in ranked, decimals)
+            _draw_column(metric, means[metric].tolist(), ranks[metric].tolist(), metric in ranked, decimals)
             for metric in means.columns
         ]
 
     parts = [columns(3)]
-    if _width(parts[0]) > room:
+    if _measure_width(parts[0]) > room:
         parts = [columns(2)]
-    if _width(parts[0]) > room:
-        # First the calibrated ones by themselves, then whatever still does not fit.
+    if _measure_width(parts[0]) > room:
+        # First calibrated and other metrics apart, then in as many tables as needed.
         halves = [[column for column in parts[0] if column.calibrated is wanted] for wanted in (True, False)]
-        parts = [part for half in halves for part in _fitted(half, room)]
-    tables = [_table(part, names, groups) for part in parts]
+        parts = [part for half in halves for part in _fill_tables(half, room)]
+    tables = [_draw_table(part, names, groups) for part in parts]
     return Group(
-        *(part for table in tables for part in (table, "")), _legend(parts, models=rows["kind"].isin(RANKED).any())
+        *(part for table in tables for part in (table, "")),
+        _explain_results(parts, models=rows["kind"].isin(RANKED).any()),
     )
 
 
-def verdict_table(calibration: pd.DataFrame, width: int = 100) -> RenderableType:
-    """One row per metric: verdict, mean DRF with its 95 % interval and spread over half splits, BDS, n; a legend.
+def draw_verdicts(calibration: pd.DataFrame, width: int = 100) -> RenderableType:
+    """Draw one row per metric (verdict, mean DRF with its 95 % interval and spread over half splits, BDS, n), a legend.
 
     The other two variants of the DRF and the share of NaN are left out where the terminal is narrow.
     """
     from core.report import tables as views
+    from core.report.text import DASH, format_number, format_share
     from core.scoring.calibration import FEWEST_CONDITIONS, THRESHOLD
 
-    variants = views.variants(calibration)
+    variants = views.tabulate_variants(calibration)
     rows: list[dict[str, Text | str]] = []
-    for row in views.records(views.verdicts(calibration)):
+    for row in views.list_records(views.tabulate_verdicts(calibration)):
         known = row["drf"] == row["drf"]
         style = _VERDICT_STYLES[row["verdict"]]
         rows.append(
             {
                 "metric": Text(row["metric"]),
                 "verdict": Text("no verdict" if row["verdict"] == "none" else row["verdict"], style=style),
-                "DRF": Text(views.number(row["drf"], 2), style=style),
-                "95 % interval": f"{views.number(row['drf_low'], 2)} to {views.number(row['drf_high'], 2)}"
+                "DRF": Text(format_number(row["drf"], 2), style=style),
+                "95 % interval": f"{format_number(row['drf_low'], 2)} to {format_number(row['drf_high'], 2)}"
                 if known
-                else views.DASH,
-                "halves\n±": views.number(row["drf_half_sd"], 2),
-                "BDS": views.number(row["bds"], 2),
+                else DASH,
+                "halves\n±": format_number(row["drf_half_sd"], 2),
+                "BDS": format_number(row["bds"], 2),
                 "n": f"{row['n_conditions']:,.0f}",
-                "NaN": views.share(row["nan_share"]),
-                "DRF\nmean": views.number(variants["drf_mean"][row["metric"]], 2),
-                "DRF\nctrl": views.number(variants["drf_ctrl"][row["metric"]], 2),
+                "NaN": format_share(row["nan_share"]),
+                "DRF\nmean": format_number(variants["drf_mean"][row["metric"]], 2),
+                "DRF\nctrl": format_number(variants["drf_ctrl"][row["metric"]], 2),
             }
         )
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
@@ -116,16 +119,16 @@ def verdict_table(calibration: pd.DataFrame, width: int = 100) -> RenderableType
         table.add_row(*list(cells.values())[: len(table.columns)])
     legend = (
         f"DRF: mean Dynamic Range Fraction. calibrated: its whole interval lies above {THRESHOLD:g}; miscalibrated: "
-        f"below. no verdict: fewer than {FEWEST_CONDITIONS} conditions. BDS: share of conditions in which the positive "
-        "control beats the negative one."
+        f"below it. no verdict: fewer than {FEWEST_CONDITIONS} conditions. BDS: share of conditions in which the "
+        "positive control beats the negative one."
     )
     return Group(table, "", Text(legend, style="dim"))
 
 
-def check_table(check: DatasetCheck, name: str) -> RenderableType:
-    """Conditions with their labels and cells, the smallest first, then what is dropped.
+def draw_check(check: DatasetCheck, name: str) -> RenderableType:
+    """Draw the conditions with their labels and cells, the smallest first, then what is dropped.
 
-    Long tables are cut in the middle of the conditions: the smallest decide, the largest show the scale.
+    The middle of a long table is left out: the smallest conditions decide, the largest show the scale.
     """
     labels = check.labels.groupby("condition")["label"].agg(lambda texts: sorted(set(texts)))
     rows = check.conditions.sort_values(["kept", "cells", "covariate", "condition"])
@@ -145,12 +148,12 @@ def check_table(check: DatasetCheck, name: str) -> RenderableType:
         facts.add_row(what, Text("none" if text == [] else f"{text:,}" if isinstance(text, int) else str(text)))
     dropped = int((~check.conditions["kept"]).sum())
     facts.add_row("conditions dropped for too few cells", f"{dropped:,}")
-    note = "Not applied yet, since they need the counts: the least genes per cell and the least cells per gene."
+    note = "Not checked yet, because this needs the counts: the least genes per cell and the least cells per gene."
     return Group(table, "", facts, "", Text(note, style="dim"))
 
 
-def outcome_table(outcomes: list[Outcome]) -> RenderableType:
-    """What became of each data set: the numbers of those that were done, the reason of those that were not."""
+def draw_outcomes(outcomes: list[Outcome]) -> RenderableType:
+    """Draw one row per data set: its numbers if it was done, else the reason why not."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
     table.add_column("data set", no_wrap=True)
     for head in ("cells", "conditions", "genes", "calibrated\nmetrics"):
@@ -158,32 +161,32 @@ def outcome_table(outcomes: list[Outcome]) -> RenderableType:
     table.add_column("outcome", overflow="fold")
     for name, outcome, reason, *numbers in outcomes:
         cells = ["" if number is None else f"{number:,}" for number in numbers]
-        text = f"{outcome}: {_cut(reason)}" if reason else outcome
+        text = f"{outcome}: {_shorten(reason)}" if reason else outcome
         table.add_row(name, *cells, Text(text, style="yellow" if reason else "green"))
     return table
 
 
-def error_panel(error: UserError) -> Panel:
-    """A user's error on one screen: where, which field, what was found, what to do."""
+def draw_error(error: UserError) -> Panel:
+    """Draw a user's error on one screen: where, which field, what was found, what to do."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
-    grid.add_row("where", Text(_cut(error.where), style="bold"))
-    grid.add_row("field", Text(_cut(error.field)))
-    grid.add_row("found", Text(_cut(error.found)))
-    grid.add_row("remedy", Text(_cut(error.remedy), style="green"))
-    return Panel(grid, title="This needs a change by you", title_align="left", border_style="red", padding=(1, 2))
+    grid.add_row("where", Text(_shorten(error.where), style="bold"))
+    grid.add_row("field", Text(_shorten(error.field)))
+    grid.add_row("found", Text(_shorten(error.found)))
+    grid.add_row("remedy", Text(_shorten(error.remedy), style="green"))
+    return Panel(grid, title="Error", title_align="left", border_style="red", padding=(1, 2))
 
 
-def _cut(text: str) -> str:
-    """Its beginning and its end, where a traceback says what went wrong."""
+def _shorten(text: str) -> str:
+    """Keep the start and the end of a long text: the end of a traceback says what went wrong."""
     if len(text) <= _LONGEST:
         return text
     return f"{text[: _LONGEST // 2].rstrip()} … {text[-_LONGEST // 2 :].lstrip()}"
 
 
 class Column(NamedTuple):
-    """One metric of the result table: lines of its head, cells from top to bottom, and which of them is best."""
+    """One metric of the results: lines of its head, cells from top to bottom, and which of them is best."""
 
     head: list[str]
     cells: list[str]
@@ -191,9 +194,9 @@ class Column(NamedTuple):
     calibrated: bool
 
 
-def _column(metric: str, values: list[float], ranks: list[float], calibrated: bool, decimals: int) -> Column:
-    """Errors of which one is below 0.1 are shown in thousandths; large values have fewer decimals."""
-    from core.report.tables import number
+def _draw_column(metric: str, values: list[float], ranks: list[float], calibrated: bool, decimals: int) -> Column:
+    """Draw one metric; errors of which one is below 0.1 are in thousandths, large values have fewer decimals."""
+    from core.report.text import format_number
     from core.scoring.metrics import BY_NAME
 
     smallest = min((value for value in values if value == value), default=0.0)
@@ -203,38 +206,38 @@ def _column(metric: str, values: list[float], ranks: list[float], calibrated: bo
     for value, first in zip(values, best, strict=True):
         scaled = value * 10**exponent
         places = max(0, decimals - sum(abs(scaled) >= limit for limit in (10, 100, 1000)))
-        cells.append(("*" if first else "") + number(scaled, places))
+        cells.append(("*" if first else "") + format_number(scaled, places))
     return Column(
-        [*_head(metric), *(["10⁻³"] if exponent else []), "●" if calibrated else "○"], cells, best, calibrated
+        [*_shorten_name(metric), *(["10⁻³"] if exponent else []), "●" if calibrated else "○"], cells, best, calibrated
     )
 
 
-def _head(metric: str) -> list[str]:
-    """A metric's name as short lines: weighted_r2_deltactrl is wR² over Δctrl."""
+def _shorten_name(metric: str) -> list[str]:
+    """Shorten a metric's name to lines: weighted_r2_deltactrl is wR² over Δctrl."""
     parts = metric.split("_")
     weighted = parts[0] == "weighted" and len(parts) > 1
     words = [_WORDS.get(part, part) for part in parts[weighted:]]
     return [("w" if weighted else "") + words[0], *words[1:]]
 
 
-def _width(columns: list[Column]) -> int:
-    """Characters that the columns take, each with a space before it."""
+def _measure_width(columns: list[Column]) -> int:
+    """Count the characters that the columns take, each with a space before it."""
     return sum(1 + max(map(len, [*column.head, *column.cells])) for column in columns)
 
 
-def _fitted(columns: list[Column], room: int) -> list[list[Column]]:
-    """The columns in as many groups as the room demands; a single column that is too wide stands alone."""
+def _fill_tables(columns: list[Column], room: int) -> list[list[Column]]:
+    """Distribute the columns over as many tables as needed; a column that is too wide has one of its own."""
     groups: list[list[Column]] = []
     for column in columns:
-        if groups and _width([*groups[-1], column]) <= room:
+        if groups and _measure_width([*groups[-1], column]) <= room:
             groups[-1].append(column)
         else:
             groups.append([column])
     return groups
 
 
-def _table(columns: list[Column], names: list[str], groups: list[str]) -> Table:
-    """One table; a gap between models, positive controls, negative controls and models of too little coverage."""
+def _draw_table(columns: list[Column], names: list[str], groups: list[str]) -> Table:
+    """Draw one table; a gap between models, positive controls, negative controls and models of too little coverage."""
     # The box sets one space between columns: no further padding.
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
     table.add_column("", no_wrap=True)
@@ -253,7 +256,7 @@ def _table(columns: list[Column], names: list[str], groups: list[str]) -> Table:
     return table
 
 
-def _legend(parts: list[list[Column]], models: bool) -> Text:
+def _explain_results(parts: list[list[Column]], models: bool) -> Text:
     from core.scoring import leaderboard
 
     columns = [column for part in parts for column in part]

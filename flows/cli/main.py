@@ -80,16 +80,16 @@ def reproduce(
     wanted, names, sources = _names(datasets), _names(models), _named(source)
     chosen_study(wanted, names, origin, sources)
     services = _servers()
-    from flows.cli.console import outcome_table
+    from flows.cli.console import draw_outcomes
     from flows.reproduce import NoneDone
     from flows.reproduce import reproduce as reproduce_flow
 
     try:
         outcomes: list[Outcome] = _flow(reproduce_flow, datasets=wanted, models=names, origin=origin, sources=sources)
     except NoneDone as error:
-        CONSOLE.print(outcome_table(error.outcomes))
+        CONSOLE.print(draw_outcomes(error.outcomes))
         raise
-    CONSOLE.print(outcome_table(outcomes))
+    CONSOLE.print(draw_outcomes(outcomes))
     CONSOLE.print(_addresses(services), soft_wrap=True)
     if any(outcome.outcome != "done" for outcome in outcomes):
         raise typer.Exit(1)
@@ -110,7 +110,7 @@ def calibrate(
 ) -> None:
     """Calibrate the metrics on one file; needs no server, MLflow or model."""
     from core.scoring.file_calibration import FileOptions, calibrate_file
-    from flows.cli.console import verdict_table
+    from flows.cli.console import draw_verdicts
 
     options = FileOptions(column, control, covariate, seed, half_seeds)
     with CONSOLE.status(f"calibrating {file.name}"):
@@ -120,7 +120,7 @@ def calibrate(
     columns = ["covariate"] * (scores["covariate"].nunique() > 1)
     _write_csv(scores[["model", *columns, "condition", "metric", "value"]], out / "scores.csv")
     _write_csv(calibration, out / "calibration.csv")
-    CONSOLE.print(verdict_table(calibration, CONSOLE.width))
+    CONSOLE.print(draw_verdicts(calibration, CONSOLE.width))
     CONSOLE.print(f"scores: {out / 'scores.csv'}\ncalibration: {out / 'calibration.csv'}")
 
 
@@ -178,7 +178,7 @@ def check(
     """Say what an entry would do with its file (labels, cells per condition, what is dropped), without doing it."""
     from core import catalog
     from core.prepare.check import check_dataset
-    from flows.cli.console import check_table
+    from flows.cli.console import draw_check
     from tasks.inputs import check_sources, named_source
 
     spec, sources = catalog.dataset(dataset), _named(source)
@@ -188,7 +188,7 @@ def check(
         remedy = f"download {getattr(spec.source, 'url', 'it')} and name it: --source {spec.name}=FILE"
         raise UserError(dataset, "source", "an entry that can be read, but no file to check it with", remedy)
     found = check_dataset(file, spec)
-    CONSOLE.print(check_table(found, spec.name))
+    CONSOLE.print(draw_check(found, spec.name))
     if found.faults:
         raise UserError(file, "conditions", "; ".join(found.faults), f"mend the entry {dataset}, or give more data")
 
@@ -219,9 +219,9 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        from flows.cli.console import error_panel
+        from flows.cli.console import draw_error
 
-        ERRORS.print(error_panel(error))
+        ERRORS.print(draw_error(error))
         sys.exit(2)
 
 
@@ -294,9 +294,9 @@ def _show(results: Path, services: Services) -> None:
     """The result table, then where to look further."""
     import pandas as pd
 
-    from flows.cli.console import result_table
+    from flows.cli.console import draw_results
 
-    CONSOLE.print(result_table(pd.read_parquet(results / "leaderboard.parquet"), CONSOLE.width))
+    CONSOLE.print(draw_results(pd.read_parquet(results / "leaderboard.parquet"), CONSOLE.width))
     unpredicted = pd.read_parquet(results / "unpredicted.parquet")
     for model, rows in unpredicted.groupby("model", observed=True):
         reasons = shown(sorted(set(rows["reason"])), 3)
