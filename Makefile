@@ -11,16 +11,19 @@ CPU_TORCH_INDEX := https://download.pytorch.org/whl/cpu
 RUNTIME := .venv/.runtime-installed
 TOOLS := .venv/.test-tools-installed
 DOCS_TOOLS := .venv/.docs-tools-installed
+PYTEST := $(BIN)/pytest -n 2 --dist loadgroup
 # An image under another licence than the project's own is built by choice: calipert model build NAME.
 MODELS := $(notdir $(patsubst %/Dockerfile,%,$(shell grep -l 'licenses="MIT"' model_containers/*/Dockerfile)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo images test docs fault up down clean
+.PHONY: help setup tools demo images test test-platform docs fault up down clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(RUNTIME) ## install into .venv, if anything changed since the last time
+
+tools: $(TOOLS) ## install what tests and pre-commit need, too
 
 demo: setup ## benchmark two models on a simulated screen
 	$(BIN)/calipert run demo
@@ -29,18 +32,21 @@ images: setup ## build the images of the models, for CALIPERT_ENGINE=docker
 	$(BIN)/calipert model build $(if $(BASE_IMAGE),--arg BASE_IMAGE=$(BASE_IMAGE)) \
 		$(if $(TORCH_INDEX),--arg TORCH_INDEX=$(TORCH_INDEX)) $(MODELS)
 
-test: $(TOOLS) ## run lint, types, import contracts and all tests
+test: $(TOOLS) ## lint, types, import contracts, and all tests that take seconds (at most 8 minutes)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered
+	$(PYTEST) --cov --cov-report=term:skip-covered
+
+test-platform: $(TOOLS) ## tests with servers, containers and a browser, and one round of each fault (20 minutes)
+	$(PYTEST) tests/platform tests/fault
+
+fault: $(TOOLS) ## kill benchmarks, workers and servers at random moments, 30 rounds, and compare all bytes
+	CALIPERT_FAULT_ROUNDS=30 $(BIN)/pytest -v -s tests/fault
 
 docs: $(DOCS_TOOLS) ## build the documentation into build/docs; a warning is an error
 	$(BIN)/mkdocs build
-
-fault: $(TOOLS) ## kill benchmarks, workers and servers at random, 30 rounds, and compare all bytes
-	CALIPERT_FAULT_ROUNDS=30 $(BIN)/pytest -n 0 -v -s tests/fault
 
 up: setup ## start the servers and workers, and register all deployments
 	@$(BIN)/python -m deployments.local up

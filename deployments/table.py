@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from blocks.config.pools import CPU, GPU
 from core import catalog
 from core.catalog.schema import DatasetSpec, EmbeddingSpec
-from tasks.inputs import inputs_of, inputs_of_embedding, study
+from tasks.inputs import list_embedding_inputs, list_inputs, list_study
 
 
 class Schedule(NamedTuple):
@@ -132,7 +132,7 @@ def _of_embedding(name: str) -> Deployment:
         tags=("calipert", name, "embedding"),
         description=f"Makes the gene embedding **{name}**: {spec.title}. A benchmark that needs it makes it by itself."
         f"\n\nLicence: {spec.licence}.\n\nTo cite: {spec.citation}.",
-        choices={"embedding": (name,), "sources": tuple(one.name for one in inputs_of_embedding(spec))},
+        choices={"embedding": (name,), "sources": tuple(one.name for one in list_embedding_inputs(spec))},
     )
 
 
@@ -142,7 +142,7 @@ def _whole_study() -> Deployment:
         name="all",
         entrypoint="flows.reproduce.reproduce",
         pool=CPU,
-        parameters={"datasets": study()},
+        parameters={"datasets": list_study()},
         tags=("calipert", "study"),
         description="Prepares and calibrates the data sets of the study one after the other, and benchmarks the models "
         "that are named. What one data set lacks does not stop the others; a second run goes on from the store."
@@ -178,7 +178,7 @@ def _shared_embeddings() -> tuple[str, ...]:
 
 def _inputs() -> tuple[str, ...]:
     """What models need beside the data, and a user may have as a file."""
-    needed = inputs_of(catalog.models(catalog.names("model")))
+    needed = list_inputs(catalog.models(catalog.names("model")))
     return tuple(sorted(one.name for one in needed if not (isinstance(one, EmbeddingSpec) and one.per_fold)))
 
 

@@ -8,24 +8,16 @@ from pathlib import Path
 from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.folds import cancel_folds, folds_of, plan_folds, recipes_of, train_folds
+from flows.folds import list_folds, list_origins, plan_folds, train_folds
 from flows.parameters import Dataset, Folds, Models, Origin, Seed, Sources
-from tasks.embed_texts import check_services
-from tasks.engine import check_containers
-from tasks.inputs import check_sources, chosen_dataset, chosen_models, inputs_of
-from tasks.prepare import build_reference, measure_quality, prepare_cells
+from flows.remote_folds import cancel_folds
+from flows.steps import calibrate_screen, prepare_screen, report_results
+from tasks.inputs import list_inputs
+from tasks.preflight import check_run
+from tasks.prepare import measure_quality
 from tasks.pretrained import fetch_inputs
-from tasks.record import (
-    end_interrupted,
-    failing_with_the_flow,
-    open_runs,
-    record_calibration,
-    record_results,
-    show_results,
-)
-from tasks.results import make_results, publish_results
-from tasks.score import calibrate_metrics, score_controls, score_model
-from tasks.sources import described, fetch_source
+from tasks.record import end_interrupted, failing_with_the_flow, open_runs
+from tasks.score import score_model
 
 
 @flow(
@@ -53,32 +45,15 @@ def benchmark(
     sources: files to use for data sets and embeddings, by name.
     Returns the folder of the results: tables, report.html and figures.
     """
-    spec = chosen_dataset(dataset, folds, origin)
-    chosen = chosen_models(models)
-    needed = inputs_of(chosen)
-    check_sources([spec, *needed], sources)
-    check_containers(chosen)
-    check_services([model.embedding for model in chosen if model.embedding], sources)
+    run = check_run(dataset, models, folds, origin, sources)
+    inputs = fetch_inputs(list_inputs(run.models), run.files)
+    screen = prepare_screen(run)
+    quality = measure_quality.submit(screen.cells, screen.reference)
+    control_scores, calibration = calibrate_screen(screen)
 
-    inputs = fetch_inputs(needed, sources)
-    raw = fetch_source(spec, sources)
-    cells = prepare_cells(spec, raw)
-    reference = build_reference(spec, cells)
-    quality = measure_quality.submit(cells, reference)
-    control_scores = score_controls(spec, reference)
-    calibration = calibrate_metrics(spec, control_scores)
-    source = described(spec, raw)
-    record_calibration(spec, calibration, source)
-
-    jobs = plan_folds(spec, chosen, cells, reference, seed, inputs)
-    runs = open_runs(spec, control_scores, recipes_of(jobs), folds_of(jobs), source)
+    jobs = plan_folds(screen, run.models, seed, inputs)
+    runs = open_runs(run.spec, control_scores, list_origins(jobs), list_folds(jobs), screen.source)
     with failing_with_the_flow(runs):
         predictions = train_folds(jobs, runs)
-        scores = [score_model(spec, reference, name, seed, of_model) for name, of_model in predictions.items()]
-        results = make_results(
-            spec, source, [control_scores, *scores], calibration, quality.result(), runs.benchmark_id
-        )
-        record_results(runs, results)
-    page = publish_results(spec.name, results)
-    show_results(spec, runs, results, page)
-    return page.parent
+        scores = [score_model(run.spec, screen.reference, name, seed, folders) for name, folders in predictions.items()]
+    return report_results(run.spec.name, screen, [control_scores, *scores], calibration, quality.result(), runs)

@@ -7,11 +7,9 @@ from pathlib import Path
 from prefect import flow
 
 from flows.parameters import Dataset, Origin, Sources
-from tasks.inputs import check_sources, chosen_dataset
-from tasks.prepare import build_reference, prepare_cells
-from tasks.record import end_interrupted, record_calibration
-from tasks.score import calibrate_metrics, score_controls
-from tasks.sources import described, fetch_source
+from flows.steps import calibrate_screen, prepare_screen
+from tasks.preflight import check_run
+from tasks.record import end_interrupted
 
 
 @flow(
@@ -32,10 +30,5 @@ def calibrate(
     sources: files to use, by data set.
     Returns the folder of calibration.parquet in the store.
     """
-    spec = chosen_dataset(dataset, origin=origin)
-    check_sources([spec], sources)
-    raw = fetch_source(spec, sources)
-    reference = build_reference(spec, prepare_cells(spec, raw))
-    calibration = calibrate_metrics(spec, score_controls(spec, reference))
-    record_calibration(spec, calibration, described(spec, raw))
+    _, calibration = calibrate_screen(prepare_screen(check_run(dataset, [], None, origin, sources)))
     return calibration

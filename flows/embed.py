@@ -9,10 +9,9 @@ from prefect import flow
 from core import catalog
 from core.errors import UserError
 from flows.parameters import Embedding, Sources
-from tasks.embed import make_shared
-from tasks.embed_texts import check_services
-from tasks.engine import check_containers
-from tasks.inputs import check_sources, inputs_of_embedding
+from tasks.embed import make_shared_embedding
+from tasks.inputs import list_embedding_inputs
+from tasks.preflight import check_needs
 from tasks.pretrained import fetch_inputs
 
 
@@ -30,12 +29,10 @@ def embed(
     """
     spec = catalog.embedding(embedding)
     if not spec.is_shared:
-        made = "from the training cells of a fold" if spec.per_fold else "between the genes that a data set perturbs"
+        how = "from the training cells of a fold" if spec.per_fold else "between the genes that a data set perturbs"
         remedy = "benchmark a model that uses it: it is made then"
-        raise UserError(f"catalog entry {embedding}", "kind", f"an embedding that is made {made}", remedy)
-    needed = inputs_of_embedding(spec)
-    check_sources(needed, sources)
-    check_containers([], [spec])
-    check_services([spec], sources)
+        raise UserError(f"catalog entry {embedding}", "kind", f"an embedding that is made {how}", remedy)
+    needed = list_embedding_inputs(spec)
+    files = check_needs(needed, sources, [], [spec])
     # Which genes a data set perturbs is not known here: the benchmark checks that there are any.
-    return make_shared(spec, fetch_inputs(needed, sources))
+    return make_shared_embedding(spec, fetch_inputs(needed, files))

@@ -7,9 +7,9 @@ from pathlib import Path
 from prefect import flow
 
 from flows.parameters import Dataset, Origin, Sources
-from tasks.inputs import check_sources, chosen_dataset
-from tasks.prepare import build_reference, measure_quality, prepare_cells
-from tasks.sources import fetch_source
+from flows.steps import prepare_screen
+from tasks.preflight import check_run
+from tasks.prepare import measure_quality
 
 
 @flow(name="prepare", flow_run_name="prepare-{dataset}")
@@ -25,10 +25,6 @@ def prepare(
     sources: files to use, by data set.
     Returns the folders of cells.h5ad, reference.h5ad and quality.parquet in the store.
     """
-    spec = chosen_dataset(dataset, origin=origin)
-    check_sources([spec], sources)
-    raw = fetch_source(spec, sources)
-    cells = prepare_cells(spec, raw)
-    reference = build_reference(spec, cells)
-    quality = measure_quality(cells, reference)
-    return {"cells": cells, "reference": reference, "quality": quality}
+    screen = prepare_screen(check_run(dataset, [], None, origin, sources))
+    quality = measure_quality(screen.cells, screen.reference)
+    return {"cells": screen.cells, "reference": screen.reference, "quality": quality}

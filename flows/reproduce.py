@@ -15,13 +15,12 @@ from core.catalog.schema import DatasetSpec
 from core.errors import UserError
 from flows.benchmark import benchmark
 from flows.calibrate import calibrate
-from flows.folds import cancel_folds
 from flows.parameters import BenchmarkedModels, Datasets, Origin, Sources
 from flows.prepare import prepare
+from flows.remote_folds import cancel_folds
 from tasks.artifacts import LOG
-from tasks.embed_texts import check_services
-from tasks.engine import check_containers
-from tasks.inputs import chosen_models, chosen_study, inputs_of
+from tasks.inputs import choose_models, choose_study, list_inputs, resolve_sources
+from tasks.preflight import check_needs
 from tasks.record import end_interrupted, tracking_server
 from tasks.sources import ConnectionLost, fetch_source
 
@@ -29,7 +28,7 @@ LONGEST = 500  # characters of a reason
 
 
 class Outcome(NamedTuple):
-    """What became of one data set: `done` with its numbers, or how far it did not get, and why."""
+    """What became of one data set: `done` with its numbers, or the step that failed, and why."""
 
     dataset: str
     outcome: str
@@ -47,8 +46,10 @@ class NoneDone(UserError):
 
 
 def end_interrupted_subflows(flow: object, flow_run: Any, state: Any) -> None:
-    """Hook of a reproduction that was cancelled or has crashed: end what its subflows left running, in MLflow and in
-    the work pools."""
+    """End what the subflows of a reproduction left running, in MLflow and in the work pools.
+
+    A hook for its cancellation and its crash.
+    """
     mine = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[flow_run.id]))
     with get_client(sync_client=True) as client:
         subflows = client.read_flow_runs(flow_run_filter=mine)
@@ -77,56 +78,54 @@ def reproduce(
     sources: files to use for data sets and embeddings, by name.
     A second run goes on from what the first one finished. Returns what became of each data set.
     """
-    specs = chosen_study(datasets, models, origin, sources)
-    chosen = chosen_models(models)
-    check_containers(chosen)
-    check_services([model.embedding for model in chosen if model.embedding], sources)
+    specs, chosen = choose_study(datasets, origin), choose_models(models)
+    check_needs(list_inputs(chosen), sources, chosen, later=specs.values())
     tracking_server()
     outcomes: list[Outcome] = []
     connected = True
     for dataset, spec in specs.items():
-        outcome, connected = _reproduced(dataset, spec, models, origin, sources, connected)
+        outcome, connected = _reproduce_dataset(dataset, spec, models, origin, sources, connected)
         outcomes.append(outcome)
-        _say(outcome)
-    _show(outcomes, origin)
+        _log_outcome(outcome)
+    _publish_table(outcomes, origin)
     done = [outcome.dataset for outcome in outcomes if outcome.outcome == "done"]
     LOG.info("%d of %d data sets done, %d not", len(done), len(outcomes), len(outcomes) - len(done))
     if not done:
         found = f"none of {len(outcomes)} was done; {outcomes[0].dataset} {outcomes[0].outcome}: {outcomes[0].reason}"
-        error = NoneDone("reproduce", "datasets", found, "mend what the reasons say and run again")
+        error = NoneDone("reproduce", "datasets", found, "solve what the reasons say and run again")
         error.outcomes = outcomes
         raise error
     return outcomes
 
 
-def _reproduced(
+def _reproduce_dataset(
     dataset: str, spec: DatasetSpec, models: list[str], origin: Origin, sources: dict[str, str], connected: bool
 ) -> tuple[Outcome, bool]:
-    """What became of a data set, and whether the network was there.
+    """Reproduce one data set; what became of it, and whether the network could be reached.
 
-    connected: whether it was there for the last one. Without it, one try is enough.
+    connected: whether it could for the last one. If not, one try is enough.
     """
     own = {name: file for name, file in sources.items() if name == spec.name}
     fetch = fetch_source if connected else fetch_source.with_options(retries=0)
     LOG.info("%s: %s", spec.name, spec.title)
     failing = "could not be got"
     try:
-        fetch(spec, own)
+        fetch(spec, resolve_sources([spec], own).get(spec.name))
         failing = "could not be prepared"
         cells = prepare(dataset, origin, own)["cells"]
         failing = "could not be calibrated"
         calibration = calibrate(dataset, origin, own)
         if models:
             failing = "could not be benchmarked"
-            needed = {one.name for one in inputs_of(chosen_models(models))}
+            needed = {one.name for one in list_inputs(choose_models(models))}
             taking_part = {name: file for name, file in sources.items() if name in {spec.name, *needed}}
             benchmark(dataset, models, origin=origin, sources=taking_part)
-        return _done(spec.name, cells, calibration), True
+        return _describe_success(spec.name, cells, calibration), True
     except Exception as error:  # noqa: BLE001 - whatever it is, the other data sets can still be done
-        return Outcome(spec.name, failing, _one_line(error)), not isinstance(error, ConnectionLost)
+        return Outcome(spec.name, failing, _shorten_error(error)), not isinstance(error, ConnectionLost)
 
 
-def _done(name: str, cells: Path, calibration: Path) -> Outcome:
+def _describe_success(name: str, cells: Path, calibration: Path) -> Outcome:
     import pandas as pd
 
     from core.conditions import CONTROL
@@ -141,7 +140,7 @@ def _done(name: str, cells: Path, calibration: Path) -> Outcome:
     return Outcome(name, "done", "", len(obs), len(conditions), len(var), calibrated)
 
 
-def _one_line(error: Exception) -> str:
+def _shorten_error(error: Exception) -> str:
     if isinstance(error, UserError):
         text = f"{error.where}, {error.field}: {error.found} ({error.remedy})"
     else:
@@ -149,14 +148,14 @@ def _one_line(error: Exception) -> str:
     return shorten(text, LONGEST, placeholder=" ...")
 
 
-def _say(outcome: Outcome) -> None:
+def _log_outcome(outcome: Outcome) -> None:
     if outcome.outcome == "done":
         LOG.info("%s: done; %d cells, %d conditions, %d genes, %d calibrated metrics", outcome.dataset, *outcome[3:])
     else:
         LOG.warning("%s %s: %s", outcome.dataset, outcome.outcome, outcome.reason)
 
 
-def _show(outcomes: list[Outcome], origin: Origin) -> None:
+def _publish_table(outcomes: list[Outcome], origin: Origin) -> None:
     heads = ("data set", "outcome", "reason", "cells", "conditions", "genes", "calibrated metrics")
     create_table_artifact(
         key="reproduce",

@@ -7,21 +7,13 @@ from pathlib import Path
 from prefect import flow
 
 from flows.parameters import Dataset, Folds, Origin, Sources
+from flows.steps import calibrate_screen, prepare_screen, report_results
 from tasks.artifacts import key_of
-from tasks.inputs import check_model_name, check_sources, chosen_dataset
-from tasks.prepare import build_reference, measure_quality, prepare_cells
-from tasks.record import (
-    Recipe,
-    end_interrupted,
-    failing_with_the_flow,
-    open_runs,
-    record_calibration,
-    record_results,
-    show_results,
-)
-from tasks.results import make_results, publish_results
-from tasks.score import accept_predictions, calibrate_metrics, score_controls, score_model
-from tasks.sources import described, fetch_source
+from tasks.inputs import check_model_name
+from tasks.preflight import check_run
+from tasks.prepare import measure_quality
+from tasks.record import ModelOrigin, end_interrupted, failing_with_the_flow, open_runs
+from tasks.score import accept_predictions, score_model
 
 
 @flow(
@@ -46,24 +38,14 @@ def score(
     origin: the authors' raw file, or the preprocessed mirror. A file in `sources` comes before either.
     Returns the folder of the results.
     """
-    spec = chosen_dataset(dataset, folds, origin)
     check_model_name(name)
-    check_sources([spec], sources)
-    raw = fetch_source(spec, sources)
-    cells = prepare_cells(spec, raw)
-    reference = build_reference(spec, cells)
-    accepted = accept_predictions(spec, predictions, reference)
-    quality = measure_quality(cells, reference)
-    control_scores = score_controls(spec, reference)
-    calibration = calibrate_metrics(spec, control_scores)
-    source = described(spec, raw)
-    record_calibration(spec, calibration, source)
-    recipes = {name: Recipe({"file": predictions.name}, "", -1, [key_of(accepted)])}
-    runs = open_runs(spec, control_scores, recipes, [], source)
+    run = check_run(dataset, [], folds, origin, sources)
+    screen = prepare_screen(run)
+    accepted = accept_predictions(run.spec, predictions, screen.reference)
+    quality = measure_quality(screen.cells, screen.reference)
+    control_scores, calibration = calibrate_screen(screen)
+    origins = {name: ModelOrigin({"file": predictions.name}, "", -1, [key_of(accepted)])}
+    runs = open_runs(run.spec, control_scores, origins, [], screen.source)
     with failing_with_the_flow(runs):
-        scores = score_model(spec, reference, name, -1, [accepted])
-        results = make_results(spec, source, [control_scores, scores], calibration, quality, runs.benchmark_id)
-        record_results(runs, results)
-    page = publish_results(f"{spec.name}.{name}", results)
-    show_results(spec, runs, results, page)
-    return page.parent
+        scores = score_model(run.spec, screen.reference, name, -1, [accepted])
+    return report_results(f"{run.spec.name}.{name}", screen, [control_scores, scores], calibration, quality, runs)

@@ -8,16 +8,15 @@ from pathlib import Path
 from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.folds import cancel_folds, folds_of, plan_folds, recipes_of, train_folds
+from flows.folds import list_folds, list_origins, plan_folds, train_folds
 from flows.parameters import Dataset, Folds, Models, Origin, Seed, Sources
-from tasks.embed_texts import check_services
-from tasks.engine import check_containers
-from tasks.inputs import check_sources, chosen_dataset, chosen_models, inputs_of
-from tasks.prepare import build_reference, prepare_cells
+from flows.remote_folds import cancel_folds
+from flows.steps import prepare_screen
+from tasks.inputs import list_inputs
+from tasks.preflight import check_run
 from tasks.pretrained import fetch_inputs
 from tasks.record import end_interrupted, end_trainings, failing_with_the_flow, open_runs
 from tasks.score import score_controls
-from tasks.sources import described, fetch_source
 
 
 @flow(
@@ -40,22 +39,13 @@ def train(
     The parameters are those of a benchmark, which finds the trained models again.
     Returns the folders of the predictions in the store, by model, in the order of the folds.
     """
-    spec = chosen_dataset(dataset, folds, origin)
-    chosen = chosen_models(models)
-    needed = inputs_of(chosen)
-    check_sources([spec, *needed], sources)
-    check_containers(chosen)
-    check_services([model.embedding for model in chosen if model.embedding], sources)
+    run = check_run(dataset, models, folds, origin, sources)
+    inputs = fetch_inputs(list_inputs(run.models), run.files)
+    screen = prepare_screen(run)
+    control_scores = score_controls(run.spec, screen.reference)
 
-    inputs = fetch_inputs(needed, sources)
-    raw = fetch_source(spec, sources)
-    cells = prepare_cells(spec, raw)
-    reference = build_reference(spec, cells)
-    control_scores = score_controls(spec, reference)
-
-    jobs = plan_folds(spec, chosen, cells, reference, seed, inputs)
-    source = described(spec, raw)
-    runs = open_runs(spec, control_scores, recipes_of(jobs), folds_of(jobs), source, controls=False)
+    jobs = plan_folds(screen, run.models, seed, inputs)
+    runs = open_runs(run.spec, control_scores, list_origins(jobs), list_folds(jobs), screen.source, controls=False)
     with failing_with_the_flow(runs):
         predictions = train_folds(jobs, runs)
         end_trainings(runs)

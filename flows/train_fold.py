@@ -9,12 +9,12 @@ from prefect import flow
 from blocks.local.cancellation import Stopped, models_end_with
 from core.errors import UserError
 from tasks.record import end_training
-from tasks.train import FoldJob, predictions_key
+from tasks.train import FoldJob, find_trained_fold, predictions_recipe
 from tasks.train import train_fold as train_fold_task
 
 
 def end_fold(flow: object, flow_run: Any, state: Any) -> None:
-    """Hook of a training that was cancelled or has crashed: end its MLflow run, unless another one goes on with it."""
+    """End the MLflow run of a training that was cancelled or has crashed, unless another one goes on with it."""
     reason = str(Stopped(flow_run.name, f"the flow run is {state.name}"))
     end_training(flow_run.parameters["job"]["run_id"], str(flow_run.id), reason)
 
@@ -26,7 +26,7 @@ def train_fold(job: FoldJob, expected: str) -> None:
     job: what to train on what. expected: key of the predictions on the machine that asks for them.
     Raises UserError where this machine would give others, because its code or its models' packages differ.
     """
-    own = predictions_key(job)
+    own = predictions_recipe(job).key
     if own != expected:
         raise UserError(
             "this worker",
@@ -35,4 +35,4 @@ def train_fold(job: FoldJob, expected: str) -> None:
             "install the same version of calipert and of the model's packages here, and restart the worker",
         )
     with models_end_with(job.name):
-        train_fold_task(job)
+        train_fold_task(job, find_trained_fold(job))

@@ -12,99 +12,93 @@ from prefect.cache_policies import NO_CACHE
 from blocks.store.code import code_hash
 from core import catalog
 from core.catalog.schema import EmbeddingSpec, ResolvedModel
-from tasks.artifacts import checksum, made
-from tasks.embed_container import FILE, made_in_container
-from tasks.embed_texts import made_of_texts
+from tasks.artifacts import Recipe, build_or_get, checksum_file
+from tasks.embed_container import FILE, embed_in_container
+from tasks.embed_texts import embed_texts
 
 
 @task(name="embed", task_run_name="embed {spec.name}", cache_policy=NO_CACHE)
 def embed(spec: EmbeddingSpec, source: Path, perturbed: list[str]) -> Path:
-    """embedding.parquet, a table of genes x dimensions or a graph; the artifact's folder.
+    """Make an embedding that is one table of genes x dimensions, or a graph; the artifact's folder.
 
     source: the raw file or the published files (artifact) of a shared embedding, or the fold (artifact) of a per-fold
-    one. perturbed: the genes that a graph is between: among all genes hardly one of a gene's nearest would be perturbed
-    in the same screen.
+    one. perturbed: the genes that a graph is between; among all genes, hardly any of a gene's nearest ones would be
+    perturbed in the same screen.
     """
     from core.embeddings.tables import write_embedding
 
     if spec.container:
-        return made_in_container(spec, source)
+        return embed_in_container(spec, source)
     if spec.service:
-        return made_of_texts(spec, source)
+        return embed_texts(spec, source)
     if spec.dimensions is None:
         raise ValueError(f"{spec.name} is put together from its parts")
     compute, dimensions = COMPUTE[spec.kind], spec.dimensions
     genes = {"genes": sorted(perturbed)} if spec.form == "graph" else {}
-    return made(
+    recipe = Recipe(
         "embedding",
-        lambda folder: write_embedding(compute(source, dimensions, **genes), folder / FILE),
-        inputs={"source": source if source.is_dir() else checksum(source)},
-        parameters={"kind": spec.kind, "dimensions": dimensions, **genes},
-        code=code_hash("core.embeddings.gene_graph" if spec.form == "graph" else "core.embeddings.tables"),
+        {"source": source if source.is_dir() else checksum_file(source)},
+        {"kind": spec.kind, "dimensions": dimensions, **genes},
+        code_hash("core.embeddings.gene_graph" if spec.form == "graph" else "core.embeddings.tables"),
         label=f"the embedding {spec.name}",
     )
+    return build_or_get(recipe, lambda folder: write_embedding(compute(source, dimensions, **genes), folder / FILE))
 
 
 @task(name="join-embeddings", task_run_name="embed {spec.name}", cache_policy=NO_CACHE)
-def join(spec: EmbeddingSpec, parts: dict[str, Path]) -> Path:
-    """embedding.parquet of several tables side by side; the artifact's folder. parts: their artifacts, by name."""
+def join_embeddings(spec: EmbeddingSpec, parts: dict[str, Path]) -> Path:
+    """Put several tables side by side; the artifact's folder of embedding.parquet. parts: their artifacts, by name."""
     from core.embeddings.tables import read_embedding, side_by_side, write_embedding
 
     def build(folder: Path) -> None:
         tables = {name: read_embedding(part / FILE) for name, part in parts.items()}
         write_embedding(side_by_side(tables), folder / FILE)
 
-    return made(
-        "embedding",
-        build,
-        inputs=dict(parts),
-        parameters={"kind": spec.kind, "parts": list(parts)},
-        code=code_hash("core.embeddings.tables"),
-        label=f"the embedding {spec.name}",
-    )
+    parameters = {"kind": spec.kind, "parts": list(parts)}
+    code = code_hash("core.embeddings.tables")
+    return build_or_get(Recipe("embedding", parts, parameters, code, f"the embedding {spec.name}"), build)
 
 
-def make_shared(spec: EmbeddingSpec, inputs: Mapping[str, Path]) -> Path:
-    """The artifact's folder of an embedding that is the same for all data sets. inputs: of `fetch_inputs`."""
-    return _whole(spec, lambda part: embed(part, inputs[part.pretrained or part.name], []))
+def make_shared_embedding(spec: EmbeddingSpec, inputs: Mapping[str, Path]) -> Path:
+    """Make an embedding that is the same for all data sets; the artifact's folder. inputs: of `fetch_inputs`."""
+    return _make_whole(spec, lambda part: embed(part, inputs[part.pretrained or part.name], []))
 
 
-def _whole(spec: EmbeddingSpec, make: Callable[[EmbeddingSpec], Path]) -> Path:
-    """An embedding from what makes its parts."""
+def _make_whole(spec: EmbeddingSpec, make_part: Callable[[EmbeddingSpec], Path]) -> Path:
     if spec.form != "tables":
-        return make(spec)
-    return join(spec, {part.name: make(part) for part in catalog.parts(spec)})
+        return make_part(spec)
+    return join_embeddings(spec, {part.name: make_part(part) for part in catalog.parts(spec)})
 
 
 def make_embeddings(
     models: Iterable[ResolvedModel], data: Mapping[int, Path], inputs: Mapping[str, Path], perturbed: list[str]
 ) -> dict[tuple[str, int], Path | None]:
-    """(model, fold) -> folder of its embedding.parquet, None for a model without one. Each is made once.
+    """Make the embeddings of models, each once; (model, fold) -> its artifact's folder, None for a model without one.
 
     data: the folds' artifacts. inputs: of `fetch_inputs`. perturbed: the genes that models will need. Raises
-    UserError where a model's embedding has none of them.
+    UserError if a model's embedding has none of them.
     """
     from core.embeddings.tables import known_genes, require_coverage
 
     by_key: dict[tuple[str, int | None], Path] = {}
 
-    def once(spec: EmbeddingSpec, fold: int) -> Path:
+    def make_once(spec: EmbeddingSpec, fold: int) -> Path:
         key = (spec.name, fold if spec.per_fold else None)
         if key not in by_key:
             if spec.form == "tables":
-                by_key[key] = _whole(spec, lambda part: once(part, fold))
+                by_key[key] = _make_whole(spec, lambda part: make_once(part, fold))
             else:
                 source = data[fold] if spec.per_fold else inputs[spec.pretrained or spec.name]
                 by_key[key] = embed(spec, source, perturbed)
         return by_key[key]
 
-    given: dict[tuple[str, int], Path | None] = {}
+    made: dict[tuple[str, int], Path | None] = {}
     for model in models:
         for fold in data:
-            folder = given[model.name, fold] = once(model.embedding, fold) if model.embedding else None
+            folder = made[model.name, fold] = make_once(model.embedding, fold) if model.embedding else None
             if folder and model.embedding:
                 require_coverage(model.embedding.name, known_genes(folder / FILE), perturbed)
-    return given
+    return made
 
 
 def _pathways(gmt: Path, dimensions: int) -> pd.DataFrame:

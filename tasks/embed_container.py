@@ -1,4 +1,4 @@
-"""Embeddings that a container makes of published files: a protein language model, a foundation model of cells."""
+"""Embeddings made by a container: from the weights of a protein model, a foundation model of cells."""
 
 from __future__ import annotations
 
@@ -7,43 +7,54 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from blocks.store.artifacts import artifact_key
 from blocks.store.code import code_hash
 from core.catalog.schema import EmbeddingSpec
-from tasks.artifacts import LOG, key_of, made
-from tasks.engine import THREADS, container_of, device, engine, engine_identity, require_same, resumable
-from tasks.progress import shown_progress
+from tasks.artifacts import LOG, Recipe, build_or_get
+from tasks.engine import (
+    THREADS,
+    choose_engine,
+    find_container_of,
+    identify_container,
+    lease_device,
+    open_checkpoint,
+    require_unchanged,
+)
+from tasks.progress import make_progress_reporter
 
 FILE = "embedding.parquet"
 LONGEST_S = 24 * 3600.0  # unless the entry says otherwise
 
 
-def made_in_container(spec: EmbeddingSpec, published: Path) -> Path:
-    """embedding.parquet, checked, of an embedding whose kind is `container`; the artifact's folder.
+def embed_in_container(spec: EmbeddingSpec, published: Path) -> Path:
+    """Make an embedding whose kind is `container`, and check it; the artifact's folder of embedding.parquet.
 
-    published: the artifact of the files that it is made of. Raises UserError where what the container wrote is no
-    embedding, and ModelFailed where it ends otherwise than well.
+    published: the artifact of the files that it is made of. Raises UserError if what the container wrote is no
+    embedding, and ModelFailed if the container fails.
     """
     from core.embeddings.tables import read_foreign_embedding, write_embedding
 
-    container = container_of(spec)
-    progress = shown_progress(f"embedding {spec.name}")
+    container = find_container_of(spec)
+    report_progress = make_progress_reporter(f"embedding {spec.name}")
 
-    def hear(event: Mapping[str, Any]) -> None:
-        progress(event)
+    def take_event(event: Mapping[str, Any]) -> None:
+        report_progress(event)
         if event.get("event") == "log":
             LOG.info("embedding %s: %s", spec.name, event["message"])
 
-    inputs = {"pretrained": key_of(published)}
-    parameters: dict[str, Any] = {"kind": spec.kind, "settings": spec.settings, "threads": THREADS}
-    code = engine_identity(container) + code_hash("core.embeddings.tables")
+    recipe = Recipe(
+        "embedding",
+        {"pretrained": published},
+        {"kind": spec.kind, "settings": spec.settings, "threads": THREADS},
+        identify_container(container) + code_hash("core.embeddings.tables"),
+        label=f"the embedding {spec.name}",
+    )
 
     def build(folder: Path) -> None:
-        require_same(container)
+        require_unchanged(container)
         with (
             tempfile.TemporaryDirectory(dir=folder) as scratch,
-            device(container, f"embedding {spec.name}") as gpu,
-            resumable(artifact_key("embedding", inputs, parameters, code)) as checkpoint,
+            lease_device(container, f"embedding {spec.name}") as gpu,
+            open_checkpoint(recipe.key) as checkpoint,
         ):
             task = {
                 "pretrained": str(published),
@@ -52,9 +63,9 @@ def made_in_container(spec: EmbeddingSpec, published: Path) -> Path:
                 "output": scratch,
                 "checkpoint": checkpoint,
             }
-            engine().run("embed", container, task, on_event=hear, timeout_s=spec.time_limit or LONGEST_S, gpu=gpu)
+            limit = spec.time_limit or LONGEST_S
+            choose_engine().run("embed", container, task, on_event=take_event, timeout_s=limit, gpu=gpu)
             table = read_foreign_embedding(Path(scratch) / FILE)
         write_embedding(table, folder / FILE)
 
-    label = f"the embedding {spec.name}"
-    return made("embedding", build, inputs=inputs, parameters=parameters, code=code, label=label)
+    return build_or_get(recipe, build)

@@ -1,11 +1,10 @@
-"""Embeddings of what is written about genes: a service makes a vector of each text, and is paid for it once."""
+"""Embeddings of texts about genes: a service makes a vector of each text, and is paid for it once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from time import sleep
-from typing import Any
 
 from prefect import runtime, task
 from prefect.cache_policies import NO_CACHE
@@ -14,15 +13,15 @@ from blocks.config.paths import vectors_folder
 from blocks.config.secrets import secret
 from blocks.services.text_service import ServiceBusy, service_key, text_vectors
 from blocks.services.vectors import Vector, address, keep_vectors, kept_vector, vector_name
-from blocks.store.artifacts import ArtifactStore, artifact_key
 from blocks.store.code import code_hash
 from core import catalog
 from core.catalog.schema import GENE_FILES, EmbeddingSpec, TextService
 from core.errors import UserError
-from tasks.artifacts import LOG, checksum, made
+from tasks.artifacts import LOG, Recipe, build_or_get, checksum_file, find_artifact
 from tasks.embed_container import FILE
-from tasks.progress import shown_progress
-from tasks.sources import ConnectionLost, files_here, passing
+from tasks.inputs import collect_error, raise_collected
+from tasks.progress import make_progress_reporter
+from tasks.sources import ConnectionLost, find_files, is_worth_a_retry
 
 KIND = "embedding"
 SUMMARIES, GENES = GENE_FILES
@@ -30,14 +29,14 @@ SUMMARIES, GENES = GENE_FILES
 TEXTS_AT_ONCE, BYTES_AT_ONCE = 128, 250_000
 BYTES_OF_A_TOKEN = 4  # in English, about
 RETRIES = 6
-LONGEST_WAIT = 120.0  # seconds that a service may put us off before the next try
+LONGEST_WAIT = 120.0  # seconds: the longest wait before the next try that a service may ask for
 
 
-def made_of_texts(spec: EmbeddingSpec, published: Path) -> Path:
-    """embedding.parquet of an embedding whose kind is `text`; the artifact's folder.
+def embed_texts(spec: EmbeddingSpec, published: Path) -> Path:
+    """Make an embedding whose kind is `text`; the artifact's folder of embedding.parquet.
 
-    published: the artifact of the files with the texts. Raises UserError where the service's key is missing or refused,
-    or an answer is not what was asked for, and ConnectionLost where the service stays out of reach; vectors that came
+    published: the artifact of the files with the texts. Raises UserError if the service's key is missing or refused,
+    or an answer is not what was asked for, and ConnectionLost if the service stays out of reach; vectors that came
     before are kept, and the next run asks for the others.
     """
     from core.embeddings.gene_texts import gene_texts, text_embedding
@@ -45,49 +44,53 @@ def made_of_texts(spec: EmbeddingSpec, published: Path) -> Path:
 
     def build(folder: Path) -> None:
         texts = gene_texts(published / SUMMARIES, published / GENES)
-        write_embedding(text_embedding(texts, _vectors(spec, sorted(set(texts.values())))), folder / FILE)
+        write_embedding(text_embedding(texts, _collect_vectors(spec, sorted(set(texts.values())))), folder / FILE)
 
-    files = {name: published / name for name in (SUMMARIES, GENES)}
-    return made(KIND, build, **_recipe(spec, files), label=f"the embedding {spec.name}")
+    return build_or_get(_recipe(spec, {name: published / name for name in (SUMMARIES, GENES)}), build)
 
 
-def check_services(specs: Iterable[EmbeddingSpec], sources: Mapping[str, str]) -> None:
-    """Raise UserError, before any work, where an embedding needs vectors of a service and the service's key is missing.
+def check_services(specs: Iterable[EmbeddingSpec], files: Mapping[str, Path]) -> None:
+    """Raise UserError, before any work, if an embedding needs vectors of a service and the service's key is missing.
 
-    specs: embeddings of any kind. sources: files that the user named. An embedding that is made, or whose vectors are
-    all kept, needs no key.
+    specs: embeddings of any kind. files: what the user has (tasks.inputs.resolve_sources). An embedding that is in the
+    store, or whose vectors are all kept, needs no key.
     """
     parts = {part.name: part for spec in specs for part in catalog.parts(spec)}
+    errors: list[UserError] = []
     for part in parts.values():
-        if part.service and secret(part.service.secret) is None and _must_ask(part, sources):
-            service_key(part.service)
+        if part.service and secret(part.service.secret) is None and _must_ask(part, files):
+            with collect_error(errors):
+                service_key(part.service)
+    raise_collected(errors)
 
 
-def _must_ask(spec: EmbeddingSpec, sources: Mapping[str, str]) -> bool:
+def _must_ask(spec: EmbeddingSpec, files: Mapping[str, Path]) -> bool:
     from core.embeddings.gene_texts import gene_texts
 
-    files = files_here(catalog.pretrained(str(spec.pretrained)), sources)
-    if files is None:
-        return True  # made anew every day: what is to be fetched holds texts that nobody asked for yet
-    recipe = _recipe(spec, files)
-    if ArtifactStore().find(KIND, artifact_key(KIND, **recipe)):
+    published = catalog.pretrained(str(spec.pretrained))
+    found = find_files(published, files.get(published.name))
+    if found is None:
+        return True  # the address gives other files every day, with texts that the service has not been asked for
+    if find_artifact(_recipe(spec, found)):
         return False
-    texts = set(gene_texts(files[SUMMARIES], files[GENES]).values())
-    return any(_kept(spec, text) is None for text in texts)
+    texts = set(gene_texts(found[SUMMARIES], found[GENES]).values())
+    return any(_find_vector(spec, text) is None for text in texts)
 
 
-def _recipe(spec: EmbeddingSpec, files: Mapping[str, Path]) -> dict[str, Any]:
-    """What the embedding follows from. By the files' content: whichever way they came, nothing is paid for twice."""
+def _recipe(spec: EmbeddingSpec, files: Mapping[str, Path]) -> Recipe:
+    """Return the embedding's recipe. Its inputs are the files' content, so that no text is paid for twice."""
     service = _service(spec)
-    return {
-        "inputs": {name: checksum(files[name]) for name in (SUMMARIES, GENES)},
-        "parameters": {
+    return Recipe(
+        KIND,
+        {name: checksum_file(files[name]) for name in (SUMMARIES, GENES)},
+        {
             "kind": spec.kind,
             "service": {"address": address(service), "model": service.model},
             "dimensions": spec.dimensions,
         },
-        "code": code_hash("core.embeddings.gene_texts") + code_hash("core.embeddings.tables"),
-    }
+        code_hash("core.embeddings.gene_texts") + code_hash("core.embeddings.tables"),
+        label=f"the embedding {spec.name}",
+    )
 
 
 def _service(spec: EmbeddingSpec) -> TextService:
@@ -96,15 +99,15 @@ def _service(spec: EmbeddingSpec) -> TextService:
     return spec.service
 
 
-def _vectors(spec: EmbeddingSpec, texts: list[str]) -> dict[str, Vector]:
-    """Text -> vector; those that are not kept are asked for first. texts: sorted, each once.
+def _collect_vectors(spec: EmbeddingSpec, texts: list[str]) -> dict[str, Vector]:
+    """Return text -> vector; those that are not kept are asked for first. texts: sorted, each once.
 
-    Raises UserError where one that was answered is not there afterwards.
+    Raises UserError if one that was answered is not there afterwards.
     """
     from core.embeddings.gene_texts import batches
 
     service = _service(spec)
-    found = {text: _kept(spec, text) for text in texts}
+    found = {text: _find_vector(spec, text) for text in texts}
     unknown = [text for text, vector in found.items() if vector is None]
     if unknown:
         service_key(service)
@@ -113,13 +116,13 @@ def _vectors(spec: EmbeddingSpec, texts: list[str]) -> dict[str, Vector]:
             "embedding %s: %s of %s texts are asked of %s (model %s), about %s tokens, for which it may charge",
             *(spec.name, f"{len(unknown):,}", f"{len(texts):,}", service.url, service.model, f"{tokens:,}"),
         )
-        progress = shown_progress(f"embedding {spec.name}")
+        report_progress = make_progress_reporter(f"embedding {spec.name}")
         done = 0
         for batch in batches(unknown, TEXTS_AT_ONCE, BYTES_AT_ONCE):
-            ask(spec, batch)
+            ask_for_vectors(spec, batch)
             done += len(batch)
-            progress({"event": "progress", "done": done, "total": len(unknown), "unit": "text"})
-        found |= {text: _kept(spec, text) for text in unknown}
+            report_progress({"event": "progress", "done": done, "total": len(unknown), "unit": "text"})
+        found |= {text: _find_vector(spec, text) for text in unknown}
     vectors = {text: vector for text, vector in found.items() if vector is not None}
     if len(vectors) < len(texts):
         lost = f"{len(texts) - len(vectors):,} that were answered are gone or damaged"
@@ -128,7 +131,7 @@ def _vectors(spec: EmbeddingSpec, texts: list[str]) -> dict[str, Vector]:
     return vectors
 
 
-def _kept(spec: EmbeddingSpec, text: str) -> Vector | None:
+def _find_vector(spec: EmbeddingSpec, text: str) -> Vector | None:
     return kept_vector(vector_name(_service(spec), spec.dimensions, text), spec.dimensions)
 
 
@@ -138,13 +141,13 @@ def _kept(spec: EmbeddingSpec, text: str) -> Vector | None:
     cache_policy=NO_CACHE,
     retries=RETRIES,
     retry_delay_seconds=[2, 10, 30, 60, 60, 60],
-    retry_condition_fn=passing,
+    retry_condition_fn=is_worth_a_retry,
 )
-def ask(spec: EmbeddingSpec, texts: list[str]) -> None:
+def ask_for_vectors(spec: EmbeddingSpec, texts: list[str]) -> None:
     """Ask for the vectors of texts, by one request, and keep them.
 
-    Raises UserError as `text_vectors` does, and ConnectionLost where another try may help; before a try that is still
-    to come, after as long a wait as the service asks for.
+    Raises UserError as `text_vectors` does, and ConnectionLost if another try may help: if one is to come, after as
+    long a wait as the service asks for.
     """
     service = _service(spec)
     try:

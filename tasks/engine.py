@@ -16,16 +16,16 @@ from blocks.local.gpus import Gpu, lease
 from core import catalog
 from core.catalog.schema import EmbeddingSpec, ResolvedModel
 from core.errors import UserError
-from tasks.artifacts import made
-from tasks.inputs import container_folder
+from tasks.artifacts import Recipe, build_or_get
+from tasks.inputs import collect_error, find_container, raise_collected
 
 ENGINE = "CALIPERT_ENGINE"
 THREADS = 1  # bits may change with the number of threads; folds run beside each other instead
 PROCESS, DOCKER, KUBERNETES = "process", "docker", "kubernetes"
 
 
-def engine() -> Engine:
-    """The engine in use: the environment's CALIPERT_ENGINE, by default `process`. Raises UserError for another name."""
+def choose_engine() -> Engine:
+    """Return the engine in use: CALIPERT_ENGINE, by default `process`. Raises UserError for an unknown name."""
     name = _name()
     if name == DOCKER:
         from blocks.engines.docker.engine import DockerEngine
@@ -51,64 +51,61 @@ def _name() -> str:
     return name
 
 
-def engine_identity(container: Path) -> str:
-    """What a container's results follow from: its identity under the engine in use, as it is at the first call.
+@cache
+def identify_container(container: Path) -> str:
+    """Return what a container's results follow from: its identity under the engine in use, as it is at the first call.
 
     container: a folder under model_containers.
     """
-    return _identity(container)
+    return choose_engine().identity(container)
 
 
-def require_same(container: Path) -> None:
-    """Raise UserError where a container is another one by now than when this process first looked at it: what it made
-    would be kept under the key of the former."""
-    if engine().identity(container) != engine_identity(container):
+def require_unchanged(container: Path) -> None:
+    """Raise UserError if a container has changed since this process first looked at it.
+
+    What it makes would be kept under the key of the former one.
+    """
+    if choose_engine().identity(container) != identify_container(container):
         remedy = "let the flow run end before you change a model, and start it again now"
         raise UserError(f"model {container.name}", "folder or image", "changed while the flow runs", remedy)
 
 
-@cache
-def _identity(container: Path) -> str:
-    return engine().identity(container)
-
-
 def check_containers(models: Iterable[ResolvedModel], embeddings: Iterable[EmbeddingSpec] = ()) -> None:
-    """Raise UserError, before any work, where the engine in use cannot run a model or what makes an embedding: there is
-    no such folder, no image, or a package is missing. embeddings: beside those of the models."""
+    """Check, before any work, that the engine in use can run all models and what makes their embeddings.
+
+    embeddings: beside those of the models. Raises UserError that names all that lack a folder, an image or a package.
+    """
     chosen = list(models)
-    wanted = [*embeddings, *(model.embedding for model in chosen if model.embedding)]
-    needed: list[ResolvedModel | EmbeddingSpec] = [*chosen, *(part for spec in wanted for part in catalog.parts(spec))]
-    faults: dict[str, UserError] = {}
-    for container in dict.fromkeys(container_of(one) for one in needed if one.container):
-        try:
-            engine_identity(container)
-        except UserError as error:
-            faults[container.name] = error
-    if faults:
-        first, *others = faults.values()
-        also = f"; {', '.join(list(faults)[1:])} cannot run either" if others else ""
-        raise UserError(first.where, first.field, f"{first.found}{also}", first.remedy) from first
+    specs = [*embeddings, *(model.embedding for model in chosen if model.embedding)]
+    entries: list[ResolvedModel | EmbeddingSpec] = [*chosen, *(part for spec in specs for part in catalog.parts(spec))]
+    errors: list[UserError] = []
+    for entry in {entry.container: entry for entry in entries if entry.container}.values():
+        with collect_error(errors):
+            identify_container(find_container_of(entry))
+    raise_collected(errors)
 
 
-def container_of(entry: ResolvedModel | EmbeddingSpec) -> Path:
-    """The folder of a model, or of what makes an embedding. Raises UserError if there is none."""
+def find_container_of(entry: ResolvedModel | EmbeddingSpec) -> Path:
+    """Return the folder of a model, or of what makes an embedding. Raises UserError if there is none."""
     if entry.container is None:
         raise ValueError(f"{entry.name} is computed by the project itself and has no container")
-    return container_folder(entry.container, f"catalog entry {entry.name}")
+    return find_container(entry.container, f"catalog entry {entry.name}")
 
 
-def device(container: Path, name: str) -> AbstractContextManager[Gpu | None]:
-    """A GPU of this machine for a container that runs here and uses one; None where there is none, and for others.
+def lease_device(container: Path, name: str) -> AbstractContextManager[Gpu | None]:
+    """Lease a GPU of this machine for a container that runs here and uses one; None for others, or without a GPU.
 
-    name: what the lease is for, as others who wait for a GPU are told.
+    name: what the lease is for; others who wait for a GPU see it.
     """
     return nullcontext() if runs_elsewhere() or not _uses_gpu(container) else lease(name)
 
 
 @contextmanager
-def resumable(key: str) -> Iterator[str | None]:
-    """The folder from which a stage goes on that was killed (blocks.engines.checkpoints); None where models run on
-    other machines. key: of the artifact that it makes."""
+def open_checkpoint(key: str) -> Iterator[str | None]:
+    """Open the folder from which a killed stage goes on (blocks.engines.checkpoints).
+
+    It is None if models run on other machines. key: of the artifact that the stage makes.
+    """
     if runs_elsewhere():
         yield None
         return
@@ -118,15 +115,15 @@ def resumable(key: str) -> Iterator[str | None]:
 
 def _uses_gpu(container: Path) -> bool:
     def build(folder: Path) -> None:
-        description = engine().describe(container)
+        description = choose_engine().describe(container)
         (folder / "describe.json").write_text(json.dumps(asdict(description), sort_keys=True), encoding="utf-8")
 
-    found = made(
+    recipe = Recipe(
         "description",
-        build,
-        inputs={},
-        parameters={"container": container.name},
-        code=engine_identity(container),
+        {},
+        {"container": container.name},
+        identify_container(container),
         label=f"the description of {container.name}",
     )
-    return bool(json.loads((found / "describe.json").read_text(encoding="utf-8"))["gpu"])
+    found = build_or_get(recipe, build) / "describe.json"
+    return bool(json.loads(found.read_text(encoding="utf-8"))["gpu"])

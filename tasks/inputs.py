@@ -1,10 +1,14 @@
-"""Files that the user names for data sets and embeddings, checked before any work. Imports nothing heavy."""
+"""What a run works on: entries of the catalog by name, and the files that the user has for them.
+
+All of it is checked before any work, and imports nothing heavy.
+"""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -29,22 +33,82 @@ BASELINES = ("additive", "linear")  # core computes them in every benchmark
 
 # Which published file of a data set: the one of its authors, or its preprocessed copy.
 Origin: TypeAlias = Literal["raw", "mirror"]
-
-
+Folds: TypeAlias = int | Literal["leave-one-out"] | None
 # What a file can be named for.
 Needed: TypeAlias = DatasetSpec | EmbeddingSpec | PretrainedSpec
 
 
-def named_source(spec: Needed, sources: Mapping[str, str]) -> Path | None:
-    """The file that the user named for a data set or embedding, or the folder for a model's weights: in `sources`, else
-    in CALIPERT_SOURCE_<NAME>."""
-    name = spec.name
-    variable = VARIABLE + name.upper()
-    given = sources.get(name) or os.environ.get(variable)
+@contextmanager
+def collect_error(errors: list[UserError]) -> Iterator[None]:
+    """Add the error that the block raises to `errors`, so that further checks can follow."""
+    try:
+        yield
+    except UserError as error:
+        errors.append(error)
+
+
+def raise_collected(errors: Sequence[UserError]) -> None:
+    """Raise one error that names all that were collected, with the place of the first; nothing if there are none."""
+    if not errors:
+        return
+    first, *others = errors
+    found = "; also ".join([first.found, *(f"{error.where}, {error.field}: {error.found}" for error in others)])
+    remedies = "; ".join(dict.fromkeys(error.remedy for error in errors))
+    raise UserError(first.where, first.field, found, remedies) from first
+
+
+def list_inputs(models: Iterable[ResolvedModel]) -> list[EmbeddingSpec | PretrainedSpec]:
+    """Return what models need beside the data, each once: what their embeddings are made of, and initial weights."""
+    needed: dict[str, EmbeddingSpec | PretrainedSpec] = {}
+    for model in models:
+        needed |= {one.name: one for one in (list_embedding_inputs(model.embedding) if model.embedding else [])}
+        needed |= {model.pretrained.name: model.pretrained} if model.pretrained else {}
+    return list(needed.values())
+
+
+def list_embedding_inputs(spec: EmbeddingSpec) -> list[EmbeddingSpec | PretrainedSpec]:
+    """Return what an embedding is made of, by the names under which the user can name files.
+
+    That is itself or its parts, or the published files that these are made of. What is made from the cells of a fold
+    needs none.
+    """
+    parts = [part for part in catalog.parts(spec) if not part.per_fold]
+    return [catalog.pretrained(part.pretrained) if part.pretrained else part for part in parts]
+
+
+def resolve_sources(
+    needed: Iterable[Needed], sources: Mapping[str, str], later: Iterable[Needed] = ()
+) -> dict[str, Path]:
+    """Return name -> path of what the user has for a run: a file, or a folder of published files.
+
+    needed: what the run needs. What is not in the result is downloaded, simulated or computed. sources: name -> path
+    as the user wrote it; the variable CALIPERT_SOURCE_<NAME> stands for a name that is not there. later: what a file
+    may be named for too, and which is resolved later.
+    Raises UserError, before any work, that names every file that is missing or that nothing needs.
+    """
+    specs, errors = list(needed), list[UserError]()
+    known = [spec.name for spec in (*later, *specs)]
+    unused = sorted(set(sources) - set(known))
+    if unused:
+        found = f"{', '.join(map(repr, unused))} {'takes' if len(unused) == 1 else 'take'} no part in this run"
+        errors.append(UserError(f"--source {unused[0]}=...", "name", found, f"name one of: {', '.join(known)}"))
+    paths: dict[str, Path] = {}
+    for spec in specs:
+        with collect_error(errors):
+            path = _resolve_source(spec, sources)
+            paths |= {spec.name: path} if path else {}
+    raise_collected(errors)
+    return paths
+
+
+def _resolve_source(spec: Needed, sources: Mapping[str, str]) -> Path | None:
+    variable = VARIABLE + spec.name.upper()
+    given = sources.get(spec.name) or os.environ.get(variable)
     if given is None:
+        require_public(spec)
         return None
     path = Path(given).expanduser().resolve()
-    field = f"--source {name}=..." if name in sources else variable
+    field = f"--source {spec.name}=..." if spec.name in sources else variable
     if isinstance(spec, PretrainedSpec):
         missing = [file for file in spec.files if not (path / file).is_file()]
         if missing:
@@ -54,68 +118,29 @@ def named_source(spec: Needed, sources: Mapping[str, str]) -> Path | None:
     return path
 
 
-def inputs_of(models: Iterable[ResolvedModel]) -> list[EmbeddingSpec | PretrainedSpec]:
-    """What models need beside the data: what their embeddings are made of, and weights to start from; each once."""
-    needed: dict[str, EmbeddingSpec | PretrainedSpec] = {}
-    for model in models:
-        needed |= {one.name: one for one in (inputs_of_embedding(model.embedding) if model.embedding else [])}
-        needed |= {model.pretrained.name: model.pretrained} if model.pretrained else {}
-    return list(needed.values())
-
-
-def inputs_of_embedding(spec: EmbeddingSpec) -> list[EmbeddingSpec | PretrainedSpec]:
-    """What an embedding is made of, by the names under which files are named: itself or its parts, or the published
-    files of those that are made of such. What is made from the cells of a fold needs none."""
-    parts = [part for part in catalog.parts(spec) if not part.per_fold]
-    return [catalog.pretrained(part.pretrained) if part.pretrained else part for part in parts]
-
-
-def check_sources(specs: Iterable[Needed], sources: Mapping[str, str]) -> None:
-    """Raise UserError, before any work, where a needed file is not named or not there, or nothing needs it."""
-    needed = list(specs)
-    _check_unused(needed, sources)
-    for spec in needed:
-        _check_source(spec, sources)
-
-
-def _check_unused(needed: Sequence[Needed], sources: Mapping[str, str]) -> None:
-    unused = sorted(set(sources) - {spec.name for spec in needed})
-    if unused:
-        raise UserError(
-            f"--source {unused[0]}=...",
-            "name",
-            f"{unused[0]!r} takes no part in this run",
-            f"name one of: {', '.join(spec.name for spec in needed)}",
-        )
-
-
-def _check_source(spec: Needed, sources: Mapping[str, str]) -> None:
-    if named_source(spec, sources) is not None:
-        return
-    if isinstance(spec, PretrainedSpec):
-        field, wanted, own = "files", "FOLDER", [one for one in spec.files.values() if isinstance(one, LocalSource)]
-    else:
-        field, wanted, own = "source", "FILE", [spec.source] if isinstance(spec.source, LocalSource) else []
-    if own:
+def require_public(spec: Needed) -> None:
+    """Raise UserError if an entry has no public address, so that the user must name a file or folder for it."""
+    field, wanted = ("files", "FOLDER") if isinstance(spec, PretrainedSpec) else ("source", "FILE")
+    sources = list(spec.files.values()) if isinstance(spec, PretrainedSpec) else [spec.source]
+    hints = [source.hint for source in sources if isinstance(source, LocalSource)]
+    if hints:
         raise UserError(
             f"catalog entry {spec.name}",
             field,
-            f"no {wanted.lower()} named; wanted: {', '.join(one.hint for one in own)}",
+            f"no {wanted.lower()} named; wanted: {', '.join(hints)}",
             f"--source {spec.name}={wanted}, or set {VARIABLE}{spec.name.upper()}",
         )
 
 
-def chosen_dataset(
-    dataset: str, folds: int | Literal["leave-one-out"] | None = None, origin: Origin = "raw"
-) -> DatasetSpec:
-    """The entry of a data set, with another number of folds where one is given; its `source` is the file of `origin`.
+def choose_dataset(dataset: str, folds: Folds = None, origin: Origin = "raw") -> DatasetSpec:
+    """Return the entry of a data set with the number of folds, if one is given; its `source` is the file of `origin`.
 
     Raises UserError for an unknown data set, a number of folds that its task does not allow, a mirror that it does not
     have, and another number of folds than a mirror comes with.
     """
     spec = catalog.dataset(dataset)
     if origin == "mirror":
-        return _mirrored(spec, folds)
+        return _choose_mirror(spec, folds)
     if folds is None:
         return spec
     try:
@@ -125,7 +150,7 @@ def chosen_dataset(
         raise UserError("--folds", "folds", str(folds), remedy) from error
 
 
-def _mirrored(spec: DatasetSpec, folds: int | Literal["leave-one-out"] | None) -> DatasetSpec:
+def _choose_mirror(spec: DatasetSpec, folds: Folds) -> DatasetSpec:
     if spec.mirror is None:
         remedy = "take the raw file (origin raw), or give the entry a `mirror` (docs/catalog.md)"
         raise UserError(f"catalog entry {spec.name}", "mirror", "none, but the origin is to be mirror", remedy)
@@ -135,31 +160,23 @@ def _mirrored(spec: DatasetSpec, folds: int | Literal["leave-one-out"] | None) -
     return spec.model_copy(update={"source": spec.mirror})
 
 
-def study() -> list[str]:
-    """The names of the study's data sets: those of the catalog that have a preprocessed mirror."""
+def list_study() -> list[str]:
+    """Return the names of the study's data sets: those of the catalog that have a preprocessed mirror."""
     return [name for name in catalog.names("dataset") if catalog.dataset(name).mirror is not None]
 
 
-def chosen_study(
-    datasets: Iterable[str], models: Iterable[str], origin: Origin, sources: Mapping[str, str]
-) -> dict[str, DatasetSpec]:
-    """The entries of the data sets to reproduce, by what they are asked for with; none asked for: the study's.
+def choose_study(datasets: Iterable[str], origin: Origin) -> dict[str, DatasetSpec]:
+    """Return the entries of the data sets to reproduce, by what the user wrote; if that is nothing, the study's.
 
-    Raises UserError where the request itself is at fault: an unknown data set or model, an entry without a mirror, an
-    embedding without its file, a file for nothing. A data set whose own file is missing is no such fault.
+    Raises UserError for an unknown data set and an entry without a mirror, if the origin is the mirror.
     """
-    specs = {dataset: chosen_dataset(dataset, origin=origin) for dataset in list(datasets) or study()}
-    needed = inputs_of(chosen_models(models))
-    for one in needed:
-        _check_source(one, sources)
-    _check_unused([*specs.values(), *needed], sources)
-    return specs
+    return {dataset: choose_dataset(dataset, origin=origin) for dataset in list(datasets) or list_study()}
 
 
-def chosen_models(names: Iterable[str]) -> list[ResolvedModel]:
-    """The models to train, by their names or groups; baselines that always take part need no training.
+def choose_models(names: Iterable[str]) -> list[ResolvedModel]:
+    """Return the models to train, by their names or groups, without the baselines: these need no training.
 
-    Raises UserError for an unknown name, and for a model that neither has a container nor is such a baseline.
+    Raises UserError for an unknown name, and for a model that neither has a container nor is a baseline.
     """
     chosen = []
     for model in catalog.models(names):
@@ -168,24 +185,24 @@ def chosen_models(names: Iterable[str]) -> list[ResolvedModel]:
             if model.name not in BASELINES:
                 raise UserError(where, "container", "none", "name the folder of the model under model_containers")
         else:
-            container_folder(model.container, where)
+            find_container(model.container, where)
             chosen.append(model)
     return chosen
 
 
-def container_places() -> list[Path]:
-    """Where containers lie: model_containers, and `containers` in the user's folder of entries, if there is one."""
+def list_container_places() -> list[Path]:
+    """Return where containers lie: model_containers, and `containers` in the user's folder of entries, if any."""
     own = catalog.users_folder()
     return [MODEL_CONTAINERS, *([own.resolve() / CONTAINERS] if own else [])]
 
 
-def container_folder(name: str, where: str) -> Path:
-    """The folder of a container, with its model.py. where: who names it. Raises UserError if there is none."""
-    places = container_places()
+def find_container(name: str, where: str) -> Path:
+    """Return the folder of a container, with its model.py. Raises UserError if there is none. where: the entry."""
+    places = list_container_places()
     for place in places:
         if (place / name / "model.py").is_file():
             return place / name
-    remedy = f"put it into {' or '.join(str(place / name) for place in places)}, or mend the name"
+    remedy = f"put it into {' or '.join(str(place / name) for place in places)}, or correct the name"
     raise UserError(where, "container", f"{name!r}, of which there is no model.py", remedy)
 
 

@@ -1,4 +1,4 @@
-"""Tasks from a raw file to all that scoring needs: cells, reference, quality. Each gives its artifact's folder."""
+"""Tasks from a raw file to all that scoring needs: cells, reference, quality. Each returns its artifact's folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from prefect.cache_policies import NO_CACHE
 from blocks.config.limits import chunk_memory
 from blocks.store.code import code_hash
 from core.catalog.schema import DatasetSpec
-from tasks.artifacts import checksum, made
+from tasks.artifacts import Recipe, build_or_get, checksum_file
 
 # What describes a data set without deciding how its cells are made.
 DESCRIPTIVE = {"title", "licence", "citation", "source", "mirror", "expected", "half_seeds"}
@@ -18,48 +18,34 @@ DESCRIPTIVE = {"title", "licence", "citation", "source", "mirror", "expected", "
 
 @task(name="prepare-cells", cache_policy=NO_CACHE)
 def prepare_cells(spec: DatasetSpec, raw: Path) -> Path:
-    """cells.h5ad of a data set, from the published file `raw`. Raises UserError where it cannot be used."""
+    """Write cells.h5ad of a data set from the published file `raw`. Raises UserError if it cannot be used."""
     from core.prepare.cells import write_cells
 
     memory = chunk_memory()
     entry = spec.model_dump(mode="json", exclude=DESCRIPTIVE)
-    source, code = checksum(raw), code_hash("core.prepare.cells")
+    source, code = checksum_file(raw), code_hash("core.prepare.cells")
     provenance = {"entry": entry, "source sha256": source, "code": code}
-    return made(
-        "cells",
-        lambda folder: write_cells(raw, spec, provenance, folder, memory),
-        inputs={"raw": source},
-        parameters={"entry": entry},
-        code=code,
-    )
+    recipe = Recipe("cells", {"raw": source}, {"entry": entry}, code)
+    return build_or_get(recipe, lambda folder: write_cells(raw, spec, provenance, folder, memory))
 
 
 @task(name="build-reference", cache_policy=NO_CACHE)
 def build_reference(spec: DatasetSpec, cells: Path) -> Path:
-    """reference.h5ad, negatives.h5ad and half_splits/: truth and controls of every test condition."""
+    """Write reference.h5ad, negatives.h5ad and half_splits/: truth and controls of every test condition."""
     from core.prepare.cells import read_cells
     from core.reference.build import write_reference
 
-    return made(
-        "reference",
-        lambda folder: write_reference(read_cells(cells), spec.seed, spec.half_seeds, folder),
-        inputs={"cells": cells},
-        parameters={"seed": spec.seed, "half_seeds": spec.half_seeds},
-        code=code_hash("core.reference.build"),
-    )
+    parameters = {"seed": spec.seed, "half_seeds": spec.half_seeds}
+    recipe = Recipe("reference", {"cells": cells}, parameters, code_hash("core.reference.build"))
+    return build_or_get(recipe, lambda folder: write_reference(read_cells(cells), spec.seed, spec.half_seeds, folder))
 
 
 @task(name="measure-quality", cache_policy=NO_CACHE)
 def measure_quality(cells: Path, reference: Path) -> Path:
-    """quality.parquet and edistance.parquet: cells, DEGs and E-distances of every condition."""
+    """Write quality.parquet and edistance.parquet: cells, DEGs and E-distances of every condition."""
     from core.prepare.cells import read_cells
     from core.reference.build import read_keys
     from core.reference.quality import write_quality
 
-    return made(
-        "quality",
-        lambda folder: write_quality(read_cells(cells), read_keys(reference), folder),
-        inputs={"cells": cells, "reference": reference},
-        parameters={},
-        code=code_hash("core.reference.quality"),
-    )
+    recipe = Recipe("quality", {"cells": cells, "reference": reference}, {}, code_hash("core.reference.quality"))
+    return build_or_get(recipe, lambda folder: write_quality(read_cells(cells), read_keys(reference), folder))

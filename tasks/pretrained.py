@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from core.catalog.schema import EmbeddingSpec, PretrainedSpec
-from tasks.artifacts import LOG, checksum, made
-from tasks.inputs import named_source
-from tasks.sources import fetch_files, fetch_source, passing
+from tasks.artifacts import LOG, Recipe, build_or_get, checksum_file
+from tasks.sources import fetch_files, fetch_source, is_worth_a_retry
 
 
 @task(
@@ -21,39 +20,34 @@ from tasks.sources import fetch_files, fetch_source, passing
     cache_policy=NO_CACHE,
     retries=4,
     retry_delay_seconds=[2, 10, 30, 60],
-    retry_condition_fn=passing,
+    retry_condition_fn=is_worth_a_retry,
 )
-def fetch_pretrained(spec: PretrainedSpec, sources: dict[str, str]) -> Path:
-    """The artifact's folder of published files: those of the entry, under its names.
+def fetch_pretrained(spec: PretrainedSpec, folder: Path | None = None) -> Path:
+    """Return the artifact's folder of published files, under the names of the entry.
 
-    Raises UserError and ConnectionLost as `fetch_source` does.
+    folder: the user's own, if there is one. Raises UserError and ConnectionLost as `fetch_source` does.
     """
-    named = named_source(spec, sources)
-    if named is None:
+    if folder is None:
         LOG.info("%s: %s; licence: %s; to cite: %s", spec.name, spec.title, spec.licence, spec.citation)
-    files = fetch_files(spec) if named is None else {name: named / name for name in sorted(spec.files)}
+    files = fetch_files(spec) if folder is None else {name: folder / name for name in sorted(spec.files)}
 
-    def build(folder: Path) -> None:
+    def build(target: Path) -> None:
         for name, file in files.items():
-            shutil.copyfile(file, folder / name)
+            shutil.copyfile(file, target / name)
 
-    inputs = {name: checksum(file) for name, file in files.items()}
-    return made(
-        "pretrained",
-        build,
-        inputs=inputs,
-        parameters={},
-        code="a copy",  # no code decides what is in it: embeddings of days and models' weights follow from its key
-        label=f"the published files {spec.name}",
-    )
+    # No code decides what is in it: embeddings of days and models' weights follow from its key.
+    checksums = {name: checksum_file(file) for name, file in files.items()}
+    return build_or_get(Recipe("pretrained", checksums, {}, "a copy", f"the published files {spec.name}"), build)
 
 
-def fetch_inputs(needed: Iterable[EmbeddingSpec | PretrainedSpec], sources: dict[str, str]) -> dict[str, Path]:
-    """Name -> raw file of an embedding, or artifact's folder of published files (tasks.inputs says what is needed).
+def fetch_inputs(needed: Iterable[EmbeddingSpec | PretrainedSpec], files: Mapping[str, Path]) -> dict[str, Path]:
+    """Return name -> raw file of an embedding, or artifact's folder of published files (tasks.inputs.list_inputs).
 
-    Raises UserError and ConnectionLost as `fetch_source` does.
+    files: what the user has. Raises UserError and ConnectionLost as `fetch_source` does.
     """
     return {
-        one.name: fetch_pretrained(one, sources) if isinstance(one, PretrainedSpec) else fetch_source(one, sources)
+        one.name: fetch_pretrained(one, files.get(one.name))
+        if isinstance(one, PretrainedSpec)
+        else fetch_source(one, files.get(one.name))
         for one in needed
     }

@@ -30,12 +30,15 @@ from core.errors import UserError
 from core.reference.controls import CONTROLS
 from core.report.tables import list_entries
 from tasks.artifacts import LOG, key_of
-from tasks.engine import container_of, engine_identity
+from tasks.engine import find_container_of, identify_container
 
 
-class Recipe(NamedTuple):
-    """What a model's scores follow from, apart from the data: its parameters, what trains it, its training seed,
-    and the keys of what else goes in (embeddings, a file of predictions)."""
+class ModelOrigin(NamedTuple):
+    """What a model's scores follow from, apart from the data.
+
+    params: its parameters. engine: identity of what trains it. seed: of its training. inputs: keys of what else goes in
+    (embeddings, a file of predictions).
+    """
 
     params: dict[str, Any]
     engine: str
@@ -51,18 +54,18 @@ class Runs(NamedTuple):
     folds: dict[str, dict[int, str]]
 
 
-def recipe(model: ResolvedModel, seed: int, given: Iterable[str | None]) -> Recipe:
-    """The recipe of a model of the catalog under the engine in use. given: keys of what its folds get beside cells."""
+def describe_origin(model: ResolvedModel, seed: int, given: Iterable[str | None]) -> ModelOrigin:
+    """Return the origin of a model of the catalog under the engine in use. given: keys of what its folds get."""
     embedding = model.embedding
     about: dict[str, Any] = {"embedding": embedding.name} if embedding else {}
-    about |= _of_table(embedding) if embedding and embedding.form == "table" else {}
+    about |= _describe_table(embedding) if embedding and embedding.form == "table" else {}
     about |= {"pretrained": model.pretrained.name} if model.pretrained else {}
     inputs = list(dict.fromkeys(key for key in given if key))
-    return Recipe({**model.hyperparameters, **about}, engine_identity(container_of(model)), seed, inputs)
+    return ModelOrigin({**model.hyperparameters, **about}, identify_container(find_container_of(model)), seed, inputs)
 
 
-def _of_table(spec: EmbeddingSpec) -> dict[str, Any]:
-    """What else than its name tells one table from another, as params of a model that takes it."""
+def _describe_table(spec: EmbeddingSpec) -> dict[str, Any]:
+    """Return what a table differs from others by beside its name, as params of a model that takes it."""
     about = {
         "dimensions": spec.dimensions,
         "embedding_pretrained": spec.pretrained,
@@ -86,16 +89,16 @@ def tracking_server() -> MLflowTracking:
     return MLflowTracking(tracking_uri=uri)
 
 
-def benchmark_id(control_scores: Path, recipes: Mapping[str, Recipe]) -> str:
+def benchmark_id(control_scores: Path, origins: Mapping[str, ModelOrigin]) -> str:
     """Twelve hex digits that tie the runs of one benchmark together.
 
     They follow from the data and the code that scores (the key of the controls' scores holds both), the code that
-    summarises, and the models' recipes.
+    summarises, and the models' origins.
     """
     parts = [
         key_of(control_scores),
         code_hash("core.report.results"),
-        {name: recipes[name] for name in sorted(recipes)},
+        {name: origins[name] for name in sorted(origins)},
     ]
     text = json.dumps(parts, sort_keys=True)
     return sha256(text.encode()).hexdigest()[:12]
@@ -105,7 +108,7 @@ def benchmark_id(control_scores: Path, recipes: Mapping[str, Recipe]) -> str:
 def open_runs(
     spec: DatasetSpec,
     control_scores: Path,
-    recipes: dict[str, Recipe],
+    origins: dict[str, ModelOrigin],
     folds: list[int],
     source: str,
     controls: bool = True,
@@ -116,9 +119,11 @@ def open_runs(
     false where nothing is scored.
     """
     scored = set(pd.read_parquet(control_scores / "scores.parquet", columns=["model"])["model"])
-    identity = benchmark_id(control_scores, recipes)
-    kinds = dict.fromkeys(recipes, "model") | {control.name: control.role for control in CONTROLS}
-    compared = {control.name: Recipe({}, "", -1, []) for control in CONTROLS if control.name in scored and controls}
+    identity = benchmark_id(control_scores, origins)
+    kinds = dict.fromkeys(origins, "model") | {control.name: control.role for control in CONTROLS}
+    compared = {
+        control.name: ModelOrigin({}, "", -1, []) for control in CONTROLS if control.name in scored and controls
+    }
     about = {"folds": spec.folds, "half_seeds": spec.half_seeds, "data_seed": spec.seed}
     wanted = [
         ModelRun(
@@ -128,9 +133,9 @@ def open_runs(
             kind=kinds[name],
             params=about | own.params,
             engine=own.engine or None,
-            folds=folds if name in recipes else (),
+            folds=folds if name in origins else (),
         )
-        for name, own in (recipes | compared).items()
+        for name, own in (origins | compared).items()
     ]
     server = tracking_server()
     server.end_stale(spec.name, active_flow_runs)

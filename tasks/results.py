@@ -1,4 +1,4 @@
-"""Tasks at the end of a benchmark: the folder of results, and its copy where people look."""
+"""Tasks at the end of a benchmark: the folder of results, and its copy in the folder of reports."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from blocks.config.paths import reports_folder
 from blocks.local.scratch import scratch
 from blocks.store.code import code_hash
 from core.catalog.schema import DatasetSpec
-from tasks.artifacts import key_of, made
+from tasks.artifacts import Recipe, build_or_get, key_of
 
 
-def test_conditions(reference: Path) -> dict[int, list[dict[str, str]]]:
-    """Fold -> covariate and condition of each of its test conditions, sorted."""
+def list_test_conditions(reference: Path) -> dict[int, list[dict[str, str]]]:
+    """Return fold -> covariate and condition of each of its test conditions, sorted."""
     from core.reference.build import read_keys
 
     keys = read_keys(reference)
@@ -28,8 +28,8 @@ def test_conditions(reference: Path) -> dict[int, list[dict[str, str]]]:
     }
 
 
-def perturbed_genes(reference: Path) -> list[str]:
-    """The genes of all perturbed conditions, sorted."""
+def list_perturbed_genes(reference: Path) -> list[str]:
+    """Return the genes of all perturbed conditions, sorted."""
     from core.conditions import genes_of
     from core.reference.build import read_keys
 
@@ -40,14 +40,14 @@ def perturbed_genes(reference: Path) -> list[str]:
 def make_results(
     spec: DatasetSpec, source: str, scores: list[Path], calibration: Path, quality: Path, benchmark_id: str
 ) -> Path:
-    """Tables, report.html and figures of a benchmark (`docs/outputs.md`).
+    """Write tables, report.html and figures of a benchmark (`docs/outputs.md`); the artifact's folder.
 
     source: where the data come from, for the report. scores: of the controls, then of the models.
     """
     import pandas as pd
 
     def build(folder: Path) -> None:
-        # Only here: it costs seconds, and mostly the results are there.
+        # Imported only here: it takes seconds, and mostly the results are in the store.
         from core.report.page import Dataset
         from core.report.results import write_results
 
@@ -68,18 +68,13 @@ def make_results(
     }
     inputs = {"calibration": calibration, "quality": quality}
     inputs |= {f"scores_{position}": path for position, path in enumerate(scores)}
-    return made(
-        "results",
-        build,
-        inputs=inputs,
-        parameters={"provenance": provenance, "entry": spec.model_dump(mode="json")},
-        code=code_hash("core.report.results"),
-    )
+    parameters = {"provenance": provenance, "entry": spec.model_dump(mode="json")}
+    return build_or_get(Recipe("results", inputs, parameters, code_hash("core.report.results")), build)
 
 
 @task(name="publish-results", cache_policy=NO_CACHE)
 def publish_results(name: str, results: Path) -> Path:
-    """Copy the results to the data folder's reports/<name>, in place of the former ones; report.html there."""
+    """Copy the results to the data folder's reports/<name>, in place of earlier ones; the path of report.html there."""
     target = reports_folder(name)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Two runs of one data set may end at once: one after the other puts its copy there, whole.

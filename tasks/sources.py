@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
@@ -25,13 +25,13 @@ from core.catalog.schema import (
     SimulatedSource,
 )
 from core.errors import UserError
-from tasks.artifacts import LOG, checksum, made
+from tasks.artifacts import LOG, Recipe, build_or_get, checksum_file
 from tasks.downloads import MAY_PASS, download, write_whole
-from tasks.inputs import check_sources, named_source
+from tasks.inputs import require_public
 
 
 class ConnectionLost(UserError):
-    """A server that is out of reach, or broke off: this may pass."""
+    """A server cannot be reached, or broke off: another try may help."""
 
 
 # What s3fs makes of "slow down", "internal error" and the like.
@@ -44,18 +44,18 @@ DISK = {
 }
 
 
-def passing(task_: object, run: object, state: object) -> bool:
+def is_worth_a_retry(task_: object, run: object, state: object) -> bool:
     """Whether a failed try to fetch a file is worth another: a lost connection is, bad input never."""
     error = state.result(raise_on_failure=False)  # type: ignore[attr-defined]
-    again = isinstance(error, ConnectionLost)
-    if again:
-        LOG.warning("%s: %s; trying again", error.where, error.found)
-    return again
+    if not isinstance(error, ConnectionLost):
+        return False
+    LOG.warning("%s: %s; trying again", error.where, error.found)
+    return True
 
 
 def may_pass(error: object) -> bool:
     """Whether an error is one of the connection, over HTTPS or to S3."""
-    # Costs time, and nobody needs it as long as nothing fails.
+    # Importing these takes time, and only a failure needs them.
     from aiohttp import ClientError
     from botocore import exceptions as s3  # type: ignore[import-untyped]
 
@@ -67,49 +67,49 @@ def may_pass(error: object) -> bool:
     return isinstance(error, broken)
 
 
-@task(name="fetch-source", retries=4, retry_delay_seconds=[2, 10, 30, 60], retry_condition_fn=passing)
-def fetch_source(spec: DatasetSpec | EmbeddingSpec, sources: dict[str, str]) -> Path:
-    """The raw file of a data set or embedding, on this machine.
+@task(name="fetch-source", retries=4, retry_delay_seconds=[2, 10, 30, 60], retry_condition_fn=is_worth_a_retry)
+def fetch_source(spec: DatasetSpec | EmbeddingSpec, file: Path | None = None) -> Path:
+    """Return the raw file of a data set or embedding, on this machine.
 
-    Raises UserError where it must be named and is not, or does not have the entry's checksum; ConnectionLost where
-    another try may help.
+    file: the user's own, if there is one. Raises UserError if there must be one and is none, or the raw file does not
+    have the entry's checksum; ConnectionLost if another try may help.
     """
-    check_sources([spec], {name: file for name, file in sources.items() if name == spec.name})
-    named = named_source(spec, sources)
-    if named is not None:
-        return named
+    if file is not None:
+        return file
+    require_public(spec)
     if isinstance(spec.source, SimulatedSource):
-        return simulated(spec.source)
+        return simulate_source(spec.source)
     if not isinstance(spec.source, HttpsSource | S3Source):
         raise UserError(f"catalog entry {spec.name}", "source", "none", "give the entry a source")
     if not _target(spec.name, spec.source).exists() and runtime.task_run.run_count <= 1:
         LOG.info("%s: to fetch %s; licence: %s; to cite: %s", spec.name, spec.source.url, spec.licence, spec.citation)
-    return _fetched(spec.name, spec.source, "FILE")
+    return _fetch(spec.name, spec.source, "FILE")
 
 
 def fetch_files(spec: PretrainedSpec) -> dict[str, Path]:
-    """Published files on this machine, by their names. Raises as `fetch_source` does."""
-    check_sources([spec], {})
-    return {name: _fetched(spec.name, source, "FOLDER") for name, source in _addresses(spec).items()}
+    """Return published files on this machine, by their names. Raises as `fetch_source` does."""
+    require_public(spec)
+    return {name: _fetch(spec.name, source, "FOLDER") for name, source in _addresses(spec).items()}
 
 
 def _addresses(spec: PretrainedSpec) -> dict[str, HttpsSource | S3Source]:
     return {name: source for name, source in sorted(spec.files.items()) if not isinstance(source, LocalSource)}
 
 
-def files_here(spec: PretrainedSpec, sources: Mapping[str, str]) -> dict[str, Path] | None:
-    """The files of an entry, by their names, where all are on this machine: in the folder that the user named, or
-    downloaded before; else None. Raises UserError for a folder that is not as it must be."""
-    named = named_source(spec, sources)
-    if named is not None:
-        return {name: named / name for name in sorted(spec.files)}
+def find_files(spec: PretrainedSpec, folder: Path | None) -> dict[str, Path] | None:
+    """Return the files of an entry by their names, None unless all are on this machine.
+
+    folder: the user's own, if there is one; without it, the files are those that were downloaded before.
+    """
+    if folder is not None:
+        return {name: folder / name for name in sorted(spec.files)}
     files = {name: _target(spec.name, source) for name, source in _addresses(spec).items()}
     return files if len(files) == len(spec.files) and all(file.exists() for file in files.values()) else None
 
 
-def _fetched(name: str, source: HttpsSource | S3Source, wanted: str) -> Path:
+def _fetch(name: str, source: HttpsSource | S3Source, wanted: str) -> Path:
     try:
-        return downloaded(name, source)
+        return download_once(name, source)
     except Exception as error:
         if not may_pass(error):
             raise
@@ -117,8 +117,8 @@ def _fetched(name: str, source: HttpsSource | S3Source, wanted: str) -> Path:
         raise ConnectionLost(source.url, "connection", f"{type(error).__name__}: {error}", remedy) from error
 
 
-def simulated(source: SimulatedSource) -> Path:
-    """The raw file of a simulated screen, from the store."""
+def simulate_source(source: SimulatedSource) -> Path:
+    """Return the raw file of a simulated screen, from the store."""
     from core.simulate import SimulationSettings, simulate
 
     settings = SimulationSettings.model_validate(source.settings)
@@ -126,29 +126,26 @@ def simulated(source: SimulatedSource) -> Path:
     def build(folder: Path) -> None:
         simulate(settings).cells.write_h5ad(folder / "raw.h5ad", compression="gzip")
 
-    recipe = settings.model_dump(mode="json")
-    return (
-        made("simulation", build, inputs={}, parameters={"settings": recipe}, code=code_hash("core.simulate"))
-        / "raw.h5ad"
-    )
+    parameters = {"settings": settings.model_dump(mode="json")}
+    return build_or_get(Recipe("simulation", {}, parameters, code_hash("core.simulate")), build) / "raw.h5ad"
 
 
-def downloaded(name: str, source: HttpsSource | S3Source) -> Path:
-    """The file behind a public address, from the downloads folder or freshly fetched.
+def download_once(name: str, source: HttpsSource | S3Source) -> Path:
+    """Return the file behind a public address, from the downloads folder or downloaded now.
 
-    It appears under its name only when it is whole; callers that want it at the same time fetch it once. An address
-    that has changed is another file. Its checksum is recorded beside it at the first download, and it is checked at
-    every use against the entry's, else the recorded one. Raises UserError where it does not fit.
+    It appears under its name only when it is whole; callers that want it at the same time download it once. An address
+    that has changed is another file. Its checksum is recorded beside it at the first download, and at every use it is
+    checked against the entry's checksum, else the recorded one. Raises UserError if it differs.
     """
     target = _target(name, source)
     recorded = target.with_name(f"{target.name}.sha256")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(target):
+    with _lock_downloads(target):
         if not target.exists():
-            # A record without its file is that of a former one.
+            # A record without its file belongs to an earlier one.
             recorded.unlink(missing_ok=True)
             _download(source, target)
-        found = checksum(target)
+        found = checksum_file(target)
         if not recorded.exists() or not recorded.read_text(encoding="utf-8").strip():
             write_whole(recorded, f"{found}  {target.name}\n")
     expected = source.sha256 or recorded.read_text(encoding="utf-8").split()[0]
@@ -164,13 +161,13 @@ def _download(source: HttpsSource | S3Source, target: Path) -> None:
     except OSError as error:
         if error.errno not in DISK:
             raise
-        remedy = "mend that, or name another data folder (environment CALIPERT_DATA); what has arrived is kept"
+        remedy = "solve that, or name another data folder (environment CALIPERT_DATA); what has arrived is kept"
         raise UserError(target.parent, "folder of downloads", DISK[error.errno], remedy) from error
 
 
 @contextmanager
-def _alone(target: Path) -> Iterator[None]:
-    """A context that one caller at a time is in, on this machine."""
+def _lock_downloads(target: Path) -> Iterator[None]:
+    """Let one caller at a time into the block, on this machine."""
     lock = filelock.FileLock(target.parent / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -183,9 +180,11 @@ def _alone(target: Path) -> Iterator[None]:
         lock.release()
 
 
-def described(spec: DatasetSpec | EmbeddingSpec, raw: Path) -> str:
-    """Where a raw file of `fetch_source` comes from, without a path of this machine: the address of a download,
-    "simulated", or the name of the user's file."""
+def describe_source(spec: DatasetSpec | EmbeddingSpec, raw: Path) -> str:
+    """Say where a raw file of `fetch_source` comes from, without a path of this machine.
+
+    That is the address of a download, "simulated", or the name of the user's file.
+    """
     if isinstance(spec.source, HttpsSource | S3Source) and raw == _target(spec.name, spec.source):
         return spec.source.url
     if isinstance(spec.source, SimulatedSource) and raw.is_relative_to(store_folder()):

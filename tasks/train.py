@@ -15,13 +15,23 @@ from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ConfigDict
 
 from blocks.engines.process import Usage
-from blocks.store.artifacts import MANIFEST, ArtifactStore, artifact_key
+from blocks.store.artifacts import MANIFEST, ArtifactStore
 from blocks.store.code import code_hash
+from blocks.tracking.tracker import MLflowTracking
 from core.catalog.schema import ResolvedModel
 from core.errors import UserError
-from tasks.artifacts import LOG, made
-from tasks.engine import THREADS, container_of, device, engine, engine_identity, require_same, resumable
-from tasks.progress import shown_progress
+from tasks.artifacts import LOG, Recipe, build_or_get, find_artifact
+from tasks.embed_container import FILE as EMBEDDING
+from tasks.engine import (
+    THREADS,
+    choose_engine,
+    find_container_of,
+    identify_container,
+    lease_device,
+    open_checkpoint,
+    require_unchanged,
+)
+from tasks.progress import make_progress_reporter
 from tasks.record import end_failed, tracking_server
 
 USAGE = "usage.json"
@@ -35,7 +45,7 @@ class FoldJob(BaseModel):
     data: key of the fold's artifact (`split_fold`), which holds no test cell. embedding: key of its embedding, or None.
     pretrained: key of the weights that the model starts from, or None.
     asked: covariate and condition of each test condition. target_sum: to which counts were scaled before the log.
-    run_id: of the MLflow run of this fold, empty until it is opened.
+    run_id: of the fold's MLflow run, empty until there is one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,192 +63,195 @@ class FoldJob(BaseModel):
 
     @property
     def name(self) -> str:
-        """What logs and pages call it."""
+        """The training as logs and pages call it."""
         return f"{self.dataset}, {self.model.name}, fold {self.fold}"
 
 
-class _Recipe(NamedTuple):
-    """What one of a fold's artifacts follows from."""
+class FoldInputs(NamedTuple):
+    """What a training is given, as artifacts' folders: cells, an embedding, and weights that it starts from."""
 
-    kind: str
-    inputs: dict[str, str]
-    parameters: dict[str, Any]
-    code: str
+    cells: Path
+    embedding: Path | None
+    pretrained: Path | None
 
     @property
-    def key(self) -> str:
-        return artifact_key(self.kind, self.inputs, self.parameters, self.code)
+    def beside_cells(self) -> dict[str, str | None]:
+        """The fields that the specs of training and prediction share."""
+        return {
+            "embedding": str(self.embedding / EMBEDDING) if self.embedding else None,
+            "pretrained": str(self.pretrained) if self.pretrained else None,
+        }
 
-    def made(self, build: Callable[[Path], None], label: str) -> Path:
-        return made(self.kind, build, inputs=self.inputs, parameters=self.parameters, code=self.code, label=label)
+
+class TrainedFold(NamedTuple):
+    """The artifacts' folders of a training that is done: the model and its predictions."""
+
+    model: Path
+    predictions: Path
 
 
 @task(name="split-fold", task_run_name="split fold {fold}", cache_policy=NO_CACHE)
 def split_fold(cells: Path, fold: int) -> Path:
-    """train.h5ad and control.h5ad of a fold: all of the cells that a model may see."""
+    """Write train.h5ad and control.h5ad of a fold: all of the cells that a model may see; the artifact's folder."""
     from core.prepare.cells import read_cells
     from core.prepare.training_data import write_fold
 
-    return made(
-        "fold",
-        lambda folder: write_fold(read_cells(cells), fold, folder),
-        inputs={"cells": cells},
-        parameters={"fold": fold},
-        code=code_hash("core.prepare.training_data"),
-        label=f"the cells of fold {fold}",
-    )
+    code = code_hash("core.prepare.training_data")
+    recipe = Recipe("fold", {"cells": cells}, {"fold": fold}, code, f"the cells of fold {fold}")
+    return build_or_get(recipe, lambda folder: write_fold(read_cells(cells), fold, folder))
 
 
-def predictions_key(job: FoldJob) -> str:
-    """The key of the predictions that a job gives on this machine, with its code and its models' packages."""
-    return _predictions(job).key
+def model_recipe(job: FoldJob) -> Recipe:
+    """Return the recipe of a job's model, with this machine's code and the model's packages on it."""
+    parameters = {"hyperparameters": job.model.hyperparameters, "seed": job.seed, "threads": THREADS}
+    code = identify_container(find_container_of(job.model))
+    return Recipe("model", _input_keys(job), parameters, code, f"the model of {job.name}")
 
 
-def finished(job: FoldJob) -> Path | None:
-    """The artifact's folder of a job's predictions, if the store has them."""
-    return ArtifactStore().find("predictions", predictions_key(job))
+def predictions_recipe(job: FoldJob) -> Recipe:
+    """Return the recipe of a job's predictions, with this machine's code and the model's packages on it."""
+    parameters = {"conditions": job.asked, "seed": job.seed, "threads": THREADS, "target_sum": job.target_sum}
+    model = model_recipe(job)
+    code = model.code + code_hash("core.scoring.predictions")
+    inputs = {"model": model.key, **model.inputs}
+    return Recipe("predictions", inputs, parameters, code, f"the predictions of {job.name}")
 
 
-def trained(job: FoldJob, on_event: Callable[[Event], None]) -> Path:
-    """The model directory of one fold: weights, training.jsonl (the events that the model sent), usage.json (what its
-    training took).
+def _input_keys(job: FoldJob) -> dict[str, str]:
+    keys = {"fold": job.data, "embedding": job.embedding, "pretrained": job.pretrained}
+    return {name: key for name, key in keys.items() if key}
 
-    on_event: called only where the model is trained now, not where the store has it.
+
+def find_trained_fold(job: FoldJob) -> TrainedFold | None:
+    """Return the model and the predictions of a job, None unless the store has both."""
+    predictions = find_artifact(predictions_recipe(job))
+    model = find_artifact(model_recipe(job)) if predictions else None
+    return TrainedFold(model, predictions) if model and predictions else None
+
+
+def find_inputs(job: FoldJob) -> FoldInputs:
+    """Return what a job's training is given. Raises UserError if it is not in the store."""
+    found = {name: _find_input(name, key) for name, key in _input_keys(job).items()}
+    return FoldInputs(found["fold"], found.get("embedding"), found.get("pretrained"))
+
+
+def _find_input(kind: str, key: str) -> Path:
+    store = ArtifactStore()
+    found = store.find(kind, key)
+    if found is None:
+        remedy = "set CALIPERT_STORE to the same place on all machines that train for each other: they need one store"
+        raise UserError(store.root, kind, f"nothing under the key {key}", remedy)
+    return found
+
+
+def train_model(job: FoldJob, inputs: FoldInputs, on_event: Callable[[Event], None]) -> Path:
+    """Train a model on one fold; the artifact's folder of its weights.
+
+    Beside them lie training.jsonl, the events that the model sent, and usage.json, what its training took.
+    on_event: called only if the model is trained now, not if the store has it.
     """
-    data, model = _stored("fold", job.data), container_of(job.model)
+    container, recipe = find_container_of(job.model), model_recipe(job)
 
     def build(folder: Path) -> None:
         spec = {
-            "cells": str(data / "train.h5ad"),
-            **_given(job),
+            "cells": str(inputs.cells / "train.h5ad"),
+            **inputs.beside_cells,
             "hyperparameters": job.model.hyperparameters,
             "seed": job.seed,
             "threads": THREADS,
             "output": str(folder),
         }
-        with (folder / "training.jsonl").open("w", encoding="utf-8") as curve, device(model, job.name) as gpu:
+        with (folder / "training.jsonl").open("w", encoding="utf-8") as curve, lease_device(container, job.name) as gpu:
 
-            def keep(event: Event) -> None:
+            def keep_event(event: Event) -> None:
                 curve.write(json.dumps(dict(event), sort_keys=True) + "\n")
                 on_event(event)
 
             limit = job.model.time_limits.train
-            require_same(model)
-            with resumable(_model(job).key) as checkpoint:
+            require_unchanged(container)
+            with open_checkpoint(recipe.key) as checkpoint:
                 spec["checkpoint"] = checkpoint
-                usage = engine().run("train", model, spec, on_event=keep, timeout_s=limit, gpu=gpu)
+                usage = choose_engine().run("train", container, spec, on_event=keep_event, timeout_s=limit, gpu=gpu)
         _require_free(folder, job.name)
         (folder / USAGE).write_text(json.dumps(asdict(usage), sort_keys=True), encoding="utf-8")
 
-    return _model(job).made(build, f"the model of {job.name}")
+    return build_or_get(recipe, build)
 
 
-def predicted(job: FoldJob, directory: Path, on_event: Callable[[Event], None]) -> Path:
-    """predictions.h5ad (checked, rows sorted) and unpredicted.json of one fold's test conditions.
+def predict_conditions(job: FoldJob, inputs: FoldInputs, model: Path, on_event: Callable[[Event], None]) -> Path:
+    """Predict one fold's test conditions; the artifact's folder of predictions.h5ad (rows sorted) and unpredicted.json.
 
-    directory: of the trained model. Raises UserError where the predictions break the contract.
+    model: the artifact's folder of `train_model`. Raises UserError if the predictions break the contract.
     """
     from core.io.h5ad import read_genes
     from core.scoring.predictions import check_model_output
 
-    control, model = _stored("fold", job.data) / "control.h5ad", container_of(job.model)
+    control, container = inputs.cells / "control.h5ad", find_container_of(job.model)
 
     def build(folder: Path) -> None:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             spec = {
-                "model": str(directory),
+                "model": str(model),
                 "control": str(control),
                 "conditions": job.asked,
-                **_given(job),
+                **inputs.beside_cells,
                 "seed": job.seed,
                 "threads": THREADS,
                 "output": scratch,
             }
             limit = job.model.time_limits.predict
-            require_same(model)
-            with device(model, job.name) as gpu:
-                engine().run("predict", model, spec, on_event=on_event, timeout_s=limit, gpu=gpu)
+            require_unchanged(container)
+            with lease_device(container, job.name) as gpu:
+                choose_engine().run("predict", container, spec, on_event=on_event, timeout_s=limit, gpu=gpu)
             profiles, unpredicted = check_model_output(
                 Path(scratch), job.asked, read_genes(control), job.model.name, job.target_sum
             )
         profiles.write_h5ad(folder / "predictions.h5ad")
         (folder / "unpredicted.json").write_text(json.dumps(unpredicted, sort_keys=True), encoding="utf-8")
 
-    return _predictions(job).made(build, f"the predictions of {job.name}")
+    return build_or_get(predictions_recipe(job), build)
 
 
 @task(name="train-fold", task_run_name="{job.model.name} fold {job.fold}", cache_policy=NO_CACHE)
-def train_fold(job: FoldJob) -> Path:
+def train_fold(job: FoldJob, stored: TrainedFold | None = None) -> Path:
     """Train a model on one fold and predict its test conditions; the artifact's folder of the predictions.
 
-    The fold's MLflow run shows the curve while it grows, a progress artifact how far the training is.
+    stored: what the store has of the job (`find_trained_fold`). The fold's MLflow run shows the curve while it grows,
+    a progress artifact how far the training is.
     """
     tracking = tracking_server()
-    if finished(job) is None:
-        tracking.begin_training(job.run_id, str(runtime.flow_run.id))
-    live = tracking.live_curve(job.run_id)
-    progress = shown_progress(f"training {job.name}")
-
-    def say(event: Event) -> None:
-        if event.get("event") == "log":
-            LOG.info("%s: %s", job.name, event["message"])
-
-    def learn(event: Event) -> None:
-        live(event)
-        progress(event)
-        say(event)
-
     try:
-        directory = trained(job, learn)
-        predictions = predicted(job, directory, say)
+        fold = stored or _train_now(job, tracking)
     except BaseException as error:
         end_failed([job.run_id], error)
         raise
-    tracking.log_usage(job.run_id, Usage(**json.loads((directory / USAGE).read_text(encoding="utf-8"))))
-    tracking.log_curve(job.run_id, directory / "training.jsonl")
+    tracking.log_usage(job.run_id, Usage(**json.loads((fold.model / USAGE).read_text(encoding="utf-8"))))
+    tracking.log_curve(job.run_id, fold.model / "training.jsonl")
     tracking.finish(job.run_id)
-    lacking = len(json.loads((predictions / "unpredicted.json").read_text(encoding="utf-8")))
-    LOG.info("%s: %d of %d conditions predicted", job.name, len(job.asked) - lacking, len(job.asked))
-    return predictions
+    unpredicted = len(json.loads((fold.predictions / "unpredicted.json").read_text(encoding="utf-8")))
+    LOG.info("%s: %d of %d conditions predicted", job.name, len(job.asked) - unpredicted, len(job.asked))
+    return fold.predictions
 
 
-def _model(job: FoldJob) -> _Recipe:
-    parameters = {"hyperparameters": job.model.hyperparameters, "seed": job.seed, "threads": THREADS}
-    return _Recipe("model", _inputs(job), parameters, engine_identity(container_of(job.model)))
+def _train_now(job: FoldJob, tracking: MLflowTracking) -> TrainedFold:
+    tracking.begin_training(job.run_id, str(runtime.flow_run.id))
+    takers = [tracking.live_curve(job.run_id), make_progress_reporter(f"training {job.name}")]
 
+    def log_message(event: Event) -> None:
+        if event.get("event") == "log":
+            LOG.info("%s: %s", job.name, event["message"])
 
-def _predictions(job: FoldJob) -> _Recipe:
-    parameters = {"conditions": job.asked, "seed": job.seed, "threads": THREADS, "target_sum": job.target_sum}
-    code = engine_identity(container_of(job.model)) + code_hash("core.scoring.predictions")
-    return _Recipe("predictions", {"model": _model(job).key, **_inputs(job)}, parameters, code)
+    def take_event(event: Event) -> None:
+        for take in (*takers, log_message):
+            take(event)
 
-
-def _inputs(job: FoldJob) -> dict[str, str]:
-    keys = {"fold": job.data, "embedding": job.embedding, "pretrained": job.pretrained}
-    return {name: key for name, key in keys.items() if key}
-
-
-def _stored(kind: str, key: str) -> Path:
-    store = ArtifactStore()
-    found = store.find(kind, key)
-    if found is None:
-        remedy = (
-            "machines that train for each other need one store: set CALIPERT_STORE to the same place on all of them"
-        )
-        raise UserError(store.root, kind, f"nothing under the key {key}", remedy)
-    return found
-
-
-def _given(job: FoldJob) -> dict[str, str | None]:
-    """Fields of both stages' specs: what the model is given beside cells."""
-    return {
-        "embedding": str(_stored("embedding", job.embedding) / "embedding.parquet") if job.embedding else None,
-        "pretrained": str(_stored("pretrained", job.pretrained)) if job.pretrained else None,
-    }
+    inputs = find_inputs(job)
+    model = train_model(job, inputs, take_event)
+    return TrainedFold(model, predict_conditions(job, inputs, model, log_message))
 
 
 def _require_free(folder: Path, name: str) -> None:
-    """Raise UserError where a model wrote what is written beside its output."""
+    """Raise UserError if a model wrote a file of a name that the benchmark uses beside the model's output."""
     taken = [own for own in (USAGE, MANIFEST) if os.path.lexists(folder / own)]
     if taken:
         raise UserError(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import anndata as ad
-import docker
-import docker.errors
 import hypothesis
 import pandas as pd
 import pytest
@@ -22,8 +22,16 @@ from core.reference.cell_sums import CellSums, sum_cells
 hypothesis.settings.register_profile("untimed", hypothesis.settings(deadline=None))
 hypothesis.settings.load_profile("untimed")
 
+pytest_plugins = ["tests.helpers.leftovers"]
+
 ROOT = Path(__file__).resolve().parents[1]
-BASE_IMAGE = os.environ.get("CALIPERT_BASE_IMAGE", "calipert-base")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests of one file share its fixtures: one worker runs them, unless they are marked to run apart."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(ROOT))))
 
 
 @pytest.fixture(scope="session")
@@ -66,70 +74,18 @@ def sums() -> Callable[..., CellSums]:
     return make
 
 
-@pytest.fixture(scope="session")
-def docker_client() -> Iterator[docker.DockerClient]:
-    """A client of the container engine, which has the image CALIPERT_BASE_IMAGE, by default `calipert-base`.
-
-    Skips without them, or fails where CALIPERT_REQUIRE_DOCKER=1 forbids that.
-    """
-    try:
-        client = docker.from_env(version="auto")
-        client.images.get(BASE_IMAGE)
-    except docker.errors.DockerException as error:
-        reason = f"NO CONTAINER ENGINE, the walls around models are not tested (.ci/docker-engine start): {error}"
-        if os.environ.get("CALIPERT_REQUIRE_DOCKER") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    yield client
-    client.close()
-
-
-@pytest.fixture(scope="session")
-def base_image(docker_client: docker.DockerClient) -> str:
-    """The image that tests build theirs from: Debian or the like with Python."""
-    return BASE_IMAGE
-
-
-@pytest.fixture(scope="session")
-def docker_image(docker_client: docker.DockerClient, tmp_path_factory) -> Iterator[Callable[..., Path]]:
-    """Builds the image of a model that needs Python alone: `docker_image(name, model.py, *lines_of_the_Dockerfile)`.
-
-    Returns the model's folder. The image is removed in the end.
-    """
-    made: list[str] = []
-
-    def make(name: str, model: str, *lines: str) -> Path:
-        folder = tmp_path_factory.mktemp("image") / name
-        folder.mkdir()
-        (folder / "model.py").write_text(model)
-        dockerfile = [f"FROM {BASE_IMAGE}", "COPY model.py /model/model.py", *lines]
-        dockerfile += ['ENTRYPOINT ["python3", "/model/model.py"]']
-        (folder / "Dockerfile").write_text("\n".join(dockerfile))
-        made.append(f"calipert-{name}:latest")
-        docker_client.images.build(path=str(folder), tag=made[-1], rm=True)
-        return folder
-
-    yield make
-    for name in made:
-        docker_client.images.remove(name, force=True)
-
-
 @pytest.fixture
-def nothing_left(
-    docker_client: docker.DockerClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[[], list[str]]]:
-    """A data folder of the test's own, of which no container, volume or scratch folder is there in the end.
+def calipert(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The command line in a process of its own; without `data`, in a fresh data folder."""
 
-    The function says which containers and volumes are there now.
-    """
-    data = tmp_path / "data"
-    monkeypatch.setenv("CALIPERT_DATA", str(data))
-    label = {"label": f"calipert.data={data}"}
+    def run(*arguments: object, data: Path | None = None) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "flows.cli.main", *map(str, arguments)],
+            env={**os.environ, "CALIPERT_DATA": str(data or tmp_path / "data"), "COLUMNS": "120"},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=600,
+        )
 
-    def left() -> list[str]:
-        containers = [each["Names"][0] for each in docker_client.api.containers(all=True, filters=label)]
-        return containers + [each["Name"] for each in docker_client.api.volumes(filters=label)["Volumes"] or []]
-
-    yield left
-    assert left() == []
-    assert not (data / "scratch").exists() or list((data / "scratch").iterdir()) == []
+    return run

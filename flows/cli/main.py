@@ -75,10 +75,10 @@ def reproduce(
     source: Sources = None,
 ) -> None:
     """Prepare and calibrate all data sets of the study; what one of them lacks does not stop the others."""
-    from tasks.inputs import chosen_study
+    from tasks.inputs import choose_models, choose_study, list_inputs, resolve_sources
 
     wanted, names, sources = _names(datasets), _names(models), _named(source)
-    chosen_study(wanted, names, origin, sources)
+    resolve_sources(list_inputs(choose_models(names)), sources, later=choose_study(wanted, origin).values())
     services = _servers()
     from flows.cli.console import draw_outcomes
     from flows.reproduce import NoneDone
@@ -179,11 +179,10 @@ def check(
     from core import catalog
     from core.prepare.check import check_dataset
     from flows.cli.console import draw_check
-    from tasks.inputs import check_sources, named_source
+    from tasks.inputs import resolve_sources
 
-    spec, sources = catalog.dataset(dataset), _named(source)
-    check_sources([spec], sources)
-    file = named_source(spec, sources)
+    spec = catalog.dataset(dataset)
+    file = resolve_sources([spec], _named(source)).get(spec.name)
     if file is None:
         remedy = f"download {getattr(spec.source, 'url', 'it')} and name it: --source {spec.name}=FILE"
         raise UserError(dataset, "source", "an entry that can be read, but no file to check it with", remedy)
@@ -251,10 +250,10 @@ def _check_benchmark(
     dataset: str, folds: Folds, origin: Literal["raw", "mirror"], models: list[str], sources: dict[str, str]
 ) -> None:
     """What can be refused before anything is started."""
-    from tasks.inputs import check_sources, chosen_dataset, chosen_models, inputs_of
+    from tasks.inputs import choose_dataset, choose_models, list_inputs, resolve_sources
 
-    spec = chosen_dataset(dataset, folds, origin)
-    check_sources([spec, *inputs_of(chosen_models(models))], sources)
+    spec = choose_dataset(dataset, folds, origin)
+    resolve_sources([spec, *list_inputs(choose_models(models))], sources)
 
 
 def _servers() -> Services:

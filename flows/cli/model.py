@@ -67,13 +67,13 @@ def check(
 ) -> None:
     """Run the contract's tests on a model under the engine in use (CALIPERT_ENGINE); exit status 1 if it fails one."""
     from flows.cli.model_check import check_model
-    from tasks.engine import ENGINE, engine, runs_elsewhere
+    from tasks.engine import ENGINE, choose_engine, runs_elsewhere
 
     if runs_elsewhere():
         raise UserError("environment", ENGINE, "an engine that runs models elsewhere", "set it to docker or process")
     path, settings = _folder(folder), _json_object(hyperparameters)
     failed = False
-    for finding in check_model(path, engine(), embedding or _form(path.name), settings, lambda event: None):
+    for finding in check_model(path, choose_engine(), embedding or _form(path.name), settings, lambda event: None):
         failed = failed or finding.fault is not None
         CONSOLE.print(
             f"[green]ok[/green]    {finding.asked}" if finding.fault is None else f"[red]fails[/red] {finding.asked}"
@@ -108,12 +108,12 @@ def _form(container: str) -> Form:
 
 def _folder(name: str) -> Path:
     """The folder of a model by its path, or by the name of a container. Raises UserError without a model.py."""
-    from tasks.inputs import container_places
+    from tasks.inputs import list_container_places
 
-    for folder in (Path(name).expanduser().resolve(), *(place / name for place in container_places())):
+    for folder in (Path(name).expanduser().resolve(), *(place / name for place in list_container_places())):
         if (folder / "model.py").is_file():
             return folder
-    known = sorted(path.parent.name for place in container_places() for path in place.glob("*/model.py"))
+    known = sorted(path.parent.name for place in list_container_places() for path in place.glob("*/model.py"))
     raise UserError(name, "model", "no folder with a model.py", f"give the path of one, or one of: {', '.join(known)}")
 
 

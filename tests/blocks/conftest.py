@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from blocks.services import stack as services
-
-SLIGHT = runpy.run_path(str(Path(__file__).with_name("slight_servers.py")))
+from tests.helpers.slight_servers import fake, serve_with
 
 
 @pytest.fixture
@@ -25,5 +23,5 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture
 def fakes(data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Slight servers on any free port in place of Prefect's and MLflow's."""
-    SLIGHT["serve_with"](monkeypatch, SLIGHT["fake"])
+    serve_with(monkeypatch, fake)
     return data

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import runpy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import anndata as ad
@@ -13,6 +11,7 @@ import pytest
 
 from core.catalog.schema import DatasetSpec
 from core.simulate import SimulationSettings, simulate
+from tests.helpers.mirror_files import mirror_of
 
 Entry = Callable[..., DatasetSpec]
 Prepare = Callable[..., ad.AnnData]
@@ -100,8 +99,7 @@ def screen(request: pytest.FixtureRequest) -> ad.AnnData:
 @pytest.fixture(scope="session")
 def stored_mirror(pairs_cells: ad.AnnData) -> ad.AnnData:
     """The combination data as a file in the layout of the preprocessed mirror."""
-    mirror: ad.AnnData = runpy.run_path(str(Path(__file__).with_name("mirror_files.py")))["mirror_of"](pairs_cells)
-    return mirror
+    return mirror_of(pairs_cells)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,9 +23,9 @@ from core.errors import UserError
 from core.prepare.cells import write_cells
 from core.prepare.check import check_dataset
 from core.prepare.labels import count_faults, refuse_faults
+from tests.helpers.mirror_files import mirror_of
 
 Entry = Callable[..., DatasetSpec]
-mirror_of: Callable[..., ad.AnnData] = runpy.run_path(str(Path(__file__).with_name("mirror_files.py")))["mirror_of"]
 STORAGE: dict[str, Any] = {"csr": sparse.csr_matrix, "csc": sparse.csc_matrix, "dense": lambda x: x.toarray()}
 DAMAGED = "write or download it again"
 MEMORIES = (200_000, 1 << 30)  # some rows at a time, all at once

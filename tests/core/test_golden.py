@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import anndata as ad
 import numpy as np
@@ -20,10 +18,10 @@ from core.reference.cell_sums import CellSums
 from core.reference.stored_profiles import stored_reference
 from core.scoring.evaluation import Evaluation
 from core.scoring.file_calibration import FileOptions, calibrate_file
+from tests.helpers import by_definition
+from tests.helpers.mirror_files import mirror_of
 
 HERE = Path(__file__)
-by_definition = SimpleNamespace(**runpy.run_path(str(HERE.with_name("by_definition.py"))))
-mirror_of: Callable[..., ad.AnnData] = runpy.run_path(str(HERE.with_name("mirror_files.py")))["mirror_of"]
 
 ROOT = HERE.parents[2]
 SLOTS = {

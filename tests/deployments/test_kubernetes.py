@@ -223,15 +223,3 @@ def test_each_pool_has_a_worker(pool: str) -> None:
     commands = [one["args"] for pod in pods().values() for one in containers(pod) if one["name"] == "worker"]
     assert [command[command.index("--pool") + 1] for command in commands].count(pool) == 1
     assert all(command[command.index("--type") + 1] == "kubernetes" for command in commands)
-
-
-@pytest.mark.server
-def test_prefect_takes_the_templates() -> None:
-    from prefect.client.orchestration import get_client
-    from prefect.client.schemas.actions import WorkPoolCreate
-    from prefect.testing.utilities import prefect_test_harness
-
-    with prefect_test_harness(server_startup_timeout=60), get_client(sync_client=True) as client:
-        for pool in POOLS:
-            client.create_work_pool(WorkPoolCreate(name=pool, type="kubernetes", base_job_template=template(pool)))
-            assert client.read_work_pool(pool).base_job_template == template(pool)

@@ -25,8 +25,6 @@ import yaml
 from blocks.config.paths import PROJECT_ROOT
 from blocks.services.daemons import MARK
 
-pytestmark = [pytest.mark.server, pytest.mark.slow]
-
 ROUNDS = int(os.environ.get("CALIPERT_FAULT_ROUNDS", "5"))
 SEED = int(os.environ.get("CALIPERT_FAULT_SEED", str(secrets.randbits(32))))
 MODELS = ("ridge_coexpression", "knn_coexpression")

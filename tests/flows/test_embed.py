@@ -2,25 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 
-from blocks.config import settings
-from core.embeddings.tables import read_embedding
 from core.errors import UserError
 from flows.embed import embed
-
-GMT = "signalling\tR-1\tA\tB\tC\nrepair\tR-2\tB\tD\nsplicing\tR-3\tA\tD\tE\n"
-FLOW = """
-import json, sys
-from flows.embed import embed
-print('RESULT', embed(**json.loads(sys.argv[1])))
-"""
 
 
 def test_an_embedding_that_each_fold_makes_is_refused() -> None:
@@ -33,37 +18,3 @@ def test_an_unknown_embedding_and_a_file_for_something_else_are_refused() -> Non
         embed.fn("reactom")
     with pytest.raises(UserError, match="'demo' takes no part in this run"):
         embed.fn("reactome", {"demo": "/a.h5ad"})
-
-
-@pytest.mark.server
-@pytest.mark.slow
-@pytest.mark.xdist_group("servers")
-class TestWithServers:
-    @pytest.fixture
-    def run(self, servers: settings.Services, tmp_path: Path) -> Callable[[Path], Path]:
-        """Runs the flow in a process and a data folder of its own."""
-
-        def call(gmt: Path) -> Path:
-            parameters = {"embedding": "reactome", "sources": {"reactome": str(gmt)}}
-            done = subprocess.run(
-                [sys.executable, "-c", FLOW, json.dumps(parameters)],
-                env=settings.child_environment(servers) | {"CALIPERT_DATA": str(tmp_path / "data")},
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            assert done.returncode == 0, done.stderr[-4000:]
-            return Path(done.stdout.rpartition("RESULT ")[2].strip())
-
-        return call
-
-    def test_it_is_made_once(self, run: Callable[[Path], Path], tmp_path: Path) -> None:
-        gmt = tmp_path / "pathways.gmt"
-        gmt.write_text(GMT, encoding="utf-8")
-        folder = run(gmt)
-        assert list(read_embedding(folder / "embedding.parquet").index) == ["A", "B", "C", "D", "E"]
-        made = (folder / "manifest.json").stat().st_mtime_ns
-        assert run(gmt) == folder
-        assert (folder / "manifest.json").stat().st_mtime_ns == made
-        gmt.write_text(GMT + "transport\tR-4\tC\tF\n", encoding="utf-8")
-        assert run(gmt) != folder

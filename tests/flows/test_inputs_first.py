@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from flows import benchmark, train
+from flows import benchmark, steps, train
 from tasks.sources import ConnectionLost
 
 
@@ -24,7 +24,7 @@ def test_what_models_need_is_fetched_before_anything_is_made(monkeypatch: pytest
     monkeypatch.setenv("CALIPERT_ENGINE", "process")
     monkeypatch.setattr(module, "fetch_inputs", unreachable)
     for name in ("fetch_source", "prepare_cells"):
-        monkeypatch.setattr(module, name, too_late)
+        monkeypatch.setattr(steps, name, too_late)
     flow = getattr(module, module.__name__.rpartition(".")[2])
     with pytest.raises(ConnectionLost, match="no route"):
         flow.fn("demo", ["ridge_reactome", "knn_reactome", "ridge_coexpression"])

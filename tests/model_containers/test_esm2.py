@@ -386,8 +386,8 @@ def test_the_catalogs_embedding_is_made_by_a_process_without_a_network(
     monkeypatch.setenv("CALIPERT_GPUS", "none")
     monkeypatch.setattr(embed, "embed", embed.embed.fn)
     spec = catalog.embedding("esm2")
-    weights = pretrained.fetch_pretrained.fn(catalog.pretrained("esm2_150m"), {"esm2_150m": str(published)})
-    folder = embed.make_shared(spec, {"esm2_150m": weights})
+    weights = pretrained.fetch_pretrained.fn(catalog.pretrained("esm2_150m"), published)
+    folder = embed.make_shared_embedding(spec, {"esm2_150m": weights})
     table = pd.read_parquet(folder / "embedding.parquet")
     pd.testing.assert_frame_equal(table, pd.read_parquet(made()), rtol=1e-5, atol=1e-5)
 

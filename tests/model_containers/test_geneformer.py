@@ -191,8 +191,8 @@ def test_the_catalogs_embedding_is_made_by_a_process(
     monkeypatch.setenv("CALIPERT_DATA", str(tmp_path / "data"))
     monkeypatch.setattr(embed, "embed", embed.embed.fn)
     name = "geneformer_v2_104m"
-    weights = pretrained.fetch_pretrained.fn(catalog.pretrained(name), {name: str(published)})
-    folder = embed.make_shared(catalog.embedding("geneformer"), {name: weights})
+    weights = pretrained.fetch_pretrained.fn(catalog.pretrained(name), published)
+    folder = embed.make_shared_embedding(catalog.embedding("geneformer"), {name: weights})
     assert (folder / "embedding.parquet").read_bytes() == made().read_bytes()
 
 

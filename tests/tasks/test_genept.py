@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import pickle
-import runpy
 import shutil
 import signal
 import subprocess
@@ -29,11 +28,11 @@ from flows.embed import embed as flow
 from flows.reproduce import reproduce
 from tasks import embed, embed_texts, pretrained, sources
 from tasks.embed_texts import check_services
-from tasks.inputs import inputs_of_embedding
+from tasks.inputs import list_embedding_inputs
 from tasks.pretrained import fetch_inputs
-from tasks.sources import ConnectionLost, passing
+from tasks.sources import ConnectionLost, is_worth_a_retry
+from tests.helpers import text_service_stand_in as stand_in
 
-STAND_IN = runpy.run_path(str(Path(__file__).with_name("text_service_stand_in.py")))
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "sk-planted0123456789abcdef"
 OTHER_SECRET = "calipert-other-key"  # noqa: S105 - the name of a block
@@ -44,7 +43,7 @@ TEXTS = {f"G{number}": f"What gene {number} does." for number in range(7)} | {"H
 def data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A data folder of the test's own; tasks as plain functions, three texts at once, and no waits."""
     monkeypatch.setenv("CALIPERT_DATA", str(tmp_path / "data"))
-    for module, name in ((embed, "embed"), (embed_texts, "ask"), (pretrained, "fetch_pretrained")):
+    for module, name in ((embed, "embed"), (embed_texts, "ask_for_vectors"), (pretrained, "fetch_pretrained")):
         monkeypatch.setattr(module, name, getattr(module, name).fn)
     monkeypatch.setattr(embed_texts, "TEXTS_AT_ONCE", 3)
     monkeypatch.setattr(embed_texts, "sleep", lambda _: None)
@@ -54,16 +53,16 @@ def data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 @pytest.fixture
 def service(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The service, and an entry `mine` that names it."""
-    with STAND_IN["serving"]() as running:
+    with stand_in.serving() as running:
         monkeypatch.setenv("CALIPERT_CATALOG", str(tmp_path / "catalog"))
-        STAND_IN["write_entry"](tmp_path / "catalog", running.url)
+        stand_in.write_entry(tmp_path / "catalog", running.url)
         yield running
 
 
 @pytest.fixture
 def key(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], None]:
     """Puts a key, or none, into the place of both Secret blocks; at first KEY."""
-    blocks = (STAND_IN["SECRET"], OTHER_SECRET)
+    blocks = (stand_in.SECRET, OTHER_SECRET)
 
     def put(value: str | None) -> None:
         for module in (text_service, embed_texts):
@@ -78,9 +77,9 @@ def make(service: Any, key: object, tmp_path: Path) -> Callable[..., Path]:
     """Makes the embedding of genes with these texts; the artifact's folder."""
 
     def call(texts: dict[str, str] = TEXTS, backwards: bool = False) -> Path:
-        genes = STAND_IN["write_genes"](tmp_path / "genes", texts, backwards)
+        genes = stand_in.write_genes(tmp_path / "genes", texts, backwards)
         spec = catalog.embedding("mine")
-        return embed.make_shared(spec, fetch_inputs(inputs_of_embedding(spec), {"ncbi_genes": str(genes)}))
+        return embed.make_shared_embedding(spec, fetch_inputs(list_embedding_inputs(spec), {"ncbi_genes": genes}))
 
     return call
 
@@ -88,7 +87,7 @@ def make(service: Any, key: object, tmp_path: Path) -> Callable[..., Path]:
 def test_every_gene_has_the_vector_of_its_text(service: Any, make: Callable[..., Path]) -> None:
     table = pd.read_parquet(make() / "embedding.parquet")
     assert {gene: list(row) for gene, row in zip(table.index, table.to_numpy(), strict=True)} == {
-        gene: STAND_IN["vector"](text) for gene, text in TEXTS.items()
+        gene: stand_in.vector(text) for gene, text in TEXTS.items()
     }
     # A text of two genes is asked for once.
     assert service.texts == sorted(set(TEXTS.values()))
@@ -132,12 +131,12 @@ def test_another_service_or_model_or_length_is_asked_anew(
     assert len(found) == 3
     assert len(service.texts) == 3 * 7
     # Without `dimensions` the service gives what it gives.
-    STAND_IN["write_entry"](tmp_path / "catalog", service.url, dimensions=None)
+    stand_in.write_entry(tmp_path / "catalog", service.url, dimensions=None)
     found.add(make())
     assert len(found) == 4
     assert len(service.texts) == 4 * 7
     assert "dimensions" not in service.asked[-1]
-    STAND_IN["write_entry"](tmp_path / "catalog", service.url, dimensions=3)
+    stand_in.write_entry(tmp_path / "catalog", service.url, dimensions=3)
     service.next = 3 * [lambda request: (200, {}, {"data": good(request, 3)})]
     shorter = make()
     assert shorter not in found
@@ -148,8 +147,8 @@ def test_another_service_or_model_or_length_is_asked_anew(
 
 def write_service(tmp_path: Path, service: Any, change: dict[str, str]) -> None:
     """The entry `mine` with another `service`."""
-    about = {"url": service.url, "model": "a-model", "secret": STAND_IN["SECRET"]} | change
-    STAND_IN["write_entry"](tmp_path / "catalog", service.url, service=about)
+    about = {"url": service.url, "model": "a-model", "secret": stand_in.SECRET} | change
+    stand_in.write_entry(tmp_path / "catalog", service.url, service=about)
 
 
 @pytest.mark.parametrize("change", [{"secret": OTHER_SECRET}, {"url": "{url}/"}, {"url": "{url}//"}])
@@ -183,7 +182,7 @@ def test_a_missing_key_is_named_before_any_download_or_call(
     key(None)
     with pytest.raises(UserError, match="no such block") as error:
         run()
-    assert error.value.field == STAND_IN["SECRET"]
+    assert error.value.field == stand_in.SECRET
     assert "make the Secret block calipert-text-key" in error.value.remedy
     assert not service.asked
     assert not data.exists()
@@ -194,13 +193,13 @@ def test_without_a_key_what_is_made_or_kept_can_be_used(
 ) -> None:
     folder = make()
     key(None)
-    spec, named = catalog.embedding("mine"), {"ncbi_genes": str(tmp_path / "genes")}
+    spec, named = catalog.embedding("mine"), {"ncbi_genes": tmp_path / "genes"}
     check_services([spec], named)
     # Other files with the same texts: the embedding is not made yet, its vectors are kept.
-    STAND_IN["write_genes"](tmp_path / "genes", TEXTS, backwards=True)
+    stand_in.write_genes(tmp_path / "genes", TEXTS, backwards=True)
     check_services([spec], named)
     assert make(backwards=True) != folder
-    STAND_IN["write_genes"](tmp_path / "genes", TEXTS | {"NEW": "What the new gene does."})
+    stand_in.write_genes(tmp_path / "genes", TEXTS | {"NEW": "What the new gene does."})
     with pytest.raises(UserError, match="no such block"):
         check_services([spec], named)
     with pytest.raises(UserError, match="no such block"):
@@ -218,7 +217,7 @@ def test_downloaded_files_count_as_there(
     key(None)
     with pytest.raises(UserError, match="no such block"):
         check_services([catalog.embedding("mine")], {})
-    pretrained.fetch_pretrained(catalog.pretrained("ncbi_genes"), {})
+    pretrained.fetch_pretrained(catalog.pretrained("ncbi_genes"))
     check_services([catalog.embedding("mine")], {})
 
 
@@ -242,8 +241,8 @@ def test_a_refused_key_is_asked_with_once_and_its_block_named(
         make()
     assert (error.value.where, error.value.field) == (f"{service.url}/embeddings", "key")
     assert f"HTTP {status}" in error.value.found
-    assert STAND_IN["SECRET"] in error.value.remedy
-    assert not passing(None, None, Failed(data=error.value))
+    assert stand_in.SECRET in error.value.remedy
+    assert not is_worth_a_retry(None, None, Failed(data=error.value))
     assert len(service.asked) == 1
     assert KEY not in "".join(traceback.format_exception(error.value))
 
@@ -293,7 +292,7 @@ def test_what_may_pass_is_worth_another_try_after_the_wait_that_is_asked_for(
     with pytest.raises(ConnectionLost, match=f"HTTP {status}") as error:
         make()
     assert waits == [waited]
-    assert passing(None, None, Failed(data=error.value))
+    assert is_worth_a_retry(None, None, Failed(data=error.value))
     service.asked.clear()
     make()
     assert service.texts == sorted(set(TEXTS.values()))[3:]
@@ -319,15 +318,15 @@ def test_what_can_be_no_address_is_named_and_not_tried_again(service: Any, key: 
     with pytest.raises(UserError, match="no address that can be asked") as error:
         text_service.text_vectors(about, 4, ["a text"])
     assert (error.value.where, error.value.field) == (f"{url}/embeddings", "service.url")
-    assert not passing(None, None, Failed(data=error.value))
+    assert not is_worth_a_retry(None, None, Failed(data=error.value))
     assert KEY not in "".join(traceback.format_exception(error.value))
 
 
 def test_a_service_out_of_reach_is_worth_another_try(service: Any, make: Callable[..., Path], tmp_path: Path) -> None:
-    STAND_IN["write_entry"](tmp_path / "catalog", "http://127.0.0.1:9/v1")
+    stand_in.write_entry(tmp_path / "catalog", "http://127.0.0.1:9/v1")
     with pytest.raises(ConnectionLost, match="ConnectError") as error:
         make()
-    assert passing(None, None, Failed(data=error.value))
+    assert is_worth_a_retry(None, None, Failed(data=error.value))
 
 
 def test_a_used_up_account_is_no_matter_of_waiting(service: Any, make: Callable[..., Path]) -> None:
@@ -336,12 +335,12 @@ def test_a_used_up_account_is_no_matter_of_waiting(service: Any, make: Callable[
     with pytest.raises(UserError, match="You exceeded your quota") as error:
         make()
     assert error.value.field == "quota"
-    assert not passing(None, None, Failed(data=error.value))
+    assert not is_worth_a_retry(None, None, Failed(data=error.value))
 
 
 def good(request: dict[str, Any], dimensions: int = 4) -> list[dict[str, Any]]:
     texts = enumerate(request["input"])
-    return [{"index": place, "embedding": STAND_IN["vector"](text, dimensions)} for place, text in texts]
+    return [{"index": place, "embedding": stand_in.vector(text, dimensions)} for place, text in texts]
 
 
 def with_last(*numbers: object) -> Callable[[dict[str, Any]], Any]:
@@ -378,7 +377,7 @@ def test_an_answer_that_is_not_whole_is_a_failure_and_never_a_vector(
     with pytest.raises(UserError, match=found) as error:
         make()
     assert error.value.field == "answer"
-    assert not passing(None, None, Failed(data=error.value))
+    assert not is_worth_a_retry(None, None, Failed(data=error.value))
     assert len(service.asked) == 1
     assert not kept(data)
     assert not list(data.glob("store/embedding/*"))
@@ -458,18 +457,18 @@ def test_each_kept_vector_is_read_once(
 def test_vectors_that_went_missing_are_said(
     service: Any, make: Callable[..., Path], data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ask = embed_texts.ask
+    ask = embed_texts.ask_for_vectors
 
     def losing(*of_batch: Any) -> None:
         shutil.rmtree(data / "vectors", ignore_errors=True)
         ask(*of_batch)
 
-    monkeypatch.setattr(embed_texts, "ask", losing)
+    monkeypatch.setattr(embed_texts, "ask_for_vectors", losing)
     with pytest.raises(UserError, match="6 that were answered are gone") as error:
         make()
     assert (error.value.where, error.value.field) == (str(data / "vectors"), "vectors")
     assert not list(data.glob("store/embedding/*"))
-    monkeypatch.setattr(embed_texts, "ask", ask)
+    monkeypatch.setattr(embed_texts, "ask_for_vectors", ask)
     service.asked.clear()
     make()
     assert len(service.texts) == 6
@@ -482,7 +481,8 @@ from pathlib import Path
 from blocks.services import text_service
 from tasks import embed, embed_texts, inputs, pretrained
 text_service.secret = embed_texts.secret = lambda name: sys.argv[2]
-embed.embed, embed_texts.ask, fetch = embed.embed.fn, embed_texts.ask.fn, pretrained.fetch_pretrained.fn
+embed.embed, embed_texts.ask_for_vectors = embed.embed.fn, embed_texts.ask_for_vectors.fn
+fetch = pretrained.fetch_pretrained.fn
 embed_texts.TEXTS_AT_ONCE = 3
 replace, replaced = Path.replace, []
 def dying(self, target):
@@ -494,15 +494,15 @@ def dying(self, target):
 Path.replace = dying
 from core import catalog
 spec = catalog.embedding("mine")
-needed = {one.name: fetch(one, {"ncbi_genes": sys.argv[1]}) for one in inputs.inputs_of_embedding(spec)}
-print("RESULT", embed.make_shared(spec, needed))
+needed = {one.name: fetch(one, Path(sys.argv[1])) for one in inputs.list_embedding_inputs(spec)}
+print("RESULT", embed.make_shared_embedding(spec, needed))
 """
 
 
 def test_killed_while_it_asks_it_goes_on_with_the_texts_that_are_missing(
     service: Any, make: Callable[..., Path], data: Path, tmp_path: Path
 ) -> None:
-    genes = STAND_IN["write_genes"](tmp_path / "genes", TEXTS)
+    genes = stand_in.write_genes(tmp_path / "genes", TEXTS)
     service.stalls_at = 2
     with subprocess.Popen([sys.executable, "-c", RUN, str(genes), KEY, "0"], cwd=ROOT) as running:
         deadline = time.monotonic() + 120
@@ -526,7 +526,7 @@ def test_killed_while_it_asks_it_goes_on_with_the_texts_that_are_missing(
 def test_killed_while_it_keeps_vectors_it_leaves_whole_ones_and_nothing_else_for_long(
     service: Any, make: Callable[..., Path], data: Path, tmp_path: Path
 ) -> None:
-    genes = STAND_IN["write_genes"](tmp_path / "genes", TEXTS)
+    genes = stand_in.write_genes(tmp_path / "genes", TEXTS)
     command = [sys.executable, "-c", RUN, str(genes), KEY, "5"]
     assert subprocess.run(command, cwd=ROOT, check=False, timeout=120).returncode == -signal.SIGKILL
     assert len(kept(data)) == 4
@@ -558,7 +558,7 @@ def test_killed_while_it_keeps_vectors_it_leaves_whole_ones_and_nothing_else_for
 def test_an_entry_that_cannot_be_made_is_refused(
     service: Any, tmp_path: Path, change: dict[str, Any], remedy: str
 ) -> None:
-    STAND_IN["write_entry"](tmp_path / "catalog", service.url, **change)
+    stand_in.write_entry(tmp_path / "catalog", service.url, **change)
     with pytest.raises(UserError) as error:
         catalog.embedding("mine")
     assert remedy in error.value.remedy
@@ -575,7 +575,7 @@ def test_an_entry_that_cannot_be_made_is_refused(
     ],
 )
 def test_a_key_goes_nowhere_in_the_clear_but_to_this_machine(service: Any, tmp_path: Path, url: str) -> None:
-    STAND_IN["write_entry"](tmp_path / "catalog", url)
+    stand_in.write_entry(tmp_path / "catalog", url)
     with pytest.raises(UserError) as error:
         catalog.embedding("mine")
     assert error.value.field == "service.url"
@@ -584,5 +584,5 @@ def test_a_key_goes_nowhere_in_the_clear_but_to_this_machine(service: Any, tmp_p
 
 @pytest.mark.parametrize("url", ["https://example.org", "http://localhost:8000/v1", "http://127.0.0.1/v1"])
 def test_addresses_of_services(service: Any, tmp_path: Path, url: str) -> None:
-    STAND_IN["write_entry"](tmp_path / "catalog", url)
+    stand_in.write_entry(tmp_path / "catalog", url)
     assert catalog.embedding("mine").service.url == url

@@ -19,7 +19,7 @@ from core.catalog.schema import EmbeddingSpec, PretrainedSpec
 from core.errors import UserError
 from model_containers import contract
 from tasks import embed, engine, pretrained, sources
-from tasks.inputs import check_sources, inputs_of, inputs_of_embedding, named_source
+from tasks.inputs import list_embedding_inputs, list_inputs, resolve_sources
 
 GMT = "one\tR-1\tA\tB\tC\ntwo\tR-2\tB\tD\nthree\tR-3\tA\tD\tE\n"
 WEIGHTS = PretrainedSpec(
@@ -36,7 +36,12 @@ WEIGHTS = PretrainedSpec(
 def without_a_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A data folder of the test's own; tasks as plain functions."""
     monkeypatch.setenv("CALIPERT_DATA", str(tmp_path / "data"))
-    tasks = ((embed, "embed"), (embed, "join"), (pretrained, "fetch_source"), (pretrained, "fetch_pretrained"))
+    tasks = (
+        (embed, "embed"),
+        (embed, "join_embeddings"),
+        (pretrained, "fetch_source"),
+        (pretrained, "fetch_pretrained"),
+    )
     for module, name in tasks:
         monkeypatch.setattr(module, name, getattr(module, name).fn)
 
@@ -64,7 +69,8 @@ def folds(tmp_path: Path) -> dict[int, Path]:
 
 def shared(spec: EmbeddingSpec, sources: dict[str, str]) -> Path:
     """The artifact of a shared embedding."""
-    return embed.make_shared(spec, pretrained.fetch_inputs(inputs_of_embedding(spec), sources))
+    needed = list_embedding_inputs(spec)
+    return embed.make_shared_embedding(spec, pretrained.fetch_inputs(needed, resolve_sources(needed, sources)))
 
 
 def test_several_are_joined_for_each_fold_from_parts_that_are_made_once(
@@ -110,7 +116,7 @@ def test_a_models_inputs_are_its_parts_and_weights_each_once() -> None:
     model = catalog.model("fmlp_reactome").model_copy(update={"pretrained": WEIGHTS})
     several = model.model_copy(update={"embedding": catalog.embedding("knowledge")})
     # Co-expression is made of a fold's cells.
-    assert [one.name for one in inputs_of([model, several, catalog.model("linear")])] == ["reactome", "net"]
+    assert [one.name for one in list_inputs([model, several, catalog.model("linear")])] == ["reactome", "net"]
 
 
 def test_weights_come_from_the_folder_that_is_named(gmt: Path, tmp_path: Path) -> None:
@@ -118,19 +124,18 @@ def test_weights_come_from_the_folder_that_is_named(gmt: Path, tmp_path: Path) -
     mine.mkdir()
     (mine / "args.json").write_text("{}")
     with pytest.raises(UserError) as error:
-        named_source(WEIGHTS, {"net": str(mine)})
+        resolve_sources([WEIGHTS], {"net": str(mine)})
     assert error.value.found == "no best.pt in it"
     (mine / "best.pt").write_bytes(b"weights")
     (mine / "unasked").write_bytes(b"x")
     model = catalog.model("fmlp_reactome").model_copy(update={"pretrained": WEIGHTS})
-    sources = {"net": str(mine), "reactome": str(gmt)}
-    found = pretrained.fetch_inputs(inputs_of([model, catalog.model("linear")]), sources)
+    files = {"net": mine, "reactome": gmt}
+    found = pretrained.fetch_inputs(list_inputs([model, catalog.model("linear")]), files)
     assert list(found) == ["reactome", "net"]
     assert found["reactome"] == gmt
-    files = {path.name for path in found["net"].iterdir()} - {"manifest.json"}
-    assert files == {"args.json", "best.pt"}
+    assert {path.name for path in found["net"].iterdir()} - {"manifest.json"} == {"args.json", "best.pt"}
     (mine / "best.pt").write_bytes(b"others")
-    assert pretrained.fetch_inputs(inputs_of([model]), sources)["net"] != found["net"]
+    assert pretrained.fetch_inputs(list_inputs([model]), files)["net"] != found["net"]
 
 
 def test_weights_are_downloaded_under_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,8 +144,8 @@ def test_weights_are_downloaded_under_their_names(tmp_path: Path, monkeypatch: p
         path.write_text(source.url)
         return path
 
-    monkeypatch.setattr(sources, "downloaded", download)
-    folder = pretrained.fetch_pretrained(WEIGHTS, {})
+    monkeypatch.setattr(sources, "download_once", download)
+    folder = pretrained.fetch_pretrained(WEIGHTS)
     assert (folder / "best.pt").read_text() == "https://example.org/best.pt"
 
 
@@ -207,7 +212,7 @@ def test_a_container_makes_an_embedding_of_published_files(maker, tmp_path: Path
     twice = shared(maker(times=2.0), sources)
     assert contract.read_embedding(twice / "embedding.parquet").loc["A"].tolist() == [6.0, 8.0]
     model = catalog.model("ridge_mine")
-    inputs = pretrained.fetch_inputs(inputs_of([model]), sources)
+    inputs = pretrained.fetch_inputs(list_inputs([model]), {"tables": published})
     assert list(inputs) == ["tables"]
     assert embed.make_embeddings([model], {0: tmp_path}, inputs, ["A"])["ridge_mine", 0] == twice
     (published / "table.json").write_text(json.dumps({"A": [0.0, 0.0]}))
@@ -245,7 +250,7 @@ def test_a_maker_that_cannot_run_is_refused_before_any_work(maker, tmp_path: Pat
     engine.check_containers([catalog.model("ridge_mine")])
     folder = tmp_path / "catalog" / "containers" / "maker"
     (folder / "requirements.txt").write_text("no-such-package==1.0\n")
-    engine._identity.cache_clear()
+    engine.identify_container.cache_clear()
     with pytest.raises(UserError, match=r"(?s)lacks a package: no-such-package\n.*calipert model build maker"):
         engine.check_containers([catalog.model("ridge_mine")])
     (folder / "model.py").unlink()
@@ -258,7 +263,7 @@ def test_published_files_of_ones_own_have_to_be_named(maker, tmp_path: Path) -> 
     own = "name: tables\ntitle: mine\nfiles:\n  table.json: {kind: local, hint: my table}\n"
     (tmp_path / "catalog" / "pretrained" / "tables.yaml").write_text(own)
     with pytest.raises(UserError, match="no folder named; wanted: my table") as error:
-        check_sources(inputs_of([catalog.model("ridge_mine")]), {})
+        resolve_sources(list_inputs([catalog.model("ridge_mine")]), {})
     assert "--source tables=FOLDER" in error.value.remedy
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "table.json").write_text(json.dumps({"A": [1.0]}))

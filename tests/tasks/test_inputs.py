@@ -9,14 +9,23 @@ import yaml
 
 from core import catalog
 from core.errors import UserError
-from tasks.inputs import BASELINES, check_model_name, chosen_dataset, chosen_models, chosen_study, study
+from tasks.inputs import (
+    BASELINES,
+    check_model_name,
+    choose_dataset,
+    choose_models,
+    choose_study,
+    list_inputs,
+    list_study,
+    resolve_sources,
+)
 
 
 def test_baselines_take_part_without_training() -> None:
-    assert [model.name for model in chosen_models(["linear", "ridge_coexpression", "additive"])] == [
+    assert [model.name for model in choose_models(["linear", "ridge_coexpression", "additive"])] == [
         "ridge_coexpression"
     ]
-    assert chosen_models(BASELINES) == []
+    assert choose_models(BASELINES) == []
 
 
 @pytest.mark.parametrize(
@@ -30,7 +39,7 @@ def test_a_model_without_a_program_is_refused(
     (folder / "mine.yaml").write_text(yaml.safe_dump({"name": "mine", "title": "t", "container": container}))
     monkeypatch.setenv("CALIPERT_CATALOG", str(tmp_path))
     with pytest.raises(UserError) as caught:
-        chosen_models(["mine"])
+        choose_models(["mine"])
     assert caught.value.found == found
 
 
@@ -47,22 +56,22 @@ def test_a_plain_name_is_taken() -> None:
 
 def test_the_origin_decides_the_source_and_nothing_else() -> None:
     entry = catalog.dataset("norman19")
-    assert chosen_dataset("norman19", origin="raw") == entry
-    mirrored = chosen_dataset("norman19", origin="mirror")
+    assert choose_dataset("norman19", origin="raw") == entry
+    mirrored = choose_dataset("norman19", origin="mirror")
     assert mirrored.source == entry.mirror
     assert mirrored.model_copy(update={"source": entry.source}) == entry
 
 
 def test_a_mirror_that_an_entry_has_not_is_refused() -> None:
     with pytest.raises(UserError) as caught:
-        chosen_dataset("papalexi21", origin="mirror")
+        choose_dataset("papalexi21", origin="mirror")
     assert (caught.value.where, caught.value.field) == ("catalog entry papalexi21", "mirror")
     assert "origin raw" in caught.value.remedy
 
 
 def test_a_mirror_has_its_own_folds() -> None:
     with pytest.raises(UserError) as caught:
-        chosen_dataset("replogle22rpe1", 3, "mirror")
+        choose_dataset("replogle22rpe1", 3, "mirror")
     assert (caught.value.where, caught.value.found) == ("--folds", "3, with origin mirror")
 
 
@@ -85,15 +94,15 @@ STUDY = [
 
 
 def test_the_study_is_reproduced_unless_data_sets_are_named() -> None:
-    assert study() == STUDY
-    assert list(chosen_study([], [], "mirror", {})) == STUDY
-    assert list(chosen_study(["demo", "norman19"], [], "raw", {})) == ["demo", "norman19"]
+    assert list_study() == STUDY
+    assert list(choose_study([], "mirror")) == STUDY
+    assert list(choose_study(["demo", "norman19"], "raw")) == ["demo", "norman19"]
 
 
 def test_a_data_set_without_its_file_can_still_be_asked_for() -> None:
-    assert list(chosen_study(["papalexi21_panel"], [], "raw", {"papalexi21_panel": "/no/such.h5ad"})) == [
-        "papalexi21_panel"
-    ]
+    specs = choose_study(["papalexi21_panel"], "raw")
+    assert list(specs) == ["papalexi21_panel"]
+    assert resolve_sources([], {"papalexi21_panel": "/no/such.h5ad"}, later=specs.values()) == {}
 
 
 @pytest.mark.parametrize(
@@ -110,5 +119,5 @@ def test_a_request_that_no_data_set_can_fulfil_is_refused(
     datasets: list[str], models: list[str], sources: dict[str, str], found: str
 ) -> None:
     with pytest.raises(UserError) as caught:
-        chosen_study(datasets, models, "mirror", sources)
+        resolve_sources(list_inputs(choose_models(models)), sources, later=choose_study(datasets, "mirror").values())
     assert caught.value.found == found

@@ -24,7 +24,7 @@ def steps(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> 
 
     def begin(flow_run: str | None) -> Step:
         monkeypatch.setattr(progress, "runtime", SimpleNamespace(flow_run=SimpleNamespace(id=flow_run)))
-        take = progress.shown_progress("training x")
+        take = progress.make_progress_reporter("training x")
 
         def step(at: float, done: int) -> None:
             clock.now = 100.0 + at
@@ -72,6 +72,6 @@ def test_a_lost_server_is_told_once_and_the_log_goes_on(
     for at, done in ((3.0, 1), (6.0, 2), (31.0, 3)):
         step(at, done)
     assert caplog.messages == [
-        "training x goes on, but its page shows its progress no more: gone",
+        "training x goes on, but its page no longer shows its progress: gone",
         "training x: 3 of 10 epochs",
     ]

@@ -24,9 +24,9 @@ from core.errors import UserError
 from flows.benchmark import benchmark
 from flows.calibrate import calibrate
 from flows.prepare import prepare
-from tasks.inputs import check_sources, chosen_dataset, named_source
+from tasks.inputs import choose_dataset, resolve_sources
 from tasks.prepare import DESCRIPTIVE
-from tasks.sources import ConnectionLost, described, downloaded, fetch_source, may_pass, passing
+from tasks.sources import ConnectionLost, describe_source, download_once, fetch_source, is_worth_a_retry, may_pass
 
 CONTENT = b"\x89HDF\r\n\x1a\n" + b"counts" * 1000
 CHANGED = CONTENT + b"!"
@@ -78,11 +78,11 @@ def source(url: str, checksum: str | None = None) -> HttpsSource:
 
 
 def test_a_download_appears_whole_and_is_not_repeated(server: str, data: Path) -> None:
-    path = downloaded("set", source(f"{server}/whole.h5ad", sha256(CONTENT).hexdigest()))
+    path = download_once("set", source(f"{server}/whole.h5ad", sha256(CONTENT).hexdigest()))
     assert path.read_bytes() == CONTENT
     assert left_in(path.parent) == ["whole.h5ad", "whole.h5ad.sha256"]
     before = asked["/whole.h5ad"]
-    assert downloaded("set", source(f"{server}/whole.h5ad")) == path
+    assert download_once("set", source(f"{server}/whole.h5ad")) == path
     assert asked["/whole.h5ad"] == before
 
 
@@ -93,7 +93,7 @@ def left_in(folder: Path) -> list[str]:
 
 def test_simultaneous_callers_download_once(server: str) -> None:
     with ThreadPoolExecutor(2) as pool:
-        both = list(pool.map(lambda _: downloaded("set", source(f"{server}/slow.h5ad")), range(2)))
+        both = list(pool.map(lambda _: download_once("set", source(f"{server}/slow.h5ad")), range(2)))
     assert both[0] == both[1]
     assert both[0].read_bytes() == CONTENT
     assert left_in(both[0].parent) == ["slow.h5ad", "slow.h5ad.sha256"]
@@ -101,8 +101,8 @@ def test_simultaneous_callers_download_once(server: str) -> None:
 
 
 def test_a_changed_address_is_downloaded_anew(server: str) -> None:
-    old = downloaded("set", source(f"{server}/whole.h5ad"))
-    new = downloaded("set", source(f"{server}/new/whole.h5ad?download=1"))
+    old = download_once("set", source(f"{server}/whole.h5ad"))
+    new = download_once("set", source(f"{server}/new/whole.h5ad?download=1"))
     assert (old.name, new.name) == ("whole.h5ad", "whole.h5ad")
     assert old.read_bytes() == CONTENT
     assert new.read_bytes() == CHANGED
@@ -110,27 +110,27 @@ def test_a_changed_address_is_downloaded_anew(server: str) -> None:
 
 def test_a_download_that_breaks_off_leaves_nothing_under_its_name(server: str, data: Path) -> None:
     with pytest.raises((httpx.TransportError, ConnectionError)):
-        downloaded("set", source(f"{server}/broken.h5ad"))
+        download_once("set", source(f"{server}/broken.h5ad"))
     (folder,) = (data / "downloads" / "set").iterdir()
     assert "broken.h5ad" not in left_in(folder)
 
 
 def test_a_missing_file_on_the_server_is_the_users_to_mend(server: str) -> None:
     with pytest.raises(UserError, match="HTTP 404"):
-        downloaded("set", source(f"{server}/missing.h5ad"))
+        download_once("set", source(f"{server}/missing.h5ad"))
 
 
 def test_a_file_that_changed_after_its_download_is_refused(server: str) -> None:
-    path = downloaded("set", source(f"{server}/whole.h5ad"))
+    path = download_once("set", source(f"{server}/whole.h5ad"))
     path.write_bytes(CONTENT[:-1] + b"?")
     with pytest.raises(UserError, match="at its first download it had") as caught:
-        downloaded("set", source(f"{server}/whole.h5ad"))
+        download_once("set", source(f"{server}/whole.h5ad"))
     assert sha256(CONTENT).hexdigest() in caught.value.remedy
 
 
 def test_a_wrong_checksum_is_refused(server: str) -> None:
     with pytest.raises(UserError) as caught:
-        downloaded("set", source(f"{server}/whole.h5ad", "0" * 64))
+        download_once("set", source(f"{server}/whole.h5ad", "0" * 64))
     assert caught.value.field == "sha256"
     assert "0" * 64 in caught.value.remedy
 
@@ -140,40 +140,40 @@ def test_a_named_file_is_used_before_anything_else(tmp_path: Path, monkeypatch: 
     file.touch()
     other.touch()
     norman19 = catalog.dataset("norman19")
-    assert named_source(norman19, {}) is None
+    assert resolve_sources([norman19], {}) == {}
     monkeypatch.setenv("CALIPERT_SOURCE_NORMAN19", str(other))
-    assert named_source(norman19, {}) == other.resolve()
-    assert named_source(norman19, {"norman19": str(file)}) == file.resolve()
+    assert resolve_sources([norman19], {}) == {"norman19": other.resolve()}
+    assert resolve_sources([norman19], {"norman19": str(file)}) == {"norman19": file.resolve()}
     monkeypatch.setenv("CALIPERT_SOURCE_NORMAN19", str(tmp_path / "none.h5ad"))
     with pytest.raises(UserError) as caught:
-        named_source(norman19, {})
+        resolve_sources([norman19], {})
     assert caught.value.field == "CALIPERT_SOURCE_NORMAN19"
 
 
 def test_a_local_source_must_be_named_and_every_named_one_used(tmp_path: Path) -> None:
     panel = catalog.dataset("papalexi21_panel")
     with pytest.raises(UserError, match="--source papalexi21_panel=FILE"):
-        check_sources([panel], {})
+        resolve_sources([panel], {})
     file = tmp_path / "x.h5ad"
     file.touch()
-    check_sources([panel], {"papalexi21_panel": str(file)})
+    resolve_sources([panel], {"papalexi21_panel": str(file)})
     with pytest.raises(UserError, match="takes no part"):
-        check_sources([panel], {"papalexi21_panel": str(file), "reactome": str(file)})
+        resolve_sources([panel], {"papalexi21_panel": str(file), "reactome": str(file)})
 
 
 def test_the_simulated_raw_file_is_made_once() -> None:
-    first = fetch_source.fn(catalog.dataset("demo"), {})
+    first = fetch_source.fn(catalog.dataset("demo"))
     stamp = first.stat().st_mtime_ns
-    assert fetch_source.fn(catalog.dataset("demo"), {}) == first
+    assert fetch_source.fn(catalog.dataset("demo")) == first
     assert first.stat().st_mtime_ns == stamp
 
 
 def test_folds_are_checked_against_the_task() -> None:
-    assert chosen_dataset("demo", None) == catalog.dataset("demo")
-    assert chosen_dataset("demo", "leave-one-out").folds == "leave-one-out"
+    assert choose_dataset("demo", None) == catalog.dataset("demo")
+    assert choose_dataset("demo", "leave-one-out").folds == "leave-one-out"
     for name, folds in (("demo", 1), ("norman19_small", 5)):
         with pytest.raises(UserError) as caught:
-            chosen_dataset(name, folds)
+            choose_dataset(name, folds)
         assert caught.value.where == "--folds"
 
 
@@ -181,12 +181,12 @@ def test_where_a_raw_file_comes_from_is_told_without_a_path_of_this_machine(serv
     demo, panel = catalog.dataset("demo"), catalog.dataset("papalexi21_panel")
     file = tmp_path / "mine.h5ad"
     file.touch()
-    assert described(demo, fetch_source.fn(demo, {})) == "simulated"
-    assert described(demo, fetch_source.fn(demo, {"demo": str(file)})) == "mine.h5ad"
-    assert described(panel, fetch_source.fn(panel, {"papalexi21_panel": str(file)})) == "mine.h5ad"
+    assert describe_source(demo, fetch_source.fn(demo)) == "simulated"
+    assert describe_source(demo, fetch_source.fn(demo, file)) == "mine.h5ad"
+    assert describe_source(panel, fetch_source.fn(panel, file)) == "mine.h5ad"
     public = catalog.dataset("norman19").model_copy(update={"source": source(f"{server}/whole.h5ad")})
-    assert described(public, fetch_source.fn(public, {})) == f"{server}/whole.h5ad"
-    assert described(public, fetch_source.fn(public, {"norman19": str(file)})) == "mine.h5ad"
+    assert describe_source(public, fetch_source.fn(public)) == f"{server}/whole.h5ad"
+    assert describe_source(public, fetch_source.fn(public, file)) == "mine.h5ad"
 
 
 @pytest.mark.parametrize("flow", [prepare, calibrate])
@@ -202,16 +202,16 @@ def test_the_mirror_is_downloaded_and_named_but_a_named_file_comes_first(
     server: str, tmp_path: Path, users_entry: Callable[..., str]
 ) -> None:
     name = users_entry(server)
-    mirror, raw = (chosen_dataset(name, origin=origin) for origin in ("mirror", "raw"))
-    file = fetch_source.fn(mirror, {})
+    mirror, raw = (choose_dataset(name, origin=origin) for origin in ("mirror", "raw"))
+    file = fetch_source.fn(mirror)
     assert file.read_bytes() == CHANGED
-    assert fetch_source.fn(raw, {}).read_bytes() == CONTENT
-    assert described(mirror, file) == f"{server}/new/whole.h5ad?download=1"
-    assert described(raw, fetch_source.fn(raw, {})) == f"{server}/whole.h5ad"
+    assert fetch_source.fn(raw).read_bytes() == CONTENT
+    assert describe_source(mirror, file) == f"{server}/new/whole.h5ad?download=1"
+    assert describe_source(raw, fetch_source.fn(raw)) == f"{server}/whole.h5ad"
     mine = tmp_path / "mine.h5ad"
     mine.touch()
-    assert fetch_source.fn(mirror, {"screen": str(mine)}) == mine.resolve()
-    assert described(mirror, mine.resolve()) == "mine.h5ad"
+    assert fetch_source.fn(mirror, mine) == mine
+    assert describe_source(mirror, mine.resolve()) == "mine.h5ad"
 
 
 @pytest.fixture
@@ -233,7 +233,7 @@ def users_entry(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
 
 
 def test_the_cells_of_a_file_are_the_same_artifact_whatever_it_was_asked_for_as() -> None:
-    raw, mirror = (chosen_dataset("norman19", origin=origin) for origin in ("raw", "mirror"))
+    raw, mirror = (choose_dataset("norman19", origin=origin) for origin in ("raw", "mirror"))
     assert raw.model_dump(exclude=DESCRIPTIVE) == mirror.model_dump(exclude=DESCRIPTIVE)
     assert "mirror" not in raw.model_dump(exclude=DESCRIPTIVE)
 
@@ -241,15 +241,15 @@ def test_the_cells_of_a_file_are_the_same_artifact_whatever_it_was_asked_for_as(
 def test_file_licence_and_citation_are_said_before_a_download_and_not_again(
     server: str, users_entry: Callable[..., str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    spec = chosen_dataset(users_entry(server))
+    spec = choose_dataset(users_entry(server))
     with caplog.at_level(logging.INFO, "calipert"):
-        fetch_source.fn(spec, {})
+        fetch_source.fn(spec)
         first, *rest = caplog.messages
         for text in (f"{server}/whole.h5ad", spec.licence, spec.citation):
             assert text in first
         assert any(message.startswith("downloading") for message in rest)
         caplog.clear()
-        fetch_source.fn(spec, {})
+        fetch_source.fn(spec)
         assert caplog.messages == []
 
 
@@ -270,19 +270,19 @@ def test_a_lost_connection_is_tried_again_and_named(
     }[kind]
     spec = catalog.dataset("norman19").model_copy(update={"source": nowhere})
     with pytest.raises(ConnectionLost) as caught:
-        fetch_source.fn(spec, {})
+        fetch_source.fn(spec)
     assert caught.value.where == nowhere.url
     assert "--source norman19=FILE" in caught.value.remedy
-    assert passing(None, None, Failed(data=caught.value))
+    assert is_worth_a_retry(None, None, Failed(data=caught.value))
     assert nowhere.url in caplog.messages[-1]
 
 
 def test_what_does_not_pass_is_not_tried_again(server: str) -> None:
     spec = catalog.dataset("norman19").model_copy(update={"source": source(f"{server}/missing.h5ad")})
     with pytest.raises(UserError, match="HTTP 404") as caught:
-        fetch_source.fn(spec, {})
-    assert not passing(None, None, Failed(data=caught.value))
-    assert not passing(None, None, Failed(data=ValueError("no")))
+        fetch_source.fn(spec)
+    assert not is_worth_a_retry(None, None, Failed(data=caught.value))
+    assert not is_worth_a_retry(None, None, Failed(data=ValueError("no")))
 
 
 @pytest.mark.parametrize(("number", "passes"), [(errno.EBUSY, True), (errno.EREMOTEIO, True), (errno.ENOSPC, False)])
@@ -297,5 +297,5 @@ def test_a_folder_that_cannot_be_written_is_the_users_to_mend(server: str, monke
     monkeypatch.setattr("tasks.sources.download", full)
     source = HttpsSource.model_construct(kind="https", url=f"{server}/other.h5ad", sha256=None)
     with pytest.raises(UserError, match="no space left") as error:
-        downloaded("other", source)
+        download_once("other", source)
     assert "CALIPERT_DATA" in error.value.remedy

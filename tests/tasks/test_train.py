@@ -23,14 +23,14 @@ class Changing:
 
 
 def test_a_model_that_changes_while_the_flow_runs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, changing = engine.container_of(catalog.model("ridge_reactome")), Changing()
-    engine.require_same(model)
-    engine._identity.cache_clear()
-    monkeypatch.setattr(engine, "engine", lambda: changing)
-    engine.engine_identity(model)
+    model, changing = engine.find_container_of(catalog.model("ridge_reactome")), Changing()
+    engine.require_unchanged(model)
+    engine.identify_container.cache_clear()
+    monkeypatch.setattr(engine, "choose_engine", lambda: changing)
+    engine.identify_container(model)
     with pytest.raises(UserError, match="changed while the flow runs"):
-        engine.require_same(model)
-    engine._identity.cache_clear()
+        engine.require_unchanged(model)
+    engine.identify_container.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["usage.json", "manifest.json"])

@@ -1,42 +1,44 @@
-"""The few requests to a Kubernetes API that running Jobs takes, over plain HTTP.
+"""What running Jobs asks of a Kubernetes API, through its official client.
 
-Within a cluster the pod's service account says who asks. Outside, `kubectl proxy` does: it knows every way to log in
-that kubectl knows, and answers on an address of this machine. The official client would add 126 MB for six requests.
+Within a cluster the pod's service account identifies this process. Outside, `kubectl proxy` does: it knows every way to
+log in that kubectl knows, and answers on an address of this machine.
 """
 
 from __future__ import annotations
 
+import json
 import logging
-import os
-import socket
-import ssl
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import closing, contextmanager, suppress
 from time import monotonic, sleep
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import httpx
+from urllib3.exceptions import HTTPError
 
 from core.errors import UserError
+
+if TYPE_CHECKING:
+    from kubernetes.client import ApiClient, ApiException
+    from urllib3 import HTTPResponse
 
 LOG = logging.getLogger("calipert.kubernetes")
 
 Object = dict[str, Any]
 
-SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 # Short: a stopped flow reaches its thread between two requests only.
 ANSWER_S = 5.0
 PAUSE_S = 0.5
 # A restart or an upgrade of the API's servers; the Jobs go on meanwhile.
 PATIENCE_S = 300.0
-# A model may be quiet for long, and then the connection is only made anew.
+# A model may print nothing for long; then the connection is only opened again.
 SILENCE_S = 60.0
-PASSING = (429, 500, 502, 503, 504)
+# HTTP statuses that can pass; 0 is the client's own for a connection that TLS refuses.
+TRANSIENT = (0, 429, 500, 502, 503, 504)
+CHUNK = 2**16
 
 
-class Refused(Exception):
-    """The API does not do what it was asked. status: of HTTP; request: method and path; message: the API's own."""
+class RequestRefused(Exception):
+    """The API does not do what it was asked. status: of HTTP; request: in words; message: the API's own."""
 
     def __init__(self, status: int, request: str, message: str) -> None:
         self.status = status
@@ -55,162 +57,174 @@ class OutOfReach(Exception):
 class LogStream:
     """A container's log while it grows. `close` may be called from any thread and ends `chunks`."""
 
-    def __init__(self, response: httpx.Response) -> None:
+    def __init__(self, response: HTTPResponse) -> None:
         self._response = response
 
     def chunks(self) -> Iterator[bytes]:
-        """The log in pieces as they come, until it ends. Raises httpx.TransportError where the connection breaks."""
-        return self._response.iter_bytes()
+        """Return the log in pieces as they come, until it ends. Raises HTTPError where the connection breaks."""
+        return self._response.stream(CHUNK)
 
     def close(self) -> None:
-        connection = self._response.extensions["network_stream"].get_extra_info("socket")
+        """End the connection, from whichever thread."""
         # It may be closed already.
-        with suppress(OSError):
-            connection.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError, RuntimeError, ValueError):
+            self._response.shutdown()
 
 
 class Api:
     """Jobs, pods and their logs in one namespace. Callable from any thread.
 
     What can pass (no connection, HTTP 429 and 5xx) is tried again for `patience_s` seconds, then OutOfReach is raised;
-    other errors are Refused at once. interrupt: called between two tries; what it raises ends them.
+    other errors are RequestRefused at once. interrupt: called between two tries; what it raises ends them.
     """
 
     def __init__(self, address: str | None, namespace: str, interrupt: Callable[[], None]) -> None:
-        """address: of the API, or None within a cluster. Raises UserError for None outside of one."""
-        self.namespace = namespace
+        """Connect to an address, or, where it is None, to the cluster in which this process runs.
+
+        Raises UserError for None outside of a cluster, and where the client is not installed.
+        """
         self.patience_s = PATIENCE_S
+        self._namespace = namespace
         self._interrupt = interrupt
-        self._token = None if address else SERVICE_ACCOUNT / "token"
-        self._client = httpx.Client(
-            base_url=address or _address_of_cluster(),
-            verify=True if address else ssl.create_default_context(cafile=str(SERVICE_ACCOUNT / "ca.crt")),
-            timeout=ANSWER_S,
-            # A proxy meant for the internet does not lead to the API.
-            trust_env=False,
-        )
+        self._client = _create_client(address)
+        from kubernetes.client import BatchV1Api, CoreV1Api
+
+        self._jobs = BatchV1Api(self._client)
+        self._pods = CoreV1Api(self._client)
 
     def close(self) -> None:
-        self._client.close()
+        """Close the client's connections."""
+        self._client.rest_client.close()
 
     def create_job(self, job: Object, attempt: str) -> Object:
-        """The Job as it then stands. attempt: the label `calipert/attempt` of the Job, unique to it: an answer may be
-        lost after the Job was made. Raises Refused with status 409 if another one has its name."""
-        name = job["metadata"]["name"]
+        """Create a Job and return it as the API has it.
+
+        attempt: the label `calipert/attempt` of the Job, unique to it: an answer may be lost after the Job was made.
+        Raises RequestRefused with status 409 if another one has its name.
+        """
         try:
-            return self._asked("POST", self._jobs(), json=job)
-        except Refused as error:
+            return self._request(self._jobs.create_namespaced_job, body=job)
+        except RequestRefused as error:
             if error.status != 409:
                 raise
-            standing = self.job(name)
-            if standing is None or standing["metadata"].get("labels", {}).get("calipert/attempt") != attempt:
+            existing = self.job(job["metadata"]["name"])
+            if existing is None or existing["metadata"].get("labels", {}).get("calipert/attempt") != attempt:
                 raise
-            return standing
+            return existing
 
     def job(self, name: str) -> Object | None:
-        """The Job of this name, None if there is none."""
+        """Return the Job of this name, None if there is none."""
         try:
-            return self._asked("GET", self._jobs(name))
-        except Refused as error:
+            return self._request(self._jobs.read_namespaced_job, name=name)
+        except RequestRefused as error:
             if error.status == 404:
                 return None
             raise
 
     def delete_job(self, name: str, uid: str) -> None:
         """Ask to delete this very Job, its pods before it; nothing happens if it is gone or another has its name."""
-        options = {
-            "apiVersion": "v1",
-            "kind": "DeleteOptions",
-            "propagationPolicy": "Foreground",
-            "preconditions": {"uid": uid},
-        }
+        options = {"propagationPolicy": "Foreground", "preconditions": {"uid": uid}}
         try:
-            self._asked("DELETE", self._jobs(name), json=options)
-        except Refused as error:
+            self._request(self._jobs.delete_namespaced_job, name=name, body=options)
+        except RequestRefused as error:
             if error.status not in (404, 409):
                 raise
 
     def pod(self, selector: str) -> Object | None:
-        """The youngest pod with these labels, None if there is none."""
-        found = self._asked("GET", self._pods(), params={"labelSelector": selector})["items"]
+        """Return the youngest pod with these labels, None if there is none."""
+        found = self._request(self._pods.list_namespaced_pod, label_selector=selector)["items"]
         return max(found, key=lambda pod: str(pod["metadata"].get("creationTimestamp")), default=None)
 
     def last_lines(self, pod: str, container: str, most: int) -> tuple[str, ...]:
-        """The end of a container's log, for a message: nothing where there is none to be had."""
-        parameters = {"container": container, "tailLines": str(most)}
+        """Return the end of a container's log, for a message: nothing where there is none."""
         try:
-            response = self._client.get(f"{self._pods(pod)}/log", params=parameters, headers=self._headers())
-        except httpx.TransportError as error:
+            text = self._call(self._pods.read_namespaced_pod_log, name=pod, container=container, tail_lines=most).data
+        except RequestRefused:
+            return ()
+        except HTTPError as error:
             return (f"(its log could not be read: {error})",)
-        return tuple(response.text.splitlines()) if response.is_success else ()
+        return tuple(text.decode("utf-8", errors="replace").splitlines())
 
     @contextmanager
     def log(self, pod: str, container: str, since_s: int | None) -> Iterator[LogStream]:
-        """A container's log from its beginning, or its last seconds, with a time before each line, while it grows.
+        """Follow a container's log from its beginning, or its last seconds, with a time before each line.
 
-        One try: raises httpx.TransportError where there is no connection, Refused for any answer but a log.
+        One try: raises HTTPError where there is no connection, RequestRefused for any answer but a log.
         """
-        parameters = {"container": container, "follow": "true", "timestamps": "true"}
+        which = {"name": pod, "container": container, "follow": True, "timestamps": True}
         if since_s is not None:
-            parameters["sinceSeconds"] = str(since_s)
-        path = f"{self._pods(pod)}/log"
-        timeout = httpx.Timeout(ANSWER_S, read=SILENCE_S)
-        with self._client.stream("GET", path, params=parameters, headers=self._headers(), timeout=timeout) as response:
-            if not response.is_success:
-                response.read()
-                raise Refused(response.status_code, f"GET {path}", _message(response))
+            which["since_seconds"] = since_s
+        with closing(self._call(self._pods.read_namespaced_pod_log, silence_s=SILENCE_S, **which)) as response:
             yield LogStream(response)
 
-    def _jobs(self, name: str | None = None) -> str:
-        return "/".join(filter(None, ["/apis/batch/v1/namespaces", self.namespace, "jobs", name]))
+    def _call(self, method: Callable[..., Any], silence_s: float = ANSWER_S, **arguments: Any) -> HTTPResponse:
+        """Send one request. Raises HTTPError where there is no connection, RequestRefused for an error's answer."""
+        from kubernetes.client import ApiException
 
-    def _pods(self, name: str | None = None) -> str:
-        return "/".join(filter(None, ["/api/v1/namespaces", self.namespace, "pods", name]))
+        try:
+            # The answer as it came: the client's own objects refuse what a newer or older API leaves out.
+            response: HTTPResponse = method(
+                namespace=self._namespace, _preload_content=False, _request_timeout=(ANSWER_S, silence_s), **arguments
+            )
+        except ApiException as error:
+            raise RequestRefused(int(error.status or 0), _describe(method), _message(error)) from error
+        return response
 
-    def _headers(self) -> dict[str, str]:
-        # Read each time: the cluster renews it within the hour.
-        return {"Authorization": f"Bearer {self._token.read_text(encoding='ascii').strip()}"} if self._token else {}
-
-    def _asked(self, method: str, path: str, **content: Any) -> Object:
+    def _request(self, method: Callable[..., Any], **arguments: Any) -> Object:
+        """Send a request until it is answered. Raises RequestRefused and OutOfReach."""
         end = monotonic() + self.patience_s
-        said = False
+        logged = False
         while True:
             try:
-                response = self._client.request(method, path, headers=self._headers(), **content)
-            except httpx.TransportError as error:
+                answer: Object = json.loads(self._call(method, **arguments).data)
+                return answer
+            except HTTPError as error:
                 problem = f"no connection ({type(error).__name__}: {error})"
-            else:
-                if response.is_success:
-                    answer: Object = response.json()
-                    return answer
-                problem = f"HTTP {response.status_code}: {_message(response)}"
-                if response.status_code not in PASSING:
-                    raise Refused(response.status_code, f"{method} {path}", _message(response))
+            except RequestRefused as error:
+                if error.status not in TRANSIENT:
+                    raise
+                problem = f"HTTP {error.status}: {error.message}"
             if monotonic() >= end:
-                raise OutOfReach(f"{method} {self._client.base_url.join(path)}: {problem}")
-            if not said:
+                raise OutOfReach(f"{_describe(method)} ({self._client.configuration.host}): {problem}")
+            if not logged:
                 LOG.warning("the Kubernetes API: %s; trying again", problem)
-                said = True
+                logged = True
             sleep(PAUSE_S)
             self._interrupt()
 
 
-def _address_of_cluster() -> str:
-    host, port = os.environ.get("KUBERNETES_SERVICE_HOST"), os.environ.get("KUBERNETES_SERVICE_PORT", "443")
-    if host is None or not (SERVICE_ACCOUNT / "token").exists():
-        raise UserError(
-            "Kubernetes",
-            "API",
-            "this process runs in no pod, or in one without the token of a service account",
-            "outside of a cluster run `kubectl proxy` and set `api: http://127.0.0.1:8001` (docs/kubernetes.md);"
-            " in a pod let its service account be mounted",
-        )
-    return f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
-
-
-def _message(response: httpx.Response) -> str:
-    """What the API says about an error, in its own words."""
+def _create_client(address: str | None) -> ApiClient:
     try:
-        return str(response.json()["message"])
+        from kubernetes.client import ApiClient, Configuration
+        from kubernetes.config import ConfigException, load_incluster_config
+    except ModuleNotFoundError as error:
+        remedy = "install it: pip install 'calipert[kubernetes]'"
+        raise UserError("Kubernetes", "client", f"a package that is not installed: {error.name}", remedy) from error
+    # A proxy meant for the internet does not lead to the API. `_request` tries again by itself.
+    configuration = Configuration(host=address, proxy="", retries=False)
+    if address is None:
+        try:
+            load_incluster_config(configuration)  # type: ignore[no-untyped-call]
+        except ConfigException as error:
+            found = f"this process runs in no pod, or in one without the token of a service account ({error})"
+            remedy = (
+                "outside of a cluster run `kubectl proxy` and set `api: http://127.0.0.1:8001` (docs/kubernetes.md);"
+                " in a pod let its service account be mounted"
+            )
+            raise UserError("Kubernetes", "API", found, remedy) from error
+    return ApiClient(configuration)
+
+
+def _describe(method: Callable[..., Any]) -> str:
+    """Say in words what a method of the client asks for, as `read job`."""
+    return method.__name__.replace("_namespaced_", " ").replace("_", " ")
+
+
+def _message(error: ApiException) -> str:
+    """Return what the API says about an error, in its own words."""
+    body = (error.body or b"") if isinstance(error.body, str | bytes) else b""
+    try:
+        return str(json.loads(body)["message"])
     except (ValueError, KeyError, TypeError):
-        return response.text.strip()[:500] or response.reason_phrase
+        text = body if isinstance(body, str) else body.decode("utf-8", errors="replace")
+        return text.strip()[:500] or str(error.reason)

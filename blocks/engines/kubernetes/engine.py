@@ -20,7 +20,7 @@ from prefect.blocks.core import Block
 from pydantic import Field
 
 from blocks.config.paths import scratch_folder, store_folder
-from blocks.engines.kubernetes.api import Api, Object, OutOfReach, Refused
+from blocks.engines.kubernetes.api import Api, Object, OutOfReach, RequestRefused
 from blocks.engines.kubernetes.job import (
     MODEL,
     SETTINGS,
@@ -333,7 +333,7 @@ class _Watch:
                 while not well and self.api.pod(self.job.selector) is not None and monotonic() < end:
                     sleep(WAIT_S)
             _remove_folders(store, self.job)
-        except (Refused, OutOfReach, UserError, OSError) as error:
+        except (RequestRefused, OutOfReach, UserError, OSError) as error:
             LOG.error(
                 "%s %s is over, but its Job %s or the folder .jobs/%s in the bucket is left: %s",
                 self.job.model,
@@ -352,7 +352,7 @@ def _explained(watch: _Watch) -> Iterator[None]:
     """Errors of the API and the bucket as what they mean to a user."""
     try:
         yield
-    except Refused as error:
+    except RequestRefused as error:
         remedy = {
             401: "check the service account of this pod (deployments/kubernetes), or the login of `kubectl proxy`",
             403: "let the service account manage Jobs and read pods (deployments/kubernetes), within its quota",

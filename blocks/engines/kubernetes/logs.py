@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator
 from time import monotonic
 from typing import NamedTuple
 
-import httpx
+from urllib3.exceptions import HTTPError
 
-from blocks.engines.kubernetes.api import PAUSE_S, Api, LogStream, Refused
+from blocks.engines.kubernetes.api import PAUSE_S, Api, LogStream, RequestRefused
 
 # After a break the log is read again from a little before the last line that came, and what is known is left out.
 OVERLAP_S = 10
@@ -66,10 +66,10 @@ class Follower(threading.Thread):
             try:
                 self._read(over)
                 heard = monotonic()
-            except (httpx.TransportError, Refused) as error:
+            except (HTTPError, RequestRefused) as error:
                 self.problem = str(error)
                 # Without a pod there will never be a log.
-                gone = over and isinstance(error, Refused) and error.status == 404
+                gone = over and isinstance(error, RequestRefused) and error.status == 404
                 if gone or monotonic() - heard > self._api.patience_s:
                     return
             else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,13 +13,7 @@ import pytest
 
 from blocks.services import daemons
 from blocks.services import stack as services
-
-SLIGHT = runpy.run_path(str(Path(__file__).parents[1] / "slight_servers.py"))
-FAKE: str = SLIGHT["FAKE"]
-fake: Callable[..., list[str]] = SLIGHT["fake"]
-serve_with: Callable[..., None] = SLIGHT["serve_with"]
-recorded: Callable[[Path], dict[str, psutil.Process]] = SLIGHT["recorded"]
-running: Callable[[list[psutil.Process]], list[psutil.Process]] = SLIGHT["running"]
+from tests.helpers.slight_servers import FAKE, fake, recorded, running, serve_with
 
 
 def test_stop_ends_the_whole_tree_even_without_its_root_and_nothing_else(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,7 @@ from blocks.services import stack as services
 from core.catalog import registry
 from core.errors import UserError
 from tasks import inputs
-
-SLIGHT = runpy.run_path(str(Path(__file__).parents[1] / "slight_servers.py"))
-recorded: Callable[[Path], dict[str, psutil.Process]] = SLIGHT["recorded"]
-running: Callable[[list[psutil.Process]], list[psutil.Process]] = SLIGHT["running"]
+from tests.helpers.slight_servers import recorded, running
 
 IDLE = "import time; time.sleep(600)"
 

@@ -28,7 +28,7 @@ from core.catalog.schema import DatasetSpec
 from core.errors import UserError
 from core.prepare.cells import write_cells
 from core.simulate import SimulationSettings, simulate
-from tasks.artifacts import made
+from tasks.artifacts import Recipe, build_or_get
 
 INPUTS = {"cells": "ab12"}
 PARAMETERS = {"seed": 42, "rate": 0.1, "names": ["a", "b"]}
@@ -346,7 +346,7 @@ def prepare(screen: tuple[Path, DatasetSpec], memory: int = 1 << 20) -> Path:
     def build(folder: Path) -> None:
         write_cells(raw, spec, {}, folder, memory)
 
-    return made("cells", build, inputs={"raw": "ab12"}, parameters={}, code=CODE)
+    return build_or_get(Recipe("cells", {"raw": "ab12"}, {}, CODE), build)
 
 
 def nothing_published(store: ArtifactStore) -> bool:

@@ -763,7 +763,6 @@ def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "built"
 
 
-@pytest.mark.slow
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(
     tmp_path: Path, owner: Any, built: Path, host: Callable[[str], ArtifactStore]
 ) -> None:
@@ -831,7 +830,6 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(
     assert len(states) > 1
 
 
-@pytest.mark.slow
 def test_machines_that_race_for_one_key_leave_one_artifact(
     tmp_path: Path, owner: Any, built: Path, host: Callable[[str], ArtifactStore]
 ) -> None:

@@ -1,8 +1,6 @@
 """Figures: they say what the tables say, at any size, and are the same bytes every time."""
 
-import runpy
 from itertools import chain, pairwise
-from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
@@ -17,8 +15,7 @@ from core.report.figures.edistance import draw_edistance, order_conditions
 from core.report.figures.headroom import draw_headroom
 from core.report.figures.per_condition import draw_per_condition
 from core.report.tables import compute_wmse_ratios, list_ranked_metrics
-
-build = runpy.run_path(str(Path(__file__).parents[1] / "report_tables.py"))["build"]
+from tests.helpers.report_tables import build
 
 SIZES = {
     "one model, 12 conditions": {"models": 1, "conditions": 12, "baselines": ()},

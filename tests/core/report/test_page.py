@@ -2,9 +2,7 @@
 
 import hashlib
 import re
-import runpy
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,8 +12,7 @@ from core.report import tables as views
 from core.report import text as words
 from core.report.headline import compose_headline
 from core.report.page import write_report
-
-build = runpy.run_path(str(Path(__file__).parents[1] / "report_tables.py"))["build"]
+from tests.helpers.report_tables import build
 
 
 class Page(HTMLParser):

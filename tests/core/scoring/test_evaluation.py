@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import runpy
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
 
 import anndata as ad
 import numpy as np
@@ -28,10 +25,10 @@ from core.scoring.evaluation import (
     select_evaluated,
 )
 from core.scoring.metrics import METRICS
+from tests.helpers import by_definition
 
 Sums = Callable[..., CellSums]
 
-by_definition = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "by_definition.py")))
 
 INDEX = ["covariate", "condition", "metric"]
 

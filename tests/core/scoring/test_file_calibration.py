@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import anndata as ad
 import numpy as np
@@ -23,10 +21,10 @@ from core.reference.cell_sums import CellSums
 from core.scoring.calibration import build_calibration
 from core.scoring.evaluation import score_controls, select_evaluated
 from core.scoring.file_calibration import FileOptions, arrange_cells, calibrate_file
+from tests.helpers import by_definition
+from tests.helpers.mirror_files import mirror_of
 
 HERE = Path(__file__)
-by_definition = SimpleNamespace(**runpy.run_path(str(HERE.parents[1] / "by_definition.py")))
-mirror_of: Callable[..., ad.AnnData] = runpy.run_path(str(HERE.parents[1] / "mirror_files.py"))["mirror_of"]
 
 TWO = FileOptions(half_seeds=2)
 Sums = Callable[..., CellSums]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import runpy
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,8 +23,7 @@ from core.scoring.metrics import (
     squared_error,
     sum_products,
 )
-
-by_definition = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "by_definition.py")))
+from tests.helpers import by_definition
 
 DEFINITIONS = Path(__file__).parents[3] / "docs" / "science.md"
 ROWS, GENES = 9, 23

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import runpy
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import anndata as ad
 import numpy as np
@@ -20,9 +18,7 @@ from core.scoring.comparison import compare_models
 from core.scoring.evaluation import select_evaluated
 from core.scoring.leaderboard import build_leaderboard
 from core.scoring.scores import write_control_scores, write_model_scores
-
-by_definition = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "by_definition.py")))
-
+from tests.helpers import by_definition
 
 INDEX = ["covariate", "condition", "metric"]
 

@@ -1,8 +1,5 @@
 """What the terminal shows: complete, fitted to its width, marked without colour too."""
 
-import runpy
-from pathlib import Path
-
 import numpy as np
 import pytest
 from rich.console import Console
@@ -10,9 +7,7 @@ from rich.console import Console
 from core.errors import UserError
 from flows.cli.console import draw_error, draw_outcomes, draw_results, draw_verdicts
 from flows.reproduce import Outcome
-
-TABLES = Path(__file__).parents[2] / "core" / "report_tables.py"
-build = runpy.run_path(str(TABLES))["build"]
+from tests.helpers.report_tables import build
 
 
 def printed(renderable, width=100, color=False):

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from blocks.engines.docker.engine import DockerEngine
 from blocks.engines.process import ModelFailed, Usage, described, event_of
 from core.errors import UserError
 from flows.cli import model as model_cli
@@ -96,7 +95,6 @@ def check(*arguments: str) -> tuple[int, list[str], str]:
     return done.exit_code, fails, done.output
 
 
-@pytest.mark.slow
 def test_a_model_that_keeps_the_contract(average):
     status, fails, output = check(str(average()))
     assert (status, fails) == (0, []), output
@@ -164,47 +162,3 @@ def test_hyperparameters_reach_the_model():
     status, fails, output = check("ridge", "--hyperparameters", '{"alphas": [-1.0]}')
     assert (status, fails) == (1, ["it trains and predicts"])
     assert "wanted one or more numbers above 0" in output
-
-
-@pytest.mark.docker
-def test_build_and_list(docker_client, tmp_path, base_image):
-    folder = tmp_path / "built"
-    folder.mkdir()
-    (folder / "model.py").write_text("")
-    (folder / "Dockerfile").write_text(
-        "ARG BASE_IMAGE=nothing\nFROM ${BASE_IMAGE}\nCOPY contract.py built/model.py /model/\nRUN ls /model\n"
-    )
-    try:
-        done = RUNNER.invoke(app, ["model", "build", str(folder), "--arg", f"BASE_IMAGE={base_image}"])
-        assert done.exit_code == 0, done.output
-        assert "contract.py" in done.output
-        identity = DockerEngine().identity(folder)
-        assert f"built: {identity}" in done.output
-        (folder / "model.py").write_text("changed")
-        with pytest.raises(UserError, match=r"built before .* was last changed"):
-            DockerEngine().identity(folder)
-    finally:
-        docker_client.images.remove("calipert-built", force=True)
-    done = RUNNER.invoke(app, ["model", "list"])
-    assert "ridge" in done.output
-
-
-@pytest.mark.docker
-def test_a_build_that_fails_shows_its_end(docker_client, tmp_path, base_image):
-    folder = tmp_path / "unbuilt"
-    folder.mkdir()
-    (folder / "model.py").write_text("")
-    (folder / "Dockerfile").write_text("ARG BASE_IMAGE=nothing\nFROM ${BASE_IMAGE}\nRUN echo before; exit 7\n")
-    done = RUNNER.invoke(app, ["model", "build", str(folder), "--arg", f"BASE_IMAGE={base_image}"])
-    assert isinstance(done.exception, UserError)
-    assert re.search(r"(?s)unbuilt/Dockerfile.*before.*non-zero code: 7", str(done.exception))
-
-
-@pytest.mark.docker
-def test_check_in_a_container(docker_image, monkeypatch):
-    """Of a model that does nothing: the check goes through the engine that is chosen."""
-    monkeypatch.setenv("CALIPERT_ENGINE", "docker")
-    folder = docker_image("idle", "raise SystemExit(7)")
-    status, _, output = check(str(folder))
-    assert status == 1
-    assert "idle describe ended with exit code 7" in output

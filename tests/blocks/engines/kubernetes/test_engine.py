@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import runpy
 import signal
 import ssl
 import subprocess
@@ -19,12 +18,14 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from ipaddress import ip_address
 from pathlib import Path
 from textwrap import dedent
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import kubernetes_validate
 import pytest
 import yaml
+from kubernetes.config import incluster_config
 
 from blocks.engines.kubernetes import api as kubernetes_api
 from blocks.engines.kubernetes import engine as kubernetes_engine
@@ -40,11 +41,12 @@ from blocks.store import bucket as object_store
 from blocks.store.artifacts import ArtifactStore, artifact_key
 from blocks.store.bucket import ObjectStore
 from core.errors import UserError
+from flows.cli.model_panel import write_panel
 from tasks import engine as selected
+from tests.helpers import cluster_stand_in
+from tests.helpers.cluster_stand_in import NAMESPACE, VERSION
 
 ROOT = Path(__file__).resolve().parents[4]
-STAND_IN = runpy.run_path(str(ROOT / "tests" / "blocks" / "cluster_stand_in.py"))
-VERSION, NAMESPACE = STAND_IN["VERSION"], STAND_IN["NAMESPACE"]
 BUCKET = "s3://screens/calipert"
 SECRET = "planted-s3-secret"  # noqa: S105
 DIGEST = "sha256:" + 64 * "0"
@@ -109,7 +111,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def cluster(bucket: ObjectStore, impatient: None, s3: str, tmp_path: Path) -> Iterator[Any]:
-    made = STAND_IN["Cluster"](tmp_path / "node", {}, {"calipert-store": access(s3)})
+    made = cluster_stand_in.Cluster(tmp_path / "node", {}, {"calipert-store": access(s3)})
     yield made
     made.close()
 
@@ -263,10 +265,8 @@ def test_a_model_sees_its_inputs_and_nothing_beside_them(model, cluster, output)
     assert SECRET not in json.dumps([cluster.created, seen])
 
 
-@pytest.mark.slow
 def test_ridge_trains_and_predicts_as_it_does_in_a_process(model, cluster, tmp_path):
     cluster.quick = False
-    write_panel = runpy.run_path(str(ROOT / "tests" / "model_containers" / "conftest.py"))["write_panel"]
     panel: list[Any] = []
 
     def fold(folder: Path) -> None:
@@ -543,7 +543,7 @@ def test_an_api_that_stays_away(model, cluster, output, monkeypatch, caplog):
 
     monkeypatch.setattr(kubernetes_api, "PATIENCE_S", 0.1)
     error = failure(model(SLEEPER), output, on_event=away)
-    assert "was given up: the Kubernetes API is lost: GET " in error.ending
+    assert "was given up: the Kubernetes API is lost: list pod (http://127.0.0.1" in error.ending
     assert error.last_lines == ("asleep",)
     (name,) = cluster.jobs
     assert f"toy train is over, but its Job {name} or the folder .jobs/{name} in the bucket is left" in caplog.text
@@ -577,7 +577,7 @@ def test_a_log_that_cannot_be_read_is_missed_and_said(model, cluster, output, mo
     monkeypatch.setattr(kubernetes_api, "PATIENCE_S", 0.1)
     cluster.faults["/log"] = [500] * 10_000
     assert run(model("print('unheard')"), output) == []
-    assert "toy train: the end of its log is lost: GET " in caplog.text
+    assert "toy train: the end of its log is lost: read pod log: HTTP 500" in caplog.text
 
 
 def test_lines_of_any_length(monkeypatch):
@@ -899,15 +899,15 @@ def test_a_gpu_of_this_machine_is_of_no_use(model, output):
 
 def test_the_engine_is_chosen_by_the_environment(monkeypatch):
     monkeypatch.delenv("CALIPERT_ENGINE", raising=False)
-    assert isinstance(selected.engine(), ProcessEngine)
+    assert isinstance(selected.choose_engine(), ProcessEngine)
     assert not selected.runs_elsewhere()
     monkeypatch.setenv("CALIPERT_ENGINE", "kubernetes")
-    assert isinstance(selected.engine(), KubernetesEngine)
+    assert isinstance(selected.choose_engine(), KubernetesEngine)
     assert selected.runs_elsewhere()
-    with selected.resumable("key") as folder:
+    with selected.open_checkpoint("key") as folder:
         assert folder is None, "what a Job leaves is on no disk of this machine"
     monkeypatch.setenv("CALIPERT_ENGINE", "slurm")
-    for ask in (selected.engine, selected.runs_elsewhere):
+    for ask in (selected.choose_engine, selected.runs_elsewhere):
         with pytest.raises(UserError, match="'slurm', which is no engine"):
             ask()
 
@@ -920,11 +920,19 @@ def test_transfer_says_how_it_is_called():
 # ---- within a cluster
 
 
-def test_outside_of_a_cluster_the_api_must_be_named(monkeypatch, tmp_path):
+def test_outside_of_a_cluster_the_api_must_be_named(monkeypatch):
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
-    monkeypatch.setattr(kubernetes_api, "SERVICE_ACCOUNT", tmp_path)
     with pytest.raises(UserError, match="kubectl proxy"):
         kubernetes_api.Api(None, NAMESPACE, lambda: None)
+
+
+def test_without_the_client_the_error_says_how_to_install_it(monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "kubernetes"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "kubernetes", None)
+    with pytest.raises(UserError) as caught:
+        kubernetes_api.Api("http://127.0.0.1:1", NAMESPACE, lambda: None)
+    assert "pip install 'calipert[kubernetes]'" in caught.value.remedy
 
 
 def certificate(folder: Path) -> None:
@@ -976,16 +984,26 @@ def test_within_a_cluster_the_service_account_asks(tmp_path, monkeypatch, impati
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
     monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(server.server_address[1]))
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:1")
-    monkeypatch.setattr(kubernetes_api, "SERVICE_ACCOUNT", tmp_path)
+    monkeypatch.setattr(incluster_config, "SERVICE_TOKEN_FILENAME", str(tmp_path / "token"))
+    monkeypatch.setattr(incluster_config, "SERVICE_CERT_FILENAME", str(tmp_path / "ca.crt"))
+    passed = timedelta()
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime(2026, 1, 1) + passed
+
+    monkeypatch.setattr(incluster_config, "datetime", SimpleNamespace(datetime=Clock, timedelta=timedelta))
     try:
-        (tmp_path / "token").write_text("first\n")
+        (tmp_path / "token").write_text("first")
         api = kubernetes_api.Api(None, NAMESPACE, lambda: None)
         assert api.pod("a=b") is None
-        (tmp_path / "token").write_text("renewed\n")
+        (tmp_path / "token").write_text("renewed")
+        passed = timedelta(minutes=2)
         assert api.pod("a=b") is None
         api.close()
     finally:
         server.shutdown()
         server.server_close()
     path = f"/api/v1/namespaces/{NAMESPACE}/pods?labelSelector=a%3Db"
-    assert asked == [(path, "Bearer first"), (path, "Bearer renewed")]
+    assert asked == [(path, "bearer first"), (path, "bearer renewed")]

@@ -1,0 +1,181 @@
+"""Leases of GPUs while flows are killed: never two holders of one, never one lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from blocks.config.paths import PROJECT_ROOT
+from blocks.local import cancellation, gpus
+from blocks.local.gpus import holders
+
+
+@pytest.fixture(autouse=True)
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """A host with locks and data of the test's own and no GPU; call it to name some."""
+    monkeypatch.setenv("CALIPERT_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv(gpus.LOCKS, str(tmp_path / "locks"))
+    monkeypatch.setenv(gpus.GPUS, "none")
+    monkeypatch.delenv(gpus.VISIBLE, raising=False)
+    monkeypatch.setattr(cancellation, "_STOPS", [])
+    return lambda names: monkeypatch.setenv(gpus.GPUS, names)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> bool:
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def free() -> list[str]:
+    return [gpu for gpu, holder in holders() if holder is None]
+
+
+# A model that claims its GPU for itself: by a lock of the test's own, which it holds until it is dead. Whoever finds
+# the claim of a process that is alive, and not already on its way out, has been given a GPU that is in use.
+CLAIMANT = """
+import fcntl, json, os, pathlib, sys, time
+spec = json.loads(pathlib.Path(sys.argv[2]).read_text())
+device, folder = os.environ["CUDA_VISIBLE_DEVICES"], pathlib.Path(spec["folder"])
+EXITING = 0x4
+
+def note(what):
+    os.write(log, f"{what} {device} {os.getpid()} {spec['flow']}\\n".encode())
+
+def is_in_use(pid):
+    try:
+        flags = int(pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[6])
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return not flags & EXITING
+
+if spec["runs_away"]:
+    os.setsid()
+log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+claim = os.open(folder / device, os.O_RDWR | os.O_CREAT)
+while True:
+    try:
+        fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        break
+    except BlockingIOError:
+        claimant = os.pread(claim, 20, 0)
+        if claimant and is_in_use(int(claimant)):
+            note("overlap")
+            sys.exit(1)
+    time.sleep(0.001)
+os.pwrite(claim, b"%20d" % os.getpid(), 0)
+note("begin")
+time.sleep(spec["seconds"])
+note("end")
+"""
+
+
+# Forks a process for each fold, as many at once as wait for each other; kills some; starts these again.
+FLOWS = """
+import json, os, random, signal, sys, time, traceback
+from pathlib import Path
+from blocks.engines.process import ProcessEngine
+from blocks.local.gpus import lease
+
+folder, model, seed = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+FOLDS, AT_ONCE, KILLS = 40, 12, 40
+draw = random.Random(seed)
+
+def flow(fold, seconds):
+    spec = {"folder": str(folder), "flow": os.getpid(), "seconds": seconds, "runs_away": fold % 4 == 0}
+    with lease(f"fold {fold}") as gpu:
+        ProcessEngine().run("train", model, spec, on_event=print, gpu=gpu)
+    (folder / f"done {fold}").touch()
+
+def forked(fold, seconds):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            flow(fold, seconds)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return pid
+
+def flows_that(what):
+    lines = (folder / "log").read_text().splitlines() if (folder / "log").exists() else []
+    return {int(line.split()[3]) for line in lines if line.startswith(what)}
+
+waiting, running, kills, failed = list(range(FOLDS)), {}, 0, []
+while waiting or running:
+    while waiting and len(running) < AT_ONCE:
+        fold = waiting.pop(0)
+        running[forked(fold, draw.uniform(0.05, 0.5))] = fold
+    if kills < KILLS and draw.random() < 0.3:
+        training = flows_that("begin") - flows_that("end")
+        candidates = [pid for pid in running if pid in training or draw.random() < 0.2]
+        if candidates:
+            os.kill(draw.choice(candidates), signal.SIGKILL)
+            kills += 1
+    for pid in list(running):
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            fold = running.pop(pid)
+            if os.WIFSIGNALED(status):
+                waiting.append(fold)
+            elif status:
+                failed.append(fold)
+    time.sleep(0.02)
+print(json.dumps({"kills": kills, "failed": failed}))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads the state of processes in /proc, as on Linux")
+def test_eight_gpus_forty_folds_and_random_kills(host, tmp_path):
+    """No GPU has two models at any moment, none is lost, and every fold gets done.
+
+    Only the flows are killed: their supervisors and models have to die of it. Every fourth model has left its group and
+    lives on, on its GPU, after its flow is dead.
+    """
+    names = [f"GPU-fake-{number}" for number in range(8)]
+    host(",".join(names))
+    folder, model = tmp_path / "evidence", tmp_path / "toy"
+    folder.mkdir()
+    model.mkdir()
+    (model / "model.py").write_text(CLAIMANT)
+    seed = int.from_bytes(os.urandom(4), "big")
+    flows = subprocess.run(
+        [sys.executable, "-c", FLOWS, folder, model, str(seed)],
+        cwd=PROJECT_ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert flows.returncode == 0, flows.stderr
+    assert wait_for(lambda: free() == names), (seed, holders())
+    log = [line.split() for line in (folder / "log").read_text().splitlines()]
+    overlaps = [line for line in log if line[0] == "overlap"]
+    assert not overlaps, (seed, log)
+    answer = json.loads(flows.stdout.splitlines()[-1])
+    assert answer == {"kills": 40, "failed": []}, (seed, flows.stderr)
+    assert {path.name for path in folder.glob("done *")} == {f"done {fold}" for fold in range(40)}, seed
+    begun = [line for line in log if line[0] == "begin"]
+    assert {device for _, device, _, _ in begun} == set(names), seed
+    assert wait_for(lambda: not any(is_alive(int(pid)) for _, _, pid, _ in log)), seed
+    ended = sum(line[0] == "end" for line in log)
+    print(f"seed {seed}: {answer['kills']} flows killed, {len(begun)} models begun, {len(begun) - ended} killed")

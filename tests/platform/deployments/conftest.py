@@ -1,0 +1,3 @@
+"""compose.yaml as the tests read it."""
+
+from tests.helpers.compose import compose, passwords
