@@ -24,7 +24,7 @@ from core.rng import generator
 from core.scoring.calibration import build_calibration, dynamic_range_fraction
 from core.scoring.evaluation import score_controls, score_profiles, select_evaluated
 from core.scoring.metrics import BY_NAME, METRICS, Metric
-from core.simulate import Simulation, SimulationSettings, planted_profiles, simulate
+from core.simulate import Simulation, SimulationSettings, compute_planted_profiles, simulate
 
 SEEDS = (0, 1, 2, 3, 4)
 CELLS = (8, 16, 30, 100, 300)
@@ -77,7 +77,8 @@ def screen(settings: SimulationSettings) -> Screen:
 
 def planted(of: Screen, model: Model, rows: Sequence[str], genes: pd.Index) -> np.ndarray:
     """Profiles of a planted model: rows (named as in the simulation's truth) x genes, log1p."""
-    perfect, kept = (planted_profiles(of.simulation, effect).to_df().loc[rows, genes] for effect in (1.0, model.effect))
+    profiles = (compute_planted_profiles(of.simulation, effect).to_df() for effect in (1.0, model.effect))
+    perfect, kept = (table.loc[rows, genes] for table in profiles)
     noise = generator(of.seed, "study noise", "", str(model)).standard_normal(perfect.shape)
     return np.asarray(kept + model.noise * perfect.to_numpy().std(axis=0) * noise)
 
