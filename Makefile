@@ -16,7 +16,7 @@ PYTEST := $(BIN)/pytest -n 2 --dist loadgroup
 MODELS := $(notdir $(patsubst %/Dockerfile,%,$(shell grep -l 'licenses="MIT"' model_containers/*/Dockerfile)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tools demo images test test-platform docs fault up down clean
+.PHONY: help setup tools demo images test test-platform test-python fault docs up down clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ test: $(TOOLS) ## lint, types, import contracts, and all tests that take seconds
 
 test-platform: $(TOOLS) ## tests with servers, containers and a browser, and one round of each fault (20 minutes)
 	$(PYTEST) tests/platform tests/fault
+
+test-python: ## core's and flows' tests, which need no PyTorch, in a container with another Python: IMAGE=...
+	.ci/test-python $(or $(IMAGE),$(error make test-python needs IMAGE, such as calipert-trixie: CONTRIBUTING.md))
 
 fault: $(TOOLS) ## kill benchmarks, workers and servers at random moments, 30 rounds, and compare all bytes
 	CALIPERT_FAULT_ROUNDS=30 $(BIN)/pytest -v -s tests/fault
