@@ -273,7 +273,9 @@ def test_the_detectable_effect_is_found_in_four_of_five_experiments(n: int, test
 
 def test_an_interval_needs_five_pairs() -> None:
     rng = np.random.default_rng(0)
-    table = module._tests(np.column_stack([rng.normal(1, 0.1, 6), [*rng.normal(1, 0.1, 4), np.nan, np.nan]]), 1)
+    table = module._test_differences(
+        np.column_stack([rng.normal(1, 0.1, 6), [*rng.normal(1, 0.1, 4), np.nan, np.nan]]), 1
+    )
     assert list(table["n"]) == [6, 4]
     assert table["low"].notna().tolist() == table["high"].notna().tolist() == [True, False]
     assert table["t_p"].notna().all()
