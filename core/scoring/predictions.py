@@ -289,6 +289,6 @@ def _check_values(values: Floats, rows: pd.DataFrame, genes: pd.Index, where: st
         raise UserError(
             where,
             "X",
-            f"values up to {values.max():g}{', all whole numbers' if whole else ''}: counts, or another scale",
+            f"values up to {values.max():g}{', all whole numbers' if whole else ''}: counts, or on another scale",
             f"give means of log1p of counts per {target_sum:,.0f} (at most {largest:.2f})",
         )
