@@ -36,17 +36,18 @@ test: $(TOOLS) ## lint, types, import contracts, and all tests that take seconds
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	MYPYPATH=model_containers $(BIN)/mypy model_containers/neural.py model_containers/*/model.py
 	$(BIN)/lint-imports
 	$(PYTEST) --cov --cov-report=term:skip-covered
 
 test-platform: $(TOOLS) ## tests with servers, containers and a browser, and one round of each fault (20 minutes)
-	$(PYTEST) tests/platform tests/fault
+	$(PYTEST) tests/fault tests/platform
+
+fault: $(TOOLS) ## kill benchmarks, workers and servers at many moments, and compare all bytes (an hour)
+	CALIPERT_FAULT_ROUNDS=10 $(BIN)/pytest -v -s tests/fault
 
 test-python: ## core's and flows' tests, which need no PyTorch, in a container with another Python: IMAGE=...
 	.ci/test-python $(or $(IMAGE),$(error make test-python needs IMAGE, such as calipert-trixie: CONTRIBUTING.md))
-
-fault: $(TOOLS) ## kill benchmarks, workers and servers at random moments, 30 rounds, and compare all bytes
-	CALIPERT_FAULT_ROUNDS=30 $(BIN)/pytest -v -s tests/fault
 
 docs: $(DOCS_TOOLS) ## build the documentation into build/docs; a warning is an error
 	$(BIN)/mkdocs build

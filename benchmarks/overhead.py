@@ -27,7 +27,7 @@ from unittest import mock
 import typer
 
 from benchmarks.comparison import CONSOLE, Timing, machine, show_times
-from blocks.config import settings
+from blocks.config import child_environment
 from blocks.config.paths import PROJECT_ROOT
 from blocks.services import stack as services
 
@@ -66,14 +66,14 @@ def main(
 
 
 @contextmanager
-def _stack(folder: Path) -> Iterator[settings.Services]:
+def _stack(folder: Path) -> Iterator[child_environment.Services]:
     """Servers, workers and deployments of its own, which this process and its children use; gone afterwards."""
     with mock.patch.dict(os.environ, CALIPERT_DATA=str(folder)):
         try:
             up = [sys.executable, "-m", "deployments.local", "up"]
             subprocess.run(up, cwd=PROJECT_ROOT, check=True, stdout=subprocess.DEVNULL)
             running = services.ensure_servers()
-            with mock.patch.dict(os.environ, settings.child_environment(running), clear=True):
+            with mock.patch.dict(os.environ, child_environment.child_environment(running), clear=True):
                 os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
                 yield running
         finally:
@@ -124,7 +124,7 @@ def _tasks(number: int, sender: Connection) -> None:
     sender.send(many() / number)
 
 
-def _through_worker(running: settings.Services, models: list[str]) -> tuple[float, float]:
+def _through_worker(running: child_environment.Services, models: list[str]) -> tuple[float, float]:
     """Seconds from submission until the flow runs, and from there to its end; waits for a busy server count."""
     # Only now: prefect reads its settings when it is imported. Its client asks a busy server again, as `prefect` does.
     from prefect.client.base import PrefectHttpxSyncClient

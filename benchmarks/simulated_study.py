@@ -16,7 +16,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
-from core import catalog
+from blocks.config.catalog import open_catalog
 from core.prepare.cells import read_cells, write_cells
 from core.reference.build import build_negatives, build_reference
 from core.reference.cell_sums import sum_cells
@@ -65,7 +65,7 @@ def screen(settings: SimulationSettings) -> Screen:
     """Simulate and prepare: as the demo data set, but no condition or cell is dropped for having few cells or genes."""
     simulation = simulate(settings)
     changes = {"seed": settings.seed, "min_cells_per_condition": 4, "min_genes_per_cell": 0}
-    spec = catalog.dataset("demo").model_copy(update=changes)
+    spec = open_catalog().dataset("demo").model_copy(update=changes)
     with TemporaryDirectory() as folder:
         simulation.cells.write_h5ad(Path(folder) / "raw.h5ad")
         write_cells(Path(folder) / "raw.h5ad", spec, {}, Path(folder))

@@ -24,7 +24,7 @@ import pandas as pd
 import typer
 
 from benchmarks.comparison import CONSOLE, Timing, agreement, machine, show_agreement, show_times, timed
-from blocks.config.settings import environment
+from blocks.config.child_environment import environment
 from blocks.engines.process import Usage
 from blocks.services import stack as services
 from blocks.tracking import curves as mlflow_curves
@@ -168,7 +168,7 @@ def write(block: MLflowTracking, results: Results, folds: int, steps: list[Timin
 
 def _train(block: MLflowTracking, run_id: str, training: Path, trained: bool) -> None:
     """What is written of one fold, at the start, during and at the end of its training."""
-    live = block.live_curve(run_id)
+    live = block.follow_curve(run_id)
     if trained:
         with training.open(encoding="utf-8") as lines:
             for line in islice(lines, LIVE_WRITES):

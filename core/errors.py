@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 class UserError(Exception):
     """Input that cannot be used as it is.
@@ -28,3 +30,8 @@ def shown(names: list[str], most: int = 5) -> str:
     """The first few names for a message, and how many more there are: `a, b, c and 4 more`."""
     head = ", ".join(names[:most])
     return head if len(names) <= most else f"{head} and {len(names) - most} more"
+
+
+def hide_password(text: str) -> str:
+    """The text with what an address has before `@`, a user name and password, replaced by dots."""
+    return re.sub(r"//[^/\s]*@", "//...@", text)

@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
-from blocks.config import settings
-from blocks.config.paths import DEFAULT_DATA, data_folder
+from blocks.config import child_environment
+from blocks.config.paths import data_folder
 from blocks.config.pools import CPU, GPU
+from blocks.config.settings import DEFAULT_DATA
 from blocks.local.gpus import devices
 from blocks.services import stack as services
 from blocks.services.workers import ensure_workers
@@ -33,7 +34,7 @@ def up() -> None:
     rows, at_once = table(), trainings_at_once()
     Console().print("starting what does not run yet of Prefect, MLflow and the workers (up to a minute)", style="dim")
     running = services.ensure_servers()
-    settings.adopt(running)
+    child_environment.adopt(running)
     # Only now: prefect reads its settings when it is imported.
     from deployments.register import create_pool, register
 
@@ -87,7 +88,7 @@ def main() -> None:
         sys.exit(str(error))
 
 
-def _welcome(running: settings.Services) -> Panel:
+def _welcome(running: child_environment.Services) -> Panel:
     # The project's own folder has a prefect.toml for its own data only.
     first = [] if data_folder() == DEFAULT_DATA else ['  eval "$(calipert env)"']
     lines = [

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from blocks.config.catalog import open_catalog
 from blocks.config.pools import CPU, GPU
-from core import catalog
 from core.catalog.schema import DatasetSpec, EmbeddingSpec
 from tasks.inputs import list_embedding_inputs, list_inputs, list_study
 
@@ -87,7 +87,7 @@ def table() -> list[Deployment]:
 
     Raises UserError for a catalog entry that does not fit the schema.
     """
-    datasets = [catalog.dataset(name) for name in catalog.names("dataset")]
+    datasets = [open_catalog().dataset(name) for name in open_catalog().names("dataset")]
     training = _Training(_models_and_groups(), _inputs(), _groups())
     return [
         *(_of_dataset(flow, dataset, training) for flow in FLOWS for dataset in datasets),
@@ -122,7 +122,7 @@ def _of_dataset(flow: _Flow, dataset: DatasetSpec, training: _Training) -> Deplo
 
 
 def _of_embedding(name: str) -> Deployment:
-    spec = catalog.embedding(name)
+    spec = open_catalog().embedding(name)
     return Deployment(
         flow="embed",
         name=name,
@@ -148,9 +148,9 @@ def _whole_study() -> Deployment:
         "that are named. What one data set lacks does not stop the others; a second run goes on from the store."
         "\n\nIts schedule is an example, and off.",
         choices={
-            "datasets": tuple(catalog.names("dataset")),
+            "datasets": tuple(open_catalog().names("dataset")),
             "models": _models_and_groups(),
-            "sources": (*catalog.names("dataset"), *_inputs()),
+            "sources": (*open_catalog().names("dataset"), *_inputs()),
         },
         hints={"models": _groups(), "sources": 'As in {"norman19": "/data/norman19.h5ad"}.'},
         # Days of work: what a schedule starts waits until the run before has ended.
@@ -173,22 +173,23 @@ def _one_training() -> Deployment:
 
 
 def _shared_embeddings() -> tuple[str, ...]:
-    return tuple(name for name in catalog.names("embedding") if catalog.embedding(name).is_shared)
+    return tuple(name for name in open_catalog().names("embedding") if open_catalog().embedding(name).is_shared)
 
 
 def _inputs() -> tuple[str, ...]:
     """What models need beside the data, and a user may have as a file."""
-    needed = list_inputs(catalog.models(catalog.names("model")))
+    needed = list_inputs(open_catalog().models(open_catalog().names("model")))
     return tuple(sorted(one.name for one in needed if not (isinstance(one, EmbeddingSpec) and one.per_fold)))
 
 
 def _models_and_groups() -> tuple[str, ...]:
     """Groups first: they are what most people want."""
-    return (*catalog.names("group"), *catalog.names("model"))
+    return (*open_catalog().names("group"), *open_catalog().names("model"))
 
 
 def _groups() -> str:
     groups = [
-        f"{name} ({', '.join(model.name for model in catalog.models([name]))})" for name in catalog.names("group")
+        f"{name} ({', '.join(model.name for model in open_catalog().models([name]))})"
+        for name in open_catalog().names("group")
     ]
     return f"Groups: {'; '.join(groups)}."

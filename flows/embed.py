@@ -6,7 +6,7 @@ from pathlib import Path
 
 from prefect import flow
 
-from core import catalog
+from blocks.config.catalog import open_catalog
 from core.errors import UserError
 from flows.parameters import Embedding, Sources
 from tasks.embed import make_shared_embedding
@@ -27,7 +27,7 @@ def embed(
         name of the published files that it is made of.
     Returns the folder of embedding.parquet in the store. Raises UserError for one that each data set or fold makes.
     """
-    spec = catalog.embedding(embedding)
+    spec = open_catalog().embedding(embedding)
     if not spec.is_shared:
         how = "from the training cells of a fold" if spec.per_fold else "between the genes that a data set perturbs"
         remedy = "benchmark a model that uses it: it is made then"

@@ -11,6 +11,7 @@ from prefect.artifacts import create_table_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlowRunId
 
+from blocks.http import ConnectionLost
 from core.catalog.schema import DatasetSpec
 from core.errors import UserError
 from flows.benchmark import benchmark
@@ -22,7 +23,7 @@ from tasks.artifacts import LOG
 from tasks.inputs import choose_models, choose_study, list_inputs, resolve_sources
 from tasks.preflight import check_needs
 from tasks.record import end_interrupted, tracking_server
-from tasks.sources import ConnectionLost, fetch_source
+from tasks.sources import fetch_source
 
 LONGEST = 500  # characters of a reason
 

@@ -79,7 +79,7 @@ class TrainTask:
 
     cells:           h5ad of the fold's train and val cells, control included: X log1p(CP10k), obs `covariate`,
                      `condition`, `split` ("train" or "val"); test cells are not in the file.
-    embedding:       parquet of genes x dimensions, or what else the model is told of genes (`read_sources`,
+    embedding:       parquet of genes x dimensions, or what else the model gets about genes (`read_sources`,
                      `read_graph`), or None.
     pretrained:      folder of published weights that the model starts from, or None.
     hyperparameters: what differs from the model's own defaults.
@@ -174,7 +174,7 @@ def main(
 
 
 def hyperparameters(task: TrainTask, settings: type[Settings]) -> Settings:
-    """The task's hyperparameters as an instance of `settings`, a dataclass whose fields all have defaults.
+    """Read the task's hyperparameters into an instance of `settings`, a dataclass whose fields all have defaults.
 
     Unknown names and values of another type than the default's are refused (a whole number may stand for a
     decimal one, a list for a tuple); a ValueError of the dataclass's `__post_init__` becomes a ContractError.
@@ -183,7 +183,7 @@ def hyperparameters(task: TrainTask, settings: type[Settings]) -> Settings:
 
 
 def embedding_settings(task: EmbedTask, settings: type[Settings]) -> Settings:
-    """The task's settings as an instance of `settings`, checked as `hyperparameters` are."""
+    """Read the task's settings into an instance of `settings`, checked as `hyperparameters` are."""
     return _settings("settings", task.settings, settings)
 
 
@@ -237,7 +237,7 @@ def log(message: str) -> None:
 
 
 def only_file(folder: Path, pattern: str) -> Path:
-    """The one file of a folder whose name fits a glob pattern. Raises ContractError where there is none, or several."""
+    """Find the one file of a folder whose name fits a glob pattern; raise ContractError for none or several."""
     found = sorted(folder.glob(pattern))
     if len(found) != 1:
         raise ContractError(f"{folder}: {len(found)} files {pattern}; wanted one")
@@ -245,7 +245,7 @@ def only_file(folder: Path, pattern: str) -> Path:
 
 
 def read_cells(path: Path, *, counts: bool = False) -> ad.AnnData:
-    """The cells of an h5ad: X CSR float32 log1p(CP10k), obs `covariate`, `condition`, `split` as str.
+    """Read the cells of an h5ad: X CSR float32 log1p(CP10k), obs `covariate`, `condition`, `split` as str.
 
     Layers stay on disk, except layers["counts"] (CSR float32, whole numbers) when `counts` is true. Raises
     ContractError if a column or the counts are missing.
@@ -265,7 +265,7 @@ def read_cells(path: Path, *, counts: bool = False) -> ad.AnnData:
 
 
 def read_means(path: Path) -> ad.AnnData:
-    """The mean profile of every (covariate, condition, split) of an h5ad of cells, control included.
+    """Compute the mean profile of every (covariate, condition, split) of an h5ad of cells, control included.
 
     X: float64, mean log1p(CP10k) over all cells of the row; obs `covariate`, `condition`, `split` (str) and
     `n_cells`; rows sorted by these names. Cells are summed by one sparse product per block of cells, so that the
@@ -296,11 +296,11 @@ def read_means(path: Path) -> ad.AnnData:
 
 
 def read_embedding(path: Path | None, dimensions: int | None = None) -> pd.DataFrame:
-    """The embedding as a table genes x dimensions, float64.
+    """Read the embedding as a table genes x dimensions, float64.
 
     dimensions: how many there must be (those that the model was trained with), or None for any.
     A row of zeros says nothing about its gene: the gene counts as one without an embedding and is left out.
-    Raises ContractError if there is no embedding, its dimensions are others, a gene stands twice, or a value is
+    Raises ContractError if there is no embedding, its dimensions are others, a gene occurs twice, or a value is
     not finite.
     """
     import numpy as np
@@ -315,12 +315,12 @@ def read_embedding(path: Path | None, dimensions: int | None = None) -> pd.DataF
 
 
 def _checked(table: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """An embedding without rows of zeros. Raises ContractError where a gene stands twice or a value is not finite."""
+    """Drop the rows of zeros; raise ContractError where a gene occurs twice or a value is not finite."""
     import numpy as np
 
     if table.index.has_duplicates:
         twice = table.index[table.index.duplicated()][0]
-        raise ContractError(f"{path}: gene {twice} stands there more than once")
+        raise ContractError(f"{path}: gene {twice} occurs more than once")
     finite = np.isfinite(table.to_numpy()).all(axis=1)
     if not finite.all():
         raise ContractError(f"{path}: gene {table.index[~finite][0]} has a value that is not finite")
@@ -328,7 +328,7 @@ def _checked(table: pd.DataFrame, path: Path) -> pd.DataFrame:
 
 
 def read_sources(path: Path | None) -> dict[str, pd.DataFrame]:
-    """Source -> its embedding, as `read_embedding` gives one: what a model is told that takes several.
+    """Source -> its embedding, as `read_embedding` gives one: for a model that takes several.
 
     In the file the columns are `<source>/<dimension>`, with NaN where a source lacks the gene: its table has no such
     row. A plain embedding is one source, "embedding". Raises ContractError as `read_embedding` does.
@@ -350,8 +350,11 @@ def read_sources(path: Path | None) -> dict[str, pd.DataFrame]:
 
 
 def read_graph(path: Path | None) -> pd.DataFrame:
-    """A graph between genes: columns `gene`, `neighbour` (str) and `weight` (float64, 0 < weight <= 1), sorted by gene,
-    falling weight, neighbour. A gene without a row is not in the graph. Raises ContractError for any other file."""
+    """Read a graph between genes.
+
+    Columns `gene`, `neighbour` (str) and `weight` (float64, 0 < weight <= 1), sorted by gene, falling weight,
+    neighbour. A gene without a row is not in the graph. Raises ContractError for any other file.
+    """
     import numpy as np
     import pandas as pd
 
@@ -390,7 +393,7 @@ def standardised(embedding: pd.DataFrame) -> pd.DataFrame:
 
 
 def genes_of(condition: str) -> tuple[str, ...]:
-    """The perturbed genes of a condition: `A+B` -> ("A", "B"), `control` -> ()."""
+    """List the perturbed genes of a condition: `A+B` -> ("A", "B"), `control` -> ()."""
     return () if condition == CONTROL else tuple(condition.split("+"))
 
 
@@ -436,7 +439,7 @@ def dataset_means(means: ad.AnnData) -> pd.DataFrame:
 
 
 def unpredictable(keys: Iterable[Key], embedding: pd.DataFrame, covariates: Iterable[str]) -> dict[Key, str]:
-    """The keys that a model of embeddings cannot predict, each with its reason.
+    """List the keys that a model of embeddings cannot predict, each with its reason.
 
     embedding:  what `read_embedding` returned; every gene of a condition must be in it.
     covariates: those that the model learned.
@@ -495,7 +498,7 @@ def write_embedding(task: EmbedTask, embedding: pd.DataFrame) -> None:
     """Write embedding.parquet into the task's output.
 
     embedding: genes (index, their symbols) x dimensions; written sorted by gene, as float64 d0, d1, ...
-    Raises ContractError where a gene stands twice or has a value that is not finite, or only zeros: a gene of which
+    Raises ContractError where a gene occurs twice or has a value that is not finite, or only zeros: a gene of which
     nothing is known is left out.
     """
     import numpy as np
@@ -630,7 +633,9 @@ def _use_threads(threads: int) -> None:
     """Hand the number of threads to every BLAS that is not loaded yet."""
     wanted = dict.fromkeys(THREAD_VARIABLES, str(threads))
     if "numpy" in sys.modules and any(os.environ.get(name) != value for name, value in wanted.items()):
-        log(f"numpy was loaded before it could be told to use {threads} threads: the environment's number holds")
+        log(
+            f"numpy was loaded before its number of threads could be set to {threads}: the environment's number applies"
+        )
     os.environ.update(wanted)
 
 
@@ -654,7 +659,7 @@ def _csr(matrix: Any) -> csr_matrix:
 
 
 def _labels(obs: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """obs `covariate`, `condition`, `split` as str; the three columns must be there."""
+    """Read obs `covariate`, `condition`, `split` as str; the three columns must exist."""
     names = ["covariate", "condition", "split"]
     missing = [name for name in names if name not in obs]
     if missing:

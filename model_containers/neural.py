@@ -1,5 +1,6 @@
-"""What the neural models share: the device, cells by the batch, Adam, the best weights, and trainings that go on where
-they were killed.
+"""What the neural models share.
+
+The device, cells by the batch, Adam, the best weights, and trainings that continue where they were killed.
 
 Copied into the image of every model that uses it, beside contract.py. Imports torch only inside the functions that need
 it: `describe` answers at once.
@@ -50,7 +51,8 @@ def start_torch(threads: int) -> tuple[Any, Any]:
         # All that the models use repeats its bits on a CPU; to demand it would import the compiler, for seconds.
         return torch, torch.device("cpu")
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # torch's own debugging aid
+    debugging: Any = torch.utils.deterministic
+    debugging.fill_uninitialized_memory = False
     return torch, torch.device("cuda")
 
 
@@ -79,7 +81,7 @@ def held(matrix: csr_matrix, device: Any) -> Callable[[np.ndarray], torch.Tensor
 
 
 def _on_device(device: Any, *arrays: np.ndarray) -> list[torch.Tensor]:
-    """The arrays on a GPU if they leave half of its free memory to the rest; else where they are."""
+    """Move the arrays to a GPU if they leave half of its free memory to the rest; else leave them where they are."""
     import torch
 
     tensors = [torch.from_numpy(array) for array in arrays]
@@ -175,7 +177,7 @@ class Adam:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """The moments of every weight."""
+        """Return the moments of every weight."""
         return {"averages": self._averages, "squares": self._squares, "steps": self._steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -219,12 +221,12 @@ class Best:
 
 
 def copy_of(net: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The present weights, on the CPU."""
+    """Copy the present weights to the CPU."""
     return {name: weights.detach().cpu().clone() for name, weights in net.state_dict().items()}
 
 
 def generator(seed: int, epoch: int) -> np.random.Generator:
-    """The draws of one epoch: they hang on no other epoch, so that a training can begin again at any of them."""
+    """Make the generator of one epoch: its draws depend on no other epoch, so that a training can continue at any."""
     import numpy as np
 
     return np.random.default_rng((seed, epoch))
@@ -236,11 +238,12 @@ def epochs(
     parts: Mapping[str, Stateful],
     is_enough: Callable[[], bool] = lambda: False,
 ) -> Iterator[int]:
-    """The epochs 1, 2, ... `count` of a training, those left out that a killed one has behind it.
+    """Yield the epochs 1, 2, ... `count` of a training, without those that a killed one has finished.
 
     parts: all that an epoch changes; they are kept in `task.checkpoint` now and then, and taken up from there.
-    is_enough: asked before each epoch, it ends the training. torch is seeded anew for each epoch (dropout, draws on the
-    device); other draws have to come from `generator(seed, epoch)`. So a training that goes on ends with the same bits.
+    is_enough: asked before each epoch, it ends the training. torch is seeded again for each epoch (dropout, draws on
+    the device); other draws have to come from `generator(seed, epoch)`. So a training that
+    continues ends with the same bits.
     """
     import torch
 
@@ -275,7 +278,7 @@ def _save(task: contract.TrainTask, folder: Path, epoch: int, parts: Mapping[str
 
 
 def _restored(task: contract.TrainTask, parts: Mapping[str, Stateful]) -> int:
-    """The epochs that are done, with the parts as they were then; the metrics of these epochs are told again."""
+    """Restore the parts of a killed training; its metrics are printed again. Returns the number of its epochs."""
     import torch
 
     path = task.checkpoint / CHECKPOINT if task.checkpoint else None
@@ -284,11 +287,13 @@ def _restored(task: contract.TrainTask, parts: Mapping[str, Stateful]) -> int:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        contract.log(f"the checkpoint of an earlier training cannot be read, and this one begins anew: {error}")
+        contract.log(
+            f"the checkpoint of an earlier training cannot be read: this one starts from the beginning: {error}"
+        )
         return 0
     if state["task"] != _identity(task):
         other = "another seed, other hyperparameters or another kind of device"
-        contract.log(f"the checkpoint is of a training with {other}: this one begins anew")
+        contract.log(f"the checkpoint is of a training with {other}: this one starts from the beginning")
         return 0
     for name, part in parts.items():
         part.load_state_dict(state["parts"][name])
@@ -299,7 +304,7 @@ def _restored(task: contract.TrainTask, parts: Mapping[str, Stateful]) -> int:
 
 
 def _identity(task: contract.TrainTask) -> str:
-    """A GPU computes other bits than a CPU: no training is half of one and half of the other."""
+    """Identify the training and its device: a GPU computes other bits than a CPU, so no training is half of each."""
     import torch
 
     text = json.dumps([task.seed, task.hyperparameters, torch.cuda.is_available()], sort_keys=True)

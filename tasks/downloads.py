@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import httpx
 
 from blocks.config.secrets import S3_KEY, S3_SECRET, s3_credentials
+from blocks.http import is_transient, is_transient_status, open_client
 from core.catalog.schema import HttpsSource, S3Source
 from core.errors import UserError
 from tasks.artifacts import LOG
@@ -21,7 +23,8 @@ CHUNK = 8 << 20  # bytes that one request to S3 asks for
 TIMEOUT = 60.0  # seconds without a byte, after which the connection counts as broken
 EVERY = 30.0  # seconds between two lines of progress
 HDF5 = b"\x89HDF\r\n\x1a\n"
-MAY_PASS = (408, 429)
+# What s3fs makes of "slow down", "internal error" and the like.
+S3_TRANSIENT = (errno.EBUSY, errno.EREMOTEIO, errno.EIO)
 
 
 class Stream(NamedTuple):
@@ -69,6 +72,17 @@ def download(source: HttpsSource | S3Source, target: Path) -> None:
     state.unlink()
 
 
+def is_download_transient(error: BaseException) -> bool:
+    """Whether a download that failed with this error is worth another try, over HTTPS or from S3."""
+    # Costs time, and is not needed as long as nothing fails.
+    from aiohttp import ClientError
+    from botocore import exceptions as s3  # type: ignore[import-untyped]
+
+    if type(error) is OSError:
+        return error.errno in S3_TRANSIENT
+    return is_transient(error) or isinstance(error, s3.ConnectionError | s3.HTTPClientError | ClientError)
+
+
 def _version(state: Path) -> str | None:
     """Which version of the file the kept bytes are of; None where that is not known."""
     try:
@@ -114,7 +128,10 @@ def _https(source: HttpsSource, start: int, version: str | None) -> Iterator[Str
     headers = {"Accept-Encoding": "identity"}
     if start and version:
         headers |= {"Range": f"bytes={start}-", "If-Range": version}
-    with httpx.stream("GET", source.url, headers=headers, follow_redirects=True, timeout=TIMEOUT) as answer:
+    with (
+        open_client(headers=headers, follow_redirects=True, timeout=TIMEOUT) as client,
+        client.stream("GET", source.url) as answer,
+    ):
         _require_safe(answer, source.url)
         if answer.status_code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE:
             # Nothing is left to ask for: the part is whole, or longer than the file.
@@ -156,7 +173,7 @@ def _require_safe(answer: httpx.Response, url: str) -> None:
 
 
 def _require_success(answer: httpx.Response, url: str) -> None:
-    if answer.is_client_error and answer.status_code not in MAY_PASS:
+    if answer.is_client_error and not is_transient_status(answer.status_code):
         found = f"HTTP {answer.status_code} {answer.reason_phrase}"
         raise UserError(url, "address", found, "check the address, or download the file and name it with --source")
     answer.raise_for_status()

@@ -9,8 +9,8 @@ import pandas as pd
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from blocks.config.catalog import open_catalog
 from blocks.store.code import code_hash
-from core import catalog
 from core.catalog.schema import EmbeddingSpec, ResolvedModel
 from tasks.artifacts import Recipe, build_or_get, checksum_file
 from tasks.embed_container import FILE, embed_in_container
@@ -67,7 +67,7 @@ def make_shared_embedding(spec: EmbeddingSpec, inputs: Mapping[str, Path]) -> Pa
 def _make_whole(spec: EmbeddingSpec, make_part: Callable[[EmbeddingSpec], Path]) -> Path:
     if spec.form != "tables":
         return make_part(spec)
-    return join_embeddings(spec, {part.name: make_part(part) for part in catalog.parts(spec)})
+    return join_embeddings(spec, {part.name: make_part(part) for part in open_catalog().parts(spec)})
 
 
 def make_embeddings(

@@ -9,26 +9,27 @@ from time import sleep
 from prefect import runtime, task
 from prefect.cache_policies import NO_CACHE
 
+from blocks.config.catalog import open_catalog
 from blocks.config.paths import vectors_folder
 from blocks.config.secrets import secret
-from blocks.services.text_service import ServiceBusy, service_key, text_vectors
+from blocks.http import TASK_RETRY_DELAYS, ConnectionLost
+from blocks.services.text_service import service_key, text_vectors
 from blocks.services.vectors import Vector, address, keep_vectors, kept_vector, vector_name
 from blocks.store.code import code_hash
-from core import catalog
 from core.catalog.schema import GENE_FILES, EmbeddingSpec, TextService
 from core.errors import UserError
 from tasks.artifacts import LOG, Recipe, build_or_get, checksum_file, find_artifact
 from tasks.embed_container import FILE
 from tasks.inputs import collect_error, raise_collected
 from tasks.progress import make_progress_reporter
-from tasks.sources import ConnectionLost, find_files, is_worth_a_retry
+from tasks.sources import find_files, is_worth_a_retry
 
 KIND = "embedding"
 SUMMARIES, GENES = GENE_FILES
 # OpenAI takes 2,048 texts and 300,000 tokens at once; a token is a byte at least. What a kill loses is one such list.
 TEXTS_AT_ONCE, BYTES_AT_ONCE = 128, 250_000
 BYTES_OF_A_TOKEN = 4  # in English, about
-RETRIES = 6
+RETRIES = len(TASK_RETRY_DELAYS)
 LONGEST_WAIT = 120.0  # seconds: the longest wait before the next try that a service may ask for
 
 
@@ -55,7 +56,7 @@ def check_services(specs: Iterable[EmbeddingSpec], files: Mapping[str, Path]) ->
     specs: embeddings of any kind. files: what the user has (tasks.inputs.resolve_sources). An embedding that is in the
     store, or whose vectors are all kept, needs no key.
     """
-    parts = {part.name: part for spec in specs for part in catalog.parts(spec)}
+    parts = {part.name: part for spec in specs for part in open_catalog().parts(spec)}
     errors: list[UserError] = []
     for part in parts.values():
         if part.service and secret(part.service.secret) is None and _must_ask(part, files):
@@ -67,7 +68,7 @@ def check_services(specs: Iterable[EmbeddingSpec], files: Mapping[str, Path]) ->
 def _must_ask(spec: EmbeddingSpec, files: Mapping[str, Path]) -> bool:
     from core.embeddings.gene_texts import gene_texts
 
-    published = catalog.pretrained(str(spec.pretrained))
+    published = open_catalog().pretrained(str(spec.pretrained))
     found = find_files(published, files.get(published.name))
     if found is None:
         return True  # the address gives other files every day, with texts that the service has not been asked for
@@ -140,7 +141,7 @@ def _find_vector(spec: EmbeddingSpec, text: str) -> Vector | None:
     task_run_name="ask for {spec.name}",
     cache_policy=NO_CACHE,
     retries=RETRIES,
-    retry_delay_seconds=[2, 10, 30, 60, 60, 60],
+    retry_delay_seconds=TASK_RETRY_DELAYS,
     retry_condition_fn=is_worth_a_retry,
 )
 def ask_for_vectors(spec: EmbeddingSpec, texts: list[str]) -> None:
@@ -152,10 +153,9 @@ def ask_for_vectors(spec: EmbeddingSpec, texts: list[str]) -> None:
     service = _service(spec)
     try:
         vectors = text_vectors(service, spec.dimensions, texts)
-    except ServiceBusy as busy:
+    except ConnectionLost as busy:
         if runtime.task_run.run_count <= RETRIES:
             sleep(min(busy.wait, LONGEST_WAIT))
-        remedy = "run again later: it goes on with the texts that are missing"
-        raise ConnectionLost(service.url, "connection", busy.why, remedy) from None
+        raise
     names = [vector_name(service, spec.dimensions, text) for text in texts]
     keep_vectors(dict(zip(names, vectors, strict=True)))

@@ -3,35 +3,33 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
+from blocks.config.catalog import open_catalog
+from blocks.config.settings import read_settings
 from blocks.engines.checkpoints import checkpoint
 from blocks.engines.process import Engine, ProcessEngine
 from blocks.local.gpus import Gpu, lease
-from core import catalog
 from core.catalog.schema import EmbeddingSpec, ResolvedModel
 from core.errors import UserError
 from tasks.artifacts import Recipe, build_or_get
 from tasks.inputs import collect_error, find_container, raise_collected
 
-ENGINE = "CALIPERT_ENGINE"
 THREADS = 1  # bits may change with the number of threads; folds run beside each other instead
-PROCESS, DOCKER, KUBERNETES = "process", "docker", "kubernetes"
 
 
 def choose_engine() -> Engine:
     """Return the engine in use: CALIPERT_ENGINE, by default `process`. Raises UserError for an unknown name."""
-    name = _name()
-    if name == DOCKER:
+    name = read_settings().engine
+    if name == "docker":
         from blocks.engines.docker.engine import DockerEngine
 
         return DockerEngine()
-    if name == KUBERNETES:
+    if name == "kubernetes":
         from blocks.engines.kubernetes.engine import KubernetesEngine
 
         return KubernetesEngine()
@@ -40,15 +38,7 @@ def choose_engine() -> Engine:
 
 def runs_elsewhere() -> bool:
     """Whether models run on other machines, so that no GPU of this one is leased for them."""
-    return _name() == KUBERNETES
-
-
-def _name() -> str:
-    name = os.environ.get(ENGINE) or PROCESS
-    if name not in (PROCESS, DOCKER, KUBERNETES):
-        remedy = f"set it to {PROCESS}, {DOCKER} or {KUBERNETES}, or not at all, which means {PROCESS}"
-        raise UserError("environment", ENGINE, f"{name!r}, which is no engine", remedy)
-    return name
+    return read_settings().engine == "kubernetes"
 
 
 @cache
@@ -77,7 +67,10 @@ def check_containers(models: Iterable[ResolvedModel], embeddings: Iterable[Embed
     """
     chosen = list(models)
     specs = [*embeddings, *(model.embedding for model in chosen if model.embedding)]
-    entries: list[ResolvedModel | EmbeddingSpec] = [*chosen, *(part for spec in specs for part in catalog.parts(spec))]
+    entries: list[ResolvedModel | EmbeddingSpec] = [
+        *chosen,
+        *(part for spec in specs for part in open_catalog().parts(spec)),
+    ]
     errors: list[UserError] = []
     for entry in {entry.container: entry for entry in entries if entry.container}.values():
         with collect_error(errors):

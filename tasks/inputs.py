@@ -5,7 +5,6 @@ All of it is checked before any work, and imports nothing heavy.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,8 +13,9 @@ from typing import Literal, TypeAlias
 
 from pydantic import ValidationError
 
+from blocks.config.catalog import open_catalog
 from blocks.config.paths import MODEL_CONTAINERS
-from core import catalog
+from blocks.config.settings import read_source, source_variable
 from core.catalog.schema import (
     CONTROLS,
     NAME_PATTERN,
@@ -27,7 +27,6 @@ from core.catalog.schema import (
 )
 from core.errors import UserError
 
-VARIABLE = "CALIPERT_SOURCE_"
 CONTAINERS = "containers"  # in the user's folder of entries
 BASELINES = ("additive", "linear")  # core computes them in every benchmark
 
@@ -72,8 +71,8 @@ def list_embedding_inputs(spec: EmbeddingSpec) -> list[EmbeddingSpec | Pretraine
     That is itself or its parts, or the published files that these are made of. What is made from the cells of a fold
     needs none.
     """
-    parts = [part for part in catalog.parts(spec) if not part.per_fold]
-    return [catalog.pretrained(part.pretrained) if part.pretrained else part for part in parts]
+    parts = [part for part in open_catalog().parts(spec) if not part.per_fold]
+    return [open_catalog().pretrained(part.pretrained) if part.pretrained else part for part in parts]
 
 
 def resolve_sources(
@@ -102,13 +101,12 @@ def resolve_sources(
 
 
 def _resolve_source(spec: Needed, sources: Mapping[str, str]) -> Path | None:
-    variable = VARIABLE + spec.name.upper()
-    given = sources.get(spec.name) or os.environ.get(variable)
+    given = sources.get(spec.name) or read_source(spec.name)
     if given is None:
         require_public(spec)
         return None
     path = Path(given).expanduser().resolve()
-    field = f"--source {spec.name}=..." if spec.name in sources else variable
+    field = f"--source {spec.name}=..." if spec.name in sources else source_variable(spec.name)
     if isinstance(spec, PretrainedSpec):
         missing = [file for file in spec.files if not (path / file).is_file()]
         if missing:
@@ -128,7 +126,7 @@ def require_public(spec: Needed) -> None:
             f"catalog entry {spec.name}",
             field,
             f"no {wanted.lower()} named; wanted: {', '.join(hints)}",
-            f"--source {spec.name}={wanted}, or set {VARIABLE}{spec.name.upper()}",
+            f"--source {spec.name}={wanted}, or set {source_variable(spec.name)}",
         )
 
 
@@ -138,7 +136,7 @@ def choose_dataset(dataset: str, folds: Folds = None, origin: Origin = "raw") ->
     Raises UserError for an unknown data set, a number of folds that its task does not allow, a mirror that it does not
     have, and another number of folds than a mirror comes with.
     """
-    spec = catalog.dataset(dataset)
+    spec = open_catalog().dataset(dataset)
     if origin == "mirror":
         return _choose_mirror(spec, folds)
     if folds is None:
@@ -162,7 +160,7 @@ def _choose_mirror(spec: DatasetSpec, folds: Folds) -> DatasetSpec:
 
 def list_study() -> list[str]:
     """Return the names of the study's data sets: those of the catalog that have a preprocessed mirror."""
-    return [name for name in catalog.names("dataset") if catalog.dataset(name).mirror is not None]
+    return [name for name in open_catalog().names("dataset") if open_catalog().dataset(name).mirror is not None]
 
 
 def choose_study(datasets: Iterable[str], origin: Origin) -> dict[str, DatasetSpec]:
@@ -179,7 +177,7 @@ def choose_models(names: Iterable[str]) -> list[ResolvedModel]:
     Raises UserError for an unknown name, and for a model that neither has a container nor is a baseline.
     """
     chosen = []
-    for model in catalog.models(names):
+    for model in open_catalog().models(names):
         where = f"catalog entry {model.template}"
         if model.container is None:
             if model.name not in BASELINES:
@@ -192,7 +190,7 @@ def choose_models(names: Iterable[str]) -> list[ResolvedModel]:
 
 def list_container_places() -> list[Path]:
     """Return where containers lie: model_containers, and `containers` in the user's folder of entries, if any."""
-    own = catalog.users_folder()
+    own = open_catalog().own_folder()
     return [MODEL_CONTAINERS, *([own.resolve() / CONTAINERS] if own else [])]
 
 

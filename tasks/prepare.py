@@ -7,7 +7,7 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from blocks.config.limits import chunk_memory
+from blocks.config.settings import read_settings
 from blocks.store.code import code_hash
 from core.catalog.schema import DatasetSpec
 from tasks.artifacts import Recipe, build_or_get, checksum_file
@@ -21,7 +21,7 @@ def prepare_cells(spec: DatasetSpec, raw: Path) -> Path:
     """Write cells.h5ad of a data set from the published file `raw`. Raises UserError if it cannot be used."""
     from core.prepare.cells import write_cells
 
-    memory = chunk_memory()
+    memory = int(read_settings().memory_gb * 1e9)
     entry = spec.model_dump(mode="json", exclude=DESCRIPTIVE)
     source, code = checksum_file(raw), code_hash("core.prepare.cells")
     provenance = {"entry": entry, "source sha256": source, "code": code}

@@ -9,6 +9,7 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from blocks.http import TASK_RETRY_DELAYS
 from core.catalog.schema import EmbeddingSpec, PretrainedSpec
 from tasks.artifacts import LOG, Recipe, build_or_get, checksum_file
 from tasks.sources import fetch_files, fetch_source, is_worth_a_retry
@@ -19,7 +20,7 @@ from tasks.sources import fetch_files, fetch_source, is_worth_a_retry
     task_run_name="fetch {spec.name}",
     cache_policy=NO_CACHE,
     retries=4,
-    retry_delay_seconds=[2, 10, 30, 60],
+    retry_delay_seconds=TASK_RETRY_DELAYS[:4],
     retry_condition_fn=is_worth_a_retry,
 )
 def fetch_pretrained(spec: PretrainedSpec, folder: Path | None = None) -> Path:

@@ -23,7 +23,6 @@ from prefect.exceptions import TerminationSignal
 from blocks.config.secrets import mlflow_credentials
 from blocks.local.cancellation import Stopped
 from blocks.store.code import code_hash
-from blocks.tracking.api import Refused
 from blocks.tracking.tracker import REPORT, MLflowTracking, ModelRun
 from core.catalog.schema import DatasetSpec, EmbeddingSpec, ResolvedModel
 from core.errors import UserError
@@ -204,7 +203,7 @@ def end_interrupted(flow: object, flow_run: Any, state: Any) -> None:
 def _only_logged(what: str) -> Iterator[None]:
     try:
         yield
-    except (UserError, Refused) as lost:
+    except UserError as lost:
         LOG.warning("%s could not be written to MLflow: %s", what, lost)
 
 

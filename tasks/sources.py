@@ -10,10 +10,10 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 import filelock
-import httpx
 from prefect import runtime, task
 
 from blocks.config.paths import downloads_folder, store_folder
+from blocks.http import TASK_RETRY_DELAYS, ConnectionLost
 from blocks.store.code import code_hash
 from core.catalog.schema import (
     DatasetSpec,
@@ -26,16 +26,9 @@ from core.catalog.schema import (
 )
 from core.errors import UserError
 from tasks.artifacts import LOG, Recipe, build_or_get, checksum_file
-from tasks.downloads import MAY_PASS, download, write_whole
+from tasks.downloads import download, is_download_transient, write_whole
 from tasks.inputs import require_public
 
-
-class ConnectionLost(UserError):
-    """A server cannot be reached, or broke off: another try may help."""
-
-
-# What s3fs makes of "slow down", "internal error" and the like.
-S3_MAY_PASS = (errno.EBUSY, errno.EREMOTEIO, errno.EIO)
 DISK = {
     errno.ENOSPC: "no space left",
     errno.EDQUOT: "quota used up",
@@ -53,21 +46,7 @@ def is_worth_a_retry(task_: object, run: object, state: object) -> bool:
     return True
 
 
-def may_pass(error: object) -> bool:
-    """Whether an error is one of the connection, over HTTPS or to S3."""
-    # Importing these takes time, and only a failure needs them.
-    from aiohttp import ClientError
-    from botocore import exceptions as s3  # type: ignore[import-untyped]
-
-    if isinstance(error, httpx.HTTPStatusError):
-        return error.response.status_code >= 500 or error.response.status_code in MAY_PASS
-    if type(error) is OSError:
-        return error.errno in S3_MAY_PASS
-    broken = (httpx.TransportError, ConnectionError, TimeoutError, s3.ConnectionError, s3.HTTPClientError, ClientError)
-    return isinstance(error, broken)
-
-
-@task(name="fetch-source", retries=4, retry_delay_seconds=[2, 10, 30, 60], retry_condition_fn=is_worth_a_retry)
+@task(name="fetch-source", retries=4, retry_delay_seconds=TASK_RETRY_DELAYS[:4], retry_condition_fn=is_worth_a_retry)
 def fetch_source(spec: DatasetSpec | EmbeddingSpec, file: Path | None = None) -> Path:
     """Return the raw file of a data set or embedding, on this machine.
 
@@ -111,7 +90,7 @@ def _fetch(name: str, source: HttpsSource | S3Source, wanted: str) -> Path:
     try:
         return download_once(name, source)
     except Exception as error:
-        if not may_pass(error):
+        if not is_download_transient(error):
             raise
         remedy = f"run again: it goes on where it broke off. Or name it yourself: --source {name}={wanted}"
         raise ConnectionLost(source.url, "connection", f"{type(error).__name__}: {error}", remedy) from error

@@ -235,7 +235,7 @@ def train_fold(job: FoldJob, stored: TrainedFold | None = None) -> Path:
 
 def _train_now(job: FoldJob, tracking: MLflowTracking) -> TrainedFold:
     tracking.begin_training(job.run_id, str(runtime.flow_run.id))
-    takers = [tracking.live_curve(job.run_id), make_progress_reporter(f"training {job.name}")]
+    takers = [tracking.follow_curve(job.run_id), make_progress_reporter(f"training {job.name}")]
 
     def log_message(event: Event) -> None:
         if event.get("event") == "log":

@@ -1,12 +1,12 @@
-"""Where the project keeps its data. Imports nothing heavy, so that the command line can ask at once."""
+"""Where the project keeps its data."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from blocks.config.settings import read_settings
+
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
-DEFAULT_DATA = PROJECT_ROOT / "data"
 MODEL_CONTAINERS = PROJECT_ROOT / "model_containers"
 
 
@@ -15,8 +15,7 @@ def data_folder() -> Path:
 
     None of the functions here creates a folder; who writes does.
     """
-    chosen = os.environ.get("CALIPERT_DATA")
-    return Path(chosen).expanduser().resolve() if chosen else DEFAULT_DATA
+    return read_settings().data
 
 
 def store_folder() -> Path:

@@ -1,157 +1,104 @@
-"""The settings that make Prefect and MLflow use the private local servers, and nobody else's.
+"""The settings of calipert: each is one variable of the environment, read nowhere else.
 
-Imports neither prefect nor mlflow, which take seconds and read these settings when they are imported.
+The variables that Prefect, MLflow, S3 clients and CUDA read themselves (PREFECT_*, MLFLOW_*, AWS_*,
+CUDA_VISIBLE_DEVICES) are theirs and not listed here.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import shlex
-import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from blocks.config.paths import DEFAULT_DATA, PROJECT_ROOT, data_folder, prefect_folder
-from core.errors import UserError
+from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-HOST = "127.0.0.1"
-# Prefect reads this file in the working directory.
-PREFECT_TOML = PROJECT_ROOT / "prefect.toml"
-TOML_HEADER = "# Written by calipert whenever its servers start: `prefect` in this folder talks to them.\n"
+from core.errors import UserError, hide_password
 
+PREFIX = "CALIPERT_"
+SOURCE = f"{PREFIX}SOURCE_"  # the name of a data set, embedding or set of published files follows, in capitals
+DEFAULT_DATA = Path(__file__).resolve().parents[2] / "data"
 
-@dataclass(frozen=True)
-class Services:
-    """Where the two servers answer: the addresses of their web pages, `http://127.0.0.1:<port>`."""
-
-    prefect: str
-    mlflow: str
-
-    @property
-    def prefect_api(self) -> str:
-        return f"{self.prefect}/api"
+AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().resolve())]
 
 
-def environment(services: Services) -> dict[str, str]:
-    """Variables that make Prefect and MLflow use these servers, keep to the data folder and report to nobody."""
-    home = prefect_folder()
-    lease_storage = "prefect.server.concurrency.lease_storage.filesystem"
-    return {
-        "CALIPERT_DATA": str(data_folder()),
-        "DO_NOT_TRACK": "1",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        # Job execution is for language models: eight idle processes of 250 MB each.
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_TRACKING_URI": services.mlflow,
-        # A proxy meant for the internet cannot reach this machine's own loopback.
-        "NO_PROXY": _without_proxy("NO_PROXY"),
-        "PREFECT_API_URL": services.prefect_api,
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
-        "PREFECT_HOME": str(home),
-        # What core, tasks and blocks report stands among the logs of the run.
-        "PREFECT_LOGGING_EXTRA_LOGGERS": "calipert",
-        "PREFECT_PROFILES_PATH": str(home / "profiles.toml"),
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        # Leases in memory would be lost for good with a restart of the server.
-        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": lease_storage,
-        # Without a server Prefect would start one for each process and lose most of its records.
-        "PREFECT_SERVER_EPHEMERAL_ENABLED": "false",
-        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-        # The second version of the pages asks a company for statistics what to report, even where nothing is reported.
-        "PREFECT_SERVER_UI_V2_ENABLED": "false",
-        # Ten by default: what was submitted would wait for the worker five seconds on average.
-        "PREFECT_WORKER_QUERY_SECONDS": "2",
-        "no_proxy": _without_proxy("no_proxy"),
-    }
+def variable(field: str) -> str:
+    """The variable of the environment that holds a setting."""
+    return PREFIX + field.upper()
 
 
-def child_environment(services: Services) -> dict[str, str]:
-    """The whole environment for a child process: this one's, without the user's own PREFECT_ and MLFLOW_
-    settings, and with `environment(services)`."""
-    kept = {name: value for name, value in os.environ.items() if not _is_users_own(name)}
-    return kept | environment(services)
+class Settings(BaseSettings):
+    """One field per setting; the variable of `data` is CALIPERT_DATA, and so on. Paths are absolute."""
+
+    model_config = SettingsConfigDict(
+        alias_generator=variable, case_sensitive=True, extra="ignore", frozen=True, use_attribute_docstrings=True
+    )
+
+    data: AbsolutePath = DEFAULT_DATA
+    """Folder of everything that calipert writes."""
+    catalog: AbsolutePath | None = None
+    """Folder of your own catalog entries (docs/catalog.md)."""
+    store: str | None = None
+    """Store that machines share, as s3://bucket/prefix; without it none (docs/store.md)."""
+    engine: Literal["process", "docker", "kubernetes"] = "process"
+    """What models run in (docs/containers.md, docs/kubernetes.md)."""
+    docker: AbsolutePath | None = None
+    """YAML file with the limits of a model's container (docs/containers.md)."""
+    kubernetes: AbsolutePath | None = None
+    """YAML file that says how models run in the cluster (docs/kubernetes.md)."""
+    gpus: str | None = None
+    """GPUs to use: numbers or UUIDs with commas between them, or `none`; without it all (docs/gpus.md)."""
+    locks: AbsolutePath | None = None
+    """Folder of the locks on GPUs, the same for all users of this machine (docs/gpus.md)."""
+    memory_gb: Annotated[float, Field(ge=0.25, allow_inf_nan=False)] = 2.0
+    """Gigabytes that the chunks of a raw matrix may take while it is prepared (docs/large-data.md)."""
+    mlflow_url: str | None = None
+    """Address of MLflow's pages for browsers, where it is not the one that workers use."""
+    commit: str | None = None
+    """Git commit of the code, where there is no checkout."""
+    pod_name: str | None = None
+    """Name of the pod that this process runs in; its work pool sets it."""
+    pod_uid: str | None = None
+    """UID of that pod; its work pool sets it."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read_empty_as_unset(cls, value: Any, info: ValidationInfo) -> Any:
+        # An empty CALIPERT_GPUS means no GPU, as an empty CUDA_VISIBLE_DEVICES does; an empty number is a mistake.
+        if value == "" and info.field_name not in (None, "gpus", "memory_gb"):
+            return cls.model_fields[info.field_name].get_default()
+        return value
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The environment alone: no `.env` file and no folder of secrets."""
+        return (env_settings,)
 
 
-def adopt(services: Services) -> None:
-    """Makes this process use the servers. Call it before prefect is imported, which reads its settings then.
-
-    Raises RuntimeError if prefect has been imported with other settings.
-    """
-    ours = environment(services)
-    foreign = [name for name in os.environ if _is_users_own(name) and name not in ours]
-    differing = [*foreign, *(name for name, value in ours.items() if os.environ.get(name) != value)]
-    if "prefect" in sys.modules and any(name.startswith("PREFECT_") for name in differing):
-        raise RuntimeError(f"prefect was imported before these were set: {', '.join(sorted(differing))}")
-    for name in foreign:
-        del os.environ[name]
-    os.environ.update(ours)
+def read_settings() -> Settings:
+    """The settings as the environment has them now. Raises UserError for a value that is wrong."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = str(first["loc"][0])
+        about = next(field for key, field in Settings.model_fields.items() if variable(key) == name)
+        remedy = f"{first['msg']}. {about.description} Unset it for the default, {about.default}"
+        raise UserError("environment", name, hide_password(repr(first["input"])), remedy) from error
 
 
-def exports(services: Services) -> str:
-    """Shell lines that make a shell use the servers: `eval` them to type `prefect` and `mlflow` anywhere."""
-    ours = environment(services)
-    foreign = sorted(name for name in os.environ if _is_users_own(name) and name not in ours)
-    lines = [f"unset {name}" for name in foreign]
-    lines += [f"export {name}={shlex.quote(value)}" for name, value in sorted(ours.items())]
-    return "\n".join(lines) + "\n"
+def source_variable(name: str) -> str:
+    """The variable that names the file of a data set or embedding, or the folder of published files."""
+    return SOURCE + name.upper()
 
 
-def require_own_toml() -> None:
-    """Raise UserError where the prefect.toml of the project's folder is not one that was written here."""
-    if data_folder() != DEFAULT_DATA or not PREFECT_TOML.exists():
-        return
-    if not PREFECT_TOML.read_text(encoding="utf-8").startswith(TOML_HEADER):
-        raise UserError(
-            PREFECT_TOML,
-            "first line",
-            "a file that calipert did not write",
-            "move it elsewhere: calipert keeps the address of its own server under this name",
-        )
-
-
-def remove_toml() -> None:
-    """Take away the prefect.toml that was written for servers which no longer run; one of the user's own stays."""
-    if data_folder() != DEFAULT_DATA or not PREFECT_TOML.exists():
-        return
-    if PREFECT_TOML.read_text(encoding="utf-8").startswith(TOML_HEADER):
-        PREFECT_TOML.unlink()
-
-
-def write_toml(services: Services) -> None:
-    """So that `prefect deployment run ...` works as typed in the project's folder. Another data folder than the
-    project's own leaves it alone: which of several servers is meant cannot be known."""
-    if data_folder() != DEFAULT_DATA:
-        return
-    home = prefect_folder()
-    text = f"""{TOML_HEADER}home = {json.dumps(str(home))}
-profiles_path = {json.dumps(str(home / "profiles.toml"))}
-
-[api]
-url = {json.dumps(services.prefect_api)}
-
-[server]
-analytics_enabled = false
-
-[server.ephemeral]
-enabled = false
-"""
-    if not PREFECT_TOML.exists() or PREFECT_TOML.read_text(encoding="utf-8") != text:
-        require_own_toml()
-        replace_text(PREFECT_TOML, text)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file in one step: a reader sees the old text or the new one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
-def _is_users_own(name: str) -> bool:
-    # Two underscores: what Prefect itself tells the process of a flow run, not a setting.
-    return name.startswith(("PREFECT_", "MLFLOW_")) and not name.startswith("PREFECT__")
-
-
-def _without_proxy(name: str) -> str:
-    return ",".join(dict.fromkeys([*filter(None, os.environ.get(name, "").split(",")), HOST, "localhost"]))
+def read_source(name: str) -> str | None:
+    """What that variable says; None where it is not set."""
+    return os.environ.get(source_variable(name))

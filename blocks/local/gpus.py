@@ -25,6 +25,7 @@ from io import FileIO
 from pathlib import Path
 from urllib.parse import quote
 
+from blocks.config.settings import read_settings
 from blocks.local.cancellation import raise_if_stopped
 from core.errors import UserError, shown
 
@@ -73,7 +74,8 @@ def devices() -> list[str]:
     start of a UUID becomes the whole UUID if nvidia-smi knows it: two names of one GPU would be two leases of it.
     Raises UserError if nvidia-smi is installed and fails, or does not list what CALIPERT_GPUS names.
     """
-    chosen, visible = os.environ.get(GPUS), os.environ.get(VISIBLE)
+    # CUDA reads the second one itself.
+    chosen, visible = read_settings().gpus, os.environ.get(VISIBLE)
     if chosen is not None and chosen.strip() in ("", NONE):
         return []
     known = _known()
@@ -131,9 +133,8 @@ def lock_folder() -> Path:
     CALIPERT_LOCKS, else /run/lock/calipert-gpus, else (where that cannot be made) /tmp/calipert-gpus.
     Raises UserError if it cannot be used.
     """
-    chosen = os.environ.get(LOCKS)
-    folders = (Path(chosen).expanduser().resolve(),) if chosen else SHARED_FOLDERS
-    for folder in folders:
+    chosen = read_settings().locks
+    for folder in (chosen,) if chosen else SHARED_FOLDERS:
         try:
             with suppress(FileExistsError):
                 folder.mkdir(FOLDER_MODE)
@@ -321,5 +322,6 @@ def _ids(name: str, known: Mapping[str, list[str]]) -> list[str] | None:
 
 
 def _why_none() -> str:
-    set_to = [f"{name}={os.environ[name]}" for name in (GPUS, VISIBLE) if name in os.environ]
+    values = {GPUS: read_settings().gpus, VISIBLE: os.environ.get(VISIBLE)}
+    set_to = [f"{name}={value}" for name, value in values.items() if value is not None]
     return f"no GPU is to be used here ({shown(set_to)})" if set_to else "this host has no GPU"

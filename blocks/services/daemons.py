@@ -18,8 +18,8 @@ from pathlib import Path
 import filelock
 import psutil
 
+from blocks.config.child_environment import replace_text
 from blocks.config.paths import data_folder, logs_folder, services_file
-from blocks.config.settings import replace_text
 from core.errors import UserError
 
 # About 8 s on an idle laptop; much longer on a first start from a slow disk.

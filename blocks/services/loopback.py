@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import socket
-import time
-import urllib.request
-from http import HTTPStatus
-from http.client import HTTPException
-from urllib.error import HTTPError
 
-from blocks.config.settings import HOST
+import httpx
 
-# Seconds between questions to a server that says it is busy: half a minute in all.
-BUSY = (0.2, 0.5, 1, 2, 4, 8, 16)
+from blocks.config.child_environment import HOST
+from blocks.http import open_client, retry
+
+# Seconds for which a busy server is asked again, and until an answer counts as lost.
+BUSY_SECONDS = 30.0
+TIMEOUT = 30.0
 
 
 def free_port(wanted: int) -> int:
@@ -37,35 +35,21 @@ def bindable(port: int) -> bool:
 
 
 def answers(url: str) -> bool:
-    """Whether GET is answered well."""
+    """Whether GET is answered with success."""
     try:
         ask_once(url)
-    except OSError:
+    except httpx.HTTPError:
         return False
     return True
 
 
 def ask(url: str, body: object = None) -> bytes:
-    """As `ask_once`, but a server that says it is busy (503: Prefect's, while something else writes to its database) is
-    asked again.
-    """
-    for pause in BUSY:
-        try:
-            return ask_once(url, body)
-        except HTTPError as error:
-            if error.code != HTTPStatus.SERVICE_UNAVAILABLE:
-                raise
-        time.sleep(pause)
-    return ask_once(url, body)
+    """The answer as of `ask_once`, by a server that may be busy (Prefect's is, while its database is written to)."""
+    return retry(lambda: ask_once(url, body), BUSY_SECONDS)
 
 
 def ask_once(url: str, body: object = None) -> bytes:
-    """The answer to GET, or to POST with a JSON body. Never through a proxy. Raises OSError if it is no good."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})  # noqa: S310
-    try:
-        with opener.open(request, timeout=30) as answer:
-            return bytes(answer.read())
-    except HTTPException as error:
-        raise ConnectionError(f"{url}: {error!r}") from error
+    """The answer to GET, or to POST with a JSON body; never through a proxy. Raises httpx.HTTPError without success."""
+    method = "GET" if body is None else "POST"
+    with open_client(url, trust_env=False, timeout=TIMEOUT) as client:
+        return client.request(method, url, json=body).raise_for_status().content

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from blocks.config.child_environment import HOST, Services, child_environment, remove_toml, require_own_toml, write_toml
 from blocks.config.paths import logs_folder, mlflow_folder, prefect_folder, temporary_folder
-from blocks.config.settings import HOST, Services, child_environment, remove_toml, require_own_toml, write_toml
 from blocks.services import daemons
 from blocks.services.daemons import START_TIMEOUT, Record, Records
 from blocks.services.loopback import answers, ask, bindable, free_port

@@ -12,22 +12,15 @@ import httpx
 import numpy as np
 
 from blocks.config.secrets import secret
+from blocks.http import ConnectionLost, is_transient_status, open_client, read_retry_after
 from blocks.services.vectors import Vector, address, fault
 from core.catalog.schema import TextService
 from core.errors import UserError
 
 TIMEOUT = 120.0  # seconds without a byte, after which a request counts as lost
 LONGEST = 200  # letters of the service's words that a message repeats
-MAY_PASS = (408, 409, 429)
 REFUSED = (401, 403)
-
-
-class ServiceBusy(Exception):
-    """The service was out of reach, or put us off: another try may help. wait: seconds that it asks to wait, else 0."""
-
-    def __init__(self, why: str, wait: float = 0.0) -> None:
-        super().__init__(why, wait)
-        self.why, self.wait = why, wait
+RETRY_REMEDY = "run again later: it goes on with the texts that are missing"
 
 
 def service_key(service: TextService) -> str:
@@ -47,20 +40,22 @@ def text_vectors(service: TextService, dimensions: int | None, texts: Sequence[s
 
     dimensions: how long they must be, which the service is told; None leaves it to the service. Each text has
     one, which is finite and not all zero.
-    Raises ServiceBusy where another try may help, and UserError where the key is missing or refused, the address is
+    Raises ConnectionLost where another try may help, and UserError where the key is missing or refused, the address is
     none, the request is refused, or the answer is not what was asked for.
     """
     key = service_key(service)
     where = address(service)
     wanted = {"model": service.model, "input": list(texts)} | ({"dimensions": dimensions} if dimensions else {})
     try:
-        answer = httpx.post(where, json=wanted, headers={"Authorization": f"Bearer {key}"}, timeout=TIMEOUT)
+        with open_client(headers={"Authorization": f"Bearer {key}"}, timeout=TIMEOUT) as client:
+            answer = client.post(where, json=wanted)
     except httpx.RequestError as error:
-        # Not from it: it holds the request, and with it the key.
-        raise ServiceBusy(f"{type(error).__name__}: {_without(key, str(error))}") from None
+        found = f"{type(error).__name__}: {_without(key, str(error))}"
+        # Not from the error: it holds the request, and with it the key.
+        raise ConnectionLost(service.url, "connection", found, RETRY_REMEDY) from None
     except (httpx.InvalidURL, UnicodeError) as error:  # a port that is none, a name that no host can have
         found = f"no address that can be asked ({_without(key, str(error))})"
-        raise UserError(where, "service.url", found, "mend `url` of the entry (docs/catalog.md)") from None
+        raise UserError(where, "service.url", found, "correct `url` of the entry (docs/catalog.md)") from None
     if not answer.is_success:
         raise _refusal(service, where, answer, _without(key, _words(answer)))
     return _read(answer, len(texts), dimensions, where)
@@ -78,8 +73,11 @@ def _refusal(service: TextService, where: str, answer: httpx.Response, words: st
     if status == httpx.codes.TOO_MANY_REQUESTS and "insufficient_quota" in answer.text:
         remedy = "raise the account's limit at the service, and run again: what was answered is kept"
         return UserError(where, "quota", said, remedy)
-    if status in MAY_PASS or answer.is_server_error:
-        return ServiceBusy(said, _seconds(answer.headers.get("Retry-After", "")))
+    # Services of this kind answer 409 while something else changes, which passes too.
+    if is_transient_status(status) or status == httpx.codes.CONFLICT:
+        busy = ConnectionLost(service.url, "connection", said, RETRY_REMEDY)
+        busy.wait = read_retry_after(answer)
+        return busy
     return UserError(where, "request", said, "check `service` and `dimensions` of the entry (docs/catalog.md)")
 
 
@@ -94,11 +92,6 @@ def _words(answer: httpx.Response) -> str:
 
 def _without(key: str, words: str) -> str:
     return words.replace(key, "...")[:LONGEST]
-
-
-def _seconds(text: str) -> float:
-    """What Retry-After says; 0 for a date, which services of this kind do not send, and for nothing."""
-    return float(text) if re.fullmatch(r"\d{1,6}(\.\d+)?", text) else 0.0
 
 
 def _read(answer: httpx.Response, n: int, dimensions: int | None, where: str) -> list[Vector]:

@@ -15,9 +15,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
 
+import httpx
+
+from blocks.config.child_environment import Services, child_environment
 from blocks.config.paths import PROJECT_ROOT, temporary_folder
 from blocks.config.pools import CPU, GPU
-from blocks.config.settings import Services, child_environment
+from blocks.config.settings import SOURCE, Settings, variable
 from blocks.services import daemons
 from blocks.services.daemons import START_TIMEOUT, Record, Records
 from blocks.services.loopback import ask, ask_once
@@ -26,17 +29,10 @@ from blocks.services.loopback import ask, ask_once
 # started.
 NAMING = (
     "AWS_",
-    "CALIPERT_CATALOG",
-    "CALIPERT_DOCKER",
-    "CALIPERT_ENGINE",
-    "CALIPERT_GPUS",
-    "CALIPERT_KUBERNETES",
-    "CALIPERT_LOCKS",
-    "CALIPERT_MEMORY_GB",
-    "CALIPERT_SOURCE_",
-    "CALIPERT_STORE",
     "CUDA_VISIBLE_DEVICES",
     "DOCKER_",
+    SOURCE,
+    *(variable(field) for field in Settings.model_fields if field != "data"),
 )
 WORKER = "worker-"  # how the names of workers begin; the work pool follows
 WORKERS = tuple(f"{WORKER}{pool}" for pool in (CPU, GPU))
@@ -112,7 +108,7 @@ def _end_lost_runs(services: Services, pool: str) -> None:
         for run in lost:
             state = {"type": ends[run["state_type"]], "message": "Its worker was killed."}
             ask(f"{api}/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
-    except OSError as error:
+    except httpx.HTTPError as error:
         _LOG.warning("flow runs of a killed worker could not be ended; they will be, minutes from now: %s", error)
 
 
@@ -142,6 +138,6 @@ def _naming() -> str:
 def _heard_of(services: Services, pool: str, name: str) -> bool:
     try:
         workers = json.loads(ask_once(f"{services.prefect_api}/work_pools/{pool}/workers/filter", {}))
-    except OSError:
+    except httpx.HTTPError:
         return False
     return any(worker["name"] == name for worker in workers)

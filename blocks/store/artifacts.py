@@ -23,6 +23,7 @@ from prefect.blocks.core import Block
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from blocks.config.paths import store_folder
+from blocks.config.settings import read_settings
 from blocks.local.scratch import scratch, sweep
 from blocks.store.bucket import DamagedFolder, ObjectStore, StoredFile
 from blocks.store.checksums import file_checksum
@@ -87,7 +88,7 @@ class ArtifactStore(Block):
 
     root: str = Field(default_factory=lambda: str(store_folder()), description="Folder of the store.")
     remote: str | None = Field(
-        default_factory=lambda: os.environ.get("CALIPERT_STORE") or None,
+        default_factory=lambda: read_settings().store,
         description="s3://bucket/prefix that several machines share; without it the store is this machine's alone.",
     )
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import pandas as pd
 
-from blocks.tracking.runs import Points, not_finite
 from core.scoring.calibration import VARIANTS
 
 # Columns of the leaderboard that become the metrics `<metric>.<column>` of a model's run.
@@ -27,12 +29,10 @@ QUOTED_VARIANT = VARIANTS[0].name
 QUOTED_COLUMNS = ("bds", "bds_low", "bds_high", "bds_half_sd", "nan_share", "n_conditions")
 
 
-def summaries(rows: pd.DataFrame) -> tuple[Points, dict[str, str]]:
+def summarise_model(rows: pd.DataFrame) -> tuple[dict[str, float], dict[str, str]]:
     """Metrics and tags of one model. rows: its rows of the leaderboard, by metric."""
-    points: Points = {
-        (f"{metric}.{column}", 0): float(value) for column in SUMMARY_COLUMNS for metric, value in rows[column].items()
-    }
-    absent = [name for name in not_finite(points) if not name.endswith(".rank")]
+    values = {f"{metric}.{column}": float(x) for column in SUMMARY_COLUMNS for metric, x in rows[column].items()}
+    absent = [name for name in _find_not_finite(values) if not name.endswith(".rank")]
     calibrated = rows["calibrated"].astype(bool)
     tags = {
         "calibrated": ", ".join(sorted(calibrated.index[calibrated])) or "none",
@@ -40,24 +40,28 @@ def summaries(rows: pd.DataFrame) -> tuple[Points, dict[str, str]]:
         "in_panel": str(bool(rows["in_panel"].all())).lower(),
         "not_finite": ", ".join(absent) or "none",
     }
-    return points, tags
+    return values, tags
 
 
-def verdicts(calibration: pd.DataFrame) -> tuple[Points, dict[str, str]]:
+def summarise_calibration(calibration: pd.DataFrame) -> tuple[dict[str, float], dict[str, str]]:
     """Metrics and tags of one calibration."""
-    points: Points = {}
+    values = {}
     for row in calibration.to_dict("records"):
         for column, ending in DRF_ENDINGS.items():
-            points[f"{row['metric']}.{row['variant']}{ending}", 0] = float(row[column])
+            values[f"{row['metric']}.{row['variant']}{ending}"] = float(row[column])
         if row["variant"] == QUOTED_VARIANT:
             for column in QUOTED_COLUMNS:
-                points[f"{row['metric']}.{column}", 0] = float(row[column])
+                values[f"{row['metric']}.{column}"] = float(row[column])
     quoted = calibration[calibration["variant"] == QUOTED_VARIANT]
     verdict_of = quoted.set_index("metric")["verdict"]
     calibrated = verdict_of.index[verdict_of == "calibrated"]
     tags = {
         "calibrated": ", ".join(sorted(calibrated)) or "none",
         **{f"verdict.{metric}": str(verdict) for metric, verdict in verdict_of.items()},
-        "not_finite": ", ".join(not_finite(points)) or "none",
+        "not_finite": ", ".join(_find_not_finite(values)) or "none",
     }
-    return points, tags
+    return values, tags
+
+
+def _find_not_finite(values: Mapping[str, float]) -> list[str]:
+    return sorted(name for name, value in values.items() if not math.isfinite(value))

@@ -7,40 +7,40 @@ not written twice, and a run that was cut off is ended by the next attempt. docs
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote, urlsplit
 
 import pandas as pd
-from prefect.blocks.core import Block
-from pydantic import Field, field_validator
 
 from blocks.config.paths import scratch_folder
+from blocks.config.settings import read_settings
 from blocks.local.processes import known_dead, this_process
 from blocks.local.scratch import scratch
-from blocks.tracking.api import Run, Server
-from blocks.tracking.curves import live_curve, log_curve
+from blocks.tracking.client import Refused, Server, ServerLost, load_mlflow
+from blocks.tracking.curves import follow_curve, log_curve
 from blocks.tracking.runs import (
     KEY,
     PARENT,
-    Points,
-    Wanted,
-    allowed,
-    as_text,
-    at_once,
-    end,
-    opened,
-    shortened,
-    with_running_children,
-    write,
+    WantedRun,
+    end_run,
+    find_with_running_children,
+    fit_name,
+    fit_param,
+    format_param,
+    map_threads,
+    open_or_create_runs,
+    write_values,
 )
-from blocks.tracking.tables import summaries, verdicts
+from blocks.tracking.tables import summarise_calibration, summarise_model
 from core.errors import UserError
 
 if TYPE_CHECKING:
+    from mlflow.entities import Run
+
     from blocks.engines.process import Usage
 
 EXPERIMENT_PREFIX = "calipert/"
@@ -84,45 +84,36 @@ class OpenRun(NamedTuple):
     folds: dict[int, str]
 
 
-class MLflowTracking(Block):
+@dataclass(frozen=True)
+class MLflowTracking:
     """Writes benchmarks and calibrations to an MLflow server.
 
-    Every method talks to the server at `tracking_uri` and to nothing else, and raises UserError, naming that URL and
-    the remedy, when the server does not answer or refuses: within about 15 seconds where it has never answered, within
-    about a minute where it was lost or its database is locked. Credentials are never part of the URL: they are read
-    from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment.
+    Every method talks to the server at `tracking_uri` (for instance http://127.0.0.1:5000) and to nothing else, and
+    raises UserError, naming that URL and the remedy, when the server does not answer or refuses: within about 15
+    seconds where it has never answered, within about a minute where it was lost. Credentials are never part of the URL:
+    MLflow's client reads MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment.
     """
 
-    _block_type_name = "MLflow tracking"
-    _block_type_slug = "mlflow-tracking"
-    _description = "The MLflow server that keeps the runs of calipert."
+    tracking_uri: str
 
-    tracking_uri: str = Field(description="URL of the MLflow server, for instance http://127.0.0.1:5000")
-
-    @field_validator("tracking_uri")
-    @classmethod
-    def _server_url(cls, uri: str) -> str:
-        parts = urlsplit(uri)
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.tracking_uri)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(
-                "environment",
-                "MLFLOW_TRACKING_URI",
-                uri,
-                "Give the http or https URL of an MLflow server: databases and folders written to directly by "
-                "several processes get damaged.",
+            found = self.tracking_uri
+            remedy = (
+                "give the http or https URL of an MLflow server: databases and folders that several processes write to "
+                "directly get damaged"
             )
-        if parts.username or parts.password:
-            raise UserError(
-                "environment",
-                "MLFLOW_TRACKING_URI",
-                f"a user name or password for {parts.hostname}",
-                "Take it out of the URL and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead.",
-            )
-        return uri.rstrip("/")
+        elif parts.username or parts.password:
+            found = f"a user name or password for {parts.hostname}"
+            remedy = "take it out of the URL and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
+        else:
+            return
+        raise UserError("environment", "MLFLOW_TRACKING_URI", found, remedy)
 
     @property
     def _server(self) -> Server:
-        return Server(self.tracking_uri)
+        return Server(self.tracking_uri.rstrip("/"))
 
     def open_runs(
         self,
@@ -144,33 +135,32 @@ class MLflowTracking(Block):
         Call it before any fan-out: two simultaneous callers may each create runs (the next call would heal that).
         """
         server = self._server
-        experiment = server.experiment(f"{EXPERIMENT_PREFIX}{dataset}")
+        experiment = self._find_experiment(dataset)
         chosen = f"tags.benchmark_id = '{benchmark_id}'"
-        found = server.search([experiment], chosen)
+        found = server.find_runs([experiment], chosen)
         shared = {"benchmark_id": benchmark_id, "dataset": dataset, **_origin(flow_run_id)}
         params = {m.key: {"model": m.model, "dataset": dataset, "seed": m.seed, **m.params} for m in models}
-        wanted = [_wanted(model, shared, params[model.key]) for model in models]
-        runs = opened(server, experiment, chosen, wanted, found)
+        wanted = [_describe_run(model, shared, params[model.key]) for model in models]
+        runs = open_or_create_runs(server, experiment, chosen, wanted, found)
 
         def describe(model: ModelRun) -> None:
-            _keep_params(server, runs[model.key], params[model.key])
-            _keep_dataset(server, runs[model.key], dataset, digest, source)
+            _log_params(server, runs[model.key], params[model.key])
+            _log_dataset(server, runs[model.key], dataset, digest, source)
 
         # The first one makes the data set that the others share.
         for some in (models[:1], models[1:]):
-            at_once(describe, some)
+            map_threads(describe, some)
         parts = {
-            (model.model, fold): _wanted_fold(each, runs[model.key].run_id, fold)
+            (model.model, fold): _describe_fold(each, runs[model.key].info.run_id, fold)
             for model, each in zip(models, wanted, strict=True)
             for fold in model.folds
         }
-        folds = opened(server, experiment, chosen, list(parts.values()), found)
-        return {
-            model.model: OpenRun(
-                runs[model.key].run_id, {fold: folds[parts[model.model, fold].key].run_id for fold in model.folds}
-            )
-            for model in models
-        }
+        folds = open_or_create_runs(server, experiment, chosen, list(parts.values()), found)
+        opened = {}
+        for model in models:
+            of_folds = {fold: folds[parts[model.model, fold].key].info.run_id for fold in model.folds}
+            opened[model.model] = OpenRun(runs[model.key].info.run_id, of_folds)
+        return opened
 
     def begin_training(self, run_id: str, flow_run_id: str) -> None:
         """Say in a fold's run which flow run trains it now."""
@@ -179,15 +169,15 @@ class MLflowTracking(Block):
     def kill_training(self, run_id: str, flow_run_id: str, reason: str) -> None:
         """End a fold's run as KILLED, as `fail` does, if this flow run was the last that began to train it: the end of
         an earlier one may be told late."""
-        if self._server.run(run_id).tags.get(_TRAINED_BY) == flow_run_id:
+        if self._server.get_run(run_id).data.tags.get(_TRAINED_BY) == flow_run_id:
             self.fail(run_id, reason, "KILLED")
 
-    def live_curve(self, run_id: str) -> Callable[[Mapping[str, object]], None]:
+    def follow_curve(self, run_id: str) -> Callable[[Mapping[str, object]], None]:
         """A function that takes the events of a training while it runs and writes its metrics (blocks.tracking.curves).
 
         The training waits meanwhile: a lost server is not asked again at once.
         """
-        return live_curve(Server(self.tracking_uri, patience=0), run_id)
+        return follow_curve(Server(self._server.uri, patience=0), run_id)
 
     def log_curve(self, run_id: str, training: Path) -> None:
         """Make a fold's run show exactly the curve of its training.jsonl (blocks.tracking.curves)."""
@@ -201,9 +191,9 @@ class MLflowTracking(Block):
             "system.cpu_seconds": usage.cpu_seconds,
             "system.peak_memory_mb": None if usage.peak_memory_bytes is None else usage.peak_memory_bytes / 1e6,
         }
-        points: Points = {(name, 0): value for name, value in took.items() if value is not None}
+        values = {name: value for name, value in took.items() if value is not None}
         server = self._server
-        write(server, server.run(run_id), points, {"device": usage.device})
+        write_values(server, server.get_run(run_id), values, {"device": usage.device})
 
     def log_leaderboard(self, leaderboard: pd.DataFrame, run_ids: Mapping[str, str]) -> None:
         """Write each model's rows of the leaderboard as metrics `<metric>.<column>` of its run (columns:
@@ -217,7 +207,7 @@ class MLflowTracking(Block):
         server = self._server
         by_model = dict(iter(leaderboard.groupby("model", sort=False)))
         rows = [(run_id, by_model[model].set_index("metric")) for model, run_id in run_ids.items()]
-        at_once(lambda row: write(server, server.run(row[0]), *summaries(row[1])), rows)
+        map_threads(lambda row: write_values(server, server.get_run(row[0]), *summarise_model(row[1])), rows)
 
     def log_scores(self, scores: Path, run_ids: Mapping[str, str]) -> None:
         """Keep with each model's run its own rows of scores.parquet, as a file of that name; of a model without rows
@@ -237,14 +227,14 @@ class MLflowTracking(Block):
             with scratch(scratch_folder(), "mlflow") as folder:
                 file = folder / scores.name
                 pq.write_table(own, file)
-                server.upload(server.run(run_id), file)
+                server.log_file(run_id, file)
 
-        at_once(keep, run_ids.items())
+        map_threads(keep, run_ids.items())
 
     def log_report(self, report: Path, run_ids: Iterable[str]) -> None:
         """Keep the report of a benchmark with each of these runs, as a file of that name."""
         server = self._server
-        at_once(lambda run_id: server.upload(server.run(run_id), report), run_ids)
+        map_threads(lambda run_id: server.log_file(run_id, report), run_ids)
 
     def log_calibration(
         self,
@@ -268,25 +258,26 @@ class MLflowTracking(Block):
         When something fails, the run ends as FAILED with the reason, and the error goes on.
         """
         server = self._server
-        experiment = server.experiment(f"{EXPERIMENT_PREFIX}{dataset}")
+        experiment = self._find_experiment(dataset)
         chosen = f"tags.`{KEY}` = '{key}'"
         whole = {"dataset": dataset, **params}
         tags = {"kind": "calibration", "dataset": dataset, **_origin(flow_run_id)}
-        wanted = Wanted(key, "calibration", tags, {name: as_text(value) for name, value in whole.items()})
-        run = opened(server, experiment, chosen, [wanted], server.search([experiment], chosen))[key]
+        wanted = WantedRun(key, "calibration", tags, {name: format_param(value) for name, value in whole.items()})
+        run = open_or_create_runs(server, experiment, chosen, [wanted], server.find_runs([experiment], chosen))[key]
         try:
-            _keep_params(server, run, whole)
-            _keep_dataset(server, run, dataset, digest, source)
-            write(server, run, *verdicts(calibration))
-            server.upload(run, file)
-        except UserError:
-            # The server is lost or refuses: there is nobody to tell, and the next attempt finds the run.
+            _log_params(server, run, whole)
+            _log_dataset(server, run, dataset, digest, source)
+            write_values(server, run, *summarise_calibration(calibration))
+            server.log_file(run.info.run_id, file)
+        except ServerLost:
+            # The end of the run could not be written either; the next attempt finds it.
             raise
         except BaseException as error:
-            self.fail(run.run_id, f"{type(error).__name__}: {error}")
+            self.fail(run.info.run_id, f"{type(error).__name__}: {error}")
             raise
-        self.finish(run.run_id)
-        return run.run_id
+        run_id: str = run.info.run_id
+        self.finish(run_id)
+        return run_id
 
     def finish(self, *run_ids: str) -> None:
         """End runs of one data set, and those of their folds that are still running, as FINISHED.
@@ -295,23 +286,23 @@ class MLflowTracking(Block):
         stretch its duration.
         """
         server = self._server
-        at_once(lambda run: end(server, run, "FINISHED"), with_running_children(server, run_ids))
+        map_threads(lambda run: end_run(server, run, "FINISHED"), find_with_running_children(server, run_ids))
 
     def fail(self, run_id: str, reason: str, status: str = "FAILED") -> None:
         """End a run, and those of its folds that are still running, as FAILED, or KILLED, with the reason in the tag
         `failure`, which stays until the run finishes."""
         server = self._server
-        at_once(lambda run: end(server, run, status, reason), with_running_children(server, [run_id]))
+        map_threads(lambda run: end_run(server, run, status, reason), find_with_running_children(server, [run_id]))
 
     def end_interrupted(self, flow_run_id: str, reason: str) -> list[str]:
         """End as KILLED every run that this flow run left running, and return their ids: for what is done when a flow
         run was cancelled or has crashed."""
         server = self._server
-        left = server.search(
-            server.experiments(EXPERIMENT_PREFIX), f"{_RUNNING} and tags.`{_FLOW_RUN}` = '{flow_run_id}'"
+        left = server.find_runs(
+            server.find_experiments(EXPERIMENT_PREFIX), f"{_RUNNING} and tags.`{_FLOW_RUN}` = '{flow_run_id}'"
         )
-        at_once(lambda run: end(server, run, "KILLED", reason), left)
-        return sorted(run.run_id for run in left)
+        map_threads(lambda run: end_run(server, run, "KILLED", reason), left)
+        return sorted(run.info.run_id for run in left)
 
     def end_stale(self, dataset: str, alive: Callable[[list[str]], set[str]]) -> list[str]:
         """End as KILLED the runs of a data set that nobody goes on with, and return their ids.
@@ -321,24 +312,24 @@ class MLflowTracking(Block):
         Runs without a flow run and of a process that nobody here can know are left alone.
         """
         server = self._server
-        experiment = server.experiment(f"{EXPERIMENT_PREFIX}{dataset}")
-        running = server.search([experiment], _RUNNING)
-        left = [run for run in running if known_dead(run.tags.get(_PROCESS, ""))]
-        unsure = [run for run in running if run not in left and _FLOW_RUN in run.tags]
-        flows = {run.tags[_FLOW_RUN] for run in unsure}
+        experiment = self._find_experiment(dataset)
+        running = server.find_runs([experiment], _RUNNING)
+        left = [run for run in running if known_dead(run.data.tags.get(_PROCESS, ""))]
+        unsure = [run for run in running if run not in left and _FLOW_RUN in run.data.tags]
+        flows = {run.data.tags[_FLOW_RUN] for run in unsure}
         ended = flows - alive(sorted(flows)) if flows else set()
-        left += [run for run in unsure if run.tags[_FLOW_RUN] in ended]
+        left += [run for run in unsure if run.data.tags[_FLOW_RUN] in ended]
 
         def end_unless_taken(run: Run) -> Run | None:
             # In the meantime another flow run may have gone on with it.
-            now = server.run(run.run_id)
-            same = all(now.tags.get(tag) == run.tags.get(tag) for tag in (_FLOW_RUN, _PROCESS))
-            if now.status != "RUNNING" or not same:
+            now = server.get_run(run.info.run_id)
+            same = all(now.data.tags.get(tag) == run.data.tags.get(tag) for tag in (_FLOW_RUN, _PROCESS))
+            if now.info.status != "RUNNING" or not same:
                 return None
-            end(server, now, "KILLED", "It was left running by a flow run that has ended.")
+            end_run(server, now, "KILLED", "it was left running by a flow run that has ended")
             return now
 
-        return sorted(run.run_id for run in at_once(end_unless_taken, left) if run)
+        return sorted(run.info.run_id for run in map_threads(end_unless_taken, left) if run)
 
     def benchmark_url(self, dataset: str, benchmark_id: str) -> str:
         """The page that compares the models of one benchmark in charts, in the UI's mode for model training."""
@@ -354,8 +345,11 @@ class MLflowTracking(Block):
 
     def _experiment_url(self, dataset: str) -> str:
         """CALIPERT_MLFLOW_URL says how browsers reach the server where that differs from how workers do."""
-        pages = os.environ.get("CALIPERT_MLFLOW_URL", self.tracking_uri).rstrip("/")
-        return f"{pages}/#/experiments/{self._server.experiment(f'{EXPERIMENT_PREFIX}{dataset}')}"
+        pages = (read_settings().mlflow_url or self.tracking_uri).rstrip("/")
+        return f"{pages}/#/experiments/{self._find_experiment(dataset)}"
+
+    def _find_experiment(self, dataset: str) -> str:
+        return self._server.find_or_create_experiment(f"{EXPERIMENT_PREFIX}{dataset}")
 
 
 def git_commit(root: Path) -> str | None:
@@ -379,20 +373,20 @@ def git_commit(root: Path) -> str | None:
 def _origin(flow_run_id: str | None) -> dict[str, str | None]:
     """Tags that say by what a run was opened."""
     # An image has no checkout: it is told when it is built.
-    commit = os.environ.get("CALIPERT_COMMIT") or git_commit(Path(__file__).resolve().parents[2])
+    commit = read_settings().commit or git_commit(Path(__file__).resolve().parents[2])
     return {"git_commit": commit, _FLOW_RUN: flow_run_id, _PROCESS: this_process()}
 
 
-def _wanted(model: ModelRun, shared: Mapping[str, str | None], params: Mapping[str, object]) -> Wanted:
+def _describe_run(model: ModelRun, shared: Mapping[str, str | None], params: Mapping[str, object]) -> WantedRun:
     name = model.model if model.seed < 0 else f"{model.model} seed {model.seed}"
     own = {"kind": model.kind, "model": model.model, "seed": str(model.seed), "engine": model.engine}
-    return Wanted(model.key, name, {**shared, **own}, {each: as_text(value) for each, value in params.items()})
+    return WantedRun(model.key, name, {**shared, **own}, {each: format_param(value) for each, value in params.items()})
 
 
-def _wanted_fold(model: Wanted, parent: str, fold: int) -> Wanted:
+def _describe_fold(model: WantedRun, parent: str, fold: int) -> WantedRun:
     inherited = {name: model.tags.get(name) for name in _INHERITED}
     params = {name: model.params[name] for name in ("model", "dataset", "seed")}
-    return Wanted(
+    return WantedRun(
         f"{model.key}/fold_{fold}",
         f"{model.name} fold {fold}",
         {**inherited, PARENT: parent, "fold": str(fold)},
@@ -401,20 +395,34 @@ def _wanted_fold(model: Wanted, parent: str, fold: int) -> Wanted:
     )
 
 
-def _keep_params(server: Server, run: Run, params: Mapping[str, object]) -> None:
+def _log_params(server: Server, run: Run, params: Mapping[str, object]) -> None:
     """Where MLflow's limits change a param, all of them whole are in params.json."""
-    whole = {name: as_text(value) for name, value in params.items()}
-    if all(allowed(name) == name and shortened(text) == text for name, text in whole.items()):
+    whole = {name: format_param(value) for name, value in params.items()}
+    if all(fit_name(name) == name and fit_param(text) == text for name, text in whole.items()):
         return
     with scratch(scratch_folder(), "mlflow") as folder:
         file = folder / "params.json"
         file.write_text(json.dumps(whole, indent=2), encoding="utf-8")
-        server.upload(run, file)
+        server.log_file(run.info.run_id, file)
 
 
-def _keep_dataset(server: Server, run: Run, name: str, digest: str, source: str) -> None:
+def _log_dataset(server: Server, run: Run, name: str, digest: str, source: str) -> None:
     """The data set as the run's input; MLflow keeps 36 characters of the digest."""
-    if run.has_dataset:
+    if run.inputs and run.inputs.dataset_inputs:
         return
+    entities = load_mlflow().entities
     kind = {"https": "http", "s3": "s3"}.get(source.partition("://")[0], "local")
-    server.log_dataset(run.run_id, name, digest[:36], kind, {"url" if kind == "http" else "uri": source})
+    place = json.dumps({"url" if kind == "http" else "uri": source})
+    dataset = entities.Dataset(name, digest[:36], kind, place)
+    given = entities.DatasetInput(dataset, [entities.InputTag("mlflow.data.context", "benchmark")])
+
+    def log() -> None:
+        server.ask(lambda client: client.log_inputs(run.info.run_id, [given]))
+
+    try:
+        log()
+    except Refused as error:
+        if "IntegrityError" not in error.found:
+            raise
+        # Another process made the same data set at the same moment: now it exists.
+        log()

@@ -7,7 +7,6 @@ the user's own folders of models; tasks.inputs finds these.)
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
@@ -42,183 +41,186 @@ FOLDERS: dict[Kind, str] = {kind: "pretrained" if kind == "pretrained" else f"{k
 Spec = TypeVar("Spec", DatasetSpec, EmbeddingSpec, ModelSpec, GroupSpec, PretrainedSpec)
 
 
-def dataset(name_or_path: str | Path) -> DatasetSpec:
-    """The data set of that name, or the user's own entry in the YAML file at that path.
+class Catalog:
+    """The built-in entries and those of the user.
 
-    Raises UserError for an unknown name, a missing or unreadable file, an entry that does not fit the schema, and
-    a user's own entry that takes the name of one in the catalog.
+    own: the user's folder of entries; None for the built-in ones alone. It is read at each question, so that an entry
+    that is written meanwhile counts.
     """
-    path = Path(name_or_path)
-    if path.suffix.lower() not in SUFFIXES:
-        return _entry("dataset", str(name_or_path), DatasetSpec)
-    spec = _read(path, DatasetSpec)
-    taken = _files("dataset").get(spec.name)
-    if taken is not None and taken.resolve() != path.resolve():
-        raise UserError(
-            path, "name", f"{spec.name!r}, a data set of the catalog ({taken})", "give your entry a name of its own"
-        )
-    return spec
 
+    def __init__(self, own: Path | None = None) -> None:
+        self._own = own
 
-def embedding(name: str) -> EmbeddingSpec:
-    """The embedding of that name. Raises UserError for an unknown name or an entry that does not fit the schema."""
-    spec = _entry("embedding", name, EmbeddingSpec)
-    if spec.source and name in _files("pretrained"):
-        taken = f"{name!r}, which published files have too ({_files('pretrained')[name]})"
-        raise UserError(_files("embedding")[name], "name", taken, f"rename one: --source {name}= names either")
-    published = _named_pretrained("embedding", spec)
-    if published and spec.kind == "text" and (missing := sorted(set(GENE_FILES) - set(published.files))):
-        lacking = f"{spec.pretrained!r}, without {missing[0]}"
-        raise UserError(_files("embedding")[name], "pretrained", lacking, f"name one with {' and '.join(GENE_FILES)}")
-    found = [_part(spec, part) for part in spec.parts]
-    if found and spec.per_fold != any(part.per_fold for part in found):
-        made = "each fold, as one of its parts is" if not spec.per_fold else "all folds, as its parts are"
-        per_fold = str(not spec.per_fold).lower()
-        raise UserError(
-            _files("embedding")[name], "per_fold", str(spec.per_fold).lower(), f"{per_fold}: it is made for {made}"
-        )
-    return spec
+    def dataset(self, name_or_path: str | Path) -> DatasetSpec:
+        """The data set of that name, or the user's own entry in the YAML file at that path.
 
-
-def parts(spec: EmbeddingSpec) -> list[EmbeddingSpec]:
-    """The tables that an embedding of several puts side by side; any other embedding is its own only part."""
-    return [embedding(name) for name in spec.parts] or [spec]
-
-
-def pretrained(name: str) -> PretrainedSpec:
-    """The published files of that name. Raises UserError as `embedding` does."""
-    return _entry("pretrained", name, PretrainedSpec)
-
-
-def _named_pretrained(kind: Literal["embedding", "model"], spec: EmbeddingSpec | ModelSpec) -> PretrainedSpec | None:
-    """What an entry's field `pretrained` names. Raises UserError, with the entry's file, for an unknown name."""
-    if spec.pretrained is None:
-        return None
-    if spec.pretrained not in _files("pretrained"):
-        raise _unknown("pretrained", spec.pretrained, names("pretrained"), _files(kind)[spec.name])
-    return pretrained(spec.pretrained)
-
-
-def _part(whole: EmbeddingSpec, name: str) -> EmbeddingSpec:
-    where = _files("embedding")[whole.name]
-    if name not in _files("embedding"):
-        raise _unknown("embedding", name, names("embedding"), where)
-    part = _entry("embedding", name, EmbeddingSpec)
-    if part.form != "table":
-        raise UserError(
-            where, "parts", f"{name!r}, which is no single table", "name embeddings that are one table each"
-        )
-    return part
-
-
-def model(name: str) -> ResolvedModel:
-    """The model of that (expanded) name: `linear`, `ridge_reactome`. Raises UserError as `embedding` does."""
-    known = _resolved()
-    if name not in known:
-        raise _unknown("model", name, list(known))
-    return known[name].model_copy(deep=True)
-
-
-def group(name: str) -> GroupSpec:
-    """The group of that name. Raises UserError as `embedding` does."""
-    return _entry("group", name, GroupSpec)
-
-
-def models(names: Iterable[str]) -> list[ResolvedModel]:
-    """The models of these names, in this order, each once; a group's name stands for its models.
-
-    Raises UserError for a name that is neither a model nor a group, also within a group.
-    """
-    known, groups = _resolved(), _files("group")
-    wanted: dict[str, None] = {}
-    for name in names:
-        if name in groups:
-            members = group(name).models
-            for member in members:
-                if member not in known:
-                    raise _unknown("model", member, list(known), where=groups[name])
-            wanted.update(dict.fromkeys(members))
-        elif name in known:
-            wanted[name] = None
-        else:
-            raise _unknown("model or group", name, [*known, *groups])
-    return [known[name].model_copy(deep=True) for name in wanted]
-
-
-def names(kind: Kind) -> list[str]:
-    """The sorted names of one kind; models by their expanded names."""
-    return sorted(_resolved() if kind == "model" else _files(kind))
-
-
-def _resolved() -> dict[str, ResolvedModel]:
-    embeddings = {name: embedding(name) for name in names("embedding")}
-    groups = _files("group")
-    found: dict[str, ResolvedModel] = {}
-    for template, path in sorted(_files("model").items()):
-        spec = _entry("model", template, ModelSpec)
-        takes = TAKES["table" if spec.embedding is True else spec.embedding] if spec.embedding else ()
-        weights = _named_pretrained("model", spec)
-        fitting = [name for name in sorted(embeddings) if embeddings[name].form in takes]
-        for choice in fitting if spec.embedding else [None]:
-            name = template if choice is None else f"{template}_{choice}"
-            if name in found or name in groups:
-                other = groups[name] if name in groups else f"model {found[name].template!r}"
-                raise UserError(path, "name", f"{name!r} is also {other}", "rename one of them")
-            found[name] = ResolvedModel(
-                name=name,
-                title=spec.title if choice is None else f"{spec.title}, {embeddings[choice].title}",
-                template=template,
-                embedding=None if choice is None else embeddings[choice],
-                pretrained=weights,
-                hyperparameters=spec.hyperparameters,
-                container=spec.container,
-                time_limits=spec.time_limits,
-                citation=spec.citation,
-            )
-    return found
-
-
-def _entry(kind: Kind, name: str, schema: type[Spec]) -> Spec:
-    files = _files(kind)
-    if name not in files:
-        raise _unknown(kind, name, list(files))
-    path = files[name]
-    spec = _read_built_in(path, schema) if path.is_relative_to(BUILT_IN) else _read(path, schema)
-    if spec.name != name:
-        raise UserError(path, "name", repr(spec.name), f"write `name: {name}`, or rename the file to {spec.name}.yaml")
-    return spec.model_copy(deep=True)
-
-
-def _files(kind: Kind) -> dict[str, Path]:
-    """Entry name -> file, built-in and the user's."""
-    folder = FOLDERS[kind]
-    files = {path.stem: path for path in _yaml_files(BUILT_IN / folder)}
-    own = users_folder()
-    for path in _yaml_files(own / folder) if own else []:
-        if path.stem in files:
+        Raises UserError for an unknown name, a missing or unreadable file, an entry that does not fit the schema, and
+        a user's own entry that takes the name of one in the catalog.
+        """
+        path = Path(name_or_path)
+        if path.suffix.lower() not in SUFFIXES:
+            return self._entry("dataset", str(name_or_path), DatasetSpec)
+        spec = _read(path, DatasetSpec)
+        taken = self._files("dataset").get(spec.name)
+        if taken is not None and taken.resolve() != path.resolve():
             raise UserError(
-                path,
-                "name",
-                f"{path.stem!r}, which the catalog already has ({files[path.stem]})",
-                "give your entry a name of its own",
+                path, "name", f"{spec.name!r}, a data set of the catalog ({taken})", "give your entry a name of its own"
             )
-        files[path.stem] = path
-    return files
+        return spec
 
+    def embedding(self, name: str) -> EmbeddingSpec:
+        """The embedding of that name. Raises UserError for an unknown name or an entry that does not fit the schema."""
+        spec = self._entry("embedding", name, EmbeddingSpec)
+        if spec.source and name in self._files("pretrained"):
+            taken = f"{name!r}, which published files have too ({self._files('pretrained')[name]})"
+            raise UserError(self._files("embedding")[name], "name", taken, f"rename one: --source {name}= names either")
+        published = self._named_pretrained("embedding", spec)
+        if published and spec.kind == "text" and (missing := sorted(set(GENE_FILES) - set(published.files))):
+            lacking = f"{spec.pretrained!r}, without {missing[0]}"
+            raise UserError(
+                self._files("embedding")[name], "pretrained", lacking, f"name one with {' and '.join(GENE_FILES)}"
+            )
+        found = [self._part(spec, part) for part in spec.parts]
+        if found and spec.per_fold != any(part.per_fold for part in found):
+            made = "each fold, as one of its parts is" if not spec.per_fold else "all folds, as its parts are"
+            per_fold = str(not spec.per_fold).lower()
+            raise UserError(
+                self._files("embedding")[name],
+                "per_fold",
+                str(spec.per_fold).lower(),
+                f"{per_fold}: it is made for {made}",
+            )
+        return spec
 
-def users_folder() -> Path | None:
-    """The user's own folder of entries, if there is one. Raises UserError where it has none of the sub-folders."""
-    if not os.environ.get(VARIABLE):
-        return None
-    folder = Path(os.environ[VARIABLE])
-    if not any((folder / name).is_dir() for name in FOLDERS.values()):
-        raise UserError(
-            VARIABLE,
-            "folder",
-            f"{folder}, without any of the sub-folders {', '.join(FOLDERS.values())}",
-            f"point {VARIABLE} to a folder of catalog entries ({GUIDE}), or unset it",
-        )
-    return folder
+    def parts(self, spec: EmbeddingSpec) -> list[EmbeddingSpec]:
+        """The tables that an embedding of several puts side by side; any other embedding is its own only part."""
+        return [self.embedding(name) for name in spec.parts] or [spec]
+
+    def pretrained(self, name: str) -> PretrainedSpec:
+        """The published files of that name. Raises UserError as `embedding` does."""
+        return self._entry("pretrained", name, PretrainedSpec)
+
+    def _named_pretrained(
+        self, kind: Literal["embedding", "model"], spec: EmbeddingSpec | ModelSpec
+    ) -> PretrainedSpec | None:
+        """What an entry's field `pretrained` names. Raises UserError, with the entry's file, for an unknown name."""
+        if spec.pretrained is None:
+            return None
+        if spec.pretrained not in self._files("pretrained"):
+            raise _unknown("pretrained", spec.pretrained, self.names("pretrained"), self._files(kind)[spec.name])
+        return self.pretrained(spec.pretrained)
+
+    def _part(self, whole: EmbeddingSpec, name: str) -> EmbeddingSpec:
+        where = self._files("embedding")[whole.name]
+        if name not in self._files("embedding"):
+            raise _unknown("embedding", name, self.names("embedding"), where)
+        part = self._entry("embedding", name, EmbeddingSpec)
+        if part.form != "table":
+            raise UserError(
+                where, "parts", f"{name!r}, which is no single table", "name embeddings that are one table each"
+            )
+        return part
+
+    def model(self, name: str) -> ResolvedModel:
+        """The model of that (expanded) name: `linear`, `ridge_reactome`. Raises UserError as `embedding` does."""
+        known = self._resolved()
+        if name not in known:
+            raise _unknown("model", name, list(known))
+        return known[name].model_copy(deep=True)
+
+    def group(self, name: str) -> GroupSpec:
+        """The group of that name. Raises UserError as `embedding` does."""
+        return self._entry("group", name, GroupSpec)
+
+    def models(self, names: Iterable[str]) -> list[ResolvedModel]:
+        """The models of these names, in this order, each once; a group's name stands for its models.
+
+        Raises UserError for a name that is neither a model nor a group, also within a group.
+        """
+        known, groups = self._resolved(), self._files("group")
+        wanted: dict[str, None] = {}
+        for name in names:
+            if name in groups:
+                members = self.group(name).models
+                for member in members:
+                    if member not in known:
+                        raise _unknown("model", member, list(known), where=groups[name])
+                wanted.update(dict.fromkeys(members))
+            elif name in known:
+                wanted[name] = None
+            else:
+                raise _unknown("model or group", name, [*known, *groups])
+        return [known[name].model_copy(deep=True) for name in wanted]
+
+    def names(self, kind: Kind) -> list[str]:
+        """The sorted names of one kind; models by their expanded names."""
+        return sorted(self._resolved() if kind == "model" else self._files(kind))
+
+    def _resolved(self) -> dict[str, ResolvedModel]:
+        embeddings = {name: self.embedding(name) for name in self.names("embedding")}
+        groups = self._files("group")
+        found: dict[str, ResolvedModel] = {}
+        for template, path in sorted(self._files("model").items()):
+            spec = self._entry("model", template, ModelSpec)
+            takes = TAKES["table" if spec.embedding is True else spec.embedding] if spec.embedding else ()
+            weights = self._named_pretrained("model", spec)
+            fitting = [name for name in sorted(embeddings) if embeddings[name].form in takes]
+            for choice in fitting if spec.embedding else [None]:
+                name = template if choice is None else f"{template}_{choice}"
+                if name in found or name in groups:
+                    other = groups[name] if name in groups else f"model {found[name].template!r}"
+                    raise UserError(path, "name", f"{name!r} is also {other}", "rename one of them")
+                found[name] = ResolvedModel(
+                    name=name,
+                    title=spec.title if choice is None else f"{spec.title}, {embeddings[choice].title}",
+                    template=template,
+                    embedding=None if choice is None else embeddings[choice],
+                    pretrained=weights,
+                    hyperparameters=spec.hyperparameters,
+                    container=spec.container,
+                    time_limits=spec.time_limits,
+                    citation=spec.citation,
+                )
+        return found
+
+    def _entry(self, kind: Kind, name: str, schema: type[Spec]) -> Spec:
+        files = self._files(kind)
+        if name not in files:
+            raise _unknown(kind, name, list(files))
+        path = files[name]
+        spec = _read_built_in(path, schema) if path.is_relative_to(BUILT_IN) else _read(path, schema)
+        if spec.name != name:
+            raise UserError(
+                path, "name", repr(spec.name), f"write `name: {name}`, or rename the file to {spec.name}.yaml"
+            )
+        return spec.model_copy(deep=True)
+
+    def _files(self, kind: Kind) -> dict[str, Path]:
+        """Entry name -> file, built-in and the user's."""
+        folder = FOLDERS[kind]
+        files = {path.stem: path for path in _yaml_files(BUILT_IN / folder)}
+        own = self.own_folder()
+        for path in _yaml_files(own / folder) if own else []:
+            if path.stem in files:
+                raise UserError(
+                    path,
+                    "name",
+                    f"{path.stem!r}, which the catalog already has ({files[path.stem]})",
+                    "give your entry a name of its own",
+                )
+            files[path.stem] = path
+        return files
+
+    def own_folder(self) -> Path | None:
+        """The user's own folder of entries, if there is one. Raises UserError where it has none of the sub-folders."""
+        if self._own is not None and not any((self._own / name).is_dir() for name in FOLDERS.values()):
+            raise UserError(
+                VARIABLE,
+                "folder",
+                f"{self._own}, without any of the sub-folders {', '.join(FOLDERS.values())}",
+                f"point {VARIABLE} to a folder of catalog entries ({GUIDE}), or unset it",
+            )
+        return self._own
 
 
 def _yaml_files(folder: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from core import catalog
+from blocks.config.catalog import open_catalog
 from core.catalog.registry import Kind
 from core.catalog.schema import (
     EmbeddingSpec,
@@ -42,28 +42,28 @@ Row = tuple[str, str, Iterable[str]]
 
 
 def _datasets() -> Iterator[Row]:
-    for spec in map(catalog.dataset, catalog.names("dataset")):
+    for spec in map(open_catalog().dataset, open_catalog().names("dataset")):
         yield spec.name, spec.title, [_file(spec.source, spec.name)]
 
 
 def _published() -> Iterator[Row]:
-    for spec in map(catalog.pretrained, catalog.names("pretrained")):
+    for spec in map(open_catalog().pretrained, open_catalog().names("pretrained")):
         yield spec.name, spec.title, _of_published(spec)
 
 
 def _embeddings() -> Iterator[Row]:
-    for spec in map(catalog.embedding, catalog.names("embedding")):
+    for spec in map(open_catalog().embedding, open_catalog().names("embedding")):
         yield spec.name, spec.title, _of_embedding(spec)
 
 
 def _models() -> Iterator[Row]:
-    for model in catalog.models(catalog.names("model")):
+    for model in open_catalog().models(open_catalog().names("model")):
         yield model.name, model.title, _of_model(model)
 
 
 def _groups() -> Iterator[Row]:
-    for group in map(catalog.group, catalog.names("group")):
-        models = catalog.models([group.name])
+    for group in map(open_catalog().group, open_catalog().names("group")):
+        models = open_catalog().models([group.name])
         yield group.name, f"{group.title}: {', '.join(group.models)}", [n for model in models for n in _of_model(model)]
 
 
@@ -79,10 +79,10 @@ def _of_published(spec: PretrainedSpec) -> list[str]:
 
 
 def _of_embedding(spec: EmbeddingSpec) -> Iterator[str]:
-    for part in catalog.parts(spec):
+    for part in open_catalog().parts(spec):
         yield f"container {part.container}" if part.container else ""
         yield _file(part.source, part.name) if part.source else ""
-        yield from _of_published(catalog.pretrained(part.pretrained)) if part.pretrained else ()
+        yield from _of_published(open_catalog().pretrained(part.pretrained)) if part.pretrained else ()
         yield f"secret {part.service.secret}" if part.service else ""
 
 

@@ -16,7 +16,7 @@ from core.errors import UserError, shown
 from flows.cli.model import app as models_app
 
 if TYPE_CHECKING:
-    from blocks.config.settings import Services
+    from blocks.config.child_environment import Services
     from flows.reproduce import Outcome
 
 Folds = int | Literal["leave-one-out"] | None
@@ -176,12 +176,12 @@ def check(
     source: Sources = None,
 ) -> None:
     """Say what an entry would do with its file (labels, cells per condition, what is dropped), without doing it."""
-    from core import catalog
+    from blocks.config.catalog import open_catalog
     from core.prepare.check import check_dataset
     from flows.cli.console import draw_check
     from tasks.inputs import resolve_sources
 
-    spec = catalog.dataset(dataset)
+    spec = open_catalog().dataset(dataset)
     file = resolve_sources([spec], _named(source)).get(spec.name)
     if file is None:
         remedy = f"download {getattr(spec.source, 'url', 'it')} and name it: --source {spec.name}=FILE"
@@ -207,7 +207,7 @@ def status() -> None:
 @app.command()
 def env() -> None:
     """Start the local servers if need be, and print the shell lines for using them: eval "$(calipert env)"."""
-    from blocks.config.settings import exports
+    from blocks.config.child_environment import exports
     from blocks.services.stack import ensure_servers
 
     typer.echo(exports(ensure_servers()), nl=False)
@@ -257,7 +257,7 @@ def _check_benchmark(
 
 
 def _servers() -> Services:
-    from blocks.config.settings import adopt
+    from blocks.config.child_environment import adopt
     from blocks.services.stack import ensure_servers
 
     with CONSOLE.status("starting the local Prefect and MLflow servers (about ten seconds, once)"):

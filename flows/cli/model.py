@@ -67,10 +67,12 @@ def check(
 ) -> None:
     """Run the contract's tests on a model under the engine in use (CALIPERT_ENGINE); exit status 1 if it fails one."""
     from flows.cli.model_check import check_model
-    from tasks.engine import ENGINE, choose_engine, runs_elsewhere
+    from tasks.engine import choose_engine, runs_elsewhere
 
     if runs_elsewhere():
-        raise UserError("environment", ENGINE, "an engine that runs models elsewhere", "set it to docker or process")
+        raise UserError(
+            "environment", "CALIPERT_ENGINE", "an engine that runs models elsewhere", "set it to docker or process"
+        )
     path, settings = _folder(folder), _json_object(hyperparameters)
     failed = False
     for finding in check_model(path, choose_engine(), embedding or _form(path.name), settings, lambda event: None):
@@ -86,11 +88,11 @@ def check(
 
 def _users() -> dict[str, list[str]]:
     """Container -> the models of the catalog that run in it, and the embeddings that it makes."""
-    from core import catalog
+    from blocks.config.catalog import open_catalog
 
     users: dict[str, list[str]] = {}
-    entries = {model.name: model for model in catalog.models(catalog.names("model"))}
-    made = {f"embedding {name}": catalog.embedding(name) for name in catalog.names("embedding")}
+    entries = {model.name: model for model in open_catalog().models(open_catalog().names("model"))}
+    made = {f"embedding {name}": open_catalog().embedding(name) for name in open_catalog().names("embedding")}
     for name, entry in (entries | made).items():
         if entry.container is not None:
             users.setdefault(entry.container, []).append(name)
@@ -99,9 +101,9 @@ def _users() -> dict[str, list[str]]:
 
 def _form(container: str) -> Form:
     """What the models of the catalog that run in a container are told of genes; a table where there is none."""
-    from core import catalog
+    from blocks.config.catalog import open_catalog
 
-    resolved = catalog.models(catalog.names("model"))
+    resolved = open_catalog().models(open_catalog().names("model"))
     forms = {one.embedding.form for one in resolved if one.embedding and one.container == container}
     return "graph" if forms == {"graph"} else "table"
 

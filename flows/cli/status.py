@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import httpx
 
 from blocks.config.paths import store_folder
+from blocks.http import open_client
 from blocks.local.processes import known_dead
 from blocks.services.stack import ServiceStatus
 from blocks.services.stack import status as services_status
-from blocks.tracking.api import Refused, Run, Server
+from blocks.tracking.running import TrackedRun, find_running_runs
 from core.errors import UserError
 
 DAYS = 7
@@ -136,9 +137,7 @@ class _Prefect:
     def __init__(self, url: str, pool: ThreadPoolExecutor) -> None:
         user, _, password = os.environ.get("PREFECT_API_AUTH_STRING", "").partition(":")
         auth = httpx.BasicAuth(user, password) if user else None
-        # Reading the usual certificates takes long, and http has none.
-        verify = not url.startswith("http:")
-        self._http = httpx.Client(base_url=url, auth=auth, timeout=_TIMEOUT, verify=verify)
+        self._http = open_client(url, auth=auth, timeout=_TIMEOUT)
         self._pool = pool
 
     def __enter__(self) -> _Prefect:
@@ -208,7 +207,7 @@ class _Prefect:
         return {run["id"] for chosen in asked for run in self.ask("/flow_runs/filter", flow_runs=chosen, limit=PAGE)}
 
 
-def _flow_run(told: dict[str, Any], flows: dict[str, str], doing: list[str], tracked: list[Run]) -> FlowRun:
+def _flow_run(told: dict[str, Any], flows: dict[str, str], doing: list[str], tracked: list[TrackedRun]) -> FlowRun:
     folds = Counter(run.status for run in tracked if "fold" in run.tags)
     counted = (folds["FINISHED"], folds["FAILED"] + folds["KILLED"], folds.total())
     state = told.get("state") or {}
@@ -238,25 +237,17 @@ def _time(text: str | None) -> datetime | None:
     return datetime.fromisoformat(text) if text else None
 
 
-def _tracked(uri: str | None) -> tuple[dict[str, list[Run]], list[str]]:
-    """Flow run -> its MLflow runs, of all flow runs that have one that is RUNNING; "" for those without a flow run.
-    And what hinders."""
-    found: dict[str, list[Run]] = {}
+def _tracked(uri: str | None) -> tuple[dict[str, list[TrackedRun]], list[str]]:
+    """The MLflow runs of flow runs (blocks.tracking.running), and what hinders."""
     if uri is None:
-        return found, []
-    server = Server(uri, patience=0)
+        return {}, []
     try:
-        experiments = list(server.experiments(_EXPERIMENTS))
-        for run in server.search(experiments, "attributes.status = 'RUNNING'"):
-            found.setdefault(run.tags.get("flow_run_id", ""), []).append(run)
-        for flow_run in filter(None, found):
-            found[flow_run] = server.search(experiments, f"tags.flow_run_id = '{flow_run}'")
-    except (UserError, Refused) as error:
-        return {}, [f"MLflow: {one_line(str(error))}"]
-    return found, []
+        return find_running_runs(uri, _EXPERIMENTS), []
+    except (httpx.HTTPError, ValueError) as error:
+        return {}, [f"MLflow: {uri}: {one_line(f'{type(error).__name__}: {error}')}"]
 
 
-def _stale(ended: set[str], tracked: dict[str, list[Run]]) -> list[str]:
+def _stale(ended: set[str], tracked: dict[str, list[TrackedRun]]) -> list[str]:
     """The names of MLflow runs that are RUNNING although their flow run or their process has ended, those of folds
     left out. ended: flow runs."""
     return sorted(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from datetime import datetime
 
@@ -12,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from blocks.config.paths import store_folder
+from blocks.config.settings import read_settings
 from blocks.services.stack import ServiceStatus
 from flows.cli.status import ACTIVE, DAYS, FAILED, PAGE, WAITING, FlowRun, Pool, Snapshot
 
@@ -122,7 +122,7 @@ def _resources(shown: Snapshot) -> Table:
     if not shown.gpus:
         table.add_row("GPUs", "none: models train on the CPU")
     count, size, free = shown.store
-    shared = os.environ.get("CALIPERT_STORE")
+    shared = read_settings().store
     also = f"; shared in {shared}" if shared else ""
     table.add_row("store", f"{count:,} artifacts, {_amount(size)}; {_amount(free)} free in {store_folder()}{also}")
     if shown.stale:

@@ -1,6 +1,6 @@
 """ESM-2 (Lin et al. 2023): what a protein language model makes of the canonical protein of each gene.
 
-The proteins are Ensembl's, the weights those that Meta publishes. README.md says which protein stands for a gene, and
+The proteins are Ensembl's, the weights those that Meta publishes. README.md says which protein represents a gene, and
 what is left out.
 """
 
@@ -60,7 +60,7 @@ class Protein(NamedTuple):
 
 
 def embed(task: contract.EmbedTask) -> None:
-    """The pooled last hidden state of each symbol's protein."""
+    """Compute the pooled last hidden state of each symbol's protein."""
     import numpy as np
     import pandas as pd
 
@@ -112,7 +112,7 @@ def keep(path: Path | None, vectors: np.ndarray) -> None:
 
 
 def kept(path: Path | None) -> np.ndarray | None:
-    """The vectors of a batch as an earlier run kept them, or None; the log names what cannot be read."""
+    """Read the vectors of a batch as an earlier run kept them, or None; the log names what cannot be read."""
     import numpy as np
 
     if path is None or not path.exists():
@@ -121,7 +121,7 @@ def kept(path: Path | None) -> np.ndarray | None:
         vectors: np.ndarray = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         why = type(error).__name__
-        contract.log(f"what an earlier run kept in {path.name} cannot be read ({why}), and is made anew")
+        contract.log(f"what an earlier run kept in {path.name} cannot be read ({why}), and is made again")
         return None
     return vectors
 
@@ -147,7 +147,7 @@ def sequences_of(folder: Path) -> dict[str, str]:
 
 
 def canonical_transcripts(lines: Iterable[str]) -> set[str]:
-    """The canonical transcript of each gene, without its version.
+    """Read the canonical transcript of each gene, without its version.
 
     lines: gene, transcript and a note, separated by tabs. Should a gene have several, one whose note says canonical
     counts, and of these the smallest.
@@ -201,7 +201,7 @@ def without_version(stable_id: str) -> str:
 
 
 def lines_of(path: Path) -> Iterator[str]:
-    """The lines of a gzipped text, without their ends. Raises ContractError for another file."""
+    """Yield the lines of a gzipped text, without their ends. Raises ContractError for another file."""
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
             for line in file:
@@ -229,7 +229,7 @@ def network(folder: Path, n_tokens: int, device: Any) -> torch.nn.Module:
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # what it would warn of is refused here
     try:
-        net, about = EsmModel.from_pretrained(
+        loaded: Any = EsmModel.from_pretrained(
             folder,
             add_pooling_layer=False,
             dtype=torch.float32,
@@ -240,6 +240,7 @@ def network(folder: Path, n_tokens: int, device: Any) -> torch.nn.Module:
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise contract.ContractError(f"{folder}: no checkpoint of ESM-2: {error}") from None
+    net, about = loaded
     missing = sorted(name for name in about["missing_keys"] if not name.startswith(NOT_NEEDED))
     if missing:
         raise contract.ContractError(f"{folder}: no checkpoint of ESM-2: it has no {missing[0]}")
@@ -250,7 +251,8 @@ def network(folder: Path, n_tokens: int, device: Any) -> torch.nn.Module:
         raise contract.ContractError(
             f"{folder / 'vocab.txt'}: {n_tokens} tokens; the network has {net.config.vocab_size}"
         )
-    return net.eval().to(device)
+    evaluated: torch.nn.Module = net.eval().to(device)
+    return evaluated
 
 
 def require_esm2(path: Path) -> None:
@@ -296,7 +298,7 @@ def batches(sequences: Mapping[str, str]) -> Iterator[list[str]]:
 
 
 def padded(rows: list[list[int]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens of each protein, filled up to the longest, and 1 where they are no padding; both proteins x tokens."""
+    """Encode proteins: tokens, padded to the longest, and 1 where there is no padding; both proteins x tokens."""
     import torch
 
     width = max(map(len, rows))

@@ -163,7 +163,10 @@ def usable(cells: ad.AnnData, embedding: pd.DataFrame) -> tuple[np.ndarray, Shap
 
 
 def network(shape: Shape, settings: Settings) -> torch.nn.ModuleDict:
-    """encoder: a gene's embedding -> its latent; covariate: a latent each; decoder: summed latents -> expression."""
+    """Build the network.
+
+    encoder: a gene's embedding -> its latent; covariate: a latent each; decoder: summed latents -> expression.
+    """
     from torch import nn
 
     def layers(*widths: int) -> nn.Sequential:
@@ -181,7 +184,7 @@ def network(shape: Shape, settings: Settings) -> torch.nn.ModuleDict:
 
 
 def conditions_of(keys: Sequence[contract.Key], embedding: pd.DataFrame, shape: Shape, device: Any) -> Conditions:
-    """The distinct keys as the network takes them."""
+    """Encode the distinct keys as the network takes them."""
     import numpy as np
     import torch
 
@@ -205,11 +208,12 @@ def forward(net: torch.nn.ModuleDict, conditions: Conditions, rows: np.ndarray) 
     latent = member @ net["encoder"](conditions.embedding[torch.from_numpy(used).to(device)])
     if "covariate" in net:
         latent = latent + net["covariate"](torch.from_numpy(conditions.covariates[rows]).to(device))
-    return net["decoder"](latent)
+    expression: torch.Tensor = net["decoder"](latent)
+    return expression
 
 
 def squared_error(net: torch.nn.ModuleDict, conditions: Conditions, cells: Cells, batch: np.ndarray) -> torch.Tensor:
-    """The loss: mean over the cells of a batch and all genes of (predicted - measured)^2, a float64 scalar.
+    """Compute the loss: mean over the cells of a batch and all genes of (predicted - measured)^2, a float64 scalar.
 
     All n cells of a condition share one prediction p. Their sum of squared errors is n (p - mean)^2, which p moves,
     plus their spread about their own mean, which it does not: one forward pass for each condition in the batch gives

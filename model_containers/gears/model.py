@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import contract
 import neural
@@ -146,8 +146,9 @@ class Cells(NamedTuple):
 
 
 def train(task: contract.TrainTask) -> None:
-    """Train on the train cells and keep the weights of the least validation loss: weights.pt, model.json and
-    coexpression.parquet.
+    """Train on the train cells and keep the weights of the least validation loss.
+
+    Writes weights.pt, model.json and coexpression.parquet.
 
     With fewer than FEWEST_TO_CHOOSE_BY val conditions that can be predicted, the last weights are kept.
     """
@@ -199,8 +200,10 @@ def train(task: contract.TrainTask) -> None:
 
 
 def predict(task: contract.PredictTask) -> None:
-    """Predict every condition whose genes have neighbours that were perturbed in training, in the covariates of the
-    train cells: the mean control cell, shifted."""
+    """Predict every condition whose genes have neighbours that were perturbed in training.
+
+    In the covariates of the train cells; a prediction is the mean control cell, shifted.
+    """
     import numpy as np
     import pandas as pd
 
@@ -227,7 +230,7 @@ def predict(task: contract.PredictTask) -> None:
 
 
 def normalised(graph: pd.DataFrame, most: int, names: Iterable[str]) -> pd.DataFrame:
-    """A graph's links as a convolution takes them: columns gene, neighbour, weight, sorted by gene.
+    """List a graph's links as a convolution takes them: columns gene, neighbour, weight, sorted by gene.
 
     graph: columns gene, neighbour, weight, sorted by gene and falling weight; of each gene the first `most` rows count,
     and every gene of `names`, all there are, is linked to itself with weight 1. Each weight is divided by the root of
@@ -246,13 +249,13 @@ def normalised(graph: pd.DataFrame, most: int, names: Iterable[str]) -> pd.DataF
 
 
 def go_links(graph: pd.DataFrame, shape: Shape, settings: Settings) -> pd.DataFrame:
-    """The normalised graph of the Gene Ontology between all genes and those perturbed in training (README.md)."""
+    """Build the normalised graph of the Gene Ontology between all genes and those perturbed in training (README.md)."""
     is_link = graph["neighbour"].isin(set(shape.perturbed)) & (graph["neighbour"] != graph["gene"])
     return normalised(graph[is_link], settings.go_neighbours, set(graph["gene"]))
 
 
 def graph_of(links: pd.DataFrame, names: Sequence[str], layers: int, device: Any) -> Graph:
-    """What of a normalised graph the vectors of some genes hang on."""
+    """Find the part of a normalised graph on which the vectors of some genes depend."""
     import numpy as np
     import torch
 
@@ -273,8 +276,11 @@ def graph_of(links: pd.DataFrame, names: Sequence[str], layers: int, device: Any
 
 
 def coexpression(cells: Cells, numbers: np.ndarray, shape: Shape, settings: Settings) -> pd.DataFrame:
-    """The normalised graph of co-expression between the measured genes: Pearson's correlation, of either sign, over the
-    train cells (`numbers`), each cell taken from the mean of its covariate. A gene that does not vary has no link."""
+    """Build the normalised graph of co-expression between the measured genes.
+
+    Pearson's correlation, of either sign, over the train cells (`numbers`), each cell minus the mean of its covariate.
+    A gene that does not vary has no link.
+    """
     import numpy as np
     import pandas as pd
     import torch
@@ -314,13 +320,15 @@ def mean_of(rows: Callable[[np.ndarray], torch.Tensor], numbers: np.ndarray) -> 
 
 
 def cells_of(file: ad.AnnData, row_of: dict[contract.Key, int], shape: Shape, device: Any) -> Cells:
-    """The cells of a file. row_of: the row of each condition that is learned from or validated with."""
+    """Read the cells of a file. row_of: the row of each condition that is learned from or validated with."""
     import numpy as np
     import torch
 
     rows = neural.held(file.X, device)
     obs = file.obs
-    condition = np.array([row_of.get(key, -1) for key in zip(obs["covariate"], obs["condition"], strict=True)])
+    condition = np.array(
+        [row_of.get(contract.Key(*key), -1) for key in zip(obs["covariate"], obs["condition"], strict=True)]
+    )
     covariate = obs["covariate"].map({name: row for row, name in enumerate(shape.covariates)})
     covariate = covariate.fillna(-1).to_numpy(np.int64)
     is_control = ((obs["condition"] == contract.CONTROL) & (obs["split"] == "train")).to_numpy()
@@ -329,7 +337,7 @@ def cells_of(file: ad.AnnData, row_of: dict[contract.Key, int], shape: Shape, de
 
 
 def shape_of(cells: ad.AnnData, graph: pd.DataFrame) -> Shape:
-    """What is learned from: covariates that have train cells of control and of a perturbation in the graph.
+    """Select what is learned from: covariates that have train cells of control and of a perturbation in the graph.
 
     Raises ContractError if there is none.
     """
@@ -350,7 +358,7 @@ def shape_of(cells: ad.AnnData, graph: pd.DataFrame) -> Shape:
 
 
 def unpredictable(keys: Iterable[contract.Key], links: pd.DataFrame, shape: Shape) -> dict[contract.Key, str]:
-    """The keys that cannot be predicted, each with its reason. links: of `go_links`."""
+    """List the keys that cannot be predicted, each with its reason. links: of `go_links`."""
     in_graph, linked = set(links["gene"]), set(links["gene"][links["gene"] != links["neighbour"]])
     near = linked | (in_graph & set(shape.perturbed))
     reasons = {}
@@ -381,9 +389,12 @@ def paired(cells: Cells, perturbed: np.ndarray, draws: np.random.Generator) -> P
 
 
 def network(shape: Shape, settings: Settings) -> torch.nn.ModuleDict:
-    """gene, perturbation, covariate: a vector each; convolutions: linear maps after each step through the graphs;
+    """Build the network.
+
+    gene, perturbation, covariate: a vector each; convolutions: linear maps after each step through the graphs;
     condition: summed vectors -> vector of a condition; response: a gene's and a condition's vector -> a vector;
-    first, last: weights of each gene's own; summary: first shifts -> vector."""
+    first, last: weights of each gene's own; summary: first shifts -> vector.
+    """
     from torch import nn
 
     width, n_genes = settings.hidden, len(shape.genes)
@@ -417,7 +428,7 @@ def conditions_of(
     settings: Settings,
     device: Any,
 ) -> Conditions:
-    """The distinct keys as the network takes them. links, measured: the normalised graphs."""
+    """Encode the distinct keys as the network takes them. links, measured: the normalised graphs."""
     import numpy as np
     import torch
 
@@ -439,13 +450,19 @@ def conditions_of(
     )
 
 
-def convolved(layers: torch.nn.ModuleList, vectors: torch.Tensor, graph: Graph) -> torch.Tensor:
-    """The vectors of graph.names, spread over the graph and mapped, layer by layer: those of the names asked for.
+def weight_of(net: torch.nn.ModuleDict, part: str) -> torch.Tensor:
+    """Look up the vectors of a part of the network that is a table."""
+    return cast("torch.nn.Embedding", net[part]).weight
+
+
+def convolved(net: torch.nn.ModuleDict, part: str, vectors: torch.Tensor, graph: Graph) -> torch.Tensor:
+    """Spread the vectors of graph.names over the graph and map them, layer by layer: those of the names asked for.
 
     A ReLU between layers.
     """
     from torch.nn import functional
 
+    layers = cast("torch.nn.ModuleList", net[part])
     for number, layer in enumerate(layers):
         n = graph.reach[len(layers) - 1 - number]
         if number:
@@ -466,26 +483,29 @@ def shift(net: torch.nn.ModuleDict, conditions: Conditions, rows: np.ndarray) ->
 
     of = torch.from_numpy(rows).to(conditions.genes.device)
     # One row more, of zeros: genes that no training perturbed have no vector of their own.
-    vectors = functional.pad(net["perturbation"].weight, (0, 0, 0, 1)).index_select(0, conditions.vector)
-    total = conditions.genes[of] @ convolved(net["perturbation_convolutions"], vectors, conditions.graph)
+    vectors = functional.pad(weight_of(net, "perturbation"), (0, 0, 0, 1)).index_select(0, conditions.vector)
+    total = conditions.genes[of] @ convolved(net, "perturbation_convolutions", vectors, conditions.graph)
     if "covariate" in net:
         total = total + net["covariate"](conditions.covariates[of])
-    gene = convolved(net["gene_convolutions"], net["gene"].weight, conditions.measured).relu()
+    gene = convolved(net, "gene_convolutions", weight_of(net, "gene"), conditions.measured).relu()
     first = response(net, gene, net["condition"](total))
-    own, shared = net["last"].weight[:, 0], net["last"].weight[:, 1:]
-    return first * own + net["summary"](first) @ shared.T + net["last"].bias
+    last = cast("torch.nn.Linear", net["last"])
+    own, shared = last.weight[:, 0], last.weight[:, 1:]
+    moved: torch.Tensor = first * own + net["summary"](first) @ shared.T + last.bias
+    return moved
 
 
 def response(net: torch.nn.ModuleDict, gene: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-    """The first shift of every gene in every condition: conditions x genes.
+    """Compute the first shift of every gene in every condition: conditions x genes.
 
     That of gene u and condition p is first_u . (out relu(into (gene_u + condition_p))), biases left out here. `into` is
     taken of genes and conditions apart, and first_u . out is one vector: what is left for each pair of them is an
     addition, a ReLU and a product.
     """
-    into, _, out = net["response"]
-    weight = net["first"].weight @ out.weight
-    constant = net["first"].weight @ out.bias + net["first"].bias
+    layers = cast("torch.nn.Sequential", net["response"])
+    into, out, first = (cast("torch.nn.Linear", layer) for layer in (layers[0], layers[2], net["first"]))
+    weight = first.weight @ out.weight
+    constant = first.weight @ out.bias + first.bias
     return _pairwise(gene @ into.weight.T, condition @ into.weight.T + into.bias, weight) + constant
 
 
@@ -526,7 +546,8 @@ def _pairwise(genes: torch.Tensor, conditions: torch.Tensor, weight: torch.Tenso
                 of_conditions += active.sum(dim=1, dtype=torch.float32)
             return of_genes, of_conditions, of_weight
 
-    return Pairwise.apply(genes, conditions, weight)
+    sums: torch.Tensor = Pairwise.apply(genes, conditions, weight)
+    return sums
 
 
 def all_shifts(net: torch.nn.ModuleDict, conditions: Conditions, settings: Settings) -> torch.Tensor:
@@ -540,8 +561,10 @@ def all_shifts(net: torch.nn.ModuleDict, conditions: Conditions, settings: Setti
 
 
 def error(shifts: torch.Tensor, pairs: Pairs, cells: Cells, settings: Settings) -> torch.Tensor:
-    """The loss, a float64 scalar: the weighted sum over pairs of the mean over genes of |error|^(2 + focus) + direction
-    times the squared difference in sign, signs being those of the difference from the mean control cell.
+    """Compute the loss, a float64 scalar.
+
+    The weighted sum over pairs of the mean over genes of |error|^(2 + focus) + direction times the squared
+    difference in sign, signs being those of the difference from the mean control cell.
 
     shifts: pairs x measured genes. A sign has no gradient: the second term counts in the validation alone.
     """

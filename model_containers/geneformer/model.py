@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import contract
 
@@ -25,7 +25,7 @@ Value = TypeVar("Value", int, str)
 
 
 def embed(task: contract.EmbedTask) -> None:
-    """The token embedding of each symbol whose Ensembl id is a token."""
+    """Read the token embedding of each symbol whose Ensembl id is a token."""
     import pandas as pd
 
     contract.no_settings(task)
@@ -43,7 +43,7 @@ def embed(task: contract.EmbedTask) -> None:
 
 
 def read_tensor(path: Path) -> np.ndarray:
-    """The token embeddings of a checkpoint, tokens x width. Raises ContractError where it has none."""
+    """Read the token embeddings of a checkpoint, tokens x width. Raises ContractError where it has none."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -62,8 +62,10 @@ def read_tensor(path: Path) -> np.ndarray:
 
 
 def read_dictionary(path: Path, kind: type[Value]) -> dict[str, Value]:
-    """A pickled dictionary from strings to strings or whole numbers. Raises ContractError, with nothing called that the
-    file names, where it holds anything else."""
+    """Read a pickled dictionary from strings to strings or whole numbers.
+
+    Raises ContractError where it holds anything else; nothing that the file names is called.
+    """
     try:
         with path.open("rb") as file:
             found = PlainUnpickler(file).load()
@@ -76,11 +78,13 @@ def read_dictionary(path: Path, kind: type[Value]) -> dict[str, Value]:
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Reads dictionaries, strings and numbers. What a pickle would import is refused; whole numbers of numpy's, which
-    published files hold, are read without numpy."""
+    """Reads dictionaries, strings and numbers.
+
+    What a pickle would import is refused; numpy's whole numbers, which published files hold, are read without numpy.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
-        """What stands for an import of the pickle's."""
+        """Replace an import of the pickle's."""
         if (module, name) == ("numpy", "dtype"):
             return Kind
         if (module, name) in NUMBER:
@@ -88,7 +92,7 @@ class PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it would import {module}.{name}")
 
     def persistent_load(self, pid: Any) -> Any:
-        """What stands for an object outside the pickle."""
+        """Refuse an object outside the pickle."""
         raise pickle.UnpicklingError(f"it refers to an object outside of it, {pid!r:.50}")
 
 
@@ -100,9 +104,11 @@ class Kind:
     def __init__(self, code: str, align: bool, copy: bool) -> None:
         if code not in ("i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"):
             raise pickle.UnpicklingError(f"it holds numpy's {code!r:.50}, no whole numbers")
-        self.signed, self.size, self.order = code[0] == "i", int(code[1]), "little"
+        self.signed, self.size = code[0] == "i", int(code[1])
+        self.order: Literal["little", "big"] = "little"
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
+        """Take the byte order; the rest of the state is not needed."""
         self.order = "big" if state[1] == ">" else "little"  # `|` of a single byte
 
 
@@ -110,6 +116,7 @@ class Number:
     """What numpy's `scalar` makes of a dtype and bytes: a number."""
 
     def __new__(cls, kind: Kind, content: bytes) -> Any:
+        """Read the number."""
         if type(kind) is not Kind or type(content) is not bytes or len(content) != kind.size:
             raise pickle.UnpicklingError("it holds a number of numpy's that is none")
         return int.from_bytes(content, kind.order, signed=kind.signed)

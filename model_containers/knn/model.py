@@ -82,7 +82,7 @@ def predict(task: contract.PredictTask) -> None:
 
 
 def neighbour_weights(cosines: np.ndarray, k: int) -> np.ndarray:
-    """The weight of each neighbour (column) for each gene (row), from their cosines.
+    """Compute the weight of each neighbour (column) for each gene (row), from their cosines.
 
     The k largest cosines of a row, divided by their sum; of equal ones the earlier column (names are sorted). A
     negative cosine weighs 0. A row without a positive cosine has all weights 0: its predicted difference is 0.
@@ -95,7 +95,8 @@ def neighbour_weights(cosines: np.ndarray, k: int) -> np.ndarray:
     weights = np.zeros_like(cosines)
     np.put_along_axis(weights, nearest, np.clip(np.take_along_axis(cosines, nearest, axis=1), 0, None), axis=1)
     total = weights.sum(axis=1, keepdims=True)
-    return np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+    shares: np.ndarray = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+    return shares
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def train(task: contract.TrainTask) -> None:
 
     torch, device = neural.start_torch(task.threads)
     if device.type == "cuda":
-        # TF32. Half precision would cast every weight anew in each step, of a few conditions only.
+        # TF32. Half precision would cast every weight again in each step, of a few conditions only.
         torch.set_float32_matmul_precision("high")
     settings = contract.hyperparameters(task, Settings)
     sources = standardised(contract.read_sources(task.embedding))
@@ -112,9 +112,10 @@ def train(task: contract.TrainTask) -> None:
 
     torch.manual_seed(task.seed)  # the initial weights, drawn on the CPU: the same for every device
     net = network(shape, settings).to(device)
-    net["head"][-1].bias.data = measured[torch.from_numpy(train_rows).to(device)].mean(dim=0)
+    head: Any = net["head"]
+    head[-1].bias.data = measured[torch.from_numpy(train_rows).to(device)].mean(dim=0)
     adam, best = neural.Adam(list(net.parameters())), neural.Best(net)
-    parts = {"net": net, "adam": adam, "best": best}
+    parts: dict[str, neural.Stateful] = {"net": net, "adam": adam, "best": best}
     for epoch in neural.epochs(task, settings.epochs, parts, lambda: best.stale >= settings.patience):
         total = torch.zeros((), dtype=torch.float64, device=device)
         order = neural.generator(task.seed, epoch).permutation(train_rows)
@@ -135,7 +136,7 @@ def train(task: contract.TrainTask) -> None:
 
 
 def predict(task: contract.PredictTask) -> None:
-    """The covariate's control mean plus the predicted log fold change of each condition whose genes have embeddings."""
+    """Predict each condition whose genes have embeddings: the covariate's control mean plus its log fold change."""
     import numpy as np
 
     torch, device = neural.start_torch(task.threads)
@@ -175,7 +176,7 @@ def dimensions_of(sources: Mapping[str, pd.DataFrame]) -> dict[str, int]:
 
 
 def covered(sources: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """The genes that at least one source has, as the index of a table without columns."""
+    """List the genes that at least one source has, as the index of a table without columns."""
     import pandas as pd
 
     return pd.DataFrame(index=pd.Index(sorted(set().union(*(table.index for table in sources.values())))))
@@ -189,9 +190,10 @@ def control_means(means: ad.AnnData) -> pd.DataFrame:
 
 
 def usable(means: ad.AnnData, sources: Mapping[str, pd.DataFrame]) -> tuple[ad.AnnData, Shape]:
-    """The log fold changes (mean log1p profile minus the covariate's control mean) of perturbations with embeddings.
+    """Compute the log fold changes of perturbations with embeddings.
 
-    Of the covariates that have such a perturbation in the train split. Raises ContractError if there is none.
+    Mean log1p profile minus the covariate's control mean, in the covariates that have such a perturbation in the train
+    split. Raises ContractError if there is none.
     """
     known = covered(sources)
     is_known = means.obs["condition"].map(lambda name: contract.is_embedded(name, known)).to_numpy(bool)
@@ -205,14 +207,14 @@ def usable(means: ad.AnnData, sources: Mapping[str, pd.DataFrame]) -> tuple[ad.A
 
 
 def keys_of(obs: pd.DataFrame) -> list[contract.Key]:
-    """The key of each row."""
+    """List the key of each row."""
     return list(map(contract.Key, obs["covariate"], obs["condition"]))
 
 
 def conditions_of(
     keys: Sequence[contract.Key], sources: Mapping[str, pd.DataFrame], shape: Shape, device: Any
 ) -> Conditions:
-    """The keys as the network takes them."""
+    """Encode the keys as the network takes them."""
     import numpy as np
     import torch
 
@@ -263,8 +265,9 @@ def network(shape: Shape, settings: Settings) -> torch.nn.ModuleDict:
         }
     )
     if len(shape.covariates) > 1:
-        net["covariate"] = nn.Embedding(len(shape.covariates), item)
-        nn.init.zeros_(net["covariate"].weight)
+        covariate = nn.Embedding(len(shape.covariates), item)
+        nn.init.zeros_(covariate.weight)
+        net["covariate"] = covariate
     head: list[nn.Module] = []
     for _ in range(settings.item_layers):
         head += [nn.Linear(item, item), nn.LeakyReLU(NEGATIVE_SLOPE)]
@@ -284,16 +287,18 @@ def forward(net: torch.nn.ModuleDict, settings: Settings, conditions: Conditions
     latent = member @ pooled(net, settings, aligned(net, sources), conditions.is_lacking[:, genes])
     if "covariate" in net:
         latent = latent + net["covariate"](torch.from_numpy(conditions.covariates[rows]).to(device))
-    return net["head"](latent)
+    changes: torch.Tensor = net["head"](latent)
+    return changes
 
 
 def aligned(net: torch.nn.ModuleDict, sources: list[torch.Tensor]) -> torch.Tensor:
-    """Sources x genes x latent: each source's embeddings (genes x dimensions) after its MLP."""
+    """Map each source's embeddings (genes x dimensions) by its MLP: sources x genes x latent."""
     import torch
     from torch.nn.functional import leaky_relu
 
-    latent = torch.stack([layer(table) for layer, table in zip(net["first"], sources, strict=True)])
-    for weight, bias in net["later"]:
+    parts: Any = net  # torch's types do not say what a ModuleDict holds
+    latent = torch.stack([layer(table) for layer, table in zip(parts["first"], sources, strict=True)])
+    for weight, bias in parts["later"]:
         latent = torch.baddbmm(bias, leaky_relu(latent, NEGATIVE_SLOPE), weight)
     return latent
 
@@ -311,19 +316,19 @@ def pooled(
     def mean(scores: torch.Tensor) -> torch.Tensor:
         return (scores.masked_fill(is_lacking, float("-inf")).softmax(dim=0) * latents).sum(dim=0)
 
-    by_weight = mean(net["pool"][0] / settings.temperature)
-    of_gene, of_source, score = net["attention"]
+    parts: Any = net  # torch's types do not say what a ModuleDict holds
+    by_weight = mean(parts["pool"][0] / settings.temperature)
+    of_gene, of_source, score = parts["attention"]
     by_attention = mean(score(leaky_relu(of_gene(by_weight) + of_source(latents), NEGATIVE_SLOPE)))
     return settings.attention * by_attention + (1 - settings.attention) * by_weight
 
 
 def mean_correlation(predicted: torch.Tensor, measured: torch.Tensor) -> float:
-    """Mean over conditions of the Pearson correlation over genes of the two (both conditions x genes); 0 for a constant
-    row."""
+    """Average the Pearson correlation over genes of the two (both conditions x genes); 0 for a constant row."""
     from torch.nn.functional import cosine_similarity
 
-    centred = (values - values.mean(dim=1, keepdim=True) for values in (predicted, measured))
-    return float(cosine_similarity(*centred, dim=1).mean())
+    a, b = (values - values.mean(dim=1, keepdim=True) for values in (predicted, measured))
+    return float(cosine_similarity(a, b, dim=1).mean())
 
 
 if __name__ == "__main__":

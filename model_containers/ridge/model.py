@@ -83,14 +83,14 @@ def predict(task: contract.PredictTask) -> None:
 
 
 def inputs(conditions: list[str] | pd.Series, embedding: pd.DataFrame) -> np.ndarray:
-    """conditions x dimensions: the sum of the unit-norm embeddings of each condition's genes."""
+    """Sum the unit-norm embeddings of each condition's genes: conditions x dimensions."""
     import numpy as np
 
     return np.stack([embedding.loc[list(contract.genes_of(name))].to_numpy().sum(axis=0) for name in conditions])
 
 
 def solve(x: np.ndarray, y: np.ndarray, alpha: float) -> np.ndarray:
-    """dimensions x genes: the ridge coefficients X'(XX' + alpha I)^-1 Y, without intercept, in the dual form."""
+    """Compute the ridge coefficients X'(XX' + alpha I)^-1 Y (dimensions x genes), no intercept, in the dual form."""
     import numpy as np
 
     return x.T @ np.linalg.solve(x @ x.T + alpha * np.eye(len(x)), y)
@@ -99,7 +99,7 @@ def solve(x: np.ndarray, y: np.ndarray, alpha: float) -> np.ndarray:
 def choose_alpha(
     x: np.ndarray, y: np.ndarray, is_val: np.ndarray, alphas: tuple[float, ...]
 ) -> tuple[float, dict[float, float]]:
-    """The alpha of the least mean squared error on the val rows (the first such), and every alpha's error.
+    """Choose the alpha of the least mean squared error on the val rows (the first such), and every alpha's error.
 
     Fitted on the other rows. Without val rows, or without others, there is nothing to choose by: 1.
     """

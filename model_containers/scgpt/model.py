@@ -143,7 +143,7 @@ def train(task: contract.TrainTask) -> None:
         take_over(net, pretrained, shape.tokens)
     net.to(device)
     adam, best = neural.Adam(list(net.parameters())), neural.Best(net)
-    parts = {"net": net, "adam": adam, "best": best}
+    parts: dict[str, neural.Stateful] = {"net": net, "adam": adam, "best": best}
     for epoch in neural.epochs(task, settings.epochs, parts, lambda: best.stale >= settings.patience):
         rate = settings.learning_rate * settings.decay ** ((epoch - 1) // settings.decay_every)
         draws = neural.generator(task.seed, epoch)
@@ -199,7 +199,7 @@ def predict(task: contract.PredictTask) -> None:
 
 
 def read_pretrained(folder: Path) -> Pretrained:
-    """A checkpoint as published: args.json, vocab.json and best_model.pt, which is read as tensors and nothing else.
+    """Read a checkpoint as published: args.json, vocab.json and best_model.pt, of which only tensors are read.
 
     Raises ContractError if a file is missing or malformed, or if best_model.pt holds more than tensors.
     """
@@ -259,7 +259,7 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def shape_of(cells: ad.AnnData, settings: Settings, pretrained: Pretrained | None) -> Shape:
-    """The network for these cells; a checkpoint decides the widths, and which genes are tokens (else all are)."""
+    """Shape the network for these cells; a checkpoint decides the widths, and which genes are tokens (else all are)."""
     genes = cells.var_names.tolist()
     widths = {name: getattr(settings, name) for name in ("width", "heads", "layers", "hidden")}
     tokens = genes
@@ -282,7 +282,7 @@ def shape_of(cells: ad.AnnData, settings: Settings, pretrained: Pretrained | Non
 
 
 def known_conditions(cells: ad.AnnData, tokens: list[str]) -> list[str]:
-    """The perturbations all of whose genes are tokens."""
+    """List the perturbations all of whose genes are tokens."""
     known = {*tokens}
     names = sorted(set(cells.obs["condition"]) - {contract.CONTROL})
     return [name for name in names if known.issuperset(contract.genes_of(name))]
@@ -297,7 +297,7 @@ def usable(cells: ad.AnnData, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
 
 
 def screen_of(cells: ad.AnnData, shape: Shape, device: Any) -> Screen:
-    """The cells as the network takes them."""
+    """Encode the cells as the network takes them."""
     import numpy as np
     import pandas as pd
     import torch
@@ -316,7 +316,7 @@ def screen_of(cells: ad.AnnData, shape: Shape, device: Any) -> Screen:
 
 
 def unpredictable(keys: tuple[contract.Key, ...], shape: Shape, screen: Screen) -> dict[contract.Key, str]:
-    """The keys that cannot be predicted, each with its reason."""
+    """List the keys that cannot be predicted, each with its reason."""
     measured, tokens = {*shape.genes}, {*shape.tokens}
     learned = {name for name, cells in zip(shape.covariates, screen.controls, strict=True) if len(cells)}
     reasons = {}
@@ -334,7 +334,7 @@ def unpredictable(keys: tuple[contract.Key, ...], shape: Shape, screen: Screen) 
 
 
 def dataset_means(path: Path, shape: Shape) -> pd.DataFrame:
-    """covariates x measured genes that are no tokens: what is predicted for these, whatever is perturbed."""
+    """Average what is predicted for measured genes that are no tokens, whatever is perturbed: covariates x genes."""
     import pandas as pd
 
     tokens = {*shape.tokens}
@@ -348,8 +348,10 @@ def dataset_means(path: Path, shape: Shape) -> pd.DataFrame:
 
 
 def network(shape: Shape, dropout: float) -> torch.nn.ModuleDict:
-    """The network, with the names of published checkpoints: encoder, value_encoder, pert_encoder, transformer_encoder;
-    and a decoder of a scale and a shift for each token."""
+    """Build the network, with the names of published checkpoints.
+
+    encoder, value_encoder, pert_encoder, transformer_encoder; and a decoder of a scale and a shift for each token.
+    """
     from torch import nn
 
     width = shape.width
@@ -378,30 +380,32 @@ def network(shape: Shape, dropout: float) -> torch.nn.ModuleDict:
 def forward(
     net: torch.nn.ModuleDict, tokens: torch.Tensor, values: torch.Tensor, perturbed: torch.Tensor
 ) -> torch.Tensor:
-    """The expression of some genes after a perturbation, cells x genes float32.
+    """Predict the expression of some genes after a perturbation, cells x genes float32.
 
     tokens: of these genes. values: their expression before it, cells x genes. perturbed: 1 where a gene is perturbed
     in the cell, else 0, cells x genes (or 1 x genes, the same in all cells).
     """
     import torch
 
+    parts: Any = net  # torch's types do not say what a ModuleDict holds
     # In half precision where the device has it; its own kind has the range of float32, so that no loss is scaled.
     with torch.autocast(values.device.type, torch.bfloat16, enabled=is_mixed(values.device)):
-        gene = net["encoder"]["enc_norm"](net["encoder"]["embedding"](tokens))
-        encode = net["value_encoder"]
+        gene = parts["encoder"]["enc_norm"](parts["encoder"]["embedding"](tokens))
+        encode = parts["value_encoder"]
         value = encode["norm"](encode["linear2"](encode["linear1"](values[..., None]).relu()))
-        x = gene + encode["dropout"](value) + net["pert_encoder"](perturbed[..., None])
-        for layer in net["transformer_encoder"]["layers"]:
+        x = gene + encode["dropout"](value) + parts["pert_encoder"](perturbed[..., None])
+        for layer in parts["transformer_encoder"]["layers"]:
             x = layer(x)
-        scale, shift = (net["decoder"][name](x)[..., 0] for name in ("scale", "shift"))
-    return scale.float() * values + shift.float()
+        scale, shift = (parts["decoder"][name](x)[..., 0] for name in ("scale", "shift"))
+    expression: torch.Tensor = scale.float() * values + shift.float()
+    return expression
 
 
 def is_mixed(device: Any) -> bool:
     """Whether the device computes in bfloat16."""
     import torch
 
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 # ---- training
@@ -410,7 +414,7 @@ def is_mixed(device: Any) -> bool:
 def squared_error(
     net: torch.nn.ModuleDict, screen: Screen, cells: np.ndarray, sequence: int, draws: np.random.Generator
 ) -> torch.Tensor:
-    """The loss of a batch of perturbed cells: mean over cells and genes of (predicted - measured)^2.
+    """Compute the loss of a batch of perturbed cells: mean over cells and genes of (predicted - measured)^2.
 
     Each is predicted from a control cell of its covariate, at genes that all share; both are drawn.
     """
@@ -467,7 +471,7 @@ def pools_of(screen: Screen, size: int, seed: int) -> list[torch.Tensor]:
 def profile(
     net: torch.nn.ModuleDict, pool: torch.Tensor, perturbed: np.ndarray, order: np.ndarray, settings: Settings
 ) -> np.ndarray:
-    """The mean prediction over a pool of control cells, for each token, float64.
+    """Compute the mean prediction over a pool of control cells, for each token, float64.
 
     perturbed: tokens. More tokens than a training sequence are looked at in pieces of that length at most, each with
     all perturbed ones in it; `order` says which come together.
@@ -491,7 +495,7 @@ def profile(
 
 
 def embed(task: contract.EmbedTask) -> None:
-    """What a checkpoint's gene encoder makes of each gene of its vocabulary: its row, normalised."""
+    """Encode each gene of a checkpoint's vocabulary by its gene encoder: its row, normalised."""
     import pandas as pd
     import torch
     from torch.nn.functional import layer_norm

@@ -3,8 +3,8 @@
 A cell's expression minus the control mean -> its latent z, a normal distribution; the embedding of its condition, the
 sum over the perturbed genes -> a latent s; z + s, and with more than one covariate a learned latent of the covariate
 -> the expression; s -> the embedding again. A critic estimates the mutual information of z and s, which the networks
-are trained to be rid of: what the perturbation did to a cell has to be told by s. README.md says what the paper leaves
-open.
+are trained to be rid of: what the perturbation did to a cell has to be encoded by s. README.md says what the paper
+leaves open.
 """
 
 from __future__ import annotations
@@ -200,14 +200,18 @@ def predict(task: contract.PredictTask) -> None:
 
 
 def scaled(embedding: pd.DataFrame) -> pd.DataFrame:
-    """Standardised, with rows of the length sqrt(dimensions): a value is about 1 in size, whatever the source
-    (README.md)."""
+    """Standardise, with rows of the length sqrt(dimensions).
+
+    A value is about 1 in size, whatever the source (README.md).
+    """
     return contract.standardised(embedding) * embedding.shape[1] ** 0.5
 
 
 def usable(cells: ad.AnnData, embedding: pd.DataFrame) -> tuple[np.ndarray, Shape]:
-    """Which cells to learn from (`contract.learnable`). Raises ContractError also where a covariate has no control cell
-    in the train split."""
+    """Select the cells to learn from (`contract.learnable`).
+
+    Raises ContractError also where a covariate has no control cell in the train split.
+    """
     kept, covariates = contract.learnable(cells.obs, embedding)
     contract.require_controls(cells.obs, covariates)
     return kept, Shape(embedding.shape[1], cells.var_names.tolist(), covariates)
@@ -225,7 +229,7 @@ def group_means(matrix: csr_matrix, group: np.ndarray, count: int) -> np.ndarray
 
 
 def conditions_of(keys: Sequence[contract.Key], embedding: pd.DataFrame, shape: Shape, device: Any) -> Conditions:
-    """The distinct keys as the networks take them."""
+    """Encode the distinct keys as the networks take them."""
     import numpy as np
     import torch
 
@@ -237,7 +241,7 @@ def conditions_of(keys: Sequence[contract.Key], embedding: pd.DataFrame, shape: 
 
 
 def on_device(array: np.ndarray, device: Any) -> torch.Tensor:
-    """The numbers as float32 on the device."""
+    """Copy the numbers as float32 to the device."""
     import numpy as np
     import torch
 
@@ -248,7 +252,7 @@ def on_device(array: np.ndarray, device: Any) -> torch.Tensor:
 
 
 def layers(settings: Settings, before: int, after: int) -> torch.nn.Sequential:
-    """A network with one hidden layer."""
+    """Build a network with one hidden layer."""
     from torch import nn
 
     steps: list[nn.Module] = []
@@ -258,8 +262,11 @@ def layers(settings: Settings, before: int, after: int) -> torch.nn.Sequential:
 
 
 def networks(shape: Shape, settings: Settings) -> torch.nn.ModuleDict:
-    """cell: a cell's shift -> mean and log variance of z; perturbation: embedding -> s; covariate: a latent each;
-    expression: z + s + covariate -> shift; embedding: s -> embedding."""
+    """Build the networks.
+
+    cell: a cell's shift -> mean and log variance of z; perturbation: embedding -> s; covariate: a latent each;
+    expression: z + s + covariate -> shift; embedding: s -> embedding.
+    """
     from torch import nn
 
     latent, n_genes = settings.latent, len(shape.genes)
@@ -277,9 +284,9 @@ def networks(shape: Shape, settings: Settings) -> torch.nn.ModuleDict:
 
 
 def through(net: torch.nn.Module, given: torch.Tensor) -> torch.Tensor:
-    """What a network makes of it: computed in bfloat16 on a GPU, weights and result in float32.
+    """Apply a network: computed in bfloat16 on a GPU, weights and result in float32.
 
-    Each call casts the weights anew: between two of them an optimizer may have changed them.
+    Each call casts the weights again: between two of them an optimizer may have changed them.
     """
     import torch
 
@@ -318,7 +325,7 @@ def step(
     cells: Cells,
     batch: np.ndarray,
 ) -> Losses:
-    """Steps of the critic up the information, then one of the networks down their loss.
+    """Take steps of the critic up the information, then one of the networks down their loss.
 
     optimizers: of the networks and of the critic.
     """
@@ -356,14 +363,18 @@ def against(
     z: torch.Tensor,
     shifts: torch.Tensor,
 ) -> torch.Tensor:
-    """The embeddings, each value moved by a step in the direction that makes both decodings worse (Goodfellow et al.
-    2015): conditions x dimensions. The step is meant for an embedding of length 1, of which ours is a multiple."""
+    """Move each value of the embeddings by a step in the direction that makes both decodings worse.
+
+    Goodfellow et al. 2015. Returns conditions x dimensions. The step is meant for an embedding of length 1, of which
+    ours is a multiple.
+    """
     import torch
 
     embedding = given.embedding.clone().requires_grad_()
     _, expression_error, embedding_error = decoded(net, given, embedding, at, z, shifts)
     (gradient,) = torch.autograd.grad(expression_error + embedding_error, embedding)
-    return given.embedding + settings.adversarial_step * gradient.shape[1] ** 0.5 * gradient.sign()
+    moved: torch.Tensor = given.embedding + settings.adversarial_step * gradient.shape[1] ** 0.5 * gradient.sign()
+    return moved
 
 
 def decoded(
@@ -374,7 +385,7 @@ def decoded(
     z: torch.Tensor,
     shifts: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The latents s of these embeddings (conditions x latent), and the errors of both decodings.
+    """Compute the latents s of these embeddings (conditions x latent), and the errors of both decodings.
 
     given: the conditions of a batch, whose own embeddings are to be decoded. embedding: theirs, moved or not.
     at: the condition of each cell. z, shifts: the latent and the shift of each cell.
@@ -390,12 +401,12 @@ def decoded(
 
 
 def with_covariate(net: torch.nn.ModuleDict, conditions: Conditions, s: torch.Tensor) -> torch.Tensor:
-    """The latents of conditions, with those of their covariates added where there are several."""
+    """Add the latents of the covariates to those of conditions where there are several covariates."""
     return s + net["covariate"](conditions.covariates) if "covariate" in net else s
 
 
 def information(critic: torch.nn.Sequential, z: torch.Tensor, s: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """The Donsker-Varadhan bound on the mutual information of z and s in nats (MINE, Belghazi et al. 2018).
+    """Compute the Donsker-Varadhan bound on the mutual information of z and s in nats (MINE, Belghazi et al. 2018).
 
     z, s: cells x latent. others: a permutation of the cells, which gives z the s of another.
     """
@@ -412,7 +423,7 @@ def information(critic: torch.nn.Sequential, z: torch.Tensor, s: torch.Tensor, o
 
 
 def latents(net: torch.nn.ModuleDict, cells: Cells, numbers: np.ndarray, batch_size: int) -> torch.Tensor:
-    """The mean latents z of some cells: cells x latent."""
+    """Compute the mean latents z of some cells: cells x latent."""
     import torch
 
     with torch.no_grad():
@@ -431,7 +442,8 @@ def mean_shifts(
     import numpy as np
     import torch
 
-    *hidden, last = net["expression"]
+    parts: Any = net  # torch's types do not say what a ModuleDict holds
+    *hidden, last = parts["expression"]
     own = [states[torch.from_numpy(covariate == one).to(states.device)] for one in range(covariate.max() + 1)]
     with torch.no_grad():
         at = torch.from_numpy(rows).to(states.device)

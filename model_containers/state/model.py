@@ -1,7 +1,7 @@
 """STATE (Adduri et al. 2025) by the command line of Arc's own package: `state tx train` and `state tx infer`.
 
 Its package cannot live in the project's environment: this model runs in its image alone. Here its input is laid out and
-its output read; README.md says how a screen is told to it and why a training runs in parts.
+its output read; README.md says how it gets a screen and why a training runs in parts.
 """
 
 from __future__ import annotations
@@ -102,9 +102,11 @@ class Progress:
 
 
 def train(task: contract.TrainTask) -> None:
-    """Train in parts of `validate_every` steps and keep the weights of the least validation loss: weights.ckpt and
-    model.json. Without a val condition that has an embedding, the last weights are kept; those of the first part,
-    where every loss is NaN."""
+    """Train in parts of `validate_every` steps and keep the weights of the least validation loss.
+
+    Writes weights.ckpt and model.json. Without a val condition that has an embedding, the last weights are kept;
+    where every loss is NaN, those of the first part.
+    """
     settings = contract.hyperparameters(task, Settings)
     contract.log(LICENCE)
     embedding = scaled(contract.read_embedding(task.embedding))
@@ -134,8 +136,10 @@ def train(task: contract.TrainTask) -> None:
 
 
 def predict(task: contract.PredictTask) -> None:
-    """Predict every condition whose genes have an embedding, in the covariates of the train cells: the mean over
-    predicted cells, each of a control cell that is drawn from those of the covariate."""
+    """Predict every condition whose genes have an embedding, in the covariates of the train cells.
+
+    The mean over predicted cells, each of a control cell that is drawn from those of the covariate.
+    """
     import numpy as np
 
     stored = json.loads((task.model / "model.json").read_text(encoding="utf-8"))
@@ -158,7 +162,7 @@ def predict(task: contract.PredictTask) -> None:
     contract.write_predictions(task, keys, profiles, shape.genes, reasons)
 
 
-# ---- what STATE is told
+# ---- what STATE gets
 
 
 def scaled(embedding: pd.DataFrame) -> pd.DataFrame:
@@ -167,8 +171,10 @@ def scaled(embedding: pd.DataFrame) -> pd.DataFrame:
 
 
 def usable(cells: ad.AnnData, embedding: pd.DataFrame) -> tuple[np.ndarray, Shape]:
-    """Which cells to learn from (`contract.learnable`). Raises ContractError also where a covariate has no control cell
-    in the train split."""
+    """Select the cells to learn from (`contract.learnable`).
+
+    Raises ContractError also where a covariate has no control cell in the train split.
+    """
     kept, covariates = contract.learnable(cells.obs, embedding)
     contract.require_controls(cells.obs, covariates)
     return kept, Shape(embedding.shape[1], cells.var_names.tolist(), covariates)
@@ -197,7 +203,7 @@ def write_screen(cells: ad.AnnData, embedding: pd.DataFrame, shape: Shape, work:
 
 
 def write_run(work: Path, conditions: Mapping[str, str], embedding: pd.DataFrame) -> None:
-    """What `state tx infer` looks for beside the weights. conditions: from codes to conditions."""
+    """Write what `state tx infer` looks for beside the weights. conditions: from codes to conditions."""
     (work / RUN).mkdir(parents=True)
     (work / RUN / "config.yaml").write_text("data: {kwargs: {}}\n", encoding="utf-8")
     (work / RUN / "var_dims.pkl").write_bytes(pickle.dumps({"pert_dim": embedding.shape[1]}))
@@ -205,7 +211,7 @@ def write_run(work: Path, conditions: Mapping[str, str], embedding: pd.DataFrame
 
 
 def write_features(path: Path, conditions: Mapping[str, str], embedding: pd.DataFrame) -> None:
-    """A vector for each code: the sum of the embeddings of its condition's genes; zeros for control."""
+    """Make a vector for each code: the sum of the embeddings of its condition's genes; zeros for control."""
     import numpy as np
     import torch
 
@@ -231,7 +237,7 @@ def run_part(work: Path, settings: Settings, seed: int, steps: int) -> dict[str,
     if (work / LAST).exists():
         (work / LAST).rename(checkpoints / "last.ckpt")  # the name at which STATE looks for one to go on from
     backbone = "model.kwargs.transformer_backbone_kwargs"
-    told = {
+    settings_given = {
         "data.kwargs.toml_config_path": "screen.toml",
         "data.kwargs.perturbation_features_file": "features.pt",
         "data.kwargs.pert_col": "condition",
@@ -263,7 +269,7 @@ def run_part(work: Path, settings: Settings, seed: int, steps: int) -> dict[str,
         "output_dir": ".",
         "name": RUN,
     }
-    run_state(work, "train", [f"{name}={value}" for name, value in told.items()])
+    run_state(work, "train", [f"{name}={value}" for name, value in settings_given.items()])
     checkpoint = read_checkpoint(checkpoints / "final.ckpt")
     losses = read_losses(work / RUN / "version_0" / "metrics.csv")
     shutil.rmtree(work / RUN)
@@ -272,14 +278,15 @@ def run_part(work: Path, settings: Settings, seed: int, steps: int) -> dict[str,
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint that STATE has just written, as plain values and tensors, without the paths of its files.
+    """Read a checkpoint that STATE has just written, as plain values and tensors, without the paths of its files.
 
     It holds numpy's numbers, which its own next run would refuse to load.
     """
     import numpy as np
     import torch
+    from numpy._core.multiarray import scalar
 
-    with torch.serialization.safe_globals([np._core.multiarray.scalar, np.dtype, np.dtypes.Int64DType]):
+    with torch.serialization.safe_globals([scalar, np.dtype, np.dtypes.Int64DType]):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
 
     def plain(value: Any) -> Any:
@@ -293,7 +300,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def load_plain(path: Path) -> dict[str, Any]:
-    """A checkpoint of plain values and tensors. Raises an error for any other pickle."""
+    """Read a checkpoint of plain values and tensors. Raises an error for any other pickle."""
     import torch
 
     checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
@@ -301,14 +308,14 @@ def load_plain(path: Path) -> dict[str, Any]:
 
 
 def read_losses(path: Path) -> dict[str, float]:
-    """The mean train_loss and the last val_loss of what STATE has logged; what it has not logged is left out."""
+    """Read the mean train_loss and the last val_loss of what STATE has logged; what it has not logged is left out."""
     import numpy as np
 
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     logged = {name: [float(row[name]) for row in rows if row.get(name)] for name in ("train_loss", "val_loss")}
-    found = {"train_loss": np.mean(logged["train_loss"]), "val_loss": (logged["val_loss"] or [None])[-1]}
-    return {name: float(value) for name, value in found.items() if value is not None}
+    means = {"train_loss": float(np.mean(logged["train_loss"]))}
+    return means | ({"val_loss": logged["val_loss"][-1]} if logged["val_loss"] else {})
 
 
 def keep_weights(work: Path) -> None:
@@ -320,7 +327,7 @@ def keep_weights(work: Path) -> None:
 
 
 def seed_of(seed: int, steps: int) -> int:
-    """The seed of the part that ends after so many steps: its draws hang on no other part."""
+    """Derive the seed of the part that ends after so many steps: its draws depend on no other part."""
     import numpy as np
 
     return int(np.random.default_rng((seed, steps)).integers(2**31))
@@ -343,7 +350,7 @@ def save(progress: Progress, work: Path, folder: Path) -> None:
 
 
 def restored(task: contract.TrainTask, work: Path) -> Progress:
-    """Where a training that was killed has left off, its files in place and its metrics told again; else the start."""
+    """Find where a killed training stopped, with its files in place and its metrics printed again; else the start."""
     began = Progress(identity(task))
     kept = sorted(task.checkpoint.glob("steps_*[0-9]")) if task.checkpoint else []
     if not kept:
@@ -353,11 +360,13 @@ def restored(task: contract.TrainTask, work: Path) -> Progress:
         for file in (LAST, BEST):
             load_plain(kept[-1] / file)
     except (OSError, EOFError, ValueError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
-        contract.log(f"the checkpoint of an earlier training cannot be read, and this one begins anew: {error}")
+        contract.log(
+            f"the checkpoint of an earlier training cannot be read: this one starts from the beginning: {error}"
+        )
         return begun_anew(began, kept)
     if progress.task != began.task:
         other = "another seed, other hyperparameters or another kind of device"
-        contract.log(f"the checkpoint is of a training with {other}: this one begins anew")
+        contract.log(f"the checkpoint is of a training with {other}: this one starts from the beginning")
         return begun_anew(began, kept)
     for file in (LAST, BEST):
         shutil.copyfile(kept[-1] / file, work / file)
@@ -368,14 +377,14 @@ def restored(task: contract.TrainTask, work: Path) -> Progress:
 
 
 def begun_anew(began: Progress, kept: Iterable[Path]) -> Progress:
-    """The start, with the kept folders out of its way."""
+    """Begin, with the kept folders out of the way."""
     for folder in kept:
         shutil.rmtree(folder)
     return began
 
 
 def identity(task: contract.TrainTask) -> str:
-    """A GPU computes other bits than a CPU: no training is half of one and half of the other."""
+    """Identify the training and its device: a GPU computes other bits than a CPU, so no training is half of each."""
     import torch
 
     text = json.dumps([task.seed, task.hyperparameters, torch.cuda.is_available()], sort_keys=True)
@@ -411,7 +420,7 @@ def mean_profiles(work: Path, task: contract.PredictTask, control: Any, codes: S
     obs = pd.DataFrame({"condition": condition, "covariate": "line"}, index=index, dtype="category")
     empty = csr_matrix((len(codes) * cells, n_genes), dtype=np.float32)
     ad.AnnData(vstack([control, empty], format="csr"), obs=obs).write_h5ad(work / "ask.h5ad")
-    told = {
+    settings_given = {
         "--model-dir": RUN,
         "--checkpoint": str((task.model / WEIGHTS).resolve()),
         "--adata": "ask.h5ad",
@@ -421,7 +430,7 @@ def mean_profiles(work: Path, task: contract.PredictTask, control: Any, codes: S
         "--seed": str(task.seed % 2**32),
         "--output": "answer.npy",
     }
-    run_state(work, "infer", [word for pair in told.items() for word in pair])
+    run_state(work, "infer", [word for pair in settings_given.items() for word in pair])
     answer = np.load(work / "answer.npy", mmap_mode="r")[n_control:]
     means: np.ndarray = answer.reshape(len(codes), cells, n_genes).mean(axis=1, dtype=np.float64)
     return means
@@ -431,8 +440,10 @@ def mean_profiles(work: Path, task: contract.PredictTask, control: Any, codes: S
 
 
 def run_state(work: Path, command: str, arguments: Iterable[str]) -> None:
-    """`state tx COMMAND` within a folder that is its home too. Where it fails the end of what it said goes to stderr,
-    and this process ends with exit status 1."""
+    """Run `state tx COMMAND` within a folder that is its home too.
+
+    Where it fails, the end of its output goes to stderr, and this process ends with exit status 1.
+    """
     environment = os.environ | {
         "HOME": str(work.resolve()),
         "LOGNAME": "calipert",  # PyTorch asks for the user's name, which not every user has in a container

@@ -12,8 +12,9 @@ import pandas as pd
 import pytest
 import yaml
 
-from core import catalog
+from blocks.config.catalog import open_catalog
 from core.catalog import schema
+from core.catalog.registry import Catalog
 from core.errors import UserError
 from core.prepare.labels import condition_labels
 from core.simulate import SimulationSettings
@@ -27,6 +28,8 @@ MINIMAL = {
     "source": {"kind": "local", "hint": "mine.h5ad"},
     "labels": {"column": "guide", "control": ["NT"]},
 }
+
+SIMULATED = [name for name in Catalog().names("dataset") if Catalog().dataset(name).source.kind == "simulated"]
 
 
 @pytest.fixture(autouse=True)
@@ -55,9 +58,9 @@ def users(tmp_path, monkeypatch, write):
 # The built-in entries
 
 
-@pytest.mark.parametrize("name", catalog.names("dataset"))
+@pytest.mark.parametrize("name", open_catalog().names("dataset"))
 def test_every_data_set_says_whose_it_is(name):
-    spec = catalog.dataset(name)
+    spec = open_catalog().dataset(name)
     assert spec.name == name
     assert "not stated" not in (spec.licence, spec.citation)
 
@@ -68,11 +71,11 @@ def test_the_catalog_holds_the_fourteen_screens_of_the_study():
         *("adamson16", "frangieh21", "kaden25fibroblast", "kaden25rpe1", "nadig25hepg2", "nadig25jurkat"),
         *("replogle22k562", "replogle22k562gwps", "replogle22rpe1", "tian21crispra", "tian21crispri"),
     }
-    specs = {name: catalog.dataset(name) for name in combinations | singles}
+    specs = {name: open_catalog().dataset(name) for name in combinations | singles}
     assert {name for name, spec in specs.items() if spec.task == "combination"} == combinations
     assert all(spec.source.kind == "https" for spec in specs.values())
     assert len({spec.source.url for spec in specs.values()}) == 14
-    mirrors = {name: catalog.dataset(name).mirror for name in catalog.names("dataset")}
+    mirrors = {name: open_catalog().dataset(name).mirror for name in open_catalog().names("dataset")}
     for name, mirror in mirrors.items():
         if name in specs:
             key = f"cellsimbench-data/data/{name}/{name}_processed_complete.h5ad"
@@ -95,90 +98,90 @@ def test_the_catalog_holds_the_fourteen_screens_of_the_study():
     ],
 )
 def test_published_labels_are_read(name, labels):
-    spec = catalog.dataset(name)
+    spec = open_catalog().dataset(name)
     assert list(condition_labels(pd.Series(list(labels)), spec.labels, name)) == list(labels.values())
 
 
 def test_the_genome_wide_screen_is_sampled():
-    sample = catalog.dataset("replogle22k562gwps").sample
+    sample = open_catalog().dataset("replogle22k562gwps").sample
     assert sample.conditions == 2500
     assert len(sample.priority) == len(set(sample.priority)) == 93
     assert {"NANOG", "CTCF", "E2F4"} < set(sample.priority)
 
 
-@pytest.mark.parametrize("name", catalog.names("embedding"))
+@pytest.mark.parametrize("name", open_catalog().names("embedding"))
 def test_every_embedding_says_whose_it_is(name):
-    spec = catalog.embedding(name)
+    spec = open_catalog().embedding(name)
     assert spec.name == name
     assert "not stated" not in (spec.licence, spec.citation)
 
 
-@pytest.mark.parametrize("name", [n for n in catalog.names("dataset") if catalog.dataset(n).source.kind == "simulated"])
+@pytest.mark.parametrize("name", SIMULATED)
 def test_simulated_settings_are_the_simulators(name):
-    settings = catalog.dataset(name).source.settings
+    settings = open_catalog().dataset(name).source.settings
     assert SimulationSettings(**settings).model_dump(include=set(settings), mode="json") == settings
 
 
 def test_demo_is_what_the_simulator_makes_by_default():
-    assert catalog.dataset("demo").source.settings == {}
+    assert open_catalog().dataset("demo").source.settings == {}
 
 
-@pytest.mark.parametrize("name", catalog.names("group"))
+@pytest.mark.parametrize("name", open_catalog().names("group"))
 def test_every_group_holds_known_models(name):
-    assert catalog.models([name])
+    assert open_catalog().models([name])
 
 
 def test_a_template_gives_one_model_per_embedding():
-    ridges = [name for name in catalog.names("model") if catalog.model(name).template == "ridge"]
-    tables = [name for name in catalog.names("embedding") if catalog.embedding(name).form == "table"]
+    ridges = [name for name in open_catalog().names("model") if open_catalog().model(name).template == "ridge"]
+    tables = [name for name in open_catalog().names("embedding") if open_catalog().embedding(name).form == "table"]
     assert ridges == [f"ridge_{embedding}" for embedding in tables]
     assert {"reactome", "coexpression"} <= set(tables)
-    ridge = catalog.model("ridge_reactome")
-    assert ridge.embedding == catalog.embedding("reactome")
+    ridge = open_catalog().model("ridge_reactome")
+    assert ridge.embedding == open_catalog().embedding("reactome")
     assert ridge.hyperparameters == {"alphas": [0.1, 1, 10]}
     assert ridge.container == "ridge"
 
 
 def test_a_model_without_embedding_stands_for_itself():
-    linear = catalog.model("linear")
+    linear = open_catalog().model("linear")
     assert (linear.template, linear.embedding, linear.container) == ("linear", None, None)
 
 
 def test_groups_are_expanded_in_order_and_models_named_once():
-    names = [model.name for model in catalog.models(["linear", "demo", "ridge_coexpression", "simple"])]
+    names = [model.name for model in open_catalog().models(["linear", "demo", "ridge_coexpression", "simple"])]
     assert names[:3] == ["linear", "fmlp_coexpression", "ridge_coexpression"]
     assert len(names) == len(set(names))
     assert {"additive", "knn_reactome", "ridge_reactome"} <= set(names)
 
 
 def test_base_has_four_models_and_one_with_four_embeddings():
-    models = catalog.models(["base"])
+    models = open_catalog().models(["base"])
     assert [model.template for model in models] == ["gears", "scgpt", "sclambda", "presage", *["fmlp"] * 4]
     embeddings = [model.embedding.name for model in models if model.template == "fmlp"]
     assert embeddings == ["esm2", "geneformer", "scgpt", "genept"]
 
 
 def test_what_is_done_to_an_entry_does_not_reach_the_next_reader():
-    catalog.model("ridge_reactome").hyperparameters["alphas"].append(100)
-    catalog.models(["demo"])[0].hyperparameters["epochs"] = 1
-    catalog.dataset("demo_covariates").source.settings.clear()
-    assert catalog.model("ridge_reactome").hyperparameters == {"alphas": [0.1, 1, 10]}
-    assert catalog.models(["demo"])[0].hyperparameters["epochs"] == 100
-    assert catalog.dataset("demo_covariates").source.settings
+    open_catalog().model("ridge_reactome").hyperparameters["alphas"].append(100)
+    open_catalog().models(["demo"])[0].hyperparameters["epochs"] = 1
+    open_catalog().dataset("demo_covariates").source.settings.clear()
+    assert open_catalog().model("ridge_reactome").hyperparameters == {"alphas": [0.1, 1, 10]}
+    assert open_catalog().models(["demo"])[0].hyperparameters["epochs"] == 100
+    assert open_catalog().dataset("demo_covariates").source.settings
 
 
 def test_an_entry_cannot_be_changed():
     with pytest.raises(ValueError, match="frozen"):
-        catalog.dataset("demo").seed = 1
+        open_catalog().dataset("demo").seed = 1
 
 
 def test_combinations_have_two_folds_and_singles_five():
-    assert catalog.dataset("norman19").folds == 2
-    assert catalog.dataset("papalexi21").folds == 5
+    assert open_catalog().dataset("norman19").folds == 2
+    assert open_catalog().dataset("papalexi21").folds == 5
 
 
 def test_reading_the_catalog_needs_no_heavy_import():
-    code = "import sys, core.catalog as c; c.models(['demo']); print(*sys.modules)"
+    code = "import sys, core.catalog.registry as c; c.Catalog().models(['demo']); print(*sys.modules)"
     loaded = subprocess.run(
         [sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True
     ).stdout.split()
@@ -189,7 +192,7 @@ def test_reading_the_catalog_needs_no_heavy_import():
 @pytest.mark.shared
 @pytest.mark.parametrize("name", LOCAL_FILES)
 def test_local_entries_fit_their_files(shared, name):
-    spec = catalog.dataset(name)
+    spec = open_catalog().dataset(name)
     file = ad.read_h5ad(shared / "data" / LOCAL_FILES[name])
     conditions = set(condition_labels(file.obs[spec.labels.column], spec.labels, name)) - {"control"}
     assert (file.n_obs, file.n_vars, len(conditions)) == (
@@ -209,7 +212,7 @@ def test_local_entries_fit_their_files(shared, name):
 def test_guide_labels_of_papalexi21_become_their_targets(shared):
     cells = ad.read_h5ad(shared / "data" / "papalexi21.h5ad").obs
     perturbed = cells[cells["perturbation"] != "control"]
-    conditions = condition_labels(perturbed["guide"], catalog.dataset("papalexi21").labels, "papalexi21")
+    conditions = condition_labels(perturbed["guide"], open_catalog().dataset("papalexi21").labels, "papalexi21")
     assert (conditions == perturbed["perturbation"].astype(str)).all()
 
 
@@ -219,11 +222,11 @@ def test_guide_labels_of_papalexi21_become_their_targets(shared):
 @pytest.mark.parametrize(
     ("lookup", "name", "near"),
     [
-        (catalog.dataset, "papalexi", "papalexi21"),
-        (catalog.dataset, "../demo", "demo"),
-        (catalog.embedding, "reactom", "reactome"),
-        (catalog.model, "ridge", "ridge_esm2"),
-        (lambda name: catalog.models(["demo", name]), "fmlp_reactom", "fmlp_reactome"),
+        (open_catalog().dataset, "papalexi", "papalexi21"),
+        (open_catalog().dataset, "../demo", "demo"),
+        (open_catalog().embedding, "reactom", "reactome"),
+        (open_catalog().model, "ridge", "ridge_esm2"),
+        (lambda name: open_catalog().models(["demo", name]), "fmlp_reactom", "fmlp_reactome"),
     ],
 )
 def test_an_unknown_name_lists_the_known_ones(lookup, name, near):
@@ -236,22 +239,22 @@ def test_an_unknown_name_lists_the_known_ones(lookup, name, near):
 
 def test_an_unknown_name_like_no_other_lists_all():
     with pytest.raises(UserError) as error:
-        catalog.dataset("zzz")
-    assert error.value.remedy == f"known: {', '.join(catalog.names('dataset'))}"
+        open_catalog().dataset("zzz")
+    assert error.value.remedy == f"known: {', '.join(open_catalog().names('dataset'))}"
 
 
 # A data set of the user's own
 
 
 def test_a_users_entry_gets_the_defaults(write):
-    spec = catalog.dataset(write(MINIMAL))
+    spec = open_catalog().dataset(write(MINIMAL))
     assert spec.name == "mine"
     assert (spec.folds, spec.min_genes_per_cell, spec.max_control_cells, spec.seed) == (5, 200, 8192, 42)
-    assert catalog.dataset(str(write(MINIMAL, "again.yml"))) == spec
+    assert open_catalog().dataset(str(write(MINIMAL, "again.yml"))) == spec
 
 
 def test_the_example_of_the_guide_is_a_valid_entry():
-    spec = catalog.dataset(PROJECT / "docs" / "your-data.yaml")
+    spec = open_catalog().dataset(PROJECT / "docs" / "your-data.yaml")
     assert spec.labels.control == ("non-targeting", "safe-harbour")
 
 
@@ -298,7 +301,7 @@ def test_the_example_of_the_guide_is_a_valid_entry():
 def test_a_wrong_entry_is_refused_with_its_remedy(write, change, field, found, remedy):
     path = write({**MINIMAL, **change})
     with pytest.raises(UserError) as error:
-        catalog.dataset(path)
+        open_catalog().dataset(path)
     assert error.value.where == str(path)
     assert error.value.field == field
     assert found in error.value.found
@@ -309,7 +312,7 @@ def test_a_wrong_entry_is_refused_with_its_remedy(write, change, field, found, r
 @pytest.mark.parametrize("field", ["name", "title", "task", "source", "labels"])
 def test_a_missing_field_is_named(write, field):
     with pytest.raises(UserError) as error:
-        catalog.dataset(write({key: value for key, value in MINIMAL.items() if key != field}))
+        open_catalog().dataset(write({key: value for key, value in MINIMAL.items() if key != field}))
     assert (error.value.field, error.value.found) == (field, "nothing")
 
 
@@ -328,21 +331,23 @@ def test_a_file_that_is_no_yaml_mapping_is_refused(tmp_path, content, found):
     path = tmp_path / "mine.yaml"
     path.write_bytes(content)
     with pytest.raises(UserError) as error:
-        catalog.dataset(path)
+        open_catalog().dataset(path)
     assert (error.value.where, error.value.field) == (str(path), "format")
     assert error.value.found.startswith(found)
 
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match="No such file") as error:
-        catalog.dataset(tmp_path / "mine.yaml")
+        open_catalog().dataset(tmp_path / "mine.yaml")
     assert error.value.where.endswith("mine.yaml")
 
 
 def test_a_users_data_set_cannot_take_a_name_of_the_catalog(write):
     with pytest.raises(UserError, match="a data set of the catalog"):
-        catalog.dataset(write({**MINIMAL, "name": "norman19"}))
-    assert catalog.dataset(PROJECT / "core" / "catalog" / "datasets" / "demo.yaml") == catalog.dataset("demo")
+        open_catalog().dataset(write({**MINIMAL, "name": "norman19"}))
+    assert open_catalog().dataset(PROJECT / "core" / "catalog" / "datasets" / "demo.yaml") == open_catalog().dataset(
+        "demo"
+    )
 
 
 # The user's folder of entries
@@ -354,17 +359,17 @@ def test_a_users_folder_adds_entries(users):
            "source": {"kind": "local", "hint": "atlas.gmt"}}, "embeddings/atlas.yml")  # fmt: skip
     users({"name": "mean", "title": "mean", "container": "mean"}, "models/mean.yaml")
     users({"name": "ours", "title": "ours", "models": ["mean", "ridge_atlas"]}, "groups/ours.yaml")
-    assert catalog.dataset("mine").title == "my screen"
-    assert {"mean", "fmlp_atlas", "knn_atlas", "ridge_atlas"} <= set(catalog.names("model"))
-    assert [model.name for model in catalog.models(["ours"])] == ["mean", "ridge_atlas"]
-    assert {"mine", "norman19"} <= set(catalog.names("dataset"))
+    assert open_catalog().dataset("mine").title == "my screen"
+    assert {"mean", "fmlp_atlas", "knn_atlas", "ridge_atlas"} <= set(open_catalog().names("model"))
+    assert [model.name for model in open_catalog().models(["ours"])] == ["mean", "ridge_atlas"]
+    assert {"mine", "norman19"} <= set(open_catalog().names("dataset"))
 
 
 def test_without_the_variable_the_users_entries_are_gone(users, monkeypatch):
     users(MINIMAL, "datasets/mine.yaml")
-    assert "mine" in catalog.names("dataset")
+    assert "mine" in open_catalog().names("dataset")
     monkeypatch.delenv("CALIPERT_CATALOG")
-    assert "mine" not in catalog.names("dataset")
+    assert "mine" not in open_catalog().names("dataset")
 
 
 @pytest.mark.parametrize(
@@ -373,32 +378,32 @@ def test_without_the_variable_the_users_entries_are_gone(users, monkeypatch):
 def test_a_users_entry_cannot_shadow_one_of_the_catalog(users, kind, name):
     users({"name": name, "title": "mine"}, f"{kind}s/{name}.yaml")
     with pytest.raises(UserError, match="the catalog already has"):
-        catalog.names(kind)
+        open_catalog().names(kind)
 
 
 @pytest.mark.parametrize("name", ["demo", "ridge_reactome"])
 def test_a_model_cannot_have_the_name_of_a_group_or_of_another_model(users, name):
     users({"name": name, "title": "mine"}, f"models/{name}.yaml")
     with pytest.raises(UserError, match="is also"):
-        catalog.names("model")
+        open_catalog().names("model")
 
 
 def test_a_model_cannot_have_the_name_of_a_control(users):
     users({"name": "dataset_mean", "title": "mine"}, "models/dataset_mean.yaml")
     with pytest.raises(UserError, match="name of a control"):
-        catalog.models(["linear"])
+        open_catalog().models(["linear"])
 
 
 def test_file_and_entry_have_one_name(users):
     users(MINIMAL, "datasets/other.yaml")
     with pytest.raises(UserError, match=r"write `name: other`, or rename the file to mine\.yaml"):
-        catalog.dataset("other")
+        open_catalog().dataset("other")
 
 
 def test_a_group_with_an_unknown_model_is_named(users):
     path = users({"name": "ours", "title": "ours", "models": ["linear", "ridge_reactom"]}, "groups/ours.yaml")
     with pytest.raises(UserError, match="ridge_reactome") as error:
-        catalog.models(["ours"])
+        open_catalog().models(["ours"])
     assert error.value.where == str(path)
 
 
@@ -420,7 +425,7 @@ def test_a_group_with_an_unknown_model_is_named(users):
 def test_an_embedding_fits_its_kind(users, change, remedy):
     users({"name": "mine", "title": "mine", "dimensions": 4, **change}, "embeddings/mine.yaml")
     with pytest.raises(UserError) as error:
-        catalog.embedding("mine")
+        open_catalog().embedding("mine")
     assert remedy in error.value.remedy
 
 
@@ -438,7 +443,7 @@ def test_parts_of_several_are_tables_of_the_catalog(users, change, found, remedy
     users({"name": "atlas", "title": "atlas", **atlas}, "embeddings/atlas.yaml")
     users({"name": "mine", "title": "mine", "kind": "several", **change}, "embeddings/mine.yaml")
     with pytest.raises(UserError) as error:
-        catalog.embedding("mine")
+        open_catalog().embedding("mine")
     assert found in error.value.found
     assert remedy in error.value.remedy
 
@@ -452,31 +457,34 @@ TABLES = {"coexpression", "esm2", "esm2_3b", "geneformer", "genept", "reactome",
 )
 def test_a_template_is_joined_with_what_it_takes(users, takes, given):
     users({"name": "mine", "title": "mine", "container": "mine", "embedding": takes}, "models/mine.yaml")
-    mine = [catalog.model(name) for name in catalog.names("model") if name.startswith("mine")]
+    mine = [open_catalog().model(name) for name in open_catalog().names("model") if name.startswith("mine")]
     assert {model.embedding.name for model in mine} == given
-    assert all(model.embedding == catalog.embedding(model.embedding.name) for model in mine)
+    assert all(model.embedding == open_catalog().embedding(model.embedding.name) for model in mine)
 
 
 def test_a_file_is_named_for_one_entry_alone(users):
     """`--source mine=` would be the sets of the one or the folder of the other."""
     address = {"kind": "https", "url": "https://example.org/mine"}
     users({"name": "mine", "title": "mine", "kind": "gmt", "dimensions": 2, "source": address}, "embeddings/mine.yaml")
-    assert catalog.embedding("mine").name == "mine"
+    assert open_catalog().embedding("mine").name == "mine"
     users({"name": "mine", "title": "mine", "files": {"a": address}}, "pretrained/mine.yaml")
     with pytest.raises(UserError, match=r"'mine', which published files have too .*pretrained/mine.yaml"):
-        catalog.embedding("mine")
+        open_catalog().embedding("mine")
 
 
 def test_parts_are_what_an_embedding_is_made_of():
-    knowledge = catalog.embedding("knowledge")
-    assert catalog.parts(knowledge) == [catalog.embedding("reactome"), catalog.embedding("coexpression")]
-    assert catalog.parts(catalog.embedding("go")) == [catalog.embedding("go")]
+    knowledge = open_catalog().embedding("knowledge")
+    assert open_catalog().parts(knowledge) == [
+        open_catalog().embedding("reactome"),
+        open_catalog().embedding("coexpression"),
+    ]
+    assert open_catalog().parts(open_catalog().embedding("go")) == [open_catalog().embedding("go")]
 
 
 def test_the_variable_must_name_a_folder_of_entries(tmp_path, monkeypatch):
     monkeypatch.setenv("CALIPERT_CATALOG", str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="sub-folders datasets, embeddings, models, groups, pretrained"):
-        catalog.names("dataset")
+        open_catalog().names("dataset")
 
 
 # The guide
@@ -520,7 +528,7 @@ def test_names_that_a_model_may_not_have_are_those_of_the_controls() -> None:
 )
 def test_a_password_in_an_address_is_refused_and_not_repeated(write, source) -> None:
     with pytest.raises(UserError) as caught:
-        catalog.dataset(write(MINIMAL | {"source": source}))
+        open_catalog().dataset(write(MINIMAL | {"source": source}))
     told = "".join(traceback.format_exception(caught.value))
     assert "s3cr3t" not in told
     assert "source" in told
@@ -528,4 +536,4 @@ def test_a_password_in_an_address_is_refused_and_not_repeated(write, source) -> 
 
 def test_an_at_sign_in_the_path_of_an_address_is_no_password(write) -> None:
     source = {"kind": "https", "url": "https://example.org/x@2.h5ad"}
-    assert catalog.dataset(write(MINIMAL | {"source": source})).source.url == source["url"]
+    assert open_catalog().dataset(write(MINIMAL | {"source": source})).source.url == source["url"]

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from blocks.config import settings
+from blocks.config import child_environment
 from blocks.config.paths import PROJECT_ROOT
 from blocks.config.pools import CPU, GPU
 from core.errors import UserError
@@ -167,7 +167,7 @@ def test_the_settings_are_those_of_the_local_stack(services: dict[str, Any]) -> 
     elsewhere = {"CALIPERT_DATA", "MLFLOW_TRACKING_URI", "NO_PROXY", "no_proxy"} | {
         f"PREFECT_{name}" for name in ("API_URL", "HOME", "PROFILES_PATH")
     }
-    local = settings.environment(settings.Services("http://a", "http://b"))
+    local = child_environment.environment(child_environment.Services("http://a", "http://b"))
     for name in PYTHON:
         environment = services[name]["environment"]
         for variable in local.keys() - elsewhere:

@@ -11,7 +11,7 @@ from prefect import Flow
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.schema_tools.validation import ValidationError, is_valid_schema, validate
 
-from core import catalog
+from blocks.config.catalog import open_catalog
 from deployments.forms import form
 from deployments.table import Deployment, table
 from tasks.train import FoldJob
@@ -95,7 +95,7 @@ def test_the_whole_study_has_one_deployment_with_an_example_of_a_schedule() -> N
 
 def test_a_row_says_what_its_runs_do_with_which_data() -> None:
     one = row("benchmark/norman19_small")
-    spec = catalog.dataset("norman19_small")
+    spec = open_catalog().dataset("norman19_small")
     assert one.parameters == {"dataset": "norman19_small"}
     assert one.tags == ("calipert", "norman19_small", "combination")
     for text in (spec.title, spec.licence, spec.citation):
@@ -153,7 +153,7 @@ def test_the_form_of_a_benchmark_offers_what_the_catalog_has() -> None:
     found = schema("benchmark/norman19")["properties"]
     assert found["dataset"]["enum"] == ["norman19"]
     offered = found["models"]["items"]["enum"]
-    assert offered == [*catalog.names("group"), *catalog.names("model")]
+    assert offered == [*open_catalog().names("group"), *open_catalog().names("model")]
     assert {"demo", "simple", "fmlp_reactome", "ridge_reactome"} <= set(offered)
     assert "demo (fmlp_coexpression, ridge_coexpression)" in found["models"]["description"]
     assert "The catalog says 2." in found["folds"]["description"]
@@ -232,7 +232,7 @@ def test_names_are_checked_where_there_are_too_many_for_fields() -> None:
 
 
 def test_a_trainings_job_is_taken() -> None:
-    for model in catalog.models(["simple", "fmlp_reactome"]):
+    for model in open_catalog().models(["simple", "fmlp_reactome"]):
         job = FoldJob(
             dataset="demo",
             model=model,

@@ -17,6 +17,9 @@ from blocks.config.paths import PROJECT_ROOT
 from blocks.local import cancellation, gpus
 from blocks.local.gpus import holders
 
+ROUNDS = int(os.environ.get("CALIPERT_FAULT_ROUNDS", "1"))
+SEED = int(os.environ.get("CALIPERT_FAULT_SEED", "1"))
+
 
 @pytest.fixture(autouse=True)
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
@@ -145,7 +148,8 @@ print(json.dumps({"kills": kills, "failed": failed}))
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads the state of processes in /proc, as on Linux")
-def test_eight_gpus_forty_folds_and_random_kills(host, tmp_path):
+@pytest.mark.parametrize("seed", range(SEED, SEED + ROUNDS))
+def test_eight_gpus_forty_folds_and_random_kills(host, tmp_path, seed):
     """No GPU has two models at any moment, none is lost, and every fold gets done.
 
     Only the flows are killed: their supervisors and models have to die of it. Every fourth model has left its group and
@@ -157,7 +161,6 @@ def test_eight_gpus_forty_folds_and_random_kills(host, tmp_path):
     folder.mkdir()
     model.mkdir()
     (model / "model.py").write_text(CLAIMANT)
-    seed = int.from_bytes(os.urandom(4), "big")
     flows = subprocess.run(
         [sys.executable, "-c", FLOWS, folder, model, str(seed)],
         cwd=PROJECT_ROOT,

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from blocks.http import ConnectionLost
 from flows import benchmark, steps, train
-from tasks.sources import ConnectionLost
 
 
 @pytest.mark.parametrize("module", [benchmark, train])

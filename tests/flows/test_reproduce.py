@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from core import catalog
+from blocks.config.catalog import open_catalog
+from blocks.http import ConnectionLost
 from core.errors import UserError
 from flows import reproduce as module
 from flows.reproduce import _reproduce_dataset
-from tasks.sources import ConnectionLost
 
 
 class FakeFetch:
@@ -31,7 +31,7 @@ class FakeFetch:
 def test_without_a_network_only_the_first_data_set_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     fetch = FakeFetch(ConnectionLost("https://a.b/c", "connection", "no\nroute", "run again"))
     monkeypatch.setattr(module, "fetch_source", fetch)
-    spec, connected = catalog.dataset("norman19"), True
+    spec, connected = open_catalog().dataset("norman19"), True
     for _ in range(2):
         outcome, connected = _reproduce_dataset("norman19", spec, [], "raw", {}, connected)
         assert outcome[:3] == (

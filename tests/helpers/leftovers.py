@@ -15,7 +15,7 @@ from contextlib import suppress
 import psutil
 import pytest
 
-SESSION = "CALIPERT_TEST_SESSION"
+SESSION = "TEST_SESSION"
 PATIENCE_S = 5.0
 
 

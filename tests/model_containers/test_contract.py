@@ -127,7 +127,7 @@ def test_threads_are_set_and_a_numpy_loaded_too_early_is_told(tmp_path, capsys):
     contract.main(DESCRIPTION, lambda task: None, refuse, arguments=["train", str(train_spec(tmp_path))])
     assert capsys.readouterr().out == ""
     contract.main(DESCRIPTION, lambda task: None, refuse, arguments=["train", str(train_spec(tmp_path, threads=3))])
-    assert "numpy was loaded before it could be told to use 3 threads" in capsys.readouterr().out
+    assert "numpy was loaded before its number of threads could be set to 3" in capsys.readouterr().out
     assert {os.environ[name] for name in contract.THREAD_VARIABLES} == {"3"}
 
 
@@ -317,7 +317,7 @@ def test_an_embedding_that_cannot_be_used_is_refused(tmp_path):
     with pytest.raises(ContractError, match="2 dimensions; the model was trained with 3"):
         contract.read_embedding(path, 3)
     pd.read_parquet(path).rename(index={"B": "A"}).to_parquet(path)
-    with pytest.raises(ContractError, match="gene A stands there more than once"):
+    with pytest.raises(ContractError, match="gene A occurs more than once"):
         contract.read_embedding(path)
 
 

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from scipy.special import erf
 
-from core import catalog
+from blocks.config.catalog import open_catalog
 from model_containers import contract
 from tasks import embed, pretrained
 
@@ -385,8 +385,8 @@ def test_the_catalogs_embedding_is_made_by_a_process_without_a_network(
     monkeypatch.setenv("CALIPERT_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("CALIPERT_GPUS", "none")
     monkeypatch.setattr(embed, "embed", embed.embed.fn)
-    spec = catalog.embedding("esm2")
-    weights = pretrained.fetch_pretrained.fn(catalog.pretrained("esm2_150m"), published)
+    spec = open_catalog().embedding("esm2")
+    weights = pretrained.fetch_pretrained.fn(open_catalog().pretrained("esm2_150m"), published)
     folder = embed.make_shared_embedding(spec, {"esm2_150m": weights})
     table = pd.read_parquet(folder / "embedding.parquet")
     pd.testing.assert_frame_equal(table, pd.read_parquet(made()), rtol=1e-5, atol=1e-5)
@@ -410,9 +410,9 @@ def test_sharded_weights_are_read(made, published):
 
 @pytest.mark.parametrize("name", ["esm2", "esm2_3b"])
 def test_the_files_of_the_catalog_are_what_is_read(load, name):
-    spec = catalog.embedding(name)
+    spec = open_catalog().embedding(name)
     assert spec.container == "esm2"
-    files = set(catalog.pretrained(spec.pretrained).files)
+    files = set(open_catalog().pretrained(spec.pretrained).files)
     shards = {file for file in files if file.startswith("model-0")}
     weights = {"model.safetensors.index.json", *shards} if shards else {"model.safetensors"}
     assert files == {CANONICAL, PROTEINS, "config.json", "vocab.txt", *weights}

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from safetensors.numpy import save_file
 
-from core import catalog
+from blocks.config.catalog import open_catalog
 from model_containers import contract
 from tasks import embed, pretrained
 
@@ -191,14 +191,14 @@ def test_the_catalogs_embedding_is_made_by_a_process(
     monkeypatch.setenv("CALIPERT_DATA", str(tmp_path / "data"))
     monkeypatch.setattr(embed, "embed", embed.embed.fn)
     name = "geneformer_v2_104m"
-    weights = pretrained.fetch_pretrained.fn(catalog.pretrained(name), published)
-    folder = embed.make_shared_embedding(catalog.embedding("geneformer"), {name: weights})
+    weights = pretrained.fetch_pretrained.fn(open_catalog().pretrained(name), published)
+    folder = embed.make_shared_embedding(open_catalog().embedding("geneformer"), {name: weights})
     assert (folder / "embedding.parquet").read_bytes() == made().read_bytes()
 
 
 def test_the_files_of_the_catalog_are_what_is_read():
-    spec = catalog.embedding("geneformer")
-    assert set(catalog.pretrained(spec.pretrained).files) == {"model.safetensors", TOKENS, SYMBOLS}
+    spec = open_catalog().embedding("geneformer")
+    assert set(open_catalog().pretrained(spec.pretrained).files) == {"model.safetensors", TOKENS, SYMBOLS}
 
 
 def test_its_progress_reaches_its_end(made, capsys):

@@ -143,7 +143,7 @@ def test_enough_is_asked_before_an_epoch_of_a_training_that_goes_on(tmp_path, ca
 def test_the_checkpoint_of_another_training_is_not_taken(tmp_path, capsys, other):
     train(task_in(tmp_path, checkpoint=tmp_path), count=2)
     assert train(task_in(tmp_path, checkpoint=tmp_path, **other), count=2)[1] == [1, 2]
-    assert "begins anew" in capsys.readouterr().out
+    assert "starts from the beginning" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("every_epoch")

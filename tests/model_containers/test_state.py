@@ -201,7 +201,7 @@ def test_a_damaged_checkpoint_is_begun_anew(state, program, panel, tmp_path, cap
     state.train(panel.train_task(tmp_path / "again", hyperparameters=SMALL, checkpoint=checkpoint))
     assert [one["training.max_steps"] for one in program.told] == ["2", "4", "6"]
     assert contents(tmp_path / "again") == contents(tmp_path / "first")
-    assert "cannot be read, and this one begins anew" in capsys.readouterr().out
+    assert "cannot be read: this one starts from the beginning" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("again", [SMALL, SMALL | {"batch_size": 5}])

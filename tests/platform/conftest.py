@@ -14,7 +14,7 @@ import docker.errors
 import pytest
 import yaml
 
-from blocks.config import settings
+from blocks.config import child_environment
 from blocks.services import stack as services
 
 ENTRY = {
@@ -30,7 +30,7 @@ ENTRY = {
 
 
 @pytest.fixture(scope="session")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[settings.Services]:
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[child_environment.Services]:
     """Prefect's and MLflow's servers with a data folder of the session's own; stopped at the end."""
     folder = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
@@ -66,9 +66,11 @@ def entry(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def run_benchmark(servers: settings.Services, entry: Path) -> Callable[..., Path]:
+@pytest.fixture(scope="session")
+def run_benchmark(servers: child_environment.Services, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Run the benchmark flow in a process of its own, with a data folder of its own; the folder of the results."""
+    entry = tmp_path_factory.mktemp("entry") / "tiny.yaml"
+    entry.write_text(yaml.safe_dump(ENTRY))
 
     def run(raw: Path, data: Path, models: list[str], **environment: str) -> Path:
         parameters = {"dataset": str(entry), "models": models, "sources": {"tiny": str(raw)}}
@@ -79,7 +81,7 @@ def run_benchmark(servers: settings.Services, entry: Path) -> Callable[..., Path
         )
         done = subprocess.run(
             [sys.executable, "-c", code, json.dumps(parameters)],
-            env=settings.child_environment(servers) | {"CALIPERT_DATA": str(data)} | environment,
+            env=child_environment.child_environment(servers) | {"CALIPERT_DATA": str(data)} | environment,
             capture_output=True,
             text=True,
             check=False,

@@ -20,8 +20,9 @@ import pandas as pd
 import pytest
 from prefect.states import Failed
 
+from blocks.config.catalog import open_catalog
+from blocks.http import ConnectionLost
 from blocks.services import text_service
-from core import catalog
 from core.errors import UserError
 from flows.benchmark import benchmark
 from flows.embed import embed as flow
@@ -30,7 +31,7 @@ from tasks import embed, embed_texts, pretrained, sources
 from tasks.embed_texts import check_services
 from tasks.inputs import list_embedding_inputs
 from tasks.pretrained import fetch_inputs
-from tasks.sources import ConnectionLost, is_worth_a_retry
+from tasks.sources import is_worth_a_retry
 from tests.helpers import text_service_stand_in as stand_in
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,7 +79,7 @@ def make(service: Any, key: object, tmp_path: Path) -> Callable[..., Path]:
 
     def call(texts: dict[str, str] = TEXTS, backwards: bool = False) -> Path:
         genes = stand_in.write_genes(tmp_path / "genes", texts, backwards)
-        spec = catalog.embedding("mine")
+        spec = open_catalog().embedding("mine")
         return embed.make_shared_embedding(spec, fetch_inputs(list_embedding_inputs(spec), {"ncbi_genes": genes}))
 
     return call
@@ -193,7 +194,7 @@ def test_without_a_key_what_is_made_or_kept_can_be_used(
 ) -> None:
     folder = make()
     key(None)
-    spec, named = catalog.embedding("mine"), {"ncbi_genes": tmp_path / "genes"}
+    spec, named = open_catalog().embedding("mine"), {"ncbi_genes": tmp_path / "genes"}
     check_services([spec], named)
     # Other files with the same texts: the embedding is not made yet, its vectors are kept.
     stand_in.write_genes(tmp_path / "genes", TEXTS, backwards=True)
@@ -216,9 +217,9 @@ def test_downloaded_files_count_as_there(
     )
     key(None)
     with pytest.raises(UserError, match="no such block"):
-        check_services([catalog.embedding("mine")], {})
-    pretrained.fetch_pretrained(catalog.pretrained("ncbi_genes"))
-    check_services([catalog.embedding("mine")], {})
+        check_services([open_catalog().embedding("mine")], {})
+    pretrained.fetch_pretrained(open_catalog().pretrained("ncbi_genes"))
+    check_services([open_catalog().embedding("mine")], {})
 
 
 @pytest.mark.parametrize("value", [f"{KEY}\n", f" {KEY}", f"{KEY}é"])
@@ -314,7 +315,7 @@ def test_after_the_last_try_nothing_waits(
 @pytest.mark.parametrize("url", ["https://a:b", "https://xn--"])
 def test_what_can_be_no_address_is_named_and_not_tried_again(service: Any, key: object, url: str) -> None:
     # Such as the catalog may let pass.
-    about = catalog.embedding("mine").service.model_copy(update={"url": url})
+    about = open_catalog().embedding("mine").service.model_copy(update={"url": url})
     with pytest.raises(UserError, match="no address that can be asked") as error:
         text_service.text_vectors(about, 4, ["a text"])
     assert (error.value.where, error.value.field) == (f"{url}/embeddings", "service.url")
@@ -492,8 +493,8 @@ def dying(self, target):
             os.kill(os.getpid(), signal.SIGKILL)
     return replace(self, target)
 Path.replace = dying
-from core import catalog
-spec = catalog.embedding("mine")
+from blocks.config.catalog import open_catalog
+spec = open_catalog().embedding("mine")
 needed = {one.name: fetch(one, Path(sys.argv[1])) for one in inputs.list_embedding_inputs(spec)}
 print("RESULT", embed.make_shared_embedding(spec, needed))
 """
@@ -560,7 +561,7 @@ def test_an_entry_that_cannot_be_made_is_refused(
 ) -> None:
     stand_in.write_entry(tmp_path / "catalog", service.url, **change)
     with pytest.raises(UserError) as error:
-        catalog.embedding("mine")
+        open_catalog().embedding("mine")
     assert remedy in error.value.remedy
 
 
@@ -577,7 +578,7 @@ def test_an_entry_that_cannot_be_made_is_refused(
 def test_a_key_goes_nowhere_in_the_clear_but_to_this_machine(service: Any, tmp_path: Path, url: str) -> None:
     stand_in.write_entry(tmp_path / "catalog", url)
     with pytest.raises(UserError) as error:
-        catalog.embedding("mine")
+        open_catalog().embedding("mine")
     assert error.value.field == "service.url"
     assert "s3cr3t" not in "".join(traceback.format_exception(error.value))
 
@@ -585,4 +586,4 @@ def test_a_key_goes_nowhere_in_the_clear_but_to_this_machine(service: Any, tmp_p
 @pytest.mark.parametrize("url", ["https://example.org", "http://localhost:8000/v1", "http://127.0.0.1/v1"])
 def test_addresses_of_services(service: Any, tmp_path: Path, url: str) -> None:
     stand_in.write_entry(tmp_path / "catalog", url)
-    assert catalog.embedding("mine").service.url == url
+    assert open_catalog().embedding("mine").service.url == url

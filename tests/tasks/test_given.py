@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
+from blocks.config.catalog import open_catalog
 from blocks.config.paths import checkpoints_folder
 from blocks.engines.process import ModelFailed
-from core import catalog
 from core.catalog.schema import EmbeddingSpec, PretrainedSpec
 from core.errors import UserError
 from model_containers import contract
@@ -76,8 +76,8 @@ def shared(spec: EmbeddingSpec, sources: dict[str, str]) -> Path:
 def test_several_are_joined_for_each_fold_from_parts_that_are_made_once(
     gmt: Path, folds: dict[int, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = catalog.model("fmlp_reactome")
-    several = model.model_copy(update={"name": "m", "embedding": catalog.embedding("knowledge")})
+    model = open_catalog().model("fmlp_reactome")
+    several = model.model_copy(update={"name": "m", "embedding": open_catalog().embedding("knowledge")})
     made: list[str] = []
     original = embed.embed
     monkeypatch.setattr(embed, "embed", lambda spec, *rest: made.append(spec.name) or original(spec, *rest))
@@ -96,27 +96,27 @@ def test_several_are_joined_for_each_fold_from_parts_that_are_made_once(
 
 
 def test_a_graph_is_made_of_shared_annotations(gmt: Path) -> None:
-    folder = embed.embed(catalog.embedding("go"), gmt, ["E", "A", "B", "F"])
+    folder = embed.embed(open_catalog().embedding("go"), gmt, ["E", "A", "B", "F"])
     graph = contract.read_graph(folder / "embedding.parquet")
     weight = {(gene, other): value for gene, other, value in graph.itertuples(index=False)}
     # Of three sets one holds A and B. C and D are not perturbed, F is in no set.
     assert weight == {("A", "B"): 1 / 3, ("B", "A"): 1 / 3, ("A", "E"): 1 / 2, ("E", "A"): 1 / 2}
-    assert embed.embed(catalog.embedding("go"), gmt, ["A", "B", "E", "F"]) == folder
-    assert embed.embed(catalog.embedding("go"), gmt, ["A", "B"]) != folder
+    assert embed.embed(open_catalog().embedding("go"), gmt, ["A", "B", "E", "F"]) == folder
+    assert embed.embed(open_catalog().embedding("go"), gmt, ["A", "B"]) != folder
 
 
 @pytest.mark.parametrize("name", ["go", "reactome"])
 def test_what_knows_none_of_the_genes_is_refused(gmt: Path, name: str) -> None:
-    model = catalog.model("fmlp_reactome").model_copy(update={"embedding": catalog.embedding(name)})
+    model = open_catalog().model("fmlp_reactome").model_copy(update={"embedding": open_catalog().embedding(name)})
     with pytest.raises(UserError, match=r"none of the 1 perturbed genes \(NOWHERE\)"):
         embed.make_embeddings([model], {0: gmt.parent}, {name: gmt}, ["NOWHERE"])
 
 
 def test_a_models_inputs_are_its_parts_and_weights_each_once() -> None:
-    model = catalog.model("fmlp_reactome").model_copy(update={"pretrained": WEIGHTS})
-    several = model.model_copy(update={"embedding": catalog.embedding("knowledge")})
+    model = open_catalog().model("fmlp_reactome").model_copy(update={"pretrained": WEIGHTS})
+    several = model.model_copy(update={"embedding": open_catalog().embedding("knowledge")})
     # Co-expression is made of a fold's cells.
-    assert [one.name for one in list_inputs([model, several, catalog.model("linear")])] == ["reactome", "net"]
+    assert [one.name for one in list_inputs([model, several, open_catalog().model("linear")])] == ["reactome", "net"]
 
 
 def test_weights_come_from_the_folder_that_is_named(gmt: Path, tmp_path: Path) -> None:
@@ -128,9 +128,9 @@ def test_weights_come_from_the_folder_that_is_named(gmt: Path, tmp_path: Path) -
     assert error.value.found == "no best.pt in it"
     (mine / "best.pt").write_bytes(b"weights")
     (mine / "unasked").write_bytes(b"x")
-    model = catalog.model("fmlp_reactome").model_copy(update={"pretrained": WEIGHTS})
+    model = open_catalog().model("fmlp_reactome").model_copy(update={"pretrained": WEIGHTS})
     files = {"net": mine, "reactome": gmt}
-    found = pretrained.fetch_inputs(list_inputs([model, catalog.model("linear")]), files)
+    found = pretrained.fetch_inputs(list_inputs([model, open_catalog().model("linear")]), files)
     assert list(found) == ["reactome", "net"]
     assert found["reactome"] == gmt
     assert {path.name for path in found["net"].iterdir()} - {"manifest.json"} == {"args.json", "best.pt"}
@@ -183,7 +183,7 @@ contract.main(description, embed=embed)
 
 
 @pytest.fixture
-def maker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., catalog.EmbeddingSpec]:
+def maker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., EmbeddingSpec]:
     """An entry of an embedding that a container of the user's makes."""
     folder = tmp_path / "catalog" / "containers" / "maker"
     folder.mkdir(parents=True)
@@ -192,10 +192,10 @@ def maker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., cata
     for kind in ("embeddings", "pretrained"):
         (tmp_path / "catalog" / kind).mkdir(parents=True)
 
-    def entry(times: float = 1.0, pretrained: str = "tables") -> catalog.EmbeddingSpec:
+    def entry(times: float = 1.0, pretrained: str = "tables") -> EmbeddingSpec:
         (tmp_path / "catalog" / "pretrained" / f"{pretrained}.yaml").write_text(PUBLISHED.format(name=pretrained))
         (tmp_path / "catalog" / "embeddings" / "mine.yaml").write_text(MAKER.format(times=times))
-        return catalog.embedding("mine")
+        return open_catalog().embedding("mine")
 
     return entry
 
@@ -211,7 +211,7 @@ def test_a_container_makes_an_embedding_of_published_files(maker, tmp_path: Path
     assert shared(maker(), sources) == folder
     twice = shared(maker(times=2.0), sources)
     assert contract.read_embedding(twice / "embedding.parquet").loc["A"].tolist() == [6.0, 8.0]
-    model = catalog.model("ridge_mine")
+    model = open_catalog().model("ridge_mine")
     inputs = pretrained.fetch_inputs(list_inputs([model]), {"tables": published})
     assert list(inputs) == ["tables"]
     assert embed.make_embeddings([model], {0: tmp_path}, inputs, ["A"])["ridge_mine", 0] == twice
@@ -247,12 +247,12 @@ def test_published_files_that_the_catalog_lacks_are_named(maker) -> None:
 
 def test_a_maker_that_cannot_run_is_refused_before_any_work(maker, tmp_path: Path) -> None:
     spec = maker()
-    engine.check_containers([catalog.model("ridge_mine")])
+    engine.check_containers([open_catalog().model("ridge_mine")])
     folder = tmp_path / "catalog" / "containers" / "maker"
     (folder / "requirements.txt").write_text("no-such-package==1.0\n")
     engine.identify_container.cache_clear()
     with pytest.raises(UserError, match=r"(?s)lacks a package: no-such-package\n.*calipert model build maker"):
-        engine.check_containers([catalog.model("ridge_mine")])
+        engine.check_containers([open_catalog().model("ridge_mine")])
     (folder / "model.py").unlink()
     with pytest.raises(UserError, match="'maker', of which there is no model"):
         engine.check_containers([], [spec])
@@ -263,7 +263,7 @@ def test_published_files_of_ones_own_have_to_be_named(maker, tmp_path: Path) -> 
     own = "name: tables\ntitle: mine\nfiles:\n  table.json: {kind: local, hint: my table}\n"
     (tmp_path / "catalog" / "pretrained" / "tables.yaml").write_text(own)
     with pytest.raises(UserError, match="no folder named; wanted: my table") as error:
-        resolve_sources(list_inputs([catalog.model("ridge_mine")]), {})
+        resolve_sources(list_inputs([open_catalog().model("ridge_mine")]), {})
     assert "--source tables=FOLDER" in error.value.remedy
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "table.json").write_text(json.dumps({"A": [1.0]}))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from core import catalog
+from blocks.config.catalog import open_catalog
 from core.errors import UserError
 from tasks.inputs import (
     BASELINES,
@@ -55,7 +55,7 @@ def test_a_plain_name_is_taken() -> None:
 
 
 def test_the_origin_decides_the_source_and_nothing_else() -> None:
-    entry = catalog.dataset("norman19")
+    entry = open_catalog().dataset("norman19")
     assert choose_dataset("norman19", origin="raw") == entry
     mirrored = choose_dataset("norman19", origin="mirror")
     assert mirrored.source == entry.mirror

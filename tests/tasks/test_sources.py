@@ -18,15 +18,18 @@ import pytest
 from prefect import Flow
 from prefect.states import Failed
 
-from core import catalog
+from blocks.config.catalog import open_catalog
+from blocks.http import ConnectionLost
+from core.catalog.registry import Catalog
 from core.catalog.schema import HttpsSource, S3Source
 from core.errors import UserError
 from flows.benchmark import benchmark
 from flows.calibrate import calibrate
 from flows.prepare import prepare
+from tasks.downloads import is_download_transient
 from tasks.inputs import choose_dataset, resolve_sources
 from tasks.prepare import DESCRIPTIVE
-from tasks.sources import ConnectionLost, describe_source, download_once, fetch_source, is_worth_a_retry, may_pass
+from tasks.sources import describe_source, download_once, fetch_source, is_worth_a_retry
 
 CONTENT = b"\x89HDF\r\n\x1a\n" + b"counts" * 1000
 CHANGED = CONTENT + b"!"
@@ -139,7 +142,7 @@ def test_a_named_file_is_used_before_anything_else(tmp_path: Path, monkeypatch: 
     file, other = tmp_path / "a.h5ad", tmp_path / "b.h5ad"
     file.touch()
     other.touch()
-    norman19 = catalog.dataset("norman19")
+    norman19 = open_catalog().dataset("norman19")
     assert resolve_sources([norman19], {}) == {}
     monkeypatch.setenv("CALIPERT_SOURCE_NORMAN19", str(other))
     assert resolve_sources([norman19], {}) == {"norman19": other.resolve()}
@@ -151,7 +154,7 @@ def test_a_named_file_is_used_before_anything_else(tmp_path: Path, monkeypatch: 
 
 
 def test_a_local_source_must_be_named_and_every_named_one_used(tmp_path: Path) -> None:
-    panel = catalog.dataset("papalexi21_panel")
+    panel = open_catalog().dataset("papalexi21_panel")
     with pytest.raises(UserError, match="--source papalexi21_panel=FILE"):
         resolve_sources([panel], {})
     file = tmp_path / "x.h5ad"
@@ -162,14 +165,14 @@ def test_a_local_source_must_be_named_and_every_named_one_used(tmp_path: Path) -
 
 
 def test_the_simulated_raw_file_is_made_once() -> None:
-    first = fetch_source.fn(catalog.dataset("demo"))
+    first = fetch_source.fn(open_catalog().dataset("demo"))
     stamp = first.stat().st_mtime_ns
-    assert fetch_source.fn(catalog.dataset("demo")) == first
+    assert fetch_source.fn(open_catalog().dataset("demo")) == first
     assert first.stat().st_mtime_ns == stamp
 
 
 def test_folds_are_checked_against_the_task() -> None:
-    assert choose_dataset("demo", None) == catalog.dataset("demo")
+    assert choose_dataset("demo", None) == open_catalog().dataset("demo")
     assert choose_dataset("demo", "leave-one-out").folds == "leave-one-out"
     for name, folds in (("demo", 1), ("norman19_small", 5)):
         with pytest.raises(UserError) as caught:
@@ -178,13 +181,13 @@ def test_folds_are_checked_against_the_task() -> None:
 
 
 def test_where_a_raw_file_comes_from_is_told_without_a_path_of_this_machine(server: str, tmp_path: Path) -> None:
-    demo, panel = catalog.dataset("demo"), catalog.dataset("papalexi21_panel")
+    demo, panel = open_catalog().dataset("demo"), open_catalog().dataset("papalexi21_panel")
     file = tmp_path / "mine.h5ad"
     file.touch()
     assert describe_source(demo, fetch_source.fn(demo)) == "simulated"
     assert describe_source(demo, fetch_source.fn(demo, file)) == "mine.h5ad"
     assert describe_source(panel, fetch_source.fn(panel, file)) == "mine.h5ad"
-    public = catalog.dataset("norman19").model_copy(update={"source": source(f"{server}/whole.h5ad")})
+    public = open_catalog().dataset("norman19").model_copy(update={"source": source(f"{server}/whole.h5ad")})
     assert describe_source(public, fetch_source.fn(public)) == f"{server}/whole.h5ad"
     assert describe_source(public, fetch_source.fn(public, file)) == "mine.h5ad"
 
@@ -219,14 +222,18 @@ def users_entry(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """Puts an entry `screen` with a mirror, both on the test's server, into the catalog."""
 
     def put(server: str) -> str:
-        entry = catalog.dataset("norman19").model_copy(
-            update={
-                "name": "screen",
-                "source": source(f"{server}/whole.h5ad"),
-                "mirror": source(f"{server}/new/whole.h5ad?download=1"),
-            }
+        entry = (
+            open_catalog()
+            .dataset("norman19")
+            .model_copy(
+                update={
+                    "name": "screen",
+                    "source": source(f"{server}/whole.h5ad"),
+                    "mirror": source(f"{server}/new/whole.h5ad?download=1"),
+                }
+            )
         )
-        monkeypatch.setattr(catalog, "dataset", lambda name: entry)
+        monkeypatch.setattr(Catalog, "dataset", lambda catalog, name: entry)
         return "screen"
 
     return put
@@ -268,7 +275,7 @@ def test_a_lost_connection_is_tried_again_and_named(
         "https": source("http://127.0.0.1:9/a.h5ad"),
         "s3": S3Source(kind="s3", url="s3://screens/a.h5ad", anonymous=True, endpoint="http://127.0.0.1:9"),
     }[kind]
-    spec = catalog.dataset("norman19").model_copy(update={"source": nowhere})
+    spec = open_catalog().dataset("norman19").model_copy(update={"source": nowhere})
     with pytest.raises(ConnectionLost) as caught:
         fetch_source.fn(spec)
     assert caught.value.where == nowhere.url
@@ -278,7 +285,7 @@ def test_a_lost_connection_is_tried_again_and_named(
 
 
 def test_what_does_not_pass_is_not_tried_again(server: str) -> None:
-    spec = catalog.dataset("norman19").model_copy(update={"source": source(f"{server}/missing.h5ad")})
+    spec = open_catalog().dataset("norman19").model_copy(update={"source": source(f"{server}/missing.h5ad")})
     with pytest.raises(UserError, match="HTTP 404") as caught:
         fetch_source.fn(spec)
     assert not is_worth_a_retry(None, None, Failed(data=caught.value))
@@ -287,7 +294,7 @@ def test_what_does_not_pass_is_not_tried_again(server: str) -> None:
 
 @pytest.mark.parametrize(("number", "passes"), [(errno.EBUSY, True), (errno.EREMOTEIO, True), (errno.ENOSPC, False)])
 def test_what_s3_says_in_numbers_may_pass_but_a_full_disk_does_not(number: int, passes: bool) -> None:
-    assert may_pass(OSError(number, "x")) == passes
+    assert is_download_transient(OSError(number, "x")) == passes
 
 
 def test_a_folder_that_cannot_be_written_is_the_users_to_mend(server: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from core import catalog
+from blocks.config.catalog import open_catalog
 from core.errors import UserError
 from tasks import engine, train
 
@@ -23,7 +23,7 @@ class Changing:
 
 
 def test_a_model_that_changes_while_the_flow_runs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, changing = engine.find_container_of(catalog.model("ridge_reactome")), Changing()
+    model, changing = engine.find_container_of(open_catalog().model("ridge_reactome")), Changing()
     engine.require_unchanged(model)
     engine.identify_container.cache_clear()
     monkeypatch.setattr(engine, "choose_engine", lambda: changing)

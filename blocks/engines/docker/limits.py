@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Annotated
 
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
 
+from blocks.config.settings import read_settings
 from core.errors import UserError
 
 SETTINGS = "CALIPERT_DOCKER"
@@ -46,10 +45,9 @@ def read_limits() -> Limits:
 
     Raises UserError for a file that cannot be read or does not fit.
     """
-    name = os.environ.get(SETTINGS)
-    if not name:
+    path, remedy = read_settings().docker, "correct it as docs/containers.md says"
+    if path is None:
         return Limits()
-    path, remedy = Path(name).expanduser(), "correct it as docs/containers.md says"
     try:
         return Limits.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import queue
 import shutil
 from collections import deque
@@ -20,6 +19,7 @@ from prefect.blocks.core import Block
 from pydantic import Field
 
 from blocks.config.paths import scratch_folder, store_folder
+from blocks.config.settings import read_settings
 from blocks.engines.kubernetes.api import Api, Object, OutOfReach, RequestRefused
 from blocks.engines.kubernetes.job import (
     MODEL,
@@ -38,7 +38,7 @@ from blocks.engines.kubernetes.job import (
     unscheduled,
 )
 from blocks.engines.kubernetes.logs import Follower
-from blocks.engines.kubernetes.transfer import STORE, download, object_store
+from blocks.engines.kubernetes.transfer import download, object_store
 from blocks.engines.process import LAST_LINES, WAIT_S, Event, ModelFailed, Stage, Usage, described, event_of
 from blocks.local.cancellation import killed_by_stop
 from blocks.local.gpus import Gpu
@@ -73,7 +73,8 @@ class KubernetesEngine(Block):
     _block_type_slug = "calipert-kubernetes-engine"
 
     settings: str = Field(
-        default_factory=lambda: os.environ.get(SETTINGS, ""), description="File with the settings of the cluster."
+        default_factory=lambda: str(read_settings().kubernetes or ""),
+        description="File with the settings of the cluster.",
     )
 
     def run(
@@ -104,7 +105,7 @@ class KubernetesEngine(Block):
             model=model_folder.name,
             stage=stage,
             inputs=inside(spec, store_folder()),
-            store=os.environ[STORE],
+            store=store.url,
             timeout_s=timeout_s,
             flow_run=_flow_run(),
             attempt=uuid4().hex,
@@ -395,5 +396,5 @@ def _flow_run() -> str | None:
 
 
 def _own_pod() -> tuple[str, str] | None:
-    name, uid = os.environ.get(POD_NAME), os.environ.get(POD_UID)
-    return (name, uid) if name and uid else None
+    own = read_settings()
+    return (own.pod_name, own.pod_uid) if own.pod_name and own.pod_uid else None

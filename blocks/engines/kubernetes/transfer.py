@@ -10,10 +10,10 @@ The model's own container has neither the address nor the credentials of the buc
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
+from blocks.config.settings import read_settings
 from blocks.store.bucket import DamagedFolder, ObjectStore
 from blocks.store.checksums import file_checksum
 from core.errors import UserError
@@ -23,7 +23,7 @@ STORE = "CALIPERT_STORE"
 
 def object_store() -> ObjectStore:
     """The bucket that CALIPERT_STORE names. Raises UserError where it names none."""
-    url = os.environ.get(STORE)
+    url = read_settings().store
     if not url:
         remedy = "set it to s3://bucket/prefix: the Jobs of a cluster share their folders through it"
         raise UserError("environment", STORE, "no bucket", remedy)

@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from blocks.config import settings
+from blocks.config import child_environment
+from blocks.config.child_environment import Services
 from blocks.config.paths import PROJECT_ROOT
-from blocks.config.settings import Services
 from blocks.services import daemons
 from blocks.services import stack as services
 from blocks.services.loopback import bindable, free_port
@@ -192,7 +192,7 @@ def test_a_childs_environment_has_none_of_the_users_settings(data: Path, monkeyp
     monkeypatch.setenv("PREFECT_API_URL", "http://elsewhere/api")
     monkeypatch.setenv("NO_PROXY", "intranet,localhost")
     monkeypatch.setenv("KEPT", "yes")
-    child = settings.child_environment(ADDRESSES)
+    child = child_environment.child_environment(ADDRESSES)
     assert "secret" not in child.values()
     assert child["PREFECT_API_URL"] == "http://127.0.0.1:4321/api"
     assert child["MLFLOW_TRACKING_URI"] == "http://127.0.0.1:5432"
@@ -205,23 +205,23 @@ def test_exports_make_a_shell_use_the_servers(data: Path, monkeypatch: pytest.Mo
     awkward = data.parent / "it's a folder"
     monkeypatch.setenv("CALIPERT_DATA", str(awkward))
     monkeypatch.setenv("PREFECT_API_KEY", "secret")
-    script = f"eval {shlex.quote(settings.exports(ADDRESSES))}; env -0"
+    script = f"eval {shlex.quote(child_environment.exports(ADDRESSES))}; env -0"
     done = subprocess.run(["bash", "-c", script], check=True, capture_output=True, text=True)
     shell = dict(line.split("=", 1) for line in done.stdout.split("\0") if line)
     assert "PREFECT_API_KEY" not in shell
-    assert settings.environment(ADDRESSES).items() <= shell.items()
+    assert child_environment.environment(ADDRESSES).items() <= shell.items()
     assert shell["PREFECT_HOME"] == str(awkward / "prefect")
 
 
 ADOPT = """
-from blocks.config import settings
-addresses = settings.Services("http://127.0.0.1:4321", "http://127.0.0.1:5432")
+from blocks.config import child_environment
+addresses = child_environment.Services("http://127.0.0.1:4321", "http://127.0.0.1:5432")
 {before}
-settings.adopt(addresses)
+child_environment.adopt(addresses)
 import prefect.settings
 current = prefect.settings.get_current_settings()
 print(current.api.url, current.api.key, current.server.ephemeral.enabled, current.worker.query_seconds, current.home)
-settings.adopt(addresses)
+child_environment.adopt(addresses)
 """
 
 
@@ -241,10 +241,10 @@ def test_prefect_toml_is_written_for_the_projects_own_data_folder_only(
     fakes: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     toml = tmp_path / "prefect.toml"
-    monkeypatch.setattr(settings, "PREFECT_TOML", toml)
+    monkeypatch.setattr(child_environment, "PREFECT_TOML", toml)
     services.ensure_servers()
     assert not toml.exists()
-    monkeypatch.setattr(settings, "DEFAULT_DATA", fakes)
+    monkeypatch.setattr(child_environment, "DEFAULT_DATA", fakes)
     found = services.ensure_servers()
     script = """
 import prefect.settings
@@ -272,8 +272,8 @@ def test_a_prefect_toml_of_the_users_own_is_not_overwritten(
 ) -> None:
     toml = tmp_path / "prefect.toml"
     toml.write_text("home = '/mine'\n", encoding="utf-8")
-    monkeypatch.setattr(settings, "PREFECT_TOML", toml)
-    monkeypatch.setattr(settings, "DEFAULT_DATA", fakes)
+    monkeypatch.setattr(child_environment, "PREFECT_TOML", toml)
+    monkeypatch.setattr(child_environment, "DEFAULT_DATA", fakes)
     with pytest.raises(UserError, match="that calipert did not write"):
         services.ensure_servers()
     assert toml.read_text(encoding="utf-8") == "home = '/mine'\n"

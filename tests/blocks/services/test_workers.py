@@ -10,13 +10,11 @@ from typing import Any
 import psutil
 import pytest
 
-from blocks.config.settings import Services
+from blocks.config.child_environment import Services
 from blocks.local import gpus
 from blocks.services import daemons, workers
 from blocks.services import stack as services
-from core.catalog import registry
 from core.errors import UserError
-from tasks import inputs
 from tests.helpers.slight_servers import recorded, running
 
 IDLE = "import time; time.sleep(600)"
@@ -121,7 +119,7 @@ def test_a_worker_of_a_pool_that_is_no_more_is_stopped_too(
 
 
 @pytest.mark.parametrize(
-    "variable", [registry.VARIABLE, f"{inputs.VARIABLE}NORMAN19", "CALIPERT_STORE", gpus.GPUS, gpus.LOCKS, gpus.VISIBLE]
+    "variable", ["CALIPERT_CATALOG", "CALIPERT_SOURCE_NORMAN19", "CALIPERT_STORE", gpus.GPUS, gpus.LOCKS, gpus.VISIBLE]
 )
 def test_a_worker_is_replaced_when_the_users_files_are_named_otherwise(
     ensured: Callable[..., dict[str, psutil.Process]], fakes: Path, monkeypatch: pytest.MonkeyPatch, variable: str

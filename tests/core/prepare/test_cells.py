@@ -16,7 +16,7 @@ import pytest
 import scanpy as sc
 from scipy import sparse
 
-from core.catalog import dataset
+from core.catalog.registry import Catalog
 from core.catalog.schema import DatasetSpec
 from core.errors import UserError
 from core.io.h5ad import open_h5ad
@@ -401,7 +401,9 @@ def test_control_that_the_filters_leave_without_cells_is_refused(
 
 @pytest.mark.shared
 def test_papalexi_panel(prepared: Prepare, shared: Path) -> None:
-    cells = prepared(open_h5ad(shared / "data" / "papalexi21.h5ad"), dataset("papalexi21_panel"), "papalexi21")
+    cells = prepared(
+        open_h5ad(shared / "data" / "papalexi21.h5ad"), Catalog().dataset("papalexi21_panel"), "papalexi21"
+    )
     assert cells.shape == (17164, 299)
     assert cells.obs["condition"].nunique() == 26
     sizes = cells.obs["condition"].value_counts()
@@ -415,7 +417,7 @@ def test_papalexi_panel(prepared: Prepare, shared: Path) -> None:
 @pytest.mark.shared
 def test_norman_panel(prepared: Prepare, shared: Path) -> None:
     raw = open_h5ad(shared / "data" / "norman19_small.h5ad")
-    cells = prepared(raw, dataset("norman19_small"), "norman19_small")
+    cells = prepared(raw, Catalog().dataset("norman19_small"), "norman19_small")
     conditions = set(cells.obs["condition"]) - {"control"}
     assert len(conditions) == 33
     assert sum("+" in condition for condition in conditions) == 15

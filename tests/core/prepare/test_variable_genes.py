@@ -12,7 +12,7 @@ import pytest
 import scanpy as sc
 from scipy import sparse
 
-from core.catalog import dataset
+from core.catalog.registry import Catalog
 from core.io.h5ad import open_h5ad
 from core.prepare.cells import normalise
 from core.prepare.variable_genes import expression_moments, highly_variable
@@ -94,6 +94,6 @@ def test_few_genes_are_all_kept(simulated: tuple[sparse.csr_matrix, pd.Index]) -
 @pytest.mark.shared
 def test_equal_to_scanpy_on_real_data(prepared: Prepare, shared: Path) -> None:
     raw = open_h5ad(shared / "data" / "papalexi21.h5ad")
-    cells = prepared(raw, dataset("papalexi21_panel"), "papalexi21")
+    cells = prepared(raw, Catalog().dataset("papalexi21_panel"), "papalexi21")
     for n_top in (20, 100, 250):
         assert ours(cells.X, cells.var_names, n_top) == by_scanpy(cells.X, cells.var_names, n_top)

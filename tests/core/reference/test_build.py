@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from core.catalog import dataset
+from core.catalog.registry import Catalog
 from core.errors import UserError
 from core.io.h5ad import open_h5ad
 from core.prepare.mirror import mirror_cells
@@ -343,7 +343,7 @@ def test_golden_halves_control_and_first_differential_expression(sums: Sums, sha
 @pytest.mark.shared
 def test_norman_panel(sums: Sums, prepared: Prepare, shared: Path) -> None:
     raw = open_h5ad(shared / "data" / "norman19_small.h5ad")
-    cells = prepared(raw, dataset("norman19_small"), "norman19_small.h5ad")
+    cells = prepared(raw, Catalog().dataset("norman19_small"), "norman19_small.h5ad")
     reference = build_reference(sums(cells), build_negatives(sums(cells)), 42)
     keys = reference.obs
     combined = keys["condition"].str.contains("+", regex=False)

@@ -17,7 +17,7 @@ from hypothesis.extra.numpy import arrays
 from scipy import sparse
 from statsmodels.stats.multitest import multipletests
 
-from core.catalog import dataset
+from core.catalog.registry import Catalog
 from core.io.h5ad import open_h5ad
 from core.stats.differential_expression import against_rest, benjamini_hochberg, deg_mask, effect_weights
 from core.stats.moments import Moments, group_moments
@@ -166,7 +166,7 @@ def test_effect_weights_by_hand() -> None:
 @pytest.mark.filterwarnings("ignore:DataFrame is highly fragmented")
 def test_equal_to_scanpy_on_real_data(prepared: Prepare, shared: Path) -> None:
     raw = open_h5ad(shared / "data" / "papalexi21.h5ad")
-    cells = prepared(raw, dataset("papalexi21_panel"), "papalexi21")
+    cells = prepared(raw, Catalog().dataset("papalexi21_panel"), "papalexi21")
     first = ((cells.obs["half"] == "first_half") & (cells.obs["condition"] != "control")).to_numpy()
     assert_equal_to_scanpy(cells.X[first].toarray(), cells.obs["condition"].astype(str).to_numpy()[first])
 

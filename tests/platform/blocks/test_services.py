@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from blocks.config import settings
+from blocks.config import child_environment
+from blocks.config.child_environment import Services
 from blocks.config.paths import PROJECT_ROOT
-from blocks.config.settings import Services
 from blocks.services import stack as services
 from tests.helpers.slight_servers import recorded, running
 
@@ -23,7 +23,7 @@ def python(script: str, addresses: Services) -> str:
     done = subprocess.run(
         [sys.executable, "-c", script],
         cwd=PROJECT_ROOT,
-        env=settings.child_environment(addresses),
+        env=child_environment.child_environment(addresses),
         capture_output=True,
         text=True,
     )

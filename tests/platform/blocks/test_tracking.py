@@ -8,24 +8,24 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import httpx
 import numpy as np
 import pandas as pd
 import psutil
 import pytest
+import requests
 
+from blocks.config.child_environment import Services
 from blocks.config.paths import PROJECT_ROOT
 from blocks.engines.process import Usage
 from blocks.local.processes import this_process
 from blocks.tracking import curves as mlflow_curves
 from blocks.tracking import tracker as module
-from blocks.tracking.api import Refused, Server
+from blocks.tracking.client import Refused, Server
 from blocks.tracking.tables import DRF_ENDINGS, QUOTED_COLUMNS, QUOTED_VARIANT, SUMMARY_COLUMNS
 from blocks.tracking.tracker import MLflowTracking, ModelRun, OpenRun, git_commit
 from core.errors import UserError
@@ -51,32 +51,9 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of an MLflow server for the tests of this file."""
-    folder = tmp_path_factory.mktemp("mlflow")
-    uri = f"http://127.0.0.1:{free_port()}"
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", uri.rpartition(":")[2]]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--workers", "1"]
-    command += ["--artifacts-destination", str(folder / "artifacts")]
-    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with (folder / "server.log").open("w") as log:
-        process = subprocess.Popen(
-            command, env={**os.environ, **quiet}, cwd=folder, stdout=log, stderr=log, start_new_session=True
-        )
-    try:
-        for _ in range(480):
-            assert process.poll() is None, (folder / "server.log").read_text()
-            try:
-                httpx.get(f"{uri}/health", timeout=5)
-                break
-            except httpx.TransportError:
-                time.sleep(0.25)
-        else:
-            pytest.fail((folder / "server.log").read_text())
-        yield uri
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+def server(servers: Services) -> str:
+    """The URL of an MLflow server."""
+    return servers.mlflow
 
 
 @pytest.fixture
@@ -140,16 +117,16 @@ def history(client: MlflowClient, run_id: str, name: str) -> list[tuple[int, flo
     return sorted((point.step, point.value) for point in client.get_metric_history(run_id, name))
 
 
-def requests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The paths of all requests from now on, a list that grows."""
+def record_requests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The paths of all requests of MLflow's client from now on, a list that grows."""
     asked: list[str] = []
-    ask: Callable[..., httpx.Response] = httpx.Client.request
+    request: Callable[..., requests.Response] = requests.Session.request
 
-    def remember(self: httpx.Client, method: str, url: str, **more: object) -> httpx.Response:
+    def remember(self: requests.Session, method: str, url: str, **more: object) -> requests.Response:
         asked.append(url.partition("/api/2.0/mlflow/")[2])
-        return ask(self, method, url, **more)
+        return request(self, method, url, **more)
 
-    monkeypatch.setattr(httpx.Client, "request", remember)
+    monkeypatch.setattr(requests.Session, "request", remember)
     return asked
 
 
@@ -189,7 +166,7 @@ def training_file(path: Path, values: dict[tuple[str, int], float]) -> Path:
 
 @pytest.mark.parametrize("uri", ["sqlite:///mlflow.db", "mlruns", "http://"])
 def test_only_servers_are_accepted(uri: str) -> None:
-    with pytest.raises(UserError, match="Give the http or https URL") as raised:
+    with pytest.raises(UserError, match="give the http or https URL") as raised:
         MLflowTracking(tracking_uri=uri)
     assert raised.value.field == "MLFLOW_TRACKING_URI"
 
@@ -313,7 +290,7 @@ one = module.ModelRun("ridge", 42, key="key-of-ridge", kind="model", params={{"a
                       engine="docker sha256:1234", folds=(0, 1))
 runs = t.open_runs({dataset!r}, "b1", [one], digest="{"d" * 64}", source="https://example.org/raw.h5ad",
                    flow_run_id="flow-1")
-take = t.live_curve(runs["ridge"].folds[0])
+take = t.follow_curve(runs["ridge"].folds[0])
 for step in range(5):
     take({{"event": "metric", "name": "loss", "step": step, "value": 1.0 / (step + 1)}})
 os.kill(os.getpid(), signal.SIGKILL)
@@ -395,7 +372,7 @@ def test_a_fold_that_has_finished_is_not_opened_again_until_it_is_trained_again(
     assert client.get_run(folds[1]).info.status == "RUNNING"
     # Its model was not in the store any more.
     monkeypatch.setattr(mlflow_curves, "LIVE_SECONDS", 0.0)
-    tracking.live_curve(folds[0])({"event": "metric", "name": "loss", "step": 0, "value": 0.5})
+    tracking.follow_curve(folds[0])({"event": "metric", "name": "loss", "step": 0, "value": 0.5})
     assert client.get_run(folds[0]).info.status == "RUNNING"
     tracking.log_curve(folds[0], training_file(tmp_path / "training.jsonl", {("loss", 0): 0.5}))
     tracking.finish(folds[0])
@@ -411,7 +388,7 @@ def test_a_run_that_somebody_deletes_does_not_stop_its_training(
 ) -> None:
     monkeypatch.setattr(mlflow_curves, "LIVE_SECONDS", 0.0)
     fold = open_model(tracking, dataset, folds=(0,)).folds[0]
-    take = tracking.live_curve(fold)
+    take = tracking.follow_curve(fold)
     client.delete_run(fold)
     for step in range(3):
         take({"event": "metric", "name": "loss", "step": step, "value": 0.5})
@@ -549,7 +526,7 @@ def test_a_live_curve_is_completed_from_the_file(
 ) -> None:
     monkeypatch.setattr(mlflow_curves, "LIVE_SECONDS", 0.0)
     fold = open_model(tracking, dataset, folds=(0,)).folds[0]
-    take = tracking.live_curve(fold)
+    take = tracking.follow_curve(fold)
     take({"event": "progress", "done": 1, "total": 3, "unit": "epoch"})
     for step in range(3):
         take({"event": "metric", "name": "loss", "step": step, "value": 0.5})
@@ -576,15 +553,15 @@ def test_training_outlives_the_server(
 ) -> None:
     monkeypatch.setattr(mlflow_curves, "LIVE_SECONDS", 0.0)
     fold = open_model(tracking, dataset, folds=(0,)).folds[0]
-    take = tracking.live_curve(fold)
+    take = tracking.follow_curve(fold)
 
     monkeypatch.setattr(mlflow_curves, "LOST_SECONDS", 0.0)
 
     def lost(*_: object, **__: object) -> None:
-        raise httpx.ConnectError("gone")
+        raise requests.ConnectionError("gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(httpx.Client, "request", lost)
+        patch.setattr(requests.Session, "request", lost)
         for step in range(3):
             take({"event": "metric", "name": "loss", "step": step, "value": 0.5})
         patch.setattr(module, "Server", partial(Server, patience=0.0))
@@ -602,12 +579,12 @@ def test_a_curve_that_is_there_is_not_compared_again(
     fold = open_model(tracking, dataset, folds=(0,)).folds[0]
     training = training_file(tmp_path / "training.jsonl", {("loss", step): 0.5 for step in range(5)})
     tracking.log_curve(fold, training)
-    asked = requests(monkeypatch)
+    asked = record_requests(monkeypatch)
     tracking.log_curve(fold, training)
     assert asked == ["runs/get"]
     # A training that was begun once more may have written other values.
     monkeypatch.setattr(mlflow_curves, "LIVE_SECONDS", 0.0)
-    tracking.live_curve(fold)({"event": "metric", "name": "loss", "step": 2, "value": 0.75})
+    tracking.follow_curve(fold)({"event": "metric", "name": "loss", "step": 2, "value": 0.75})
     asked.clear()
     tracking.log_curve(fold, training)
     assert asked == ["runs/get", "metrics/get-history", "runs/log-batch"]
@@ -625,7 +602,7 @@ def test_a_benchmark_takes_few_requests(
         tracking.finish(*ids.values())
         return list(ids.values())
 
-    asked = requests(monkeypatch)
+    asked = record_requests(monkeypatch)
     first = benchmark()
     assert asked.count("runs/create") == 4 + 4 * 3
     # Before, and after models and folds were created; then what is running.
@@ -793,7 +770,7 @@ def test_the_link_leads_to_the_benchmark(tracking: MLflowTracking, client: Mlflo
     assert tracking.report_url(dataset, run_id) == report
 
 
-def test_mlflow_is_not_imported_and_nothing_is_sent_elsewhere_or_printed(tracking: MLflowTracking) -> None:
+def test_mlflow_is_imported_late_and_nothing_is_sent_elsewhere_or_printed(tracking: MLflowTracking) -> None:
     """In a fresh process, where nothing else has imported it."""
     script = f"""
 import socket, sys
@@ -813,10 +790,10 @@ def getaddrinfo(host, *rest, **more):
     return looked_up(host, *rest, **more)
 socket.getaddrinfo = getaddrinfo
 t = MLflowTracking(tracking_uri={tracking.tracking_uri!r})
+assert "mlflow" not in sys.modules
 one = ModelRun("m", 1, key="k", kind="model", params=dict(), folds=(0,))
 run = t.open_runs("quiet", "b", [one], digest="d", source="s")["m"]
 t.finish(run.run_id)
-assert "mlflow" not in sys.modules
 import atexit
 atexit._run_exitfuncs()
 assert not elsewhere, elsewhere

@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+
 from blocks.config.paths import PROJECT_ROOT
 from blocks.config.pools import CPU, GPU
 
@@ -19,12 +23,10 @@ def template(pool: str) -> dict[str, Any]:
     return found
 
 
-def test_prefect_takes_the_templates() -> None:
-    from prefect.client.orchestration import get_client
-    from prefect.client.schemas.actions import WorkPoolCreate
-    from prefect.testing.utilities import prefect_test_harness
-
-    with prefect_test_harness(server_startup_timeout=60), get_client(sync_client=True) as client:
-        for pool in POOLS:
-            client.create_work_pool(WorkPoolCreate(name=pool, type="kubernetes", base_job_template=template(pool)))
-            assert client.read_work_pool(pool).base_job_template == template(pool)
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.xdist_group("prefect_server")
+def test_prefect_takes_the_templates(prefect_server: None, pool: str) -> None:
+    name = f"kubernetes-{pool}"
+    with get_client(sync_client=True) as client:
+        client.create_work_pool(WorkPoolCreate(name=name, type="kubernetes", base_job_template=template(pool)))
+        assert client.read_work_pool(name).base_job_template == template(pool)

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from blocks.config import settings
+from blocks.config import child_environment
 from blocks.config.paths import PROJECT_ROOT
 from blocks.services import stack as services
 from deployments.local import trainings_at_once
@@ -75,7 +75,7 @@ class Stack:
         done = subprocess.run(
             [sys.executable, "-c", script],
             cwd=PROJECT_ROOT,
-            env=settings.child_environment(services.ensure_servers()),
+            env=child_environment.child_environment(services.ensure_servers()),
             capture_output=True,
             text=True,
         )
@@ -89,7 +89,7 @@ class Stack:
         return subprocess.run(
             [sys.executable, "-m", "prefect", *arguments],
             cwd=PROJECT_ROOT,
-            env=settings.child_environment(services.ensure_servers()),
+            env=child_environment.child_environment(services.ensure_servers()),
             capture_output=True,
             text=True,
         )

@@ -15,9 +15,8 @@ from prefect.client.schemas.objects import ConcurrencyLimitStrategy
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.exceptions import PrefectHTTPStatusError
-from prefect.testing.utilities import prefect_test_harness
 
-from core import catalog
+from blocks.config.catalog import open_catalog
 from deployments.register import create_pool, register
 from deployments.table import Deployment, table
 from tasks.train import FoldJob
@@ -29,20 +28,29 @@ ENTRY = {
     "source": {"kind": "local", "hint": "the file on my desk"},
     "labels": {"column": "perturbation", "control": ["control"]},
 }
+SOME = (
+    *("benchmark/demo", "prepare/demo", "calibrate/demo", "train/demo", "prepare/norman19", "embed/reactome"),
+    *("reproduce/all", "train-fold/any"),
+)
+
+pytestmark = pytest.mark.xdist_group("prefect_server")
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=180):
-        create_pool("cpu")
-        create_pool("gpu", 3)
-        yield
+@pytest.fixture(scope="module", autouse=True)
+def pools(prefect_server: None) -> None:
+    create_pool("cpu")
+    create_pool("gpu", 3)
 
 
 @pytest.fixture
-def client(server: None) -> Iterator[SyncPrefectClient]:
+def client(prefect_server: None) -> Iterator[SyncPrefectClient]:
     with get_client(sync_client=True) as client:
         yield client
+
+
+def rows() -> list[Deployment]:
+    """Of the table what these tests look at, and the user's own. All of it is registered by test_local.py."""
+    return [row for row in table() if row.full_name in SOME or row.name in ("mine", "another")]
 
 
 @pytest.fixture
@@ -66,20 +74,19 @@ def study(client: SyncPrefectClient) -> Iterator[Deployment]:
 
 class TestWithServer:
     def test_a_second_time_changes_nothing(self, client: SyncPrefectClient) -> None:
-        rows = table()
-        register(rows)
+        register(rows())
         before = deployments(client)
-        assert {row.full_name for row in rows} <= set(before)
-        assert register(rows)[:2] == ([], [])
+        assert {row.full_name for row in rows()} <= set(before)
+        assert register(rows())[:2] == ([], [])
         after = deployments(client)
         assert {name: one.updated for name, one in after.items()} == {name: one.updated for name, one in before.items()}
 
     def test_only_what_differs_is_changed(self, client: SyncPrefectClient, users_catalog: Path) -> None:
-        register(table())
+        register(rows())
         before = deployments(client)
         users_catalog.write_text(yaml.safe_dump({**ENTRY, "title": "my better screen"}), encoding="utf-8")
         changed = ["benchmark/mine", "prepare/mine", "calibrate/mine", "train/mine"]
-        assert register(table())[:2] == ([], changed)
+        assert register(rows())[:2] == ([], changed)
         after = deployments(client)
         assert {name: one.id for name, one in after.items()} == {name: one.id for name, one in before.items()}
         assert {name for name in after if after[name].updated != before[name].updated} == set(changed)
@@ -88,12 +95,12 @@ class TestWithServer:
     def test_a_new_data_set_changes_only_forms_that_offer_it(
         self, client: SyncPrefectClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        register(table())
+        register(rows())
         (tmp_path / "datasets").mkdir()
         entry = {**ENTRY, "name": "another"}
         (tmp_path / "datasets" / "another.yaml").write_text(yaml.safe_dump(entry), encoding="utf-8")
         monkeypatch.setenv("CALIPERT_CATALOG", str(tmp_path))
-        new, changed, _ = register(table())
+        new, changed, _ = register(rows())
         assert new == ["benchmark/another", "prepare/another", "calibrate/another", "train/another"]
         assert changed == ["reproduce/all"]
         offered = client.read_deployment_by_name("reproduce/all").parameter_openapi_schema["properties"]
@@ -102,9 +109,9 @@ class TestWithServer:
     def test_what_is_in_the_table_no_more_is_named_and_kept(
         self, client: SyncPrefectClient, users_catalog: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        register(table())
+        register(rows())
         monkeypatch.delenv("CALIPERT_CATALOG")
-        left = register(table()).left
+        left = register(rows()).left
         assert {"benchmark/mine", "calibrate/mine", "prepare/mine", "train/mine"} <= set(left)
         assert client.read_deployment_by_name("benchmark/mine").parameters == {"dataset": "mine"}
 
@@ -179,7 +186,7 @@ class TestWithServer:
     def test_a_wrong_parameter_is_refused_at_submission(
         self, client: SyncPrefectClient, name: str, parameters: dict[str, Any], words: str
     ) -> None:
-        register(table())
+        register(rows())
         known = client.read_deployment_by_name(name)
         with pytest.raises(PrefectHTTPStatusError) as caught:
             client.create_flow_run_from_deployment(known.id, parameters=parameters)
@@ -187,12 +194,12 @@ class TestWithServer:
         assert words in caught.value.response.json()["detail"]
 
     def test_right_parameters_are_taken_at_submission(self, client: SyncPrefectClient) -> None:
-        register(table())
+        register(rows())
         known = client.read_deployment_by_name("benchmark/demo")
         run = client.create_flow_run_from_deployment(known.id, parameters={"models": ["ridge_coexpression"]})
         assert run.parameters == {"dataset": "demo", "models": ["ridge_coexpression"]}
         assert set(run.tags) == {"calipert", "demo", "single"}
-        (model,) = catalog.models(["ridge_coexpression"])
+        (model,) = open_catalog().models(["ridge_coexpression"])
         job = FoldJob(
             dataset="demo", model=model, fold=0, seed=42, data="d", embedding="e", asked=[{}], target_sum=1e4
         ).model_dump(mode="json")

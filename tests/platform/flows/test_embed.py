@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from blocks.config import settings
+from blocks.config import child_environment
 from core.embeddings.tables import read_embedding
 
 GMT = "signalling\tR-1\tA\tB\tC\nrepair\tR-2\tB\tD\nsplicing\tR-3\tA\tD\tE\n"
@@ -25,14 +25,14 @@ print('RESULT', embed(**json.loads(sys.argv[1])))
 
 class TestWithServers:
     @pytest.fixture
-    def run(self, servers: settings.Services, tmp_path: Path) -> Callable[[Path], Path]:
+    def run(self, servers: child_environment.Services, tmp_path: Path) -> Callable[[Path], Path]:
         """Runs the flow in a process and a data folder of its own."""
 
         def call(gmt: Path) -> Path:
             parameters = {"embedding": "reactome", "sources": {"reactome": str(gmt)}}
             done = subprocess.run(
                 [sys.executable, "-c", FLOW, json.dumps(parameters)],
-                env=settings.child_environment(servers) | {"CALIPERT_DATA": str(tmp_path / "data")},
+                env=child_environment.child_environment(servers) | {"CALIPERT_DATA": str(tmp_path / "data")},
                 capture_output=True,
                 text=True,
                 check=False,

@@ -1,4 +1,4 @@
-"""Trainings as flow runs of their own: the whole local stack with workers, as `make up` starts it."""
+"""Trainings as flow runs of their own: with a worker for each pool, as `make up` starts them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ import pytest
 import yaml
 from prefect.client.base import PrefectHttpxSyncClient
 
-from blocks.config import settings
+from blocks.config import child_environment
+from blocks.config.child_environment import Services
 from blocks.config.paths import PROJECT_ROOT
-from blocks.config.settings import Services
-from blocks.services import stack as services
+from blocks.config.pools import CPU, GPU
+from blocks.services import daemons
+from blocks.services.workers import WORKERS, end_workers
 
 MODELS = ["ridge_coexpression", "knn_coexpression"]
 # One that trains for ever, and one that fails at once.
@@ -35,29 +37,40 @@ OWN_MODELS = [
 
 
 @pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory, screen: Path, tiny: dict[str, Any]) -> Iterator[Services]:
-    """Both servers and a worker for each pool, with a catalog of the test's own."""
-    folder = tmp_path_factory.mktemp("stack")
-    for kind, entries in {"datasets": [tiny], "models": OWN_MODELS}.items():
-        (folder / "catalog" / kind).mkdir(parents=True)
+def stack(
+    servers: Services, tmp_path_factory: pytest.TempPathFactory, screen: Path, tiny: dict[str, Any]
+) -> Iterator[Services]:
+    """The servers and a worker for each pool, with a catalog of the test's own."""
+    catalog = tmp_path_factory.mktemp("catalog")
+    for kind, entries in {"datasets": [tiny | {"name": "folds"}], "models": OWN_MODELS}.items():
+        (catalog / kind).mkdir()
         for entry in entries:
-            text = yaml.safe_dump(entry)
-            (folder / "catalog" / kind / f"{entry['name']}.yaml").write_text(text, encoding="utf-8")
+            (catalog / kind / f"{entry['name']}.yaml").write_text(yaml.safe_dump(entry), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CALIPERT_DATA", str(folder / "data"))
-        patch.setenv("CALIPERT_CATALOG", str(folder / "catalog"))
-        patch.setenv("CALIPERT_SOURCE_TINY", str(screen))
+        patch.setenv("CALIPERT_CATALOG", str(catalog))
+        patch.setenv("CALIPERT_SOURCE_FOLDS", str(screen))
         patch.setenv("CALIPERT_GPUS", "none")
         try:
-            subprocess.run([sys.executable, "-m", "deployments.local", "up"], cwd=PROJECT_ROOT, check=True)
-            yield services.ensure_servers()
+            command = [sys.executable, "-m", "tests.helpers.few_deployments", "up", "benchmark/folds", "train-fold/any"]
+            subprocess.run(command, cwd=PROJECT_ROOT, check=True)
+            yield servers
         finally:
-            services.stop()
+            with daemons.lock():
+                end_workers(daemons.read(), *WORKERS)
+            # Else other tests' benchmarks would wait for them for a while.
+            for pool in (CPU, GPU):
+                forget_workers(servers, pool)
+
+
+def forget_workers(stack: Services, pool: str) -> None:
+    """Make the server forget the workers of a pool, which have ended."""
+    for worker in prefect(stack, "POST", f"work_pools/{pool}/workers/filter", {}):
+        prefect(stack, "DELETE", f"work_pools/{pool}/workers/{worker['name']}")
 
 
 def submit(stack: Services, models: list[str]) -> str:
-    """A run of benchmark/tiny; its id."""
-    deployment = prefect(stack, "GET", "deployments/name/benchmark/tiny")["id"]
+    """A run of benchmark/folds; its id."""
+    deployment = prefect(stack, "GET", "deployments/name/benchmark/folds")["id"]
     query = {"parameters": {"models": models}, "state": {"type": "SCHEDULED"}}
     # Asked again after a broken answer, the server makes no second run.
     query["idempotency_key"] = secrets.token_hex(8)
@@ -113,7 +126,7 @@ def model_processes(model: str) -> list[psutil.Process]:
 
 def mlflow_runs(stack: Services) -> list[dict[str, Any]]:
     api = f"{stack.mlflow}/api/2.0/mlflow"
-    found = httpx.get(f"{api}/experiments/get-by-name", params={"experiment_name": "calipert/tiny"}, timeout=60).json()
+    found = httpx.get(f"{api}/experiments/get-by-name", params={"experiment_name": "calipert/folds"}, timeout=60).json()
     query = {"experiment_ids": [found["experiment"]["experiment_id"]], "max_results": 1000}
     runs = httpx.post(f"{api}/runs/search", json=query, timeout=30).json()["runs"]
     return [
@@ -130,16 +143,16 @@ def test_every_fold_is_a_flow_run_in_the_gpu_pool_and_the_scores_are_those_of_on
     done = ended(stack, run)
     assert done["state_type"] == "COMPLETED", logs(stack, run)
     parts = trainings(stack, run)
-    names = {f"tiny, {model}, fold {fold}" for model in MODELS for fold in (0, 1)}
+    names = {f"folds, {model}, fold {fold}" for model in MODELS for fold in (0, 1)}
     assert {part["name"] for part in parts} == names
     assert len(parts) == len(names)
     assert {part["state_type"] for part in parts} == {"COMPLETED"}
     assert {part["work_pool_name"] for part in parts} == {"gpu"}
-    own = Path(os.environ["CALIPERT_DATA"]) / "reports" / "tiny" / "scores.parquet"
-    code = f"from flows.benchmark import benchmark; benchmark('tiny', {MODELS})"
-    environment = settings.child_environment(stack) | {"CALIPERT_DATA": str(tmp_path / "data")}
+    own = Path(os.environ["CALIPERT_DATA"]) / "reports" / "folds" / "scores.parquet"
+    code = f"from flows.benchmark import benchmark; benchmark('folds', {MODELS})"
+    environment = child_environment.child_environment(stack) | {"CALIPERT_DATA": str(tmp_path / "data")}
     subprocess.run([sys.executable, "-c", code], cwd=PROJECT_ROOT, env=environment, check=True)
-    assert own.read_bytes() == (tmp_path / "data" / "reports" / "tiny" / "scores.parquet").read_bytes()
+    assert own.read_bytes() == (tmp_path / "data" / "reports" / "folds" / "scores.parquet").read_bytes()
     assert {one["status"] for one in mlflow_runs(stack)} == {"FINISHED"}
 
 
@@ -186,10 +199,8 @@ def test_a_cancellation_ends_the_models_within_ten_seconds(stack: Services) -> N
 def test_without_workers_for_trainings_the_benchmark_does_them_itself(stack: Services) -> None:
     rows = json.loads(Path(os.environ["CALIPERT_DATA"], "services.json").read_text(encoding="utf-8"))
     workers = {row["name"]: psutil.Process(row["pid"]) for row in rows if row["name"].startswith("worker")}
-    pool = prefect(stack, "POST", "work_pools/gpu/workers/filter", {})
     workers["worker-gpu"].kill()
-    for worker in pool:
-        prefect(stack, "DELETE", f"work_pools/gpu/workers/{worker['name']}")
+    forget_workers(stack, GPU)
     run = submit(stack, ["late_coexpression"])
     done = ended(stack, run)
     assert done["state_type"] == "FAILED"

@@ -13,7 +13,8 @@ import httpx
 import pandas as pd
 import pytest
 
-from blocks.config import settings
+from blocks.config import child_environment
+from blocks.config.child_environment import Services
 from tests.helpers import text_service_stand_in as stand_in
 
 TEXTS = {f"G{number}": f"What gene {number} does." for number in range(5)}
@@ -42,19 +43,19 @@ def service() -> Iterator[Any]:
 
 
 @pytest.fixture
-def put(servers: settings.Services) -> Iterator[Callable[[str], None]]:
+def put(servers: Services) -> Iterator[Callable[[str], None]]:
     """Puts a value into the Secret block, which is gone at the end."""
 
     def change(value: str) -> None:
         command = [sys.executable, "-c", BLOCK, stand_in.SECRET, value]
-        subprocess.run(command, env=settings.child_environment(servers), check=True, timeout=120)
+        subprocess.run(command, env=child_environment.child_environment(servers), check=True, timeout=120)
 
     yield change
     change("")
 
 
 @pytest.fixture
-def run(servers: settings.Services, service: Any, tmp_path: Path) -> Callable[[], subprocess.CompletedProcess[str]]:
+def run(servers: Services, service: Any, tmp_path: Path) -> Callable[[], subprocess.CompletedProcess[str]]:
     """Runs the flow in a process and a data folder of its own, and says all that there is to say."""
     stand_in.write_entry(tmp_path / "catalog", service.url)
     genes = stand_in.write_genes(tmp_path / "genes", TEXTS)
@@ -64,7 +65,7 @@ def run(servers: settings.Services, service: Any, tmp_path: Path) -> Callable[[]
     def call() -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-c", FLOW, json.dumps(parameters)],
-            env=settings.child_environment(servers) | mine | {"PREFECT_LOGGING_LEVEL": "DEBUG"},
+            env=child_environment.child_environment(servers) | mine | {"PREFECT_LOGGING_LEVEL": "DEBUG"},
             capture_output=True,
             text=True,
             check=False,
@@ -75,7 +76,7 @@ def run(servers: settings.Services, service: Any, tmp_path: Path) -> Callable[[]
 
 
 def test_what_passes_is_tried_again_and_what_does_not_fails_once(
-    servers: settings.Services,
+    servers: Services,
     service: Any,
     run: Callable[[], subprocess.CompletedProcess[str]],
     put: Callable[[str], None],

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import httpx
 import pytest
 
-from blocks.config import settings
+from blocks.config import child_environment
 
 # Put on the path of every Python process, which imports it when it starts.
 HOOK = """
@@ -192,7 +192,7 @@ def test_no_python_process_tries_to_reach_beyond_this_machine(offline: Watched) 
     # The hook was there, in both servers too, and saw how the run spoke to them.
     started = [arguments[:2] for event, _, arguments in offline.connections if event == "start"]
     assert [["-m", name] in started for name in ("prefect", "mlflow", "flows.cli.main")] == [True] * 3
-    assert ("socket.connect", settings.HOST) in {(event, host) for event, host, _ in offline.connections}
+    assert ("socket.connect", child_environment.HOST) in {(event, host) for event, host, _ in offline.connections}
 
 
 def test_no_process_at_all_sends_a_packet_beyond_this_machine(offline: Watched) -> None:
@@ -281,7 +281,7 @@ FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--dis
     ],
 )
 def test_a_page_asks_nobody_else_and_is_whole(
-    servers: settings.Services, tmp_path: Path, server: str, path: str, shows: str
+    servers: child_environment.Services, tmp_path: Path, server: str, path: str, shows: str
 ) -> None:
     """As a browser without a network shows it."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -302,16 +302,18 @@ def test_a_page_asks_nobody_else_and_is_whole(
     # What has an origin, the page has asked for; the rest is the browser's own.
     asked = {one["url"] for one in told if "url" in one and one.get("initiator", "not an origin") != "not an origin"}
     assert len(asked) > 5
-    assert {url for url in asked if not url.startswith((f"http://{settings.HOST}:", "data:", "blob:"))} == set()
+    assert {
+        url for url in asked if not url.startswith((f"http://{child_environment.HOST}:", "data:", "blob:"))
+    } == set()
 
 
-def test_prefect_tells_its_pages_to_report_nothing(servers: settings.Services) -> None:
+def test_prefect_tells_its_pages_to_report_nothing(servers: child_environment.Services) -> None:
     told = httpx.get(f"{servers.prefect_api}/admin/settings", timeout=60).raise_for_status().json()["server"]
     assert told["analytics_enabled"] is False
     assert told["ui"]["show_promotional_content"] is False
     assert httpx.get(f"{servers.prefect}/ui-settings", timeout=60).raise_for_status().json()["default_ui"] == "v1"
 
 
-def test_mlflow_tells_its_pages_to_report_nothing(servers: settings.Services) -> None:
+def test_mlflow_tells_its_pages_to_report_nothing(servers: child_environment.Services) -> None:
     told = httpx.get(f"{servers.mlflow}/ajax-api/3.0/mlflow/ui-telemetry", timeout=60).raise_for_status().json()
     assert told["disable_ui_telemetry"] is True

@@ -14,9 +14,10 @@ import httpx
 import pytest
 import yaml
 
-from blocks.config import settings
+from blocks.config import child_environment
+from blocks.config.catalog import open_catalog
+from blocks.config.child_environment import Services
 from blocks.config.paths import PROJECT_ROOT
-from core import catalog
 from tests.helpers.mirror_files import mirror_of
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -76,13 +77,13 @@ def study(entry: Path, screen: Path, tmp_path: Path) -> Study:
 
 class TestWithServers:
     @pytest.fixture
-    def data(self, servers: settings.Services) -> Path:
+    def data(self, servers: Services) -> Path:
         from blocks.config.paths import data_folder
 
         return data_folder()
 
     def test_what_one_data_set_lacks_does_not_stop_the_others(
-        self, calipert: Run, data: Path, study: Study, servers: settings.Services
+        self, calipert: Run, data: Path, study: Study, servers: Services
     ) -> None:
         done = calipert("reproduce", *study.options("absent", "damaged", "tiny"), data=data)
         assert done.returncode == 1, done.stdout + done.stderr
@@ -112,9 +113,7 @@ class TestWithServers:
         assert any(line[:5] == ["damaged", "could", "not", "be", "prepared:"] for line in printed)
         assert state(servers) == "COMPLETED"
 
-    def test_it_fails_where_nothing_was_done(
-        self, calipert: Run, data: Path, study: Study, servers: settings.Services
-    ) -> None:
+    def test_it_fails_where_nothing_was_done(self, calipert: Run, data: Path, study: Study, servers: Services) -> None:
         done = calipert("reproduce", *study.options("absent", "damaged"), data=data)
         assert done.returncode == 2, done.stdout + done.stderr
         assert "Traceback" not in done.stderr
@@ -124,7 +123,7 @@ class TestWithServers:
         assert state(servers) == "FAILED"
 
     def test_a_second_run_goes_on_from_the_first(
-        self, calipert: Run, data: Path, study: Study, servers: settings.Services
+        self, calipert: Run, data: Path, study: Study, servers: Services
     ) -> None:
         assert calipert("reproduce", *study.options("damaged", "tiny"), data=data).returncode == 1
         before = manifests(data)
@@ -143,10 +142,10 @@ class TestWithServers:
         screen: Path,
         s3: tuple[str, Any],
         prepared: Callable[..., ad.AnnData],
-        servers: settings.Services,
+        servers: Services,
     ) -> None:
         endpoint, owner = s3
-        spec = catalog.dataset(study.entries["tiny"])
+        spec = open_catalog().dataset(study.entries["tiny"])
         mirror = mirror_of(prepared(ad.read_h5ad(screen), spec))
         local = study.entries["tiny"].with_name("mirror.h5ad")
         mirror.write_h5ad(local)
@@ -175,11 +174,11 @@ class TestWithServers:
         sources = {json.loads(run.inputs.dataset_inputs[0].dataset.source)["uri"] for run in runs}
         assert sources == {"s3://screens/tiny_processed_complete.h5ad"}
 
-    def test_an_interrupted_reproduction_ends_the_runs_of_its_subflows(self, servers: settings.Services) -> None:
+    def test_an_interrupted_reproduction_ends_the_runs_of_its_subflows(self, servers: Services) -> None:
         done = subprocess.run(
             [sys.executable, "-c", HOOK],
             cwd=PROJECT_ROOT,
-            env=settings.child_environment(servers),
+            env=child_environment.child_environment(servers),
             capture_output=True,
             text=True,
             check=False,
@@ -209,14 +208,14 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Any]]:
     running.stop()
 
 
-def table(servers: settings.Services) -> list[dict[str, Any]]:
+def table(servers: Services) -> list[dict[str, Any]]:
     """The rows of the latest table that a reproduction left in Prefect."""
     query = {"artifacts": {"key": {"any_": ["reproduce"]}}, "sort": "CREATED_DESC", "limit": 1}
     (latest,) = httpx.post(f"{servers.prefect_api}/artifacts/filter", json=query, timeout=60).json()
     return list(json.loads(latest["data"]))
 
 
-def state(servers: settings.Services) -> str:
+def state(servers: Services) -> str:
     """How the latest reproduction ended."""
     query = {"flows": {"name": {"any_": ["reproduce"]}}, "sort": "START_TIME_DESC", "limit": 1}
     (latest,) = httpx.post(f"{servers.prefect_api}/flow_runs/filter", json=query, timeout=60).json()

@@ -20,7 +20,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from blocks.config import settings
+from blocks.config import child_environment
 from blocks.config.secrets import MLFLOW, S3_KEY, S3_SECRET
 
 MODEL = "ridge_coexpression"
@@ -121,7 +121,7 @@ def in_prefect(api: str) -> Iterator[Place]:
         yield Place("Prefect events", answer.content)
 
 
-def everything(ran: Ran, servers: settings.Services) -> Iterator[Place]:
+def everything(ran: Ran, servers: child_environment.Services) -> Iterator[Place]:
     yield from in_files(ran.folders)
     yield from in_prefect(servers.prefect_api)
     for name, done in ran.output.items():
@@ -146,14 +146,14 @@ def bucket() -> Iterator[tuple[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def blocks(servers: settings.Services) -> Iterator[Callable[[dict[str, str]], None]]:
+def blocks(servers: child_environment.Services) -> Iterator[Callable[[dict[str, str]], None]]:
     """A function that makes Secret blocks, as docs/secrets.md says; they are gone at the end."""
     made: set[str] = set()
 
     def change(code: str, values: dict[str, str]) -> None:
         subprocess.run(
             [sys.executable, "-c", f"import json, sys\nfrom prefect.blocks.system import Secret\n{code}"],
-            env=settings.child_environment(servers),
+            env=child_environment.child_environment(servers),
             input=json.dumps(values),
             text=True,
             check=True,
@@ -172,7 +172,7 @@ def blocks(servers: settings.Services) -> Iterator[Callable[[dict[str, str]], No
 
 @pytest.fixture(scope="module")
 def ran(
-    servers: settings.Services,
+    servers: child_environment.Services,
     screen: Path,
     bucket: tuple[str, Any],
     blocks: Callable[[dict[str, str]], None],
@@ -187,7 +187,11 @@ def ran(
     blocks(dict(zip(MLFLOW.values(), ["somebody", values["MLflow password in a block"]], strict=True)))
     home, data = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("guarded")
     temporary = tmp_path_factory.mktemp("temporary")
-    kept = {name: value for name, value in settings.child_environment(servers).items() if not name.startswith("AWS_")}
+    kept = {
+        name: value
+        for name, value in child_environment.child_environment(servers).items()
+        if not name.startswith("AWS_")
+    }
     environment = kept | {
         "CALIPERT_DATA": str(data),
         "CALIPERT_STORE": "s3://screens/store",
@@ -247,7 +251,7 @@ def test_what_is_refused_is_named(ran: Ran, run: str, says: str) -> None:
     assert says in ran.output[run].stderr
 
 
-def test_nothing_shows_a_planted_value(ran: Ran, servers: settings.Services, bucket: tuple[str, Any]) -> None:
+def test_nothing_shows_a_planted_value(ran: Ran, servers: child_environment.Services, bucket: tuple[str, Any]) -> None:
     _, owner = bucket
     stored = owner.find("screens/store")
     assert stored, "the store was not in the bucket"
@@ -290,11 +294,11 @@ print(value)
 """
 
 
-def test_the_same_search_finds_what_does_leak(servers: settings.Services, tmp_path: Path) -> None:
+def test_the_same_search_finds_what_does_leak(servers: child_environment.Services, tmp_path: Path) -> None:
     value = f"planted{secrets.token_hex(20)}"
     done = subprocess.run(
         [sys.executable, "-c", LEAK, str(tmp_path / "leaks")],
-        env=settings.child_environment(servers) | {"LEAKED": value},
+        env=child_environment.child_environment(servers) | {"LEAKED": value},
         capture_output=True,
         text=True,
         check=True,

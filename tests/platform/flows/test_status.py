@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from blocks.config import settings
+from blocks.config import child_environment
 from flows.cli.status import snapshot
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -28,7 +28,7 @@ class TestWithServers:
     """Flow runs and MLflow runs as they are found, and the command on them."""
 
     @pytest.fixture
-    def api(self, servers: settings.Services) -> Iterator[httpx.Client]:
+    def api(self, servers: child_environment.Services) -> Iterator[httpx.Client]:
         # A busy server is asked again, as by Prefect's own commands.
         from prefect.client.base import PrefectHttpxSyncClient
 
@@ -43,7 +43,7 @@ class TestWithServers:
         return id
 
     def test_what_ran_runs_waits_and_failed(
-        self, api: httpx.Client, servers: settings.Services, calipert: Run, tmp_path: Path
+        self, api: httpx.Client, servers: child_environment.Services, calipert: Run, tmp_path: Path
     ) -> None:
         from blocks.config.paths import data_folder
         from blocks.tracking.tracker import MLflowTracking, ModelRun

@@ -9,7 +9,7 @@ import anndata as ad
 import numpy as np
 import pytest
 
-from core.catalog import dataset
+from core.catalog.registry import Catalog
 from core.conditions import CONTROL
 from core.embeddings.gene_graph import gene_graph, gene_terms
 from core.embeddings.tables import pathway_embedding
@@ -36,7 +36,7 @@ def relative(sums: Sums, prepared: Prepare, shared, load, tmp_path_factory) -> R
     """Trains a model with one gene left out; its wmse divided by dataset_mean's, median over the half splits."""
     folder = tmp_path_factory.mktemp("papalexi21")
     raw = shared / "data" / "papalexi21.h5ad"
-    spec = dataset("papalexi21_panel").model_copy(update={"folds": "leave-one-out"})
+    spec = Catalog().dataset("papalexi21_panel").model_copy(update={"folds": "leave-one-out"})
     cells = prepared(open_h5ad(raw), spec, str(raw))
     of_cells = sums(cells, {seed: draw_halves(cells.obs, seed) for seed in HALF_SEEDS})
     negatives = build_negatives(of_cells)

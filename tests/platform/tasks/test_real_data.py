@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from core import catalog
+from blocks.config.catalog import open_catalog
 from core.reference.build import half_split_files, read_reference
 from core.scoring.calibration import build_calibration
 from core.scoring.evaluation import score_profiles, select_evaluated
@@ -41,7 +41,7 @@ EXPECTED_DRF = {
 
 
 def test_dynamic_ranges_of_papalexi21_panel(shared: Path) -> None:
-    spec = catalog.dataset("papalexi21_panel")
+    spec = open_catalog().dataset("papalexi21_panel")
     reference = build_reference.fn(spec, prepare_cells.fn(spec, shared / "data" / "papalexi21.h5ad"))
     scores = pd.read_parquet(score_controls.fn(spec, reference) / "scores.parquet")
     table = build_calibration(scores, spec.seed).set_index(["metric", "variant"])
@@ -56,11 +56,11 @@ EXPECTED_RATIO = {"IFNGR1": 0.35, "IFNGR2": 0.32, "JAK2": 0.34, "STAT1": 0.78}
 
 @pytest.mark.parametrize("model_name", ["ridge_reactome", "fmlp_reactome"])
 def test_knowledge_beats_the_dataset_mean_on_held_out_perturbations(shared: Path, model_name: str) -> None:
-    entry = catalog.dataset("papalexi21_panel")
+    entry = open_catalog().dataset("papalexi21_panel")
     spec = entry.model_copy(update={"folds": "leave-one-out", "half_seeds": 10})
     cells = prepare_cells.fn(spec, shared / "data" / "papalexi21.h5ad")
     reference = build_reference.fn(spec, cells)
-    model = catalog.model(model_name)
+    model = open_catalog().model(model_name)
     if model_name == "ridge_reactome":
         # The script's alpha; the model's own choice by its val conditions is 0.1 here, and does better.
         model = model.model_copy(update={"hyperparameters": {"alphas": [1.0]}})
@@ -111,7 +111,7 @@ def _wmse_ratios(profiles: ad.AnnData, reference: Path) -> pd.DataFrame:
 
 
 def test_norman19_small_has_an_additive_baseline_that_beats_the_dataset_mean(shared: Path) -> None:
-    spec = catalog.dataset("norman19_small")
+    spec = open_catalog().dataset("norman19_small")
     reference = build_reference.fn(spec, prepare_cells.fn(spec, shared / "data" / "norman19_small.h5ad"))
     scores = pd.read_parquet(score_controls.fn(spec, reference) / "scores.parquet")
     wide = scores[(scores["metric"] == "wmse") & (scores["half_seed"] == spec.seed)].pivot(

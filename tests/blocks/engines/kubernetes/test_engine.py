@@ -908,7 +908,7 @@ def test_the_engine_is_chosen_by_the_environment(monkeypatch):
         assert folder is None, "what a Job leaves is on no disk of this machine"
     monkeypatch.setenv("CALIPERT_ENGINE", "slurm")
     for ask in (selected.choose_engine, selected.runs_elsewhere):
-        with pytest.raises(UserError, match="'slurm', which is no engine"):
+        with pytest.raises(UserError, match="CALIPERT_ENGINE\n  found:  'slurm'\n  remedy: Input should be 'process'"):
             ask()
 
 

@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,16 +15,26 @@ from typing import Any
 
 import pytest
 
-from blocks.tracking import api as module
-from blocks.tracking.api import Metric, Point, Refused, Server
-from blocks.tracking.runs import allowed
+from blocks.tracking import client as module
+from blocks.tracking.client import Refused, Server, ServerLost, load_mlflow
+from blocks.tracking.running import find_running_runs
+from blocks.tracking.runs import fit_name
 from core.errors import UserError
 
 Answer = tuple[int, object]
 
+# By the URL of a stand-in: the headers of the requests that came, and their paths.
+HEADERS: dict[str, list[dict[str, str]]] = defaultdict(list)
 LOCKED = "(sqlite3.OperationalError) database is locked\n[SQL: SELECT runs.run_uuid]"
 RUN = {
-    "info": {"run_id": "r1", "run_name": "ridge", "experiment_id": "1", "status": "RUNNING", "start_time": 1000},
+    "info": {
+        "run_id": "r1",
+        "run_name": "ridge",
+        "experiment_id": "1",
+        "status": "RUNNING",
+        "start_time": 1000,
+        "artifact_uri": "mlflow-artifacts:/1/r1/artifacts",
+    },
     "data": {"metrics": [{"key": "loss", "value": "NaN", "timestamp": 5, "step": 1}]},
 }
 
@@ -42,6 +53,7 @@ def standing_in(answer: Callable[[str, Any], Answer], port: int = 0) -> Iterator
         def do_GET(self) -> None:
             raw = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             path = self.path.partition("?")[0]
+            HEADERS[f"http://127.0.0.1:{server.server_port}"].append({**self.headers, "Path": path})
             is_json = self.headers.get("Content-Type") == "application/json"
             code, told = (200, "") if path == "/health" else answer(path, json.loads(raw) if is_json else raw)
             text = (told if isinstance(told, str) else json.dumps(told)).encode()
@@ -69,16 +81,15 @@ def standing_in(answer: Callable[[str, Any], Answer], port: int = 0) -> Iterator
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_answered", set())
-    monkeypatch.setattr(module, "_PROBE_PAUSES", (0.0, 0.0))
-    module._connections.cache_clear()
+    monkeypatch.setattr(module, "FIRST_PATIENCE", 1.0)
 
 
 def test_a_locked_database_is_asked_again_until_it_is_free() -> None:
     answers = iter([(500, {"error_code": "INTERNAL_ERROR", "message": LOCKED})] * 3)
     with standing_in(lambda path, sent: next(answers, (200, {"run": RUN}))) as uri:
-        run = Server(uri).run("r1")
-    assert (run.run_id, run.name, run.end_time) == ("r1", "ridge", None)
-    assert run.metrics["loss"].value != run.metrics["loss"].value
+        run = Server(uri).get_run("r1")
+    assert (run.info.run_id, run.info.run_name, run.info.end_time) == ("r1", "ridge", None)
+    assert run.data.metrics["loss"] != run.data.metrics["loss"]
     assert next(answers, None) is None
 
 
@@ -107,19 +118,18 @@ def test_a_server_that_restarts_is_waited_for(caplog: pytest.LogCaptureFixture) 
         done.set()
         restart.join()
     assert [sent["tags"][0]["key"] for sent in written] == ["before", "after"]
-    assert [record.levelname for record in caplog.records if "waited for" in record.message] == ["WARNING"]
+    assert [record.levelname for record in caplog.records if "waiting for" in record.message] == ["WARNING"]
 
 
 @pytest.mark.parametrize(("code", "told"), [(503, LOCKED), (500, LOCKED)])
 def test_one_that_stays_locked_is_one_clear_error(code: int, told: str) -> None:
     with (
         standing_in(lambda path, sent: (code, {"error_code": "TEMPORARILY_UNAVAILABLE", "message": told})) as uri,
-        pytest.raises(UserError, match="database is locked") as raised,
+        pytest.raises(ServerLost, match=f"too many {code} error responses") as raised,
     ):
-        Server(uri, patience=0.5).run("r1")
+        Server(uri, patience=0.5).get_run("r1")
     assert raised.value.where == uri
-    assert "Another program writes to MLflow's database" in raised.value.remedy
-    assert "SELECT" not in raised.value.found
+    assert "where its database is locked, another program writes to it" in raised.value.remedy
 
 
 def test_one_that_was_lost_and_stays_away_is_one_clear_error() -> None:
@@ -128,24 +138,25 @@ def test_one_that_was_lost_and_stays_away_is_one_clear_error() -> None:
     with pytest.raises(UserError, match="no answer") as raised:
         Server(uri, patience=0.5).log("r1", tags={"a": "b"})
     assert raised.value.where == uri
-    assert "Start the MLflow server" in raised.value.remedy
+    assert "start the MLflow server" in raised.value.remedy
+    assert "refused" in raised.value.found
 
 
 def test_one_that_never_was_there_is_given_up_soon() -> None:
     uri = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(UserError) as raised:
-        Server(uri).run("r1")
+        Server(uri).get_run("r1")
     assert "refused" in raised.value.found
     assert "MLFLOW_TRACKING_URI" in raised.value.remedy
 
 
 def test_one_that_does_not_answer_is_given_up_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_PROBE_SECONDS", 0.1)
+    monkeypatch.setattr(module, "PROBE_SECONDS", 0.1)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         with pytest.raises(UserError, match="ReadTimeout"):
-            Server(f"http://127.0.0.1:{silent.getsockname()[1]}").run("r1")
+            Server(f"http://127.0.0.1:{silent.getsockname()[1]}").get_run("r1")
 
 
 @pytest.mark.parametrize(
@@ -153,13 +164,13 @@ def test_one_that_does_not_answer_is_given_up_too(monkeypatch: pytest.MonkeyPatc
     [
         (401, "You are not authenticated.", "MLFLOW_TRACKING_USERNAME"),
         (403, "Invalid Host header - possible DNS rebinding attack detected", "--allowed-hosts"),
-        (404, "<html>no such page</html>", "Check that this is the URL of an MLflow server"),
-        (200, "<html>another program</html>", "Check that this is the URL of an MLflow server"),
+        (404, "<html>no such page</html>", "check that this is the URL of an MLflow server"),
+        (200, "<html>another program</html>", "check that this is the URL of an MLflow server"),
     ],
 )
 def test_a_refusal_names_its_remedy(code: int, told: str, remedy: str) -> None:
     with standing_in(lambda path, sent: (code, told)) as uri, pytest.raises(UserError) as raised:
-        Server(uri).run("r1")
+        Server(uri).get_run("r1")
     assert told in raised.value.found
     assert raised.value.where == uri
     assert remedy in raised.value.remedy
@@ -178,19 +189,22 @@ def test_other_errors_stay_what_they_are_and_are_not_repeated() -> None:
     assert len(asked) == 1
 
 
-def test_much_is_written_in_as_few_requests_as_allowed_and_the_tags_last() -> None:
+def test_much_is_written_in_few_requests_and_the_tags_last() -> None:
     sizes = []
 
     def answer(path: str, sent: Any) -> Answer:
-        sizes.append(tuple(len(sent[part]) for part in ("metrics", "params", "tags")))
+        sizes.append(tuple(len(sent.get(part, ())) for part in ("metrics", "params", "tags")))
         return 200, {}
 
-    metrics = [Metric(f"m{i}", Point(float(i), 1, 0)) for i in range(1950)]
+    metrics = [load_mlflow().entities.Metric(f"m{i}", float(i), 1, 0) for i in range(1950)]
     with standing_in(answer) as uri:
         server = Server(uri)
         server.log("r1", metrics, {f"p{i}": "x" for i in range(120)}, {f"t{i}": "x" for i in range(105)})
+        server.log("r1", metrics[:5], {"p": "x"}, {"t": "x"})
         server.log("r1")
-    assert sizes == [(1000, 0, 0), (950, 50, 0), (0, 70, 100), (0, 0, 5)]
+    assert [sum(part) for part in zip(*sizes[:-1], strict=True)] == [1950, 120, 105]
+    assert len(sizes) == 5 + 1
+    assert sizes[-3:] == [(0, 0, 100), (0, 0, 5), (5, 1, 1)]
     assert all(sum(size) <= 1000 for size in sizes)
 
 
@@ -198,14 +212,15 @@ def test_a_file_is_sent_whole_at_each_attempt(tmp_path: Path) -> None:
     received = []
 
     def answer(path: str, sent: Any) -> Answer:
+        if path.endswith("runs/get"):
+            return 200, {"run": RUN}
         received.append((path, sent))
-        return (503, "") if len(received) == 1 else (200, "")
+        return (503, "") if len(received) == 1 else (200, {})
 
     file = tmp_path / "a b.txt"
     file.write_bytes(b"x" * 300_000)
     with standing_in(answer) as uri:
-        run = module._run({**RUN, "info": {**RUN["info"], "artifact_uri": "mlflow-artifacts:/1/r1/artifacts"}})
-        Server(uri).upload(run, file)
+        Server(uri).log_file("r1", file)
     place = "/api/2.0/mlflow-artifacts/artifacts/1/r1/artifacts/a%20b.txt"
     assert received == [(place, file.read_bytes())] * 2
 
@@ -222,17 +237,16 @@ def test_credentials_come_from_the_environment(
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    sent = []
-    client = module._connections("http://127.0.0.1:1", 0)
-    client.event_hooks["request"] = [lambda request: sent.append(request.headers["Authorization"])]
-    with pytest.raises(module.httpx.ConnectError):
-        client.get("http://127.0.0.1:1", auth=module._credentials())
-    assert sent == [header]
+    with standing_in(lambda path, sent: (200, {"run": RUN, "experiments": []})) as uri:
+        standing = HEADERS[uri]
+        Server(uri).get_run("r1")
+        find_running_runs(uri, "calipert/")
+    assert [headers["Authorization"] for headers in standing if headers["Path"] != "/health"] == [header] * 2
 
 
-def test_names_that_mlflow_refuses_are_mended_and_stay_distinct() -> None:
-    assert allowed("val/loss-1.0 a:b") == "val/loss-1.0 a:b"
-    mended = {allowed(name) for name in ("loss (train)", "loss [train]", "a" * 300, "a" * 301)}
-    assert len(mended) == 4
-    assert all(len(name) <= 250 for name in mended)
-    assert all(allowed(name) == name for name in mended)
+def test_names_that_mlflow_refuses_are_changed_and_stay_distinct() -> None:
+    assert fit_name("val/loss-1.0 a:b") == "val/loss-1.0 a:b"
+    changed = {fit_name(name) for name in ("loss (train)", "loss [train]", "a" * 300, "a" * 301)}
+    assert len(changed) == 4
+    assert all(len(name) <= 250 for name in changed)
+    assert all(fit_name(name) == name for name in changed)
