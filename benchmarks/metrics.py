@@ -28,7 +28,8 @@ from sklearn.metrics import mean_absolute_error, mean_squared_error, r2_score
 
 from benchmarks.comparison import CONSOLE, Timing, agreement, machine, show_agreement, show_times, timed
 from core.arrays import Bools, Floats
-from core.reference.build import by_condition, read_reference
+from core.reference.build import by_condition
+from core.reference.files import read_reference
 from core.rng import generator
 from core.scoring.evaluation import Evaluation, score_profiles, select_evaluated
 from core.scoring.metrics import CONSTANT, FEWEST_DEGS, METRICS

@@ -12,10 +12,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import secrets
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from multiprocessing.connection import Connection
@@ -28,10 +26,12 @@ import typer
 
 from benchmarks.comparison import CONSOLE, Timing, machine, show_times
 from blocks.config import child_environment
-from blocks.config.paths import PROJECT_ROOT
+from blocks.config.pools import CPU, GPU
 from blocks.services import stack as services
+from blocks.services.workers import ensure_workers
 
 DEPLOYMENT = "benchmark/demo"
+DEPLOYMENTS = (DEPLOYMENT, "train-fold/any")
 POLL_S = 0.1
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
@@ -70,11 +70,11 @@ def _stack(folder: Path) -> Iterator[child_environment.Services]:
     """Servers, workers and deployments of its own, which this process and its children use; gone afterwards."""
     with mock.patch.dict(os.environ, CALIPERT_DATA=str(folder)):
         try:
-            up = [sys.executable, "-m", "deployments.local", "up"]
-            subprocess.run(up, cwd=PROJECT_ROOT, check=True, stdout=subprocess.DEVNULL)
             running = services.ensure_servers()
             with mock.patch.dict(os.environ, child_environment.child_environment(running), clear=True):
                 os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
+                _in_fresh_process(_register, DEPLOYMENTS)
+                ensure_workers(running)
                 yield running
         finally:
             services.stop()
@@ -93,6 +93,18 @@ def _in_fresh_process(work: Callable[..., None], argument: object) -> Any:
         raise SystemExit(f"{work.__name__} failed") from None
     finally:
         process.join()
+
+
+def _register(names: Sequence[str], sender: Connection) -> None:
+    """Create the work pools, and of the deployments those of these names."""
+    from deployments.local import trainings_at_once
+    from deployments.register import create_pool, register
+    from deployments.table import table
+
+    create_pool(CPU)
+    create_pool(GPU, trainings_at_once())
+    register(row for row in table() if row.full_name in names)
+    sender.send(None)
 
 
 def _benchmark(models: list[str], sender: Connection) -> None:

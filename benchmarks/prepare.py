@@ -36,8 +36,10 @@ from scipy import sparse
 from core.arrays import one_blas_thread
 from core.catalog.schema import DatasetSpec
 from core.io.panels import PANEL
-from core.prepare.cells import FILE, MEMORY, read_cells, write_cells
-from core.reference.build import read_keys, write_reference
+from core.prepare.cells import MEMORY, read_cells, write_cells
+from core.prepare.files import CELLS
+from core.reference.build import write_reference
+from core.reference.files import read_keys
 from core.reference.quality import write_quality
 from core.stats.edistance import STRIP
 
@@ -177,12 +179,12 @@ def show(raw: Path, out: Path, measured: dict[str, Any]) -> None:
     """Print the tables: stages, then each pass beside its bound."""
     with h5py.File(raw) as file:
         n_raw, n_genes, stored = len(file["X/indptr"]) - 1, len(file["var/_index"]), file["X/data"].size
-    with h5py.File(out / FILE) as file:
+    with h5py.File(out / CELLS) as file:
         n_cells, kept = len(file["X/indptr"]) - 1, file["X/data"].size
         width = int(file["X"].attrs["shape"][1])
     CONSOLE.print(
         f"raw: {n_raw:,} cells x {n_genes:,} genes, {stored:,} stored values, {raw.stat().st_size / GB:.2f} GB; "
-        f"prepared: {n_cells:,} cells x {width:,} genes, {kept:,} values, {(out / FILE).stat().st_size / GB:.2f} GB"
+        f"prepared: {n_cells:,} cells x {width:,} genes, {kept:,} values, {(out / CELLS).stat().st_size / GB:.2f} GB"
     )
     table = Table("stage", "seconds", "peak resident GB", "most disk GB", title="Stages")
     for stage in measured["stages"]:
@@ -192,7 +194,7 @@ def show(raw: Path, out: Path, measured: dict[str, Any]) -> None:
     table.add_row("all", f"{seconds:.1f}", f"{measured['peak'] / GB:.2f} (ru_maxrss)", "")
     CONSOLE.print(table)
     CONSOLE.print(f"throughput: {stored / seconds / 1e6:.1f} million stored values of the raw file per second")
-    bare = {"raw": _bare_read(raw), "cells": _bare_read(out / FILE)}
+    bare = {"raw": _bare_read(raw), "cells": _bare_read(out / CELLS)}
     products = _products(width) * n_cells / PANEL / (os.cpu_count() or 1)
     bounds = {
         "counting genes and cells": (stored, bare["raw"], "reading the raw file"),

@@ -21,10 +21,10 @@ from prefect.workers.process import ProcessWorker
 
 from blocks.config.paths import PROJECT_ROOT
 from blocks.config.pools import CPU, GPU
+from blocks.services.pages import read_pages
 from deployments.forms import form
 from deployments.table import Deployment
 
-PAGE = 200  # as many as Prefect's server gives at once
 DESCRIPTIONS = {CPU: "Whole flows: preparing, scoring, gathering.", GPU: "Trainings: one model on one fold each."}
 
 
@@ -84,13 +84,9 @@ def register(rows: Iterable[Deployment]) -> Registered:
 def _known(client: SyncPrefectClient, flow: str) -> dict[str, DeploymentResponse]:
     """The server's deployments of a flow, by full name."""
     of_flow = FlowFilter(name=FlowFilterName(any_=[flow]))
-    found: dict[str, DeploymentResponse] = {}
     # Names differ within a flow only: sorted across flows, one might fall between two pages.
-    while page := client.read_deployments(
-        flow_filter=of_flow, sort=DeploymentSort.NAME_ASC, limit=PAGE, offset=len(found)
-    ):
-        found |= {f"{flow}/{one.name}": one for one in page}
-    return found
+    found = read_pages(client.read_deployments, flow_filter=of_flow, sort=DeploymentSort.NAME_ASC)
+    return {f"{flow}/{one.name}": one for one in found}
 
 
 def _settings(row: Deployment) -> dict[str, Any]:

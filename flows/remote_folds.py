@@ -25,13 +25,13 @@ from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import Cancelled, Cancelling, Crashed
 
 from blocks.config.pools import GPU
+from blocks.services.pages import PAGE, read_pages
 from tasks.artifacts import LOG
 from tasks.progress import make_progress_reporter
 from tasks.train import FoldJob, predictions_recipe
 
 DEPLOYMENT = "train-fold/any"
 POLL_S = 1.0
-PAGE = 200  # flow runs that the server gives at once
 REPEATS = 2  # of a training whose machine failed under it
 SILENCE_S = 60.0  # between two warnings that no worker takes the trainings
 # From a worker's taking a training to its start. A cluster may have to get a machine first; a worker that died in
@@ -108,10 +108,7 @@ def cancel_folds(flow: object, flow_run: Any, state: Any) -> None:
         state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(ACTIVE))),
     )
     with get_client(sync_client=True) as client:
-        left: list[FlowRun] = []
-        while page := client.read_flow_runs(flow_run_filter=mine, limit=PAGE, offset=len(left)):
-            left += page
-        _cancel(client, left)
+        _cancel(client, read_pages(client.read_flow_runs, flow_run_filter=mine))
 
 
 @contextmanager

@@ -12,8 +12,9 @@ from prefect.cache_policies import NO_CACHE
 from blocks.config.catalog import open_catalog
 from blocks.store.code import code_hash
 from core.catalog.schema import EmbeddingSpec, ResolvedModel
+from core.embeddings.files import EMBEDDING
 from tasks.artifacts import Recipe, build_or_get, checksum_file
-from tasks.embed_container import FILE, embed_in_container
+from tasks.embed_container import embed_in_container
 from tasks.embed_texts import embed_texts
 
 
@@ -42,7 +43,9 @@ def embed(spec: EmbeddingSpec, source: Path, perturbed: list[str]) -> Path:
         code_hash("core.embeddings.gene_graph" if spec.form == "graph" else "core.embeddings.tables"),
         label=f"the embedding {spec.name}",
     )
-    return build_or_get(recipe, lambda folder: write_embedding(compute(source, dimensions, **genes), folder / FILE))
+    return build_or_get(
+        recipe, lambda folder: write_embedding(compute(source, dimensions, **genes), folder / EMBEDDING)
+    )
 
 
 @task(name="join-embeddings", task_run_name="embed {spec.name}", cache_policy=NO_CACHE)
@@ -51,8 +54,8 @@ def join_embeddings(spec: EmbeddingSpec, parts: dict[str, Path]) -> Path:
     from core.embeddings.tables import read_embedding, side_by_side, write_embedding
 
     def build(folder: Path) -> None:
-        tables = {name: read_embedding(part / FILE) for name, part in parts.items()}
-        write_embedding(side_by_side(tables), folder / FILE)
+        tables = {name: read_embedding(part / EMBEDDING) for name, part in parts.items()}
+        write_embedding(side_by_side(tables), folder / EMBEDDING)
 
     parameters = {"kind": spec.kind, "parts": list(parts)}
     code = code_hash("core.embeddings.tables")
@@ -97,7 +100,7 @@ def make_embeddings(
         for fold in data:
             folder = made[model.name, fold] = make_once(model.embedding, fold) if model.embedding else None
             if folder and model.embedding:
-                require_coverage(model.embedding.name, known_genes(folder / FILE), perturbed)
+                require_coverage(model.embedding.name, known_genes(folder / EMBEDDING), perturbed)
     return made
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from blocks.store.code import code_hash
 from core.catalog.schema import EmbeddingSpec
+from core.embeddings.files import EMBEDDING
 from tasks.artifacts import LOG, Recipe, build_or_get
 from tasks.engine import (
     THREADS,
@@ -21,7 +22,6 @@ from tasks.engine import (
 )
 from tasks.progress import make_progress_reporter
 
-FILE = "embedding.parquet"
 LONGEST_S = 24 * 3600.0  # unless the entry says otherwise
 
 
@@ -65,7 +65,7 @@ def embed_in_container(spec: EmbeddingSpec, published: Path) -> Path:
             }
             limit = spec.time_limit or LONGEST_S
             choose_engine().run("embed", container, task, on_event=take_event, timeout_s=limit, gpu=gpu)
-            table = read_foreign_embedding(Path(scratch) / FILE)
-        write_embedding(table, folder / FILE)
+            table = read_foreign_embedding(Path(scratch) / EMBEDDING)
+        write_embedding(table, folder / EMBEDDING)
 
     return build_or_get(recipe, build)

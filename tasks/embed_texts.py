@@ -17,9 +17,9 @@ from blocks.services.text_service import service_key, text_vectors
 from blocks.services.vectors import Vector, address, keep_vectors, kept_vector, vector_name
 from blocks.store.code import code_hash
 from core.catalog.schema import GENE_FILES, EmbeddingSpec, TextService
+from core.embeddings.files import EMBEDDING
 from core.errors import UserError
 from tasks.artifacts import LOG, Recipe, build_or_get, checksum_file, find_artifact
-from tasks.embed_container import FILE
 from tasks.inputs import collect_error, raise_collected
 from tasks.progress import make_progress_reporter
 from tasks.sources import find_files, is_worth_a_retry
@@ -45,7 +45,7 @@ def embed_texts(spec: EmbeddingSpec, published: Path) -> Path:
 
     def build(folder: Path) -> None:
         texts = gene_texts(published / SUMMARIES, published / GENES)
-        write_embedding(text_embedding(texts, _collect_vectors(spec, sorted(set(texts.values())))), folder / FILE)
+        write_embedding(text_embedding(texts, _collect_vectors(spec, sorted(set(texts.values())))), folder / EMBEDDING)
 
     return build_or_get(_recipe(spec, {name: published / name for name in (SUMMARIES, GENES)}), build)
 

@@ -17,18 +17,19 @@ from blocks.config.catalog import open_catalog
 from blocks.config.paths import MODEL_CONTAINERS
 from blocks.config.settings import read_source, source_variable
 from core.catalog.schema import (
-    CONTROLS,
-    NAME_PATTERN,
     DatasetSpec,
     EmbeddingSpec,
     LocalSource,
     PretrainedSpec,
     ResolvedModel,
 )
+from core.entry import NAME_PATTERN
 from core.errors import UserError
+from core.reference.controls import CONTROLS
 
 CONTAINERS = "containers"  # in the user's folder of entries
-BASELINES = ("additive", "linear")  # core computes them in every benchmark
+# Core computes them in every benchmark.
+BASELINES = tuple(control.name for control in CONTROLS if control.role == "baseline")
 
 # Which published file of a data set: the one of its authors, or its preprocessed copy.
 Origin: TypeAlias = Literal["raw", "mirror"]
@@ -208,5 +209,5 @@ def check_model_name(name: str) -> None:
     """Raise UserError unless predictions made elsewhere can have this name: plain, and not that of a control."""
     if not re.fullmatch(NAME_PATTERN, name):
         raise UserError("--name", "name", repr(name), "lower-case letters, digits and underscores, as in my_model")
-    if name in (*CONTROLS, *BASELINES):
+    if name in (control.name for control in CONTROLS):
         raise UserError("--name", "name", f"{name!r}, the name of a control", "call the model something else")

@@ -10,10 +10,11 @@ from prefect.cache_policies import NO_CACHE
 from blocks.config.settings import read_settings
 from blocks.store.code import code_hash
 from core.catalog.schema import DatasetSpec
+from core.prepare.settings import PreparationSettings
 from tasks.artifacts import Recipe, build_or_get, checksum_file
 
-# What describes a data set without deciding how its cells are made.
-DESCRIPTIVE = {"title", "licence", "citation", "source", "mirror", "expected", "half_seeds"}
+# Of a catalog entry, what decides how the cells are made; the rest describes the data.
+DECIDING = set(PreparationSettings.model_fields) - {"expected"}
 
 
 @task(name="prepare-cells", cache_policy=NO_CACHE)
@@ -22,7 +23,7 @@ def prepare_cells(spec: DatasetSpec, raw: Path) -> Path:
     from core.prepare.cells import write_cells
 
     memory = int(read_settings().memory_gb * 1e9)
-    entry = spec.model_dump(mode="json", exclude=DESCRIPTIVE)
+    entry = spec.model_dump(mode="json", include=DECIDING)
     source, code = checksum_file(raw), code_hash("core.prepare.cells")
     provenance = {"entry": entry, "source sha256": source, "code": code}
     recipe = Recipe("cells", {"raw": source}, {"entry": entry}, code)
@@ -44,7 +45,7 @@ def build_reference(spec: DatasetSpec, cells: Path) -> Path:
 def measure_quality(cells: Path, reference: Path) -> Path:
     """Write quality.parquet and edistance.parquet: cells, DEGs and E-distances of every condition."""
     from core.prepare.cells import read_cells
-    from core.reference.build import read_keys
+    from core.reference.files import read_keys
     from core.reference.quality import write_quality
 
     recipe = Recipe("quality", {"cells": cells, "reference": reference}, {}, code_hash("core.reference.quality"))

@@ -22,12 +22,15 @@ from prefect.exceptions import TerminationSignal
 
 from blocks.config.secrets import mlflow_credentials
 from blocks.local.cancellation import Stopped
+from blocks.services.pages import read_pages
 from blocks.store.code import code_hash
-from blocks.tracking.tracker import REPORT, MLflowTracking, ModelRun
+from blocks.tracking.tracker import MLflowTracking, ModelRun
 from core.catalog.schema import DatasetSpec, EmbeddingSpec, ResolvedModel
 from core.errors import UserError
 from core.reference.controls import CONTROLS
+from core.report.files import LEADERBOARD, REPORT
 from core.report.tables import list_entries
+from core.scoring.files import CALIBRATION, SCORES
 from tasks.artifacts import LOG, key_of
 from tasks.engine import find_container_of, identify_container
 
@@ -117,7 +120,7 @@ def open_runs(
     control_scores: of them only controls with a value get a run. source: where the raw file comes from. controls:
     false where nothing is scored.
     """
-    scored = set(pd.read_parquet(control_scores / "scores.parquet", columns=["model"])["model"])
+    scored = set(pd.read_parquet(control_scores / SCORES, columns=["model"])["model"])
     identity = benchmark_id(control_scores, origins)
     kinds = dict.fromkeys(origins, "model") | {control.name: control.role for control in CONTROLS}
     compared = {
@@ -155,11 +158,8 @@ def active_flow_runs(ids: list[str]) -> set[str]:
         id=FlowRunFilterId(any_=[UUID(one) for one in ids]),
         state=FlowRunFilterState(type=FlowRunFilterStateType(any_=ended)),
     )
-    found: set[str] = set()
     with get_client(sync_client=True) as client:
-        while page := client.read_flow_runs(flow_run_filter=mine, limit=200, offset=len(found)):
-            found |= {str(run.id) for run in page}
-    return set(ids) - found
+        return set(ids) - {str(run.id) for run in read_pages(client.read_flow_runs, flow_run_filter=mine)}
 
 
 @contextmanager
@@ -210,7 +210,7 @@ def _only_logged(what: str) -> Iterator[None]:
 @task(name="record-calibration", cache_policy=NO_CACHE)
 def record_calibration(spec: DatasetSpec, calibration: Path, source: str) -> None:
     """One MLflow run for the calibration of a data set."""
-    table = calibration / "calibration.parquet"
+    table = calibration / CALIBRATION
     tracking_server().log_calibration(
         spec.name,
         pd.read_parquet(table),
@@ -233,10 +233,10 @@ def end_trainings(runs: Runs) -> None:
 def record_results(runs: Runs, results: Path) -> None:
     """Write the leaderboard, the scores and the report to the benchmark's MLflow runs, and end them."""
     server = tracking_server()
-    board = pd.read_parquet(results / "leaderboard.parquet")
+    board = pd.read_parquet(results / LEADERBOARD)
     scored = set(board["model"])
     server.log_leaderboard(board, {name: run_id for name, run_id in runs.models.items() if name in scored})
-    server.log_scores(results / "scores.parquet", runs.models)
+    server.log_scores(results / SCORES, runs.models)
     server.log_report(results / REPORT, runs.models.values())
     server.finish(*runs.models.values())
 
@@ -244,7 +244,7 @@ def record_results(runs: Runs, results: Path) -> None:
 @task(name="show-results", cache_policy=NO_CACHE)
 def show_results(spec: DatasetSpec, runs: Runs, results: Path, page: Path) -> None:
     """Prefect artifacts of the run: the leaderboard, and links to the report and to MLflow."""
-    board = pd.read_parquet(results / "leaderboard.parquet")
+    board = pd.read_parquet(results / LEADERBOARD)
     table = board[board["calibrated"]].pivot(index=["model", "kind"], columns="metric", values="mean")
     table = table.reindex(pd.MultiIndex.from_frame(list_entries(board)[["model", "kind"]])).reset_index()
     name = spec.name.replace("_", "-")

@@ -13,12 +13,14 @@ from blocks.config.paths import reports_folder
 from blocks.local.scratch import scratch
 from blocks.store.code import code_hash
 from core.catalog.schema import DatasetSpec
+from core.report.files import REPORT
+from core.scoring.files import SCORES
 from tasks.artifacts import Recipe, build_or_get, key_of
 
 
 def list_test_conditions(reference: Path) -> dict[int, list[dict[str, str]]]:
     """Return fold -> covariate and condition of each of its test conditions, sorted."""
-    from core.reference.build import read_keys
+    from core.reference.files import read_keys
 
     keys = read_keys(reference)
     tested = keys[keys["test_fold"] >= 0]
@@ -31,7 +33,7 @@ def list_test_conditions(reference: Path) -> dict[int, list[dict[str, str]]]:
 def list_perturbed_genes(reference: Path) -> list[str]:
     """Return the genes of all perturbed conditions, sorted."""
     from core.conditions import genes_of
-    from core.reference.build import read_keys
+    from core.reference.files import read_keys
 
     return sorted({gene for condition in read_keys(reference)["condition"] for gene in genes_of(condition)})
 
@@ -60,7 +62,7 @@ def make_results(
         "benchmark": benchmark_id,
         "data seed": str(spec.seed),
         # Those of the cells: a preprocessed mirror brings its own.
-        "folds": str(pd.read_parquet(scores[0] / "scores.parquet", columns=["fold"])["fold"].nunique()),
+        "folds": str(pd.read_parquet(scores[0] / SCORES, columns=["fold"])["fold"].nunique()),
         "half splits": str(spec.half_seeds),
         "calibration": key_of(calibration),
         "quality": key_of(quality),
@@ -83,4 +85,4 @@ def publish_results(name: str, results: Path) -> Path:
         if target.exists():
             target.rename(temporary / "old")
         fresh.rename(target)
-    return target / "report.html"
+    return target / REPORT

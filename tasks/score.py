@@ -10,6 +10,7 @@ from prefect.cache_policies import NO_CACHE
 
 from blocks.store.code import code_hash
 from core.catalog.schema import DatasetSpec
+from core.scoring.files import CALIBRATION, SCORES
 from tasks.artifacts import Recipe, build_or_get, checksum_file
 
 
@@ -46,8 +47,8 @@ def calibrate_metrics(spec: DatasetSpec, control_scores: Path) -> Path:
     from core.scoring.calibration import build_calibration
 
     def build(folder: Path) -> None:
-        scores = pd.read_parquet(control_scores / "scores.parquet")
-        build_calibration(scores, spec.seed).to_parquet(folder / "calibration.parquet", index=False)
+        scores = pd.read_parquet(control_scores / SCORES)
+        build_calibration(scores, spec.seed).to_parquet(folder / CALIBRATION, index=False)
 
     code = code_hash("core.scoring.calibration")
     return build_or_get(Recipe("calibration", {"scores": control_scores}, {"seed": spec.seed}, code), build)

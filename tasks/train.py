@@ -19,9 +19,11 @@ from blocks.store.artifacts import MANIFEST, ArtifactStore
 from blocks.store.code import code_hash
 from blocks.tracking.tracker import MLflowTracking
 from core.catalog.schema import ResolvedModel
+from core.embeddings.files import EMBEDDING
 from core.errors import UserError
+from core.prepare.files import FOLD_CELLS, FOLD_CONTROL
+from core.scoring.files import PREDICTIONS, REASONS
 from tasks.artifacts import LOG, Recipe, build_or_get, find_artifact
-from tasks.embed_container import FILE as EMBEDDING
 from tasks.engine import (
     THREADS,
     choose_engine,
@@ -34,6 +36,7 @@ from tasks.engine import (
 from tasks.progress import make_progress_reporter
 from tasks.record import end_failed, tracking_server
 
+CURVE = "training.jsonl"
 USAGE = "usage.json"
 
 Event = Mapping[str, Any]
@@ -154,14 +157,14 @@ def train_model(job: FoldJob, inputs: FoldInputs, on_event: Callable[[Event], No
 
     def build(folder: Path) -> None:
         spec = {
-            "cells": str(inputs.cells / "train.h5ad"),
+            "cells": str(inputs.cells / FOLD_CELLS),
             **inputs.beside_cells,
             "hyperparameters": job.model.hyperparameters,
             "seed": job.seed,
             "threads": THREADS,
             "output": str(folder),
         }
-        with (folder / "training.jsonl").open("w", encoding="utf-8") as curve, lease_device(container, job.name) as gpu:
+        with (folder / CURVE).open("w", encoding="utf-8") as curve, lease_device(container, job.name) as gpu:
 
             def keep_event(event: Event) -> None:
                 curve.write(json.dumps(dict(event), sort_keys=True) + "\n")
@@ -186,7 +189,7 @@ def predict_conditions(job: FoldJob, inputs: FoldInputs, model: Path, on_event: 
     from core.io.h5ad import read_genes
     from core.scoring.predictions import check_model_output
 
-    control, container = inputs.cells / "control.h5ad", find_container_of(job.model)
+    control, container = inputs.cells / FOLD_CONTROL, find_container_of(job.model)
 
     def build(folder: Path) -> None:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -206,8 +209,8 @@ def predict_conditions(job: FoldJob, inputs: FoldInputs, model: Path, on_event: 
             profiles, unpredicted = check_model_output(
                 Path(scratch), job.asked, read_genes(control), job.model.name, job.target_sum
             )
-        profiles.write_h5ad(folder / "predictions.h5ad")
-        (folder / "unpredicted.json").write_text(json.dumps(unpredicted, sort_keys=True), encoding="utf-8")
+        profiles.write_h5ad(folder / PREDICTIONS)
+        (folder / REASONS).write_text(json.dumps(unpredicted, sort_keys=True), encoding="utf-8")
 
     return build_or_get(predictions_recipe(job), build)
 
@@ -226,9 +229,9 @@ def train_fold(job: FoldJob, stored: TrainedFold | None = None) -> Path:
         end_failed([job.run_id], error)
         raise
     tracking.log_usage(job.run_id, Usage(**json.loads((fold.model / USAGE).read_text(encoding="utf-8"))))
-    tracking.log_curve(job.run_id, fold.model / "training.jsonl")
+    tracking.log_curve(job.run_id, fold.model / CURVE)
     tracking.finish(job.run_id)
-    unpredicted = len(json.loads((fold.predictions / "unpredicted.json").read_text(encoding="utf-8")))
+    unpredicted = len(json.loads((fold.predictions / REASONS).read_text(encoding="utf-8")))
     LOG.info("%s: %d of %d conditions predicted", job.name, len(job.asked) - unpredicted, len(job.asked))
     return fold.predictions
 

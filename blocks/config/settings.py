@@ -1,7 +1,6 @@
 """The settings of calipert: each is one variable of the environment, read nowhere else.
 
-The variables that Prefect, MLflow, S3 clients and CUDA read themselves (PREFECT_*, MLFLOW_*, AWS_*,
-CUDA_VISIBLE_DEVICES) are theirs and not listed here.
+Prefect, MLflow, CUDA and the clients of S3 and Docker read variables of their own (LIBRARIES).
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from core.errors import UserError, hide_password
 
 PREFIX = "CALIPERT_"
+LIBRARIES = ("AWS_", "CUDA_VISIBLE_DEVICES", "DOCKER_", "MLFLOW_", "PREFECT_")
 SOURCE = f"{PREFIX}SOURCE_"  # the name of a data set, embedding or set of published files follows, in capitals
 DEFAULT_DATA = Path(__file__).resolve().parents[2] / "data"
 
@@ -102,3 +102,17 @@ def source_variable(name: str) -> str:
 def read_source(name: str) -> str | None:
     """What that variable says; None where it is not set."""
     return os.environ.get(source_variable(name))
+
+
+def list_sources() -> dict[str, str]:
+    """The variables that name files of data sets, embeddings and published files, with their values."""
+    return _list_variables(SOURCE)
+
+
+def list_library_variables() -> dict[str, str]:
+    """The variables that Prefect, MLflow, clients of S3 and Docker, and CUDA read, with their values."""
+    return _list_variables(*LIBRARIES)
+
+
+def _list_variables(*prefixes: str) -> dict[str, str]:
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(prefixes)}

@@ -37,6 +37,7 @@ from blocks.tracking.runs import (
 )
 from blocks.tracking.tables import summarise_calibration, summarise_model
 from core.errors import UserError
+from core.report.files import REPORT
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
 
 EXPERIMENT_PREFIX = "calipert/"
 # The file's name in every run of a benchmark.
-REPORT = "report.html"
 
 _FLOW_RUN = "flow_run_id"
 _PROCESS = "process"

@@ -22,12 +22,12 @@ from core.catalog.schema import (
     TAKES,
     DatasetSpec,
     EmbeddingSpec,
-    Entry,
     GroupSpec,
     ModelSpec,
     PretrainedSpec,
     ResolvedModel,
 )
+from core.entry import Entry
 from core.errors import UserError
 
 BUILT_IN = Path(__file__).parent
@@ -285,7 +285,11 @@ def _short(value: Any) -> str:
 
 
 def _field_names() -> list[str]:
-    return sorted({field for schema in Entry.__subclasses__() for field in schema.model_fields})
+    return sorted({field for schema in _kinds_of(Entry) for field in schema.model_fields})
+
+
+def _kinds_of(base: type[Entry]) -> list[type[Entry]]:
+    return [kind for own in base.__subclasses__() for kind in (own, *_kinds_of(own))]
 
 
 def _unknown(what: str, name: str, known: list[str], where: object = "catalog") -> UserError:

@@ -6,32 +6,17 @@ unknown field is an error, and what was read cannot be changed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 from urllib.parse import urlsplit
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    JsonValue,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, JsonValue, field_validator, model_validator
 
-NAME_PATTERN = r"^[a-z0-9][a-z0-9_]*$"
-COMBINATION_FOLDS = 2
-# Rows of a leaderboard that are not models; a model of that name could not be told from them.
-CONTROLS = ("technical_duplicate", "interpolated_duplicate", "dataset_mean", "control_mean", "sparse_mean")
+from core.entry import Count, Entry, Name, Text
+from core.prepare.settings import PreparationSettings
+from core.reference.controls import CONTROLS
 
-# A name becomes a folder, a deployment and a column of results: one safe spelling everywhere.
-Name: TypeAlias = Annotated[str, Field(pattern=NAME_PATTERN, max_length=64)]
-Text: TypeAlias = Annotated[str, Field(min_length=1)]
-Count: TypeAlias = Annotated[int, Field(ge=1)]
-Floor: TypeAlias = Annotated[int, Field(ge=0)]
-# YAML has lists only; they become tuples, so that nobody changes a shared entry.
-Texts: TypeAlias = Annotated[tuple[Text, ...], Field(strict=False)]
+# Rows of a leaderboard that are not models. (The baselines are rows of it and models of the catalog.)
+NO_MODELS = frozenset(control.name for control in CONTROLS if control.role != "baseline")
 
 
 def _numbers_as_numbers(settings: dict[str, JsonValue]) -> dict[str, JsonValue]:
@@ -73,13 +58,6 @@ Endpoint: TypeAlias = Annotated[str, Field(pattern=r"^https?://\S+$"), AfterVali
 Settings: TypeAlias = Annotated[dict[str, JsonValue], AfterValidator(_numbers_as_numbers)]
 
 
-class Entry(BaseModel):
-    """Base of everything in the catalog: strict, frozen, without unknown fields."""
-
-    # Pydantic would repeat what it refuses in tracebacks, a password in an address too.
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
-
-
 class HttpsSource(Entry):
     """A public file. `sha256` is checked after the download where the publisher keeps the file unchanged."""
 
@@ -112,100 +90,18 @@ class SimulatedSource(Entry):
     """A simulated screen; `settings` are the fields of core.simulate.SimulationSettings that differ from its own."""
 
     kind: Literal["simulated"]
-    settings: Settings = {}
+    settings: Settings = Field(default_factory=dict)
 
 
-class Labels(Entry):
-    """How a label of the published file becomes a condition: `control`, `A` or `A+B`.
+class DatasetSpec(PreparationSettings):
+    """A data set: its file, and how its cells are prepared (docs/science.md, section 1)."""
 
-    A label in `control`, or one that contains `control_contains`, is control; cells with a label in `dropped` are left
-    out. Of any other label only what stands before the first `cut_at` counts; it is split at `separator` (`+` is always
-    understood).
-    """
-
-    column: Text
-    separator: Text | None = None
-    control: Texts = ("control",)
-    control_contains: Text | None = None
-    cut_at: Text | None = None
-    dropped: Texts = ()
-
-
-class Filter(Entry):
-    """Keep the cells for which `column op value` holds; a missing value never does."""
-
-    column: Text
-    op: Literal["==", ">=", "<=", "in"]
-    value: str | int | float | bool | Annotated[tuple[str | int | float | bool, ...], Field(strict=False)]
-
-    @model_validator(mode="after")
-    def _value_fits_op(self) -> Filter:
-        if isinstance(self.value, tuple) != (self.op == "in"):
-            raise ValueError("`op: in` takes a list of values, every other op a single value")
-        if self.op in (">=", "<=") and (isinstance(self.value, str | bool)):
-            raise ValueError(f"`op: {self.op!r}` takes a number")
-        return self
-
-
-class Sampling(Entry):
-    """Keep `conditions` perturbed conditions: those named in `priority` if present, the rest drawn with the seed.
-
-    Before any filter of cells.
-    """
-
-    conditions: Count
-    priority: Texts = ()
-
-
-class Shape(Entry):
-    """The published file's size: cells, genes, and distinct perturbed conditions, before any filter."""
-
-    cells: Count
-    genes: Count
-    conditions: Count
-
-
-class DatasetSpec(Entry):
-    """A data set: its file, how its labels read, and how it is prepared (docs/science.md, section 1)."""
-
-    name: Name
     title: Text
-    task: Literal["single", "combination"]
     source: Annotated[HttpsSource | S3Source | LocalSource | SimulatedSource, Field(discriminator="kind")]
     mirror: Annotated[HttpsSource | S3Source, Field(discriminator="kind")] | None = None
-    labels: Labels
-    filters: Annotated[tuple[Filter, ...], Field(strict=False)] = ()
-    sample: Sampling | None = None
-    covariate_column: Text | None = None
-    covariate: Annotated[str, Field(pattern=r"^[^|]+$")] = "all"
-    symbol_column: Text | None = None
-    counts_layer: Text | None = None
-    library_size: Text | None = None
-    min_genes_per_cell: Floor = 200
-    min_cells_per_gene: Floor = 3
-    min_cells_per_condition: Count = 12
-    max_control_cells: Count = 8192
-    target_sum: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10_000
-    n_variable_genes: Count = 8192
-    folds: Annotated[int, Field(ge=2)] | Literal["leave-one-out"] = 5
-    seed: Floor = 42
     half_seeds: Count = 5
     licence: Text = "not stated"
     citation: Text = "not stated"
-    expected: Shape | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _folds_of_combinations(cls, entry: Any) -> Any:
-        if isinstance(entry, Mapping) and entry.get("task") == "combination":
-            return {"folds": COMBINATION_FOLDS, **entry}
-        return entry
-
-    @model_validator(mode="after")
-    def _folds_fit_task(self) -> DatasetSpec:
-        if self.task == "combination" and self.folds != COMBINATION_FOLDS:
-            raise ValueError(f"`folds` of a combination data set is always {COMBINATION_FOLDS}: leave it out")
-        return self
 
 
 # What a model is told of genes: one table of genes x dimensions, several of them, or a graph between genes.
@@ -270,7 +166,7 @@ class EmbeddingSpec(Entry):
     container: Name | None = None
     pretrained: Name | None = None
     service: TextService | None = None
-    settings: Settings = {}
+    settings: Settings = Field(default_factory=dict)
     time_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     per_fold: bool = False
     licence: Text = "not stated"
@@ -332,14 +228,14 @@ class ModelSpec(Entry):
     container: Name | None = None
     embedding: bool | Literal["tables", "graph"] = False
     pretrained: Name | None = None
-    hyperparameters: Settings = {}
+    hyperparameters: Settings = Field(default_factory=dict)
     time_limits: TimeLimits = TimeLimits()
     citation: Text = "not stated"
 
     @field_validator("name")
     @classmethod
     def _not_a_control(cls, name: str) -> str:
-        if name in CONTROLS:
+        if name in NO_MODELS:
             raise ValueError(f"`{name}` is the name of a control")
         return name
 

@@ -22,6 +22,7 @@ from scipy import linalg, sparse
 
 from core.arrays import Floats, fixed_signs, one_blas_thread
 from core.errors import UserError, shown
+from core.prepare.files import FOLD_CELLS
 
 CELLS_AT_ONCE = 2048
 GENES_AT_ONCE = 1024
@@ -197,7 +198,7 @@ def fold_coexpression(fold: Path, dimensions: int) -> pd.DataFrame:
 
     Only cells of the split `train` count: val cells, which models may use to stop early, are left out.
     """
-    cells = ad.read_h5ad(fold / "train.h5ad")
+    cells = ad.read_h5ad(fold / FOLD_CELLS)
     training = cells[(cells.obs["split"] == "train").to_numpy()]
     return coexpression_embedding(training.X, list(training.var_names), dimensions)
 

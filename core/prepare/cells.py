@@ -20,13 +20,13 @@ from anndata.io import read_elem, sparse_dataset
 from scipy import sparse
 
 from core.arrays import Bools, Floats, Ints
-from core.catalog.schema import DatasetSpec
 from core.conditions import CONTROL, KEYS, SEPARATOR, genes_of
 from core.errors import UserError, shown
 from core.io.external_sort import Spill
 from core.io.h5ad import read_names, require_space, write_by_rows
 from core.io.panels import ahead
 from core.io.raw_matrix import Rows, has_layer, open_rows
+from core.prepare.files import CELLS
 from core.prepare.labels import (
     Plan,
     count_faults,
@@ -38,12 +38,12 @@ from core.prepare.labels import (
     whole_numbers,
 )
 from core.prepare.mirror import REQUIRED_OBS, is_mirror, mirror_plan
+from core.prepare.settings import PreparationSettings
 from core.prepare.splits import draw_folds, draw_halves, fold_columns, sorted_groups
 from core.prepare.variable_genes import expression_moments, highly_variable
 from core.progress import LOG, progress
 from core.rng import generator
 
-FILE = "cells.h5ad"
 SMALLEST_CONDITION = 4  # below it a half has fewer than two cells
 FEWEST_CONDITIONS = 10
 MEMORY = 2_000_000_000
@@ -51,7 +51,9 @@ MEMORY = 2_000_000_000
 Parts = dict[str, sparse.csr_matrix]  # place in the file ("X", "layers/counts") -> some rows
 
 
-def write_cells(raw: Path, spec: DatasetSpec, provenance: dict[str, Any], folder: Path, memory: int = MEMORY) -> None:
+def write_cells(
+    raw: Path, spec: PreparationSettings, provenance: dict[str, Any], folder: Path, memory: int = MEMORY
+) -> None:
     """Write cells.h5ad, prepared from the published file `raw`, into `folder`.
 
     raw: cells x genes, whole-number counts in X (or in `spec.counts_layer`), stored as CSR, CSC or dense; or a file in
@@ -68,7 +70,7 @@ def write_cells(raw: Path, spec: DatasetSpec, provenance: dict[str, Any], folder
     with TemporaryDirectory(dir=folder) as scratch:
         frame, parts = prepare(raw, obs, var, spec, memory, Path(scratch))
         frame.uns["provenance"] = json.dumps(provenance, sort_keys=True)
-        write_by_rows(folder / FILE, frame, parts)
+        write_by_rows(folder / CELLS, frame, parts)
 
 
 def read_cells(folder: Path) -> ad.AnnData:
@@ -76,7 +78,7 @@ def read_cells(folder: Path) -> ad.AnnData:
 
     The file is open for as long as the cells are in use.
     """
-    file = h5py.File(folder / FILE)
+    file = h5py.File(folder / CELLS)
     # What anndata calls backed would read the layers.
     return ad.AnnData(
         X=sparse_dataset(file["X"]),
@@ -88,7 +90,7 @@ def read_cells(folder: Path) -> ad.AnnData:
 
 
 def _from_counts(
-    raw: Path, obs: pd.DataFrame, var: pd.DataFrame, spec: DatasetSpec, memory: int, scratch: Path
+    raw: Path, obs: pd.DataFrame, var: pd.DataFrame, spec: PreparationSettings, memory: int, scratch: Path
 ) -> tuple[ad.AnnData, Iterator[Parts]]:
     where = str(raw)
     partly = [column for column in REQUIRED_OBS[2:] if column in obs]
@@ -127,7 +129,7 @@ def _from_counts(
 
 
 def _normalised(
-    what: str, spill: Spill, sizes: Floats | None, spec: DatasetSpec
+    what: str, spill: Spill, sizes: Floats | None, spec: PreparationSettings
 ) -> Iterator[tuple[sparse.csr_matrix, sparse.csr_matrix]]:
     """(counts, log1p of the normalised counts) of the cells in their final order, a panel at a time."""
 
@@ -139,7 +141,7 @@ def _normalised(
 
 
 def _from_mirror(
-    raw: Path, obs: pd.DataFrame, var: pd.DataFrame, spec: DatasetSpec, memory: int, scratch: Path
+    raw: Path, obs: pd.DataFrame, var: pd.DataFrame, spec: PreparationSettings, memory: int, scratch: Path
 ) -> tuple[ad.AnnData, Iterator[Parts]]:
     names = mirror_plan(obs, var, str(raw))
     where = str(raw)
@@ -224,7 +226,7 @@ def bytes_to_write(values: int) -> int:
     return 18 * values
 
 
-def _chosen(obs: pd.DataFrame, spec: DatasetSpec, where: str, report: dict[str, Any]) -> pd.DataFrame:
+def _chosen(obs: pd.DataFrame, spec: PreparationSettings, where: str, report: dict[str, Any]) -> pd.DataFrame:
     """The cells that stay, in their final order, with halves and folds."""
     without = sorted(set(obs["covariate"]) - set(obs.loc[obs["condition"] == CONTROL, "covariate"]))
     _require(not without, where, "filters", f"no control cell left in {shown(without)}", _LOWER)
@@ -286,7 +288,7 @@ def normalise(counts: sparse.csr_matrix, sizes: Floats | None, target_sum: float
     return sparse.csr_matrix(scaled, dtype=np.float32)
 
 
-def _require_entry(obs: pd.DataFrame, spec: DatasetSpec, where: str) -> None:
+def _require_entry(obs: pd.DataFrame, spec: PreparationSettings, where: str) -> None:
     """Raise UserError where a mirror is not what the entry says: another task, or other folds."""
     combined = obs["condition"].str.contains(SEPARATOR, regex=False).any()
     task, folds = "combination" if combined else "single", len(fold_columns(obs))
@@ -303,7 +305,7 @@ _LOWER = (
 )
 
 
-def _require_conditions(obs: pd.DataFrame, spec: DatasetSpec, where: str) -> None:
+def _require_conditions(obs: pd.DataFrame, spec: PreparationSettings, where: str) -> None:
     n = obs["condition"].nunique() - 1
     found = f"{n} perturbed conditions of at least {spec.min_cells_per_condition} cells; {FEWEST_CONDITIONS} are needed"
     _require(n >= FEWEST_CONDITIONS, where, f"obs[{spec.labels.column!r}]", found, _LOWER)

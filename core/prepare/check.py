@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from core.catalog.schema import DatasetSpec
 from core.conditions import CONTROL, SEPARATOR, genes_of
 from core.io.h5ad import read_names
 from core.prepare.cells import FEWEST_CONDITIONS, SMALLEST_CONDITION
 from core.prepare.labels import plan
 from core.prepare.mirror import is_mirror, mirror_plan
+from core.prepare.settings import PreparationSettings
 
 
 class DatasetCheck(NamedTuple):
@@ -28,7 +28,7 @@ class DatasetCheck(NamedTuple):
     faults: list[str]
 
 
-def check_dataset(path: Path, spec: DatasetSpec) -> DatasetCheck:
+def check_dataset(path: Path, spec: PreparationSettings) -> DatasetCheck:
     """Read the names in the published file `path` as the entry says, or as its own, if it has a mirror's layout.
 
     The filters that need the counts (genes per cell, cells per gene) are not applied: conditions may still lose cells
@@ -50,7 +50,7 @@ def check_dataset(path: Path, spec: DatasetSpec) -> DatasetCheck:
     return DatasetCheck(labels[["label", "condition", "cells"]], conditions, report, _faults(conditions, spec))
 
 
-def _faults(conditions: pd.DataFrame, spec: DatasetSpec) -> list[str]:
+def _faults(conditions: pd.DataFrame, spec: PreparationSettings) -> list[str]:
     kept = set(conditions.loc[conditions["kept"], "condition"]) - {CONTROL}
     combined = sorted(condition for condition in kept if SEPARATOR in condition)
     faults = []

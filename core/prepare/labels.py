@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 
 from core.arrays import Bools, Ints
-from core.catalog.schema import DatasetSpec, Filter, Labels, Sampling
 from core.conditions import CONTROL, SEPARATOR, genes_of
 from core.errors import UserError, shown
+from core.prepare.settings import Filter, Labels, PreparationSettings, Sampling
 from core.rng import generator
 
 # What control is called elsewhere, in lower case: no gene's symbol.
@@ -68,7 +68,7 @@ class Plan(NamedTuple):
     report: dict[str, Any]
 
 
-def plan(obs: pd.DataFrame, var: pd.DataFrame, spec: DatasetSpec, where: str) -> Plan:
+def plan(obs: pd.DataFrame, var: pd.DataFrame, spec: PreparationSettings, where: str) -> Plan:
     """Harmonise the names of a published file, without its matrix.
 
     obs, var: its tables of cells and genes. Conditions are sampled before any filter, where the entry says so.
@@ -162,7 +162,7 @@ def sample_conditions(conditions: set[str], sampling: Sampling, seed: int) -> se
     return {*first, *(others[i] for i in drawn)}
 
 
-def _sampled(obs: pd.DataFrame, spec: DatasetSpec, where: str) -> Bools:
+def _sampled(obs: pd.DataFrame, spec: PreparationSettings, where: str) -> Bools:
     """Mask of the cells whose condition takes part; control and cells without a label always do."""
     if spec.sample is None:
         return np.ones(len(obs), dtype=bool)
@@ -183,7 +183,7 @@ def _library_sizes(obs: pd.DataFrame, column: str, where: str) -> pd.Series:
     return sizes.astype(np.float64)
 
 
-def _require_expected(obs: pd.DataFrame, n_genes: int, spec: DatasetSpec, where: str) -> None:
+def _require_expected(obs: pd.DataFrame, n_genes: int, spec: PreparationSettings, where: str) -> None:
     expected = spec.expected
     if expected is None:
         return

@@ -13,6 +13,7 @@ from core.conditions import CONTROL, KEYS
 from core.errors import UserError
 from core.io.h5ad import write_by_rows
 from core.io.panels import ahead, spans
+from core.prepare.files import FOLD_CELLS, FOLD_CONTROL
 
 
 def write_fold(cells: ad.AnnData, fold: int, folder: Path) -> None:
@@ -32,8 +33,8 @@ def write_fold(cells: ad.AnnData, fold: int, folder: Path) -> None:
         raise UserError(
             "cells", f"fold_{fold}", f"no control cell to train with in {without[0]}", "give more control cells"
         )
-    _write(cells, split, in_training, folder / "train.h5ad")
-    _write(cells, split, controls, folder / "control.h5ad")
+    _write(cells, split, in_training, folder / FOLD_CELLS)
+    _write(cells, split, controls, folder / FOLD_CONTROL)
 
 
 def _write(cells: ad.AnnData, split: pd.Series, kept: Bools, path: Path) -> None:

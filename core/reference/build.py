@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,27 +10,17 @@ import anndata as ad
 import h5py
 import numpy as np
 import pandas as pd
-from anndata.io import read_elem
 
 from core.arrays import Floats, Ints, in_threads
-from core.conditions import KEYS, genes_of, row_names
-from core.io.h5ad import read_obs, require_space
+from core.conditions import genes_of, row_names
+from core.io.h5ad import require_space
 from core.prepare.splits import draw_halves
 from core.reference.cell_sums import CellSums, reference_keys, sum_cells
-from core.reference.controls import additive, interpolate
-from core.reference.linear_baseline import linear
+from core.reference.control_profiles import interpolate_duplicate, predict_additive
+from core.reference.files import HALF_SPLITS, NEGATIVES, REFERENCE, find_dataset_means
+from core.reference.linear_baseline import predict_linear
 from core.stats.differential_expression import against_rest, deg_mask
 from core.stats.moments import Moments
-
-HALF_LAYERS = (
-    "truth",
-    "technical_duplicate",
-    "interpolated_duplicate",
-    "t_first",
-    "padj_first",
-    "t_second",
-    "padj_second",
-)
 
 
 def write_reference(cells: ad.AnnData, seed: int, half_seeds: int, folder: Path) -> None:
@@ -50,40 +39,12 @@ def write_reference(cells: ad.AnnData, seed: int, half_seeds: int, folder: Path)
     with TemporaryDirectory(dir=folder) as scratch, h5py.File(Path(scratch) / "moments.h5", "w") as file:
         sums = sum_cells(cells, halves, seed, lambda shape: file.create_dataset(None, shape, np.float64))
         negatives = build_negatives(sums)
-        negatives.write_h5ad(folder / "negatives.h5ad")
-        build_reference(sums, negatives, seed).write_h5ad(folder / "reference.h5ad")
-        (folder / "half_splits").mkdir()
+        negatives.write_h5ad(folder / NEGATIVES)
+        build_reference(sums, negatives, seed).write_h5ad(folder / REFERENCE)
+        (folder / HALF_SPLITS).mkdir()
         for further in list(halves)[1:]:
             split = build_half_split(sums, further, negatives)
-            split.write_h5ad(folder / "half_splits" / f"seed_{further}.h5ad")
-
-
-def read_reference(folder: Path, layers: Collection[str] | None = None) -> tuple[ad.AnnData, ad.AnnData]:
-    """(reference, negatives) that `write_reference` wrote into `folder`; of the reference's layers only these."""
-    return read_layers(folder / "reference.h5ad", layers), ad.read_h5ad(folder / "negatives.h5ad")
-
-
-def read_layers(path: Path, layers: Collection[str] | None = None) -> ad.AnnData:
-    """The reference or half split in `path` with those of its layers that are named; None: all."""
-    with h5py.File(path) as file:
-        wanted = [name for name in file["layers"] if layers is None or name in layers]
-        return ad.AnnData(
-            obs=read_elem(file["obs"]),
-            var=read_elem(file["var"]),
-            layers={name: read_elem(file["layers"][name]) for name in wanted},
-        )
-
-
-def read_keys(folder: Path) -> pd.DataFrame:
-    """Only the rows' description (covariate, condition, n_cells, test_fold, ...) of the reference in `folder`."""
-    keys = read_obs(folder / "reference.h5ad").astype(dict.fromkeys(KEYS, str)).reset_index(drop=True)
-    return keys
-
-
-def half_split_files(folder: Path) -> dict[int, Path]:
-    """Seed -> file of the further half splits in `folder`, in the order of the seeds."""
-    files = (folder / "half_splits").glob("seed_*.h5ad")
-    return dict(sorted((int(file.stem.removeprefix("seed_")), file) for file in files))
+            split.write_h5ad(folder / HALF_SPLITS / f"seed_{further}.h5ad")
 
 
 def build_negatives(sums: CellSums) -> ad.AnnData:
@@ -113,8 +74,8 @@ def _trained(sums: CellSums, covariate: str, column: str) -> Ints:
 def build_half_split(sums: CellSums, seed: int, negatives: ad.AnnData) -> ad.AnnData:
     """What depends on the halves of one seed: truth, duplicates and differential expression of each half.
 
-    Returns (covariate, condition) x genes with the layers of HALF_LAYERS, float64; interpolated_duplicate is NaN for
-    conditions that are never test.
+    Returns (covariate, condition) x genes with the layers truth, technical_duplicate, interpolated_duplicate, and t and
+    padj of each half, float64; interpolated_duplicate is NaN for conditions that are never test.
     """
     first, second = sums.halves[seed]()
     t_first, padj_first = _differential(first, sums.keys)
@@ -125,7 +86,9 @@ def build_half_split(sums: CellSums, seed: int, negatives: ad.AnnData) -> ad.Ann
     layers = {
         "truth": truth,
         "technical_duplicate": duplicate,
-        "interpolated_duplicate": interpolate(duplicate, dataset_means(negatives, sums.keys), padj_second),
+        "interpolated_duplicate": interpolate_duplicate(
+            duplicate, find_dataset_means(negatives, sums.keys), padj_second
+        ),
         "t_first": t_first,
         "padj_first": padj_first,
         "t_second": t_second,
@@ -135,7 +98,7 @@ def build_half_split(sums: CellSums, seed: int, negatives: ad.AnnData) -> ad.Ann
 
 
 def build_reference(sums: CellSums, negatives: ad.AnnData, seed: int) -> ad.AnnData:
-    """reference.h5ad of the halves of `seed`: HALF_LAYERS and mean, sparse_mean, additive, linear.
+    """reference.h5ad of the halves of `seed`: the layers of its half split and mean, sparse_mean, additive, linear.
 
     Rows without a value in a layer (conditions never test; combinations with an unknown single; genes not
     measured) are NaN.
@@ -169,28 +132,9 @@ def _fold_baselines(sums: CellSums, covariate: str, fold: int, rows: Ints) -> di
     # Without a combination to test there is no training control, and additive has no value.
     control = sums.training_control.get((covariate, fold), np.full(len(sums.genes), np.nan))
     return {
-        "additive": additive(tests, {conditions[row]: sums.mean[row] for row in singles}, control),
-        "linear": linear([conditions[row] for row in singles], sums.mean[singles], sums.genes, tests),
+        "additive": predict_additive(tests, {conditions[row]: sums.mean[row] for row in singles}, control),
+        "linear": predict_linear([conditions[row] for row in singles], sums.mean[singles], sums.genes, tests),
     }
-
-
-def dataset_means(negatives: ad.AnnData, keys: pd.DataFrame) -> Floats:
-    """For each (covariate, condition) the dataset_mean of the fold in which it is test; NaN if it never is."""
-    return _rows_of(negatives, "dataset_mean", keys["covariate"], keys["test_fold"])
-
-
-def control_means(negatives: ad.AnnData, keys: pd.DataFrame) -> Floats:
-    """For each (covariate, condition) the control_mean of its covariate."""
-    return _rows_of(negatives, "control_mean", keys["covariate"], pd.Series(-1, index=keys.index))
-
-
-def _rows_of(negatives: ad.AnnData, kind: str, covariate: pd.Series, fold: pd.Series) -> Floats:
-    of_kind = negatives[negatives.obs["kind"] == kind]
-    index = pd.MultiIndex.from_arrays([of_kind.obs["covariate"].astype(str), of_kind.obs["fold"].astype(int)])
-    rows = index.get_indexer(pd.MultiIndex.from_arrays([covariate.astype(str), fold.astype(int)]))
-    profiles = np.asarray(of_kind.X, dtype=np.float64)[rows]
-    profiles[rows < 0] = np.nan
-    return np.asarray(profiles)
 
 
 def _differential(moments: Moments, keys: pd.DataFrame) -> tuple[Floats, Floats]:

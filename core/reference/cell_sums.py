@@ -16,7 +16,7 @@ from core.conditions import CONTROL, KEYS, genes_of
 from core.io.panels import float_panels
 from core.prepare.splits import fold_columns
 from core.progress import progress
-from core.reference.controls import draw_sparse
+from core.reference.control_profiles import draw_sparse_mean
 from core.stats.moments import Moments, add_group_sums, add_sums, group_codes, group_sizes, square
 
 
@@ -72,7 +72,7 @@ def sum_cells(
     half_codes = {number: 2 * codes + np.where(first, 0, 1) for number, first in is_first.items()}
     shape = 2 * len(groups), len(genes)
     moments = {number: (room(shape), room(shape)) for number in halves}
-    draws = draw_sparse(obs, keys, splits, seed)
+    draws = draw_sparse_mean(obs, keys, splits, seed)
     training = _training_controls(obs, keys)
     members = sparse.vstack([draws, *training.values()], format="csc")
     sums = np.zeros((members.shape[0], len(genes)))

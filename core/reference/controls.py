@@ -1,89 +1,71 @@
-"""Positive and negative controls and the additive baseline (`docs/science.md`, section 3)."""
+"""The controls and baselines: what every model is compared with. Each is one row of one table.
+
+What computes them is in core.reference.control_profiles and core.reference.linear_baseline.
+"""
 
 from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-import numpy as np
-import pandas as pd
-from scipy import sparse
-
-from core.arrays import Floats
-from core.conditions import genes_of
-from core.rng import generator
-from core.stats.moments import group_codes
-
 Role = Literal["positive control", "negative control", "baseline"]
+Source = Literal["half split", "reference", "negatives"]
 
 
 class Control(NamedTuple):
-    """A control or baseline that needs no training by a model: its name and what it is for."""
+    """A control or baseline, which needs no training by a model (`docs/science.md`, section 3).
+
+    name: in tables and files. role: what it is for. source: the file whose layer of that name holds its profiles: each
+    half split's own, the reference's, or the rows of that kind of negatives.h5ad. title, description: as shown.
+    """
 
     name: str
     role: Role
+    source: Source
+    title: str
+    description: str
 
 
 CONTROLS = (
-    Control("technical_duplicate", "positive control"),
-    Control("interpolated_duplicate", "positive control"),
-    Control("dataset_mean", "negative control"),
-    Control("control_mean", "negative control"),
-    Control("sparse_mean", "negative control"),
-    Control("additive", "baseline"),
-    Control("linear", "baseline"),
+    Control(
+        "technical_duplicate",
+        "positive control",
+        "half split",
+        "technical duplicate",
+        "mean of the second half of the condition's cells",
+    ),
+    Control(
+        "interpolated_duplicate",
+        "positive control",
+        "half split",
+        "interpolated duplicate",
+        "technical duplicate where a gene responds, dataset mean where it does not",
+    ),
+    Control(
+        "dataset_mean",
+        "negative control",
+        "negatives",
+        "dataset mean",
+        "mean of the fold's training perturbations, each weighing the same",
+    ),
+    Control("control_mean", "negative control", "negatives", "control mean", "mean of all control cells"),
+    Control(
+        "sparse_mean",
+        "negative control",
+        "reference",
+        "sparse mean",
+        "mean of as many cells of the fold's training perturbations as the duplicate has",
+    ),
+    Control(
+        "additive",
+        "baseline",
+        "reference",
+        "additive",
+        "of a combination: control plus the sum of its single perturbations' effects",
+    ),
+    Control("linear", "baseline", "reference", "linear", "linear model of Ahlmann-Eltze et al. 2025"),
 )
 
 
-def counterpart(control: str, model: str) -> str:
+def name_matched_control(control: str, model: str) -> str:
     """The name of a control's scores on the genes of a model that lacks some of the reference's."""
     return f"{control} on the genes of {model}"
-
-
-def interpolate(duplicate: Floats, dataset_mean: Floats, padj_second: Floats) -> Floats:
-    """The interpolated duplicate: per gene a * duplicate + (1 - a) * dataset_mean with a = 1 - adjusted p.
-
-    All conditions x genes, log1p; the p-values are those of the second half; untested (NaN) is a = 0.
-    """
-    share = np.nan_to_num(1.0 - padj_second, nan=0.0)
-    return share * duplicate + (1.0 - share) * dataset_mean
-
-
-def draw_sparse(obs: pd.DataFrame, keys: pd.DataFrame, splits: pd.DataFrame, seed: int) -> sparse.csr_matrix:
-    """The cells of which sparse_mean is the mean: for each test condition floor(n/2) of its fold's training
-    perturbations, in its covariate.
-
-    obs: all cells. keys: covariate, condition, n_cells, test_fold. splits: their split in each fold.
-    Returns keys x cells, 1 where a cell was drawn; no cell for a condition that is never test. A condition of which
-    half is more than there are to draw from takes all of them.
-    """
-    by_name = np.argsort(obs.index.to_numpy(str), kind="stable")
-    row_of_cell = group_codes(obs, keys[["covariate", "condition"]])[by_name]
-    rows, chosen = [], []
-    for (covariate, fold), tests in keys[keys["test_fold"] >= 0].groupby(["covariate", "test_fold"], sort=True):
-        in_training = ((keys["covariate"] == covariate) & (splits[f"fold_{fold}"] == "train")).to_numpy()
-        # Control cells have no row among the keys.
-        pool = by_name[(row_of_cell >= 0) & in_training[row_of_cell]]
-        for row in tests.index:
-            draw = generator(seed, "sparse_mean", str(covariate), keys["condition"][row])
-            n = min(int(keys["n_cells"][row]) // 2, len(pool))
-            chosen.append(pool[draw.choice(len(pool), size=n, replace=False)])
-            rows.append(np.full(n, row))
-    cells = np.concatenate(chosen) if chosen else np.zeros(0, dtype=np.int64)
-    at = np.concatenate(rows) if rows else cells
-    drawn = sparse.csr_matrix((np.ones(len(cells)), (at, cells)), shape=(len(keys), len(obs)))
-    drawn.sort_indices()
-    return drawn
-
-
-def additive(conditions: list[str], single_means: dict[str, Floats], training_control: Floats) -> Floats:
-    """Control plus the sum of the single effects, for each condition that is a combination of known singles.
-
-    single_means: gene -> mean profile of its single-gene training condition. training_control: mean of the fold's
-    training control cells. Returns conditions x genes; NaN rows for single genes and where a single is missing.
-    """
-    profiles = np.full((len(conditions), len(training_control)), np.nan)
-    for row, condition in enumerate(conditions):
-        genes = genes_of(condition)
-        if len(genes) > 1 and all(gene in single_means for gene in genes):
-            profiles[row] = training_control + sum(single_means[gene] - training_control for gene in genes)
-    return profiles

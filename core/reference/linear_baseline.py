@@ -12,7 +12,7 @@ COMPONENTS = 10
 RIDGE = 0.1
 
 
-def linear(singles: list[str], pseudobulks: Floats, genes: pd.Index, wanted: list[str]) -> Floats:
+def predict_linear(singles: list[str], pseudobulks: Floats, genes: pd.Index, wanted: list[str]) -> Floats:
     """Predicted profiles of the single-gene conditions `wanted`.
 
     singles: the fold's single-gene training conditions, sorted. pseudobulks: their means (conditions x genes,

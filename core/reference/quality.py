@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from core.conditions import CONTROL, KEYS
+from core.reference.quality_files import EDISTANCES, QUALITY
 from core.stats.edistance import edistances, principal_coordinates
 from core.stats.moments import group_codes
 
@@ -19,9 +20,9 @@ def write_quality(cells: ad.AnnData, keys: pd.DataFrame, folder: Path) -> None:
     cells: in memory or on disk. keys: `obs` of the reference.
     """
     energy = energy_by_covariate(cells)
-    quality(keys, energy).to_parquet(folder / "quality.parquet", index=False)
+    quality(keys, energy).to_parquet(folder / QUALITY, index=False)
     long = pd.concat([_long(covariate, table) for covariate, table in energy.items()], ignore_index=True)
-    long.to_parquet(folder / "edistance.parquet", index=False)
+    long.to_parquet(folder / EDISTANCES, index=False)
 
 
 def _long(covariate: str, table: pd.DataFrame) -> pd.DataFrame:
@@ -30,17 +31,6 @@ def _long(covariate: str, table: pd.DataFrame) -> pd.DataFrame:
     codes = {"covariate": np.zeros(n * n), "condition": np.repeat(range(n), n), "other": np.tile(range(n), n)}
     long = {name: pd.Categorical.from_codes(codes[name].astype(np.int32), columns[name].unique()) for name in columns}
     return pd.DataFrame(long).assign(edistance=table.to_numpy().ravel())
-
-
-def read_edistances(folder: Path) -> dict[str, pd.DataFrame]:
-    """For each covariate the square table of E-distances, from what `write_quality` wrote."""
-    long = pd.read_parquet(folder / "edistance.parquet")
-    tables = {}
-    for covariate, rows in long.groupby("covariate", sort=True, observed=True):
-        names = pd.Index(rows["condition"].unique().astype(str))
-        values = rows["edistance"].to_numpy().reshape(len(names), len(names))
-        tables[str(covariate)] = pd.DataFrame(values, index=names, columns=names)
-    return tables
 
 
 def energy_by_covariate(cells: ad.AnnData) -> dict[str, pd.DataFrame]:

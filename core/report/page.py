@@ -18,6 +18,7 @@ from core.report.figures.edistance import draw_edistance
 from core.report.figures.headroom import draw_headroom
 from core.report.figures.per_condition import draw_per_condition
 from core.report.figures.style import STRATUM_LABELS, encode_data_uri, render_png, render_svg
+from core.report.files import FIGURES
 from core.report.headline import compose_headline
 from core.report.text import format_share, spell_name
 from core.scoring.calibration import FEWEST_CONDITIONS, THRESHOLD
@@ -104,7 +105,7 @@ def write_report(
     """
     ratios = tables.compute_wmse_ratios(scores, leaderboard, quality)
     figures = _draw_figures(quality, edistance, calibration, leaderboard, ratios)
-    pictures = _save_figures(figures, path.parent / "figures")
+    pictures = _save_figures(figures, path.parent / FIGURES)
     outcomes = tables.tabulate_outcomes(comparison, calibration)
     shown = [model for model in tables.list_entries(leaderboard)["model"] if model in outcomes.index]
     page = _load_template().render(

@@ -10,11 +10,13 @@ import pandas as pd
 
 from core.conditions import KEYS
 from core.errors import shown
-from core.reference.quality import read_edistances
+from core.reference.quality_files import QUALITY, read_edistances
+from core.report.files import COMPARISON, LEADERBOARD, REPORT
 from core.report.page import Dataset, write_report
 from core.scoring.comparison import compare_models
+from core.scoring.files import CALIBRATION, MATCHED_CONTROLS, MISSING_GENES, SCORES, UNPREDICTED
 from core.scoring.leaderboard import build_leaderboard
-from core.scoring.scores import UNPREDICTED
+from core.scoring.scores import UNPREDICTED_COLUMNS
 
 # What all models share by the study's design, and what they do not.
 DECLARED = (
@@ -52,41 +54,46 @@ def write_results(
         Where scores.parquet, calibration.parquet, leaderboard.parquet, comparison.parquet, quality.parquet,
         unpredicted.parquet, report.html and figures/ are written (`docs/outputs.md`).
     """
-    everything = pd.concat(_read_tables(scores, "scores"), ignore_index=True)
-    reasons = _read_tables(scores, "unpredicted")
-    unpredicted = pd.concat(reasons, ignore_index=True) if reasons else pd.DataFrame(columns=UNPREDICTED)
-    on_their_genes = _read_tables(scores, "matched_controls")
+    everything = pd.concat(_read_tables(scores, SCORES), ignore_index=True)
+    reasons = _read_tables(scores, UNPREDICTED)
+    unpredicted = pd.concat(reasons, ignore_index=True) if reasons else pd.DataFrame(columns=UNPREDICTED_COLUMNS)
+    on_their_genes = _read_tables(scores, MATCHED_CONTROLS)
     matched = pd.concat(on_their_genes, ignore_index=True) if on_their_genes else None
-    calibrated = pd.read_parquet(calibration / "calibration.parquet")
-    conditions = pd.read_parquet(quality / "quality.parquet")
+    calibrated = pd.read_parquet(calibration / CALIBRATION)
+    conditions = pd.read_parquet(quality / QUALITY)
     leaderboard = build_leaderboard(everything, calibrated, seed, matched)
     n_degs = conditions.set_index(KEYS)["n_degs"]
     own = everything[everything["half_seed"] == seed]
     matched_own = None if matched is None else matched[matched["half_seed"] == seed]
     comparison = compare_models(own, n_degs, seed, matched_own)
     tables = {
-        "scores": everything,
-        "calibration": calibrated,
-        "leaderboard": leaderboard,
-        "comparison": comparison,
-        "quality": conditions,
-        "unpredicted": unpredicted,
+        SCORES: everything,
+        CALIBRATION: calibrated,
+        LEADERBOARD: leaderboard,
+        COMPARISON: comparison,
+        QUALITY: conditions,
+        UNPREDICTED: unpredicted,
     }
     for name, table in tables.items():
-        table.to_parquet(folder / f"{name}.parquet", index=False)
+        table.to_parquet(folder / name, index=False)
     write_report(
-        folder / "report.html",
+        folder / REPORT,
         dataset=dataset,
         provenance=provenance,
         edistance=read_edistances(quality),
         declared=[*DECLARED, *_describe_missing_genes(scores), *_describe_silent(everything, unpredicted)],
-        **tables,
+        scores=everything,
+        calibration=calibrated,
+        leaderboard=leaderboard,
+        comparison=comparison,
+        quality=conditions,
+        unpredicted=unpredicted,
     )
 
 
 def _read_tables(folders: list[Path], name: str) -> list[pd.DataFrame]:
     """Read a table from each of the folders that has it."""
-    files = [folder / f"{name}.parquet" for folder in folders]
+    files = [folder / name for folder in folders]
     return [pd.read_parquet(file) for file in files if file.exists()]
 
 
@@ -94,9 +101,9 @@ def _describe_missing_genes(scores: list[Path]) -> list[str]:
     """Write a sentence for each model that lacks genes of the reference."""
     sentences = []
     for path in scores:
-        if (path / "missing_genes.json").exists():
-            model = pd.read_parquet(path / "scores.parquet", columns=["model"])["model"].iloc[0]
-            genes = json.loads((path / "missing_genes.json").read_text(encoding="utf-8"))
+        if (path / MISSING_GENES).exists():
+            model = pd.read_parquet(path / SCORES, columns=["model"])["model"].iloc[0]
+            genes = json.loads((path / MISSING_GENES).read_text(encoding="utf-8"))
             sentences.append(
                 f"{model} does not predict {len(genes)} of the genes ({shown(genes)}): it was scored on the others, "
                 "and compared with the controls on the same genes."

@@ -12,7 +12,7 @@ from statsmodels.stats.power import TTestPower
 
 from core.arrays import Bools, Floats
 from core.conditions import KEYS
-from core.reference.controls import CONTROLS, counterpart
+from core.reference.controls import CONTROLS, name_matched_control
 from core.scoring.metrics import BY_NAME, CONSTANT
 from core.stats.bootstrap import bootstrap_means, interval
 
@@ -85,7 +85,7 @@ def compare_models(
 
 
 def _find_control(model: str, control: str, wide: pd.DataFrame, metric: str) -> str:
-    matched = counterpart(control, model)
+    matched = name_matched_control(control, model)
     return matched if (metric, matched) in wide else control
 
 

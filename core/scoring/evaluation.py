@@ -12,8 +12,8 @@ import pandas as pd
 from core.arrays import Bools, Floats, Ints, in_threads
 from core.conditions import KEYS, genes_of
 from core.errors import UserError
-from core.reference.build import HALF_LAYERS, control_means, dataset_means
 from core.reference.controls import CONTROLS
+from core.reference.files import find_control_means, find_dataset_means
 from core.scoring.metrics import FEWEST_DEGS, METRICS, Metric, add_products, sum_products
 from core.stats.differential_expression import deg_mask, effect_weights
 from core.stats.moments import group_codes
@@ -23,7 +23,6 @@ BLOCK = 16
 RANKED = 256  # the same for rankings, which are products of matrices
 # What a reference must have for a model to be scored against it.
 SCORED_LAYERS = ("truth", "t_first", "padj_first")
-NEGATIVES = ("dataset_mean", "control_mean")
 
 
 class Evaluation(NamedTuple):
@@ -90,8 +89,8 @@ def select_evaluated(reference: ad.AnnData, negatives: ad.AnnData) -> Evaluation
         keys,
         reference.var_names,
         truth,
-        control_means(negatives, keys),
-        dataset_means(negatives, keys),
+        find_control_means(negatives, keys),
+        find_dataset_means(negatives, keys),
         t,
         padj,
     )
@@ -143,8 +142,8 @@ def score_controls(
     for control in CONTROLS:
         if controls is not None and control.name not in controls:
             continue
-        source = halves if control.name in HALF_LAYERS else reference
-        if control.name in NEGATIVES:
+        source = halves if control.source == "half split" else reference
+        if control.source == "negatives":
             profiles = getattr(evaluation, control.name)
         elif control.name in source.layers:
             profiles = _tested_profiles(source, control.name)[:, kept]

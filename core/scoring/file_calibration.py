@@ -10,13 +10,13 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from core.catalog.schema import Labels
 from core.conditions import CONTROL, SEPARATOR
 from core.errors import UserError
 from core.io.h5ad import open_h5ad
 from core.prepare.cells import FEWEST_CONDITIONS, SMALLEST_CONDITION, small_conditions
 from core.prepare.labels import condition_labels, final_order, require_controls, require_log_expression, whole_numbers
 from core.prepare.mirror import is_mirror, mirror_cells
+from core.prepare.settings import Labels
 from core.prepare.splits import Task, draw_folds, draw_halves
 from core.reference.build import build_half_split, build_negatives, build_reference
 from core.reference.cell_sums import sum_cells

@@ -7,7 +7,7 @@ import pandas as pd
 
 from core.arrays import Bools, Floats
 from core.conditions import KEYS
-from core.reference.controls import CONTROLS, counterpart
+from core.reference.controls import CONTROLS, name_matched_control
 from core.scoring.calibration import RESAMPLES, VARIANTS, list_calibrated_metrics
 from core.scoring.metrics import BY_NAME
 from core.stats.bootstrap import bootstrap_sums, interval
@@ -127,7 +127,7 @@ def _add_ranks(board: pd.DataFrame) -> pd.DataFrame:
 def _subtract_controls(table: pd.DataFrame, model: str, metric: str, used: Bools) -> Floats:
     """Give (model - negative, positive - negative) of each usable condition, conditions x 2."""
     controls = [BY_NAME[metric].negative_control, VARIANTS[0].positive]
-    matched = [counterpart(control, model) for control in controls]
+    matched = [name_matched_control(control, model) for control in controls]
     names = [model, *(m if m in table else c for m, c in zip(matched, controls, strict=True))]
     triple = np.column_stack([table[name].to_numpy(np.float64)[used] for name in names])
     triple = triple[~np.isnan(triple).any(axis=1)]

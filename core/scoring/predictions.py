@@ -15,8 +15,9 @@ from scipy import sparse
 from core.arrays import Floats
 from core.conditions import KEYS, SEPARATOR, row_names
 from core.errors import UserError, shown
-from core.io.h5ad import open_foreign_h5ad, read_foreign_json, read_genes
-from core.reference.build import read_keys
+from core.io.h5ad import open_foreign_h5ad, read_foreign_json
+from core.reference.files import read_keys, read_reference_genes
+from core.scoring.files import PREDICTIONS, REASONS
 
 # Room for float32 at the largest value that a mean of log1p can have.
 ROUNDING = 1e-3
@@ -146,7 +147,7 @@ def check_model_output(
     """
     where = f"output of {model}"
     keys = pd.DataFrame(asked, columns=KEYS)
-    path = folder / "unpredicted.json"
+    path = folder / REASONS
     try:
         unpredicted = read_foreign_json(path, ROOM_REASONS + ROOM_REASON * len(asked))
         reasons = {(str(row["covariate"]), str(row["condition"])): str(row["reason"]) for row in unpredicted}
@@ -154,7 +155,7 @@ def check_model_output(
         raise UserError(
             where, path.name, f"{type(error).__name__}: {error}", "write a list of covariate, condition and reason"
         ) from error
-    given = open_foreign_h5ad(folder / "predictions.h5ad", _limit_bytes(len(keys), len(genes)))
+    given = open_foreign_h5ad(folder / PREDICTIONS, _limit_bytes(len(keys), len(genes)))
     predictions = align_predictions(given, keys, genes, where, target_sum)
     answered = set(pd.MultiIndex.from_frame(predictions.obs[KEYS]))
     wanted = set(pd.MultiIndex.from_frame(keys))
@@ -196,15 +197,15 @@ def write_aligned_predictions(file: Path, reference: Path, target_sum: float, fo
     """
     keys = read_keys(reference)
     tested = keys.loc[keys["test_fold"] >= 0, KEYS].reset_index(drop=True)
-    genes = read_genes(reference / "reference.h5ad")
+    genes = read_reference_genes(reference)
     given = open_foreign_h5ad(file, _limit_bytes(len(tested), len(genes)))
     predictions = align_predictions(given, tested, genes, str(file), target_sum)
     if predictions.n_obs == 0:
         raise UserError(file, "shape", "no rows", "give one row for each predicted condition")
     lacking = set(pd.MultiIndex.from_frame(tested)) - set(pd.MultiIndex.from_frame(predictions.obs[KEYS]))
-    predictions.write_h5ad(folder / "predictions.h5ad")
+    predictions.write_h5ad(folder / PREDICTIONS)
     rows = [{"covariate": a, "condition": b, "reason": "not in the file"} for a, b in sorted(lacking)]
-    (folder / "unpredicted.json").write_text(json.dumps(rows), encoding="utf-8")
+    (folder / REASONS).write_text(json.dumps(rows), encoding="utf-8")
 
 
 def _refuse_transposed(data: ad.AnnData, genes: pd.Index, where: str) -> None:

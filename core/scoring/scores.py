@@ -11,13 +11,14 @@ import numpy as np
 import pandas as pd
 
 from core.conditions import KEYS
-from core.reference.build import half_split_files, read_layers, read_reference
-from core.reference.controls import CONTROLS, counterpart
+from core.reference.controls import CONTROLS, name_matched_control
+from core.reference.files import find_half_splits, read_layers, read_reference
 from core.scoring.evaluation import SCORED_LAYERS, score_controls, score_profiles, select_evaluated
+from core.scoring.files import MATCHED_CONTROLS, MISSING_GENES, PREDICTIONS, REASONS, SCORES, UNPREDICTED
 from core.scoring.predictions import require_shared_genes
 
 COLUMNS = ["model", *KEYS, "fold", "seed", "half_seed", "metric", "value"]
-UNPREDICTED = ["model", *KEYS, "reason"]
+UNPREDICTED_COLUMNS = ["model", *KEYS, "reason"]
 
 
 def write_control_scores(reference: Path, folder: Path, seed: int) -> None:
@@ -32,7 +33,7 @@ def write_control_scores(reference: Path, folder: Path, seed: int) -> None:
     seed
         The half seed of the reference itself.
     """
-    _write(_score_controls(reference, seed), folder / "scores.parquet")
+    _write(_score_controls(reference, seed), folder / SCORES)
 
 
 def write_model_scores(
@@ -41,7 +42,7 @@ def write_model_scores(
     """Write scores.parquet and unpredicted.parquet of a model, for every half split of a reference.
 
     A model that lacks some of the reference's genes in any fold is scored on the others. Then matched_controls.parquet
-    has the scores of the controls on the same genes (named by `core.reference.controls.counterpart`), and
+    has the scores of the controls on the same genes (named by `core.reference.controls.name_matched_control`), and
     missing_genes.json the names of the genes that it lacks.
 
     Parameters
@@ -64,7 +65,7 @@ def write_model_scores(
     UserError
         Where the model shares less than 95 % of the reference's genes.
     """
-    of_folds = [ad.read_h5ad(fold / "predictions.h5ad") for fold in folds]
+    of_folds = [ad.read_h5ad(fold / PREDICTIONS) for fold in folds]
     # Without those of a fold in which nothing could be predicted: pandas will soon refuse to join empty tables.
     predictions = ad.concat([some for some in of_folds if some.n_obs] or of_folds, join="inner")
     own, negatives = read_reference(reference, SCORED_LAYERS)
@@ -75,16 +76,16 @@ def write_model_scores(
         evaluation = evaluation.with_genes(evaluation.genes.isin(predictions.var_names))
         profiles = np.asarray(predictions[:, evaluation.genes].X, dtype=np.float64)
         tables.append(score_profiles(profiles, predictions.obs, evaluation).assign(half_seed=split_seed))
-    _write(pd.concat(tables, ignore_index=True).assign(model=model, seed=seed), folder / "scores.parquet")
+    _write(pd.concat(tables, ignore_index=True).assign(model=model, seed=seed), folder / SCORES)
     missing = own.var_names.difference(predictions.var_names)
     if len(missing):
         matched = _score_controls(reference, half_seed, predictions.var_names)
-        matched["model"] = [counterpart(control, model) for control in matched["model"]]
-        _write(matched, folder / "matched_controls.parquet")
-        (folder / "missing_genes.json").write_text(json.dumps(sorted(missing)), encoding="utf-8")
-    reasons = [row for fold in folds for row in json.loads((fold / "unpredicted.json").read_text(encoding="utf-8"))]
-    table = pd.DataFrame(reasons, columns=UNPREDICTED[1:]).assign(model=model)[UNPREDICTED]
-    table.to_parquet(folder / "unpredicted.parquet", index=False)
+        matched["model"] = [name_matched_control(control, model) for control in matched["model"]]
+        _write(matched, folder / MATCHED_CONTROLS)
+        (folder / MISSING_GENES).write_text(json.dumps(sorted(missing)), encoding="utf-8")
+    reasons = [row for fold in folds for row in json.loads((fold / REASONS).read_text(encoding="utf-8"))]
+    table = pd.DataFrame(reasons, columns=UNPREDICTED_COLUMNS[1:]).assign(model=model)[UNPREDICTED_COLUMNS]
+    table.to_parquet(folder / UNPREDICTED, index=False)
 
 
 def _score_controls(reference: Path, half_seed: int, genes: pd.Index | None = None) -> pd.DataFrame:
@@ -102,7 +103,7 @@ def _splits(
 ) -> Iterator[tuple[int, ad.AnnData]]:
     """Give (half seed, split) of all half splits, the reference's own first; one further split in memory at a time."""
     yield half_seed, own
-    for seed, file in half_split_files(reference).items():
+    for seed, file in find_half_splits(reference).items():
         yield seed, read_layers(file, layers)
 
 

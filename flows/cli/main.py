@@ -14,12 +14,11 @@ from rich.logging import RichHandler
 
 from core.errors import UserError, shown
 from flows.cli.model import app as models_app
+from flows.cli.options import Folds, read_folds, read_names, read_pairs
 
 if TYPE_CHECKING:
     from blocks.config.child_environment import Services
     from flows.reproduce import Outcome
-
-Folds = int | Literal["leave-one-out"] | None
 
 CONSOLE = Console(highlight=False)
 ERRORS = Console(stderr=True, highlight=False)
@@ -56,7 +55,7 @@ def run(
     source: Sources = None,
 ) -> None:
     """Benchmark models on a data set: prepare, train every fold, score, calibrate, report."""
-    names, sources, number = _names(models), _named(source), _folds(folds)
+    names, sources, number = read_names(models), read_pairs("--source", source, "NAME=FILE"), read_folds(folds)
     _check_benchmark(dataset, number, origin, names, sources)
     services = _servers()
     from flows.benchmark import benchmark
@@ -77,7 +76,7 @@ def reproduce(
     """Prepare and calibrate all data sets of the study; what one of them lacks does not stop the others."""
     from tasks.inputs import choose_models, choose_study, list_inputs, resolve_sources
 
-    wanted, names, sources = _names(datasets), _names(models), _named(source)
+    wanted, names, sources = read_names(datasets), read_names(models), read_pairs("--source", source, "NAME=FILE")
     resolve_sources(list_inputs(choose_models(names)), sources, later=choose_study(wanted, origin).values())
     services = _servers()
     from flows.cli.console import draw_outcomes
@@ -136,7 +135,7 @@ def score(
     """Score predictions made elsewhere against a data set and its calibrated metrics."""
     from tasks.inputs import check_model_name
 
-    sources, number = _named(source), _folds(folds)
+    sources, number = read_pairs("--source", source, "NAME=FILE"), read_folds(folds)
     _check_benchmark(dataset, number, origin, [], sources)
     check_model_name(name)
     if not predictions.is_file():
@@ -182,7 +181,7 @@ def check(
     from tasks.inputs import resolve_sources
 
     spec = open_catalog().dataset(dataset)
-    file = resolve_sources([spec], _named(source)).get(spec.name)
+    file = resolve_sources([spec], read_pairs("--source", source, "NAME=FILE")).get(spec.name)
     if file is None:
         remedy = f"download {getattr(spec.source, 'url', 'it')} and name it: --source {spec.name}=FILE"
         raise UserError(dataset, "source", "an entry that can be read, but no file to check it with", remedy)
@@ -205,6 +204,14 @@ def status() -> None:
 
 
 @app.command()
+def settings() -> None:
+    """Show every setting: its value, where that comes from, and what it is for. Passwords and keys are hidden."""
+    from flows.cli.settings_table import build_settings_table
+
+    CONSOLE.print(build_settings_table())
+
+
+@app.command()
 def env() -> None:
     """Start the local servers if need be, and print the shell lines for using them: eval "$(calipert env)"."""
     from blocks.config.child_environment import exports
@@ -222,28 +229,6 @@ def main() -> None:
 
         ERRORS.print(draw_error(error))
         sys.exit(2)
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _named(source: list[str] | None) -> dict[str, str]:
-    pairs = [text.partition("=") for text in source or []]
-    for name, equals, file in pairs:
-        if not (name and equals and file):
-            raise UserError("--source", "value", f"{name + equals + file!r}", "write NAME=FILE")
-    return {name: file for name, _, file in pairs}
-
-
-def _folds(text: str | None) -> Folds:
-    if text is None:
-        return None
-    if text == "leave-one-out":
-        return "leave-one-out"
-    if text.isdigit():
-        return int(text)
-    raise UserError("--folds", "value", repr(text), "a number of at least 2, or leave-one-out")
 
 
 def _check_benchmark(
@@ -293,10 +278,12 @@ def _show(results: Path, services: Services) -> None:
     """The result table, then where to look further."""
     import pandas as pd
 
+    from core.report.files import LEADERBOARD
+    from core.scoring.files import UNPREDICTED
     from flows.cli.console import draw_results
 
-    CONSOLE.print(draw_results(pd.read_parquet(results / "leaderboard.parquet"), CONSOLE.width))
-    unpredicted = pd.read_parquet(results / "unpredicted.parquet")
+    CONSOLE.print(draw_results(pd.read_parquet(results / LEADERBOARD), CONSOLE.width))
+    unpredicted = pd.read_parquet(results / UNPREDICTED)
     for model, rows in unpredicted.groupby("model", observed=True):
         reasons = shown(sorted(set(rows["reason"])), 3)
         CONSOLE.print(f"{model} did not predict {len(rows)} conditions: {reasons}", style="yellow")

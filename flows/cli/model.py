@@ -13,6 +13,7 @@ from rich.table import Table
 
 from core.catalog.schema import Form
 from core.errors import UserError
+from flows.cli.options import read_pairs
 
 CONSOLE = Console(highlight=False)
 
@@ -48,7 +49,7 @@ def build(
     from blocks.engines.docker.engine import docker_client
     from blocks.engines.docker.images import build_image
 
-    arguments = _arguments(arg or [])
+    arguments = read_pairs("--arg", arg)
     folders = [_folder(name) for name in names]
     with docker_client() as client:
         for folder in folders:
@@ -117,14 +118,6 @@ def _folder(name: str) -> Path:
             return folder
     known = sorted(path.parent.name for place in list_container_places() for path in place.glob("*/model.py"))
     raise UserError(name, "model", "no folder with a model.py", f"give the path of one, or one of: {', '.join(known)}")
-
-
-def _arguments(texts: list[str]) -> dict[str, str]:
-    pairs = [text.partition("=") for text in texts]
-    for name, equals, value in pairs:
-        if not (name and equals):
-            raise UserError("--arg", "value", repr(name + equals + value), "write NAME=VALUE")
-    return {name: value for name, _, value in pairs}
 
 
 def _json_object(text: str) -> dict[str, object]:

@@ -22,8 +22,9 @@ from pathlib import Path
 import anndata, numpy, pandas
 from core.catalog.schema import DatasetSpec
 from core.prepare.cells import read_cells, write_cells
+from core.reference.files import read_keys
 from core.reference.quality import write_quality
-from core.reference.build import read_keys, write_reference
+from core.reference.build import write_reference
 from core.prepare.training_data import write_fold
 
 folder = Path(sys.argv[2])

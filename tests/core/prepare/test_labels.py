@@ -17,12 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
 
-from core.catalog.schema import DatasetSpec, Labels, Sampling
+from core.catalog.schema import DatasetSpec
 from core.conditions import CONTROL, genes_of
 from core.errors import UserError, shown
 from core.io.h5ad import open_h5ad
 from core.prepare.cells import write_cells
 from core.prepare.labels import condition_labels, plan, sample_conditions
+from core.prepare.settings import Labels, Sampling
 
 Entry = Callable[..., DatasetSpec]
 GENES = st.text("ABCXYZ0123-.", min_size=1, max_size=6)

@@ -18,20 +18,10 @@ from core.errors import UserError
 from core.io.h5ad import open_h5ad
 from core.prepare.mirror import mirror_cells
 from core.prepare.splits import draw_halves, fold_columns
-from core.reference.build import (
-    HALF_LAYERS,
-    build_half_split,
-    build_negatives,
-    build_reference,
-    control_means,
-    dataset_means,
-    half_split_files,
-    read_keys,
-    read_reference,
-    write_reference,
-)
+from core.reference.build import build_half_split, build_negatives, build_reference, write_reference
 from core.reference.cell_sums import CellSums
-from core.reference.linear_baseline import linear
+from core.reference.files import find_control_means, find_dataset_means, find_half_splits, read_keys, read_reference
+from core.reference.linear_baseline import predict_linear
 from core.reference.stored_profiles import stored_reference
 from core.stats.differential_expression import against_rest
 from core.stats.moments import Moments
@@ -101,6 +91,18 @@ def test_rows_are_all_perturbed_conditions_in_sorted_order(built: Built) -> None
         tested = [k for k, column in enumerate(fold_columns(built.obs)) if (group[column] == "test").all()]
         assert tested == ([fold] if fold >= 0 else [])
     assert list(built.reference.var_names) == list(built.cells.var_names)
+
+
+# What depends on the halves.
+HALF_LAYERS = {
+    "truth",
+    "technical_duplicate",
+    "interpolated_duplicate",
+    "t_first",
+    "padj_first",
+    "t_second",
+    "padj_second",
+}
 
 
 def test_layers_are_float64_and_missing_by_whole_rows(built: Built) -> None:
@@ -183,7 +185,7 @@ def test_negatives(built: Built) -> None:
 
 def test_negatives_of_each_row(built: Built) -> None:
     keys = built.reference.obs
-    means, controls = dataset_means(built.negatives, keys), control_means(built.negatives, keys)
+    means, controls = find_dataset_means(built.negatives, keys), find_control_means(built.negatives, keys)
     profile = dict(zip(built.negatives.obs_names, built.negatives.X, strict=True))
     for row, covariate, _, fold in rows_of(built):
         same(controls[row], profile[f"{covariate}|control_mean|-1"])
@@ -254,7 +256,7 @@ def test_linear(built: Built) -> None:
             continue
         singles = [c for c in built.trained(covariate, fold) if "+" not in c]
         means = np.array([built.mean(built.of(covariate, c)) for c in singles])
-        same(found, linear(singles, means, genes, [condition])[0])
+        same(found, predict_linear(singles, means, genes, [condition])[0])
         present += 1
     combined = built.reference.obs["condition"].str.contains("+", regex=False).any()
     assert present == 0 if combined else 5 < present < built.reference.n_obs
@@ -280,7 +282,7 @@ def test_each_covariate_is_computed_as_if_it_were_alone(sums: Sums, lines_cells:
 
 def test_a_half_split_of_another_seed_changes_the_halves_alone(sums: Sums, built: Built) -> None:
     own = build_half_split(sums(built.cells, {42: draw_halves(built.cells.obs, 42)}), 42, built.negatives)
-    assert set(own.layers) == set(HALF_LAYERS)
+    assert set(own.layers) == HALF_LAYERS
     for name in HALF_LAYERS:
         np.testing.assert_array_equal(own.layers[name], built.reference.layers[name], err_msg=name)
     half = draw_halves(built.cells.obs, 43)
@@ -305,7 +307,7 @@ def test_written_files_are_read_back(sums: Sums, pairs_cells: ad.AnnData, tmp_pa
     np.testing.assert_array_equal(negatives.X, build_negatives(sums(pairs_cells)).X)
     keys = read_keys(tmp_path)
     pd.testing.assert_frame_equal(keys, built.obs.reset_index(drop=True), check_dtype=False)
-    files = half_split_files(tmp_path)
+    files = find_half_splits(tmp_path)
     assert list(files) == [43, 44]
     split = ad.read_h5ad(files[43])
     again = build_half_split(sums(pairs_cells, {43: draw_halves(pairs_cells.obs, 43)}), 43, negatives)
@@ -315,7 +317,7 @@ def test_written_files_are_read_back(sums: Sums, pairs_cells: ad.AnnData, tmp_pa
 
 def test_one_half_seed_means_no_further_split(single_cells: ad.AnnData, tmp_path: Path) -> None:
     write_reference(single_cells, 42, 1, tmp_path)
-    assert half_split_files(tmp_path) == {}
+    assert find_half_splits(tmp_path) == {}
 
 
 # Golden and real data

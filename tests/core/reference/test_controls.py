@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from core.reference.controls import CONTROLS, additive, draw_sparse, interpolate
+from core.reference.control_profiles import draw_sparse_mean, interpolate_duplicate, predict_additive
+from core.reference.controls import CONTROLS
 
 PROFILE = arrays(np.float64, (3, 5), elements=st.floats(0, 9))
 
@@ -35,14 +36,14 @@ def test_interpolation(duplicate: np.ndarray, mean: np.ndarray, p: np.ndarray) -
     expected = [
         [(1 - q) * d + q * m for q, d, m in zip(*rows, strict=True)] for rows in zip(p, duplicate, mean, strict=True)
     ]
-    np.testing.assert_allclose(interpolate(duplicate, mean, p), expected, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(interpolate_duplicate(duplicate, mean, p), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_interpolation_takes_the_mean_where_nothing_was_tested() -> None:
     duplicate, mean = np.full((1, 4), 5.0), np.full((1, 4), 1.0)
     p = np.array([[0.0, 1.0, np.nan, 0.25]])
-    assert interpolate(duplicate, mean, p).tolist() == [[5.0, 1.0, 1.0, 4.0]]
-    assert np.isnan(interpolate(duplicate, np.full((1, 4), np.nan), p)).all()
+    assert interpolate_duplicate(duplicate, mean, p).tolist() == [[5.0, 1.0, 1.0, 4.0]]
+    assert np.isnan(interpolate_duplicate(duplicate, np.full((1, 4), np.nan), p)).all()
 
 
 # The cells of sparse_mean
@@ -80,7 +81,7 @@ def test_half_as_many_cells_are_drawn_from_the_training_perturbations(
     drawing: tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame],
 ) -> None:
     obs, keys, splits = drawing
-    found = draw_sparse(obs, keys, splits, 42).toarray()
+    found = draw_sparse_mean(obs, keys, splits, 42).toarray()
     assert set(np.unique(found)) == {0.0, 1.0}
     drawn = [set(obs.index[row == 1]) for row in found]
     assert drawn[0] == names_drawn(obs, "x", "A", ["C", "D"], 10)
@@ -93,18 +94,18 @@ def test_draws_do_not_hang_on_order_or_on_other_conditions(
     drawing: tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame],
 ) -> None:
     obs, keys, splits = drawing
-    found = draw_sparse(obs, keys, splits, 42).toarray()
+    found = draw_sparse_mean(obs, keys, splits, 42).toarray()
     order = np.random.default_rng(1).permutation(len(obs))
-    np.testing.assert_array_equal(draw_sparse(obs.iloc[order], keys, splits, 42).toarray(), found[:, order])
+    np.testing.assert_array_equal(draw_sparse_mean(obs.iloc[order], keys, splits, 42).toarray(), found[:, order])
     fewer = keys.assign(test_fold=[-1, 0, -1, -1, -1, -1])
-    np.testing.assert_array_equal(draw_sparse(obs, fewer, splits, 42).toarray()[1], found[1])
-    assert (draw_sparse(obs, keys, splits, 43).toarray()[0] != found[0]).any()
+    np.testing.assert_array_equal(draw_sparse_mean(obs, fewer, splits, 42).toarray()[1], found[1])
+    assert (draw_sparse_mean(obs, keys, splits, 43).toarray()[0] != found[0]).any()
 
 
 def test_additive_by_hand() -> None:
     control = np.array([1.0, 2.0])
     singles = {"A": np.array([2.0, 2.0]), "B": np.array([0.5, 5.0]), "C": np.array([1.0, 1.0])}
-    found = additive(["A+B", "A", "A+D", "A+B+C", "D+E"], singles, control)
+    found = predict_additive(["A+B", "A", "A+D", "A+B+C", "D+E"], singles, control)
     # 1 + 1 - 0.5 and 2 + 0 + 3; a single gene is no combination; D and E have no profile.
     np.testing.assert_allclose(found[0], [1.5, 5.0])
     np.testing.assert_allclose(found[3], [1.5, 4.0])

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from core.reference.linear_baseline import linear
+from core.reference.linear_baseline import predict_linear
 
 
 def literally(singles: list[str], pseudobulks: np.ndarray, genes: list[str], wanted: list[str]) -> np.ndarray:
@@ -41,7 +41,7 @@ def screen(n: int, genes: int = 40, seed: int = 0) -> tuple[list[str], np.ndarra
 def test_equal_to_its_formulas(n: int) -> None:
     singles, pseudobulks, genes = screen(n)
     wanted = ["g01", "g39", "u99", "g01+g03", singles[0]]
-    found = linear(singles, pseudobulks, pd.Index(genes), wanted)
+    found = predict_linear(singles, pseudobulks, pd.Index(genes), wanted)
     np.testing.assert_allclose(found, literally(singles, pseudobulks, genes, wanted), rtol=1e-8, atol=1e-10)
     assert np.isfinite(found[[0, 1]]).all()
     assert np.isnan(found[[2, 3]]).all()
@@ -50,24 +50,24 @@ def test_equal_to_its_formulas(n: int) -> None:
 def test_all_single_genes_shape_the_components_measured_or_not() -> None:
     singles, pseudobulks, genes = screen(12)
     known = [i for i, gene in enumerate(singles) if gene in genes]
-    without = linear([singles[i] for i in known], pseudobulks[known], pd.Index(genes), ["g01"])
-    assert not np.allclose(linear(singles, pseudobulks, pd.Index(genes), ["g01"]), without, rtol=1e-3)
+    without = predict_linear([singles[i] for i in known], pseudobulks[known], pd.Index(genes), ["g01"])
+    assert not np.allclose(predict_linear(singles, pseudobulks, pd.Index(genes), ["g01"]), without, rtol=1e-3)
 
 
 def test_the_order_of_genes_does_not_matter() -> None:
     singles, pseudobulks, genes = screen(12)
     order = np.random.default_rng(1).permutation(len(genes))
-    found = linear(singles, pseudobulks[:, order], pd.Index(genes)[order], ["g01", "g03"])
+    found = predict_linear(singles, pseudobulks[:, order], pd.Index(genes)[order], ["g01", "g03"])
     np.testing.assert_allclose(
-        found, linear(singles, pseudobulks, pd.Index(genes), ["g01", "g03"])[:, order], rtol=1e-9
+        found, predict_linear(singles, pseudobulks, pd.Index(genes), ["g01", "g03"])[:, order], rtol=1e-9
     )
 
 
 def test_too_little_to_learn_from_predicts_nothing() -> None:
     singles, pseudobulks, genes = screen(12)
-    few = linear(singles[:1], pseudobulks[:1], pd.Index(genes), ["g01"])
-    none = linear([], np.empty((0, len(genes))), pd.Index(genes), ["g01"])
-    unmeasured = linear(["u1", "u2", "u3"], pseudobulks[:3], pd.Index(genes), ["g01", "g02"])
+    few = predict_linear(singles[:1], pseudobulks[:1], pd.Index(genes), ["g01"])
+    none = predict_linear([], np.empty((0, len(genes))), pd.Index(genes), ["g01"])
+    unmeasured = predict_linear(["u1", "u2", "u3"], pseudobulks[:3], pd.Index(genes), ["g01", "g02"])
     for found, rows in ((few, 1), (none, 1), (unmeasured, 2)):
         assert found.shape == (rows, len(genes))
         assert np.isnan(found).all()

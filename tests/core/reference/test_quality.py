@@ -12,7 +12,8 @@ import pytest
 
 from core.reference.build import build_negatives, build_reference
 from core.reference.cell_sums import CellSums
-from core.reference.quality import energy_by_covariate, quality, read_edistances, write_quality
+from core.reference.quality import energy_by_covariate, quality, write_quality
+from core.reference.quality_files import read_edistances
 from core.stats.edistance import edistances, principal_coordinates
 
 

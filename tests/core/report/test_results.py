@@ -11,7 +11,8 @@ import anndata as ad
 import pandas as pd
 import pytest
 
-from core.reference.build import read_reference, write_reference
+from core.reference.build import write_reference
+from core.reference.files import read_reference
 from core.reference.quality import write_quality
 from core.report.page import Dataset
 from core.report.results import DECLARED, write_results

@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 
 from core.errors import UserError
-from core.reference.build import read_reference, write_reference
+from core.reference.build import write_reference
+from core.reference.files import read_reference
 from core.scoring.calibration import build_calibration
 from core.scoring.comparison import compare_models
 from core.scoring.evaluation import select_evaluated

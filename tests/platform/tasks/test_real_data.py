@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from blocks.config.catalog import open_catalog
-from core.reference.build import half_split_files, read_reference
+from core.reference.files import find_half_splits, read_reference
 from core.scoring.calibration import build_calibration
 from core.scoring.evaluation import score_profiles, select_evaluated
 from core.scoring.metrics import BY_NAME
@@ -98,7 +98,7 @@ def _wmse_ratios(profiles: ad.AnnData, reference: Path) -> pd.DataFrame:
     """Half splits x conditions: wmse of the profiles over that of the dataset mean."""
     own, negatives = read_reference(reference)
     rows = []
-    for split in [own, *(ad.read_h5ad(file) for file in half_split_files(reference).values())]:
+    for split in [own, *(ad.read_h5ad(file) for file in find_half_splits(reference).values())]:
         evaluation = select_evaluated(split, negatives)
         keys = profiles.obs[["covariate", "condition"]]
         wmse = [BY_NAME["wmse"]]

@@ -1,0 +1,3 @@
+"""The name of the file that holds an embedding."""
+
+EMBEDDING = "embedding.parquet"
