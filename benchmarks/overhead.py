@@ -30,30 +30,31 @@ from blocks.config.pools import CPU, GPU
 from blocks.services import stack as services
 from blocks.services.workers import ensure_workers
 
-DEPLOYMENT = "benchmark/demo"
-DEPLOYMENTS = (DEPLOYMENT, "train-fold/any")
 POLL_S = 0.1
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
 
 def main(
+    dataset: Annotated[
+        str, typer.Option(help="Data set of the catalog; simulated, so that there is no file.")
+    ] = "demo",
     models: Annotated[str, typer.Option(help="Models of the benchmark, separated by commas.")] = "demo",
     tasks: Annotated[int, typer.Option(help="Tasks of the flow that does nothing.")] = 100,
     repeats: Annotated[int, typer.Option(help="Runs of each, of which the fastest counts.")] = 3,
 ) -> None:
     """Print what the platform adds to the work itself."""
-    chosen = models.split(",")
-    with TemporaryDirectory(prefix="calipert-") as folder, _stack(Path(folder)) as running:
+    parameters = {"dataset": dataset, "models": models.split(",")}
+    with TemporaryDirectory(prefix="calipert-") as folder, _stack(Path(folder), dataset) as running:
         CONSOLE.print(machine("prefect", "mlflow"))
         with CONSOLE.status("a first benchmark fills the store"):
-            _in_fresh_process(_benchmark, chosen)
-        cached = [_in_fresh_process(_benchmark, chosen) for _ in range(repeats)]
-        through = [_through_worker(running, chosen) for _ in range(repeats)]
+            _in_fresh_process(_benchmark, parameters)
+        cached = [_in_fresh_process(_benchmark, parameters) for _ in range(repeats)]
+        through = [_through_worker(running, parameters) for _ in range(repeats)]
         alone = min(_in_fresh_process(_tasks, tasks) for _ in range(repeats))
     imports, flow = min(cached, key=sum)
     waited, ran = min(through, key=sum)
     show_times(
-        f"{DEPLOYMENT} with {models}, everything in the store",
+        f"benchmark/{dataset} with {models}, everything in the store",
         [
             Timing("in process, the flow", flow, aim="at most 5 s"),
             Timing("  importing it before", imports),
@@ -66,14 +67,14 @@ def main(
 
 
 @contextmanager
-def _stack(folder: Path) -> Iterator[child_environment.Services]:
+def _stack(folder: Path, dataset: str) -> Iterator[child_environment.Services]:
     """Servers, workers and deployments of its own, which this process and its children use; gone afterwards."""
     with mock.patch.dict(os.environ, CALIPERT_DATA=str(folder)):
         try:
             running = services.ensure_servers()
             with mock.patch.dict(os.environ, child_environment.child_environment(running), clear=True):
                 os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
-                _in_fresh_process(_register, DEPLOYMENTS)
+                _in_fresh_process(_register, [f"benchmark/{dataset}", "train-fold/any"])
                 ensure_workers(running)
                 yield running
         finally:
@@ -107,13 +108,13 @@ def _register(names: Sequence[str], sender: Connection) -> None:
     sender.send(None)
 
 
-def _benchmark(models: list[str], sender: Connection) -> None:
+def _benchmark(parameters: dict[str, Any], sender: Connection) -> None:
     """Sends the seconds that importing the flow took, and those of the flow."""
     start = time.perf_counter()
     from flows.benchmark import benchmark
 
     imported = time.perf_counter()
-    benchmark(dataset="demo", models=models)
+    benchmark(**parameters)
     sender.send((imported - start, time.perf_counter() - imported))
 
 
@@ -136,14 +137,14 @@ def _tasks(number: int, sender: Connection) -> None:
     sender.send(many() / number)
 
 
-def _through_worker(running: child_environment.Services, models: list[str]) -> tuple[float, float]:
+def _through_worker(running: child_environment.Services, parameters: dict[str, Any]) -> tuple[float, float]:
     """Seconds from submission until the flow runs, and from there to its end; waits for a busy server count."""
     # Only now: prefect reads its settings when it is imported. Its client asks a busy server again, as `prefect` does.
     from prefect.client.base import PrefectHttpxSyncClient
 
     with PrefectHttpxSyncClient(base_url=running.prefect_api, timeout=60) as api:
-        deployment = api.get(f"/deployments/name/{DEPLOYMENT}").json()["id"]
-        wanted = {"parameters": {"dataset": "demo", "models": models}, "state": {"type": "SCHEDULED"}}
+        deployment = api.get(f"/deployments/name/benchmark/{parameters['dataset']}").json()["id"]
+        wanted: dict[str, Any] = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
         # Asked again after a broken answer, the server makes no second run.
         wanted["idempotency_key"] = secrets.token_hex(8)
         submitted = time.time()

@@ -25,7 +25,7 @@ import typer
 
 from benchmarks.comparison import CONSOLE, Timing, agreement, machine, show_agreement, show_times, timed
 from blocks.config.child_environment import environment
-from blocks.engines.process import Usage
+from blocks.engines.base import Usage
 from blocks.services import stack as services
 from blocks.tracking import curves as mlflow_curves
 from blocks.tracking.tables import SUMMARY_COLUMNS

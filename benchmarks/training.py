@@ -36,7 +36,9 @@ from scipy import sparse
 from benchmarks.comparison import CONSOLE, Agreement, Timing, agreement, machine, show, show_agreement, show_times
 from benchmarks.made_up_cells import log_cells
 from blocks.config.paths import MODEL_CONTAINERS
-from blocks.engines.process import Event, ProcessEngine, Usage
+from blocks.engines.base import Usage
+from blocks.engines.lines import Event
+from blocks.engines.process import ProcessEngine
 from blocks.local.gpus import Gpu, lease
 from core.prepare.splits import VALIDATION_SHARE
 from core.rng import generator

@@ -15,6 +15,7 @@ import httpx
 
 from blocks.config.secrets import S3_KEY, S3_SECRET, s3_credentials
 from blocks.http import is_transient, is_transient_status, open_client
+from blocks.local.files import replace_file
 from core.catalog.schema import HttpsSource, S3Source
 from core.errors import UserError
 from tasks.artifacts import LOG
@@ -94,12 +95,8 @@ def _version(state: Path) -> str | None:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a small file that is there whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with replace_file(path) as new:
+        new.write_text(text, encoding="utf-8")
 
 
 def _receive(stream: Stream, file: Any, url: str) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from blocks.config.catalog import open_catalog
 from blocks.config.settings import read_settings
+from blocks.engines.base import Engine
 from blocks.engines.checkpoints import checkpoint
-from blocks.engines.process import Engine, ProcessEngine
+from blocks.engines.process import ProcessEngine
 from blocks.local.gpus import Gpu, lease
 from core.catalog.schema import EmbeddingSpec, ResolvedModel
 from core.errors import UserError

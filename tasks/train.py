@@ -14,7 +14,7 @@ from prefect import runtime, task
 from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ConfigDict
 
-from blocks.engines.process import Usage
+from blocks.engines.base import Usage
 from blocks.store.artifacts import MANIFEST, ArtifactStore
 from blocks.store.code import code_hash
 from blocks.tracking.tracker import MLflowTracking

@@ -13,21 +13,9 @@ import pytest
 import yaml
 
 from blocks.services import stack
+from tests.helpers.tiny_screen import SIMULATED
 
 MODELS = ["ridge_coexpression", "knn_coexpression"]
-ENTRY = {
-    "name": "tiny",
-    "title": "a simulated screen for tests",
-    "task": "single",
-    "source": {
-        "kind": "simulated",
-        "settings": {"seed": 7, "genes": 250, "singles": 12, "cells_per_condition": 40, "control_cells": 120},
-    },
-    "labels": {"column": "perturbation", "control": ["control"]},
-    "min_genes_per_cell": 20,
-    "half_seeds": 2,
-    "folds": 2,
-}
 
 
 @pytest.fixture
@@ -43,7 +31,7 @@ def test_a_benchmark_from_raw_counts_to_the_report(
     calipert: Callable[..., subprocess.CompletedProcess[str]], data: Path, tmp_path: Path
 ) -> None:
     entry = tmp_path / "tiny.yaml"
-    entry.write_text(yaml.safe_dump(ENTRY), encoding="utf-8")
+    entry.write_text(yaml.safe_dump(SIMULATED), encoding="utf-8")
     done = calipert("run", entry, "--models", ",".join(MODELS), data=data)
     assert done.returncode == 0, done.stdout + done.stderr
     for name in MODELS:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from blocks.config.paths import PROJECT_ROOT, data_folder, prefect_folder
 from blocks.config.settings import DEFAULT_DATA
+from blocks.local.files import replace_file
 from core.errors import UserError
 
 HOST = "127.0.0.1"
@@ -144,9 +145,8 @@ enabled = false
 
 def replace_text(path: Path, text: str) -> None:
     """Write a file in one step: a reader sees the old text or the new one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with replace_file(path, str(os.getpid())) as new:
+        new.write_text(text, encoding="utf-8")
 
 
 def _is_users_own(name: str) -> bool:

@@ -15,11 +15,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import filelock
 import psutil
 
 from blocks.config.child_environment import replace_text
 from blocks.config.paths import data_folder, logs_folder, services_file
+from blocks.local.files import lock_file
 from core.errors import UserError
 
 # About 8 s on an idle laptop; much longer on a first start from a slow disk.
@@ -196,7 +196,7 @@ def lock() -> Iterator[None]:
     """Held by whoever starts or ends services of this data folder; waits for it."""
     path = services_file().with_suffix(".lock")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(path):
+    with lock_file(path, "another command starts or ends the services of this data folder"):
         yield
 
 

@@ -42,7 +42,7 @@ from core.report.files import REPORT
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
-    from blocks.engines.process import Usage
+    from blocks.engines.base import Usage
 
 EXPERIMENT_PREFIX = "calipert/"
 # The file's name in every run of a benchmark.

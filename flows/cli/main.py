@@ -258,7 +258,7 @@ def _flow(flow: Any, **parameters: object) -> Any:
     ours = logging.getLogger("calipert")
     ours.setLevel(logging.INFO)
     ours.addHandler(RichHandler(console=CONSOLE, show_path=False, show_level=False, log_time_format="%H:%M:%S"))
-    from blocks.engines.process import ModelFailed
+    from blocks.engines.base import ModelFailed
 
     try:
         return flow(**parameters)
@@ -269,9 +269,10 @@ def _flow(flow: Any, **parameters: object) -> Any:
 
 
 def _write_csv(table: Any, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    table.to_csv(partial, index=False)
-    partial.replace(path)
+    from blocks.local.files import replace_file
+
+    with replace_file(path) as new:
+        table.to_csv(new, index=False)
 
 
 def _show(results: Path, services: Services) -> None:

@@ -23,14 +23,14 @@ app = typer.Typer(no_args_is_help=True, help="Build images of models, and check 
 @app.command(name="list")
 def list_() -> None:
     """List the containers of the catalog's models and embeddings, and whether their images are here."""
-    from blocks.engines.docker.engine import docker_client
-    from blocks.engines.docker.images import usable_image
+    from blocks.engines.docker.engine import connect
+    from blocks.engines.docker.images import find_image
 
     table = Table("container", "image", "models and embeddings")
-    with docker_client() as client:
+    with connect() as client:
         for container, names in sorted(_users().items()):
             try:
-                state = str(usable_image(client, _folder(container)).id)[:19]
+                state = str(find_image(client, _folder(container)).id)[:19]
             except UserError as error:
                 state = f"[yellow]{escape(error.found)}[/yellow]"
             table.add_row(container, state, ", ".join(names))
@@ -46,12 +46,12 @@ def build(
     ] = None,
 ) -> None:
     """Build the images of models, calipert-NAME."""
-    from blocks.engines.docker.engine import docker_client
+    from blocks.engines.docker.engine import connect
     from blocks.engines.docker.images import build_image
 
     arguments = read_pairs("--arg", arg)
     folders = [_folder(name) for name in names]
-    with docker_client() as client:
+    with connect() as client:
         for folder in folders:
             image = build_image(client, folder, arguments, lambda line: CONSOLE.print(escape(line), style="dim"))
             CONSOLE.print(f"{folder.name}: {image}")

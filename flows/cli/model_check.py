@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from blocks.engines.process import Engine, Event, ModelFailed, Stage
+from blocks.engines.base import Engine, ModelFailed, Stage
+from blocks.engines.lines import Event
 from blocks.local.gpus import Gpu, lease
 from core.catalog.schema import Form
 from core.conditions import genes_of
@@ -45,10 +46,10 @@ def check_model(
     """
     missing = [name for name in FILES if not (folder / name).is_file()]
     yield Finding("its folder is whole", f"there is no {', '.join(missing)}" if missing else None)
-    engine.identity(folder)  # of what the engine cannot run there is none
     try:
         description = engine.describe(folder)
     except ModelFailed as error:
+        engine.identity(folder)  # packages that are missing explain more than the model's own error
         yield Finding("it describes itself", str(error))
         return
     named = description.name == folder.name
@@ -59,6 +60,7 @@ def check_model(
     if description.input == "files":
         remedy = "make one, by the flow `embed`: its output is checked there (docs/models.md)"
         raise UserError(f"model {folder.name}", "input", "'files': it makes embeddings, and is no model", remedy)
+    engine.identity(folder)  # what the engine cannot run is refused
     with TemporaryDirectory() as scratch, _device(description, folder.name) as gpu:
         place = Path(scratch)
         place.chmod(0o755)

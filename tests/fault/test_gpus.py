@@ -86,6 +86,9 @@ while True:
     time.sleep(0.001)
 os.pwrite(claim, b"%20d" % os.getpid(), 0)
 note("begin")
+# However slow the machine is, all GPUs are in use together once.
+while len(list(folder.glob("GPU-fake-*"))) < 8:
+    time.sleep(0.01)
 time.sleep(spec["seconds"])
 note("end")
 """
@@ -123,8 +126,12 @@ def flows_that(what):
     lines = (folder / "log").read_text().splitlines() if (folder / "log").exists() else []
     return {int(line.split()[3]) for line in lines if line.startswith(what)}
 
-waiting, running, kills, failed = list(range(FOLDS)), {}, 0, []
-while waiting or running:
+folds, waiting, running, kills, failed = FOLDS, list(range(FOLDS)), {}, 0, []
+while waiting or running or kills < KILLS:
+    if not waiting and kills < KILLS:
+        # On a slow machine few flows are found while they train.
+        waiting.append(folds)
+        folds += 1
     while waiting and len(running) < AT_ONCE:
         fold = waiting.pop(0)
         running[forked(fold, draw.uniform(0.05, 0.5))] = fold
@@ -143,7 +150,7 @@ while waiting or running:
             elif status:
                 failed.append(fold)
     time.sleep(0.02)
-print(json.dumps({"kills": kills, "failed": failed}))
+print(json.dumps({"folds": folds, "kills": kills, "failed": failed}))
 """
 
 
@@ -175,8 +182,8 @@ def test_eight_gpus_forty_folds_and_random_kills(host, tmp_path, seed):
     overlaps = [line for line in log if line[0] == "overlap"]
     assert not overlaps, (seed, log)
     answer = json.loads(flows.stdout.splitlines()[-1])
-    assert answer == {"kills": 40, "failed": []}, (seed, flows.stderr)
-    assert {path.name for path in folder.glob("done *")} == {f"done {fold}" for fold in range(40)}, seed
+    assert (answer["kills"], answer["failed"]) == (40, []), (seed, flows.stderr)
+    assert {path.name for path in folder.glob("done *")} == {f"done {fold}" for fold in range(answer["folds"])}, seed
     begun = [line for line in log if line[0] == "begin"]
     assert {device for _, device, _, _ in begun} == set(names), seed
     assert wait_for(lambda: not any(is_alive(int(pid)) for _, _, pid, _ in log)), seed

@@ -16,17 +16,7 @@ import yaml
 
 from blocks.config import child_environment
 from blocks.services import stack as services
-
-ENTRY = {
-    "name": "tiny",
-    "title": "a simulated screen for tests",
-    "task": "single",
-    "source": {"kind": "local", "hint": "the file that the test wrote"},
-    "labels": {"column": "perturbation", "control": ["control"]},
-    "min_genes_per_cell": 20,
-    "half_seeds": 2,
-    "folds": 2,
-}
+from tests.helpers.tiny_screen import ENTRY, SETTINGS
 
 
 @pytest.fixture(scope="session")
@@ -47,8 +37,7 @@ def screen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from core.simulate import SimulationSettings, simulate
 
     path = tmp_path_factory.mktemp("raw") / "screen.h5ad"
-    settings = SimulationSettings(seed=7, genes=250, singles=12, cells_per_condition=40, control_cells=120)
-    simulate(settings).cells.write_h5ad(path)
+    simulate(SimulationSettings(**SETTINGS)).cells.write_h5ad(path)
     return path
 
 

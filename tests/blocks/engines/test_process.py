@@ -21,7 +21,9 @@ import pytest
 
 from blocks.config.paths import scratch_folder
 from blocks.engines import process as engines
-from blocks.engines.process import LAST_LINES, ModelFailed, ProcessEngine, Usage
+from blocks.engines import sources
+from blocks.engines.base import LAST_LINES, ModelFailed, Usage
+from blocks.engines.process import ProcessEngine
 from blocks.local import cancellation
 from blocks.local.cancellation import Stopped, models_end_with, stop_all
 from blocks.local.gpus import lease
@@ -169,7 +171,7 @@ def test_a_model_that_says_nothing_is_stopped_at_its_limit(model):
 
 
 def test_the_limit_of_describe_is_no_setting(model, monkeypatch):
-    monkeypatch.setattr(engines, "DESCRIBE_LIMIT_S", 0.1)
+    monkeypatch.setattr(ProcessEngine, "describe_limit_s", 0.1)
     folder = model("import time; time.sleep(600)")
     with pytest.raises(ModelFailed, match=r"toy describe was stopped after 0\.1 s, its limit: a model has to describe"):
         ProcessEngine().describe(folder)
@@ -458,7 +460,7 @@ def test_the_model_gets_a_bare_environment(model, tmp_path, monkeypatch):
     assert "secret" not in environment.values()
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         assert environment[name] == "2"
-    assert found["contract"] == str(engines.SHARED[0])
+    assert found["contract"] == str(sources.SHARED[0])
     assert environment["HOME"] == environment["TMPDIR"] == found["folder"] != str(Path.cwd())
     assert not Path(found["folder"]).exists()
 
@@ -498,9 +500,9 @@ def test_identity_follows_what_decides_the_results(model, tmp_path, monkeypatch)
     seen.append(identity(moved))
     other = tmp_path / "contract.py"
     other.write_text("changed")
-    monkeypatch.setattr(engines, "SHARED", (other, *engines.SHARED[1:]))
+    monkeypatch.setattr(sources, "SHARED", (other, *sources.SHARED[1:]))
     seen.append(identity(moved))
-    monkeypatch.setattr(engines, "_versions", lambda *_: "numpy==0.0.2")
+    monkeypatch.setattr(engines, "_read_versions", lambda *_: "numpy==0.0.2")
     seen.append(identity(moved))
     assert len(set(seen)) == len(seen)
 

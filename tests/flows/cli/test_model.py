@@ -6,16 +6,17 @@ import io
 import json
 import re
 import runpy
+import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from blocks.engines.process import ModelFailed, Usage, described, event_of
+from blocks.engines.base import Engine, ModelFailed, StageRun, Usage
+from blocks.engines.lines import read_event
 from core.errors import UserError
 from flows.cli import model as model_cli
 from flows.cli.main import app
@@ -61,10 +62,11 @@ def average(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-class InThisProcess:
+class InThisProcess(Engine):
     """An engine that imports what a process would import once only."""
 
-    def run(self, stage: str, model_folder: Path, spec: Mapping[str, Any], *, on_event: Any, **_: Any) -> Usage:
+    def run_stage(self, run: StageRun) -> Usage:
+        stage, model_folder, spec, on_event = run.stage, run.model_folder, run.spec, run.on_event
         file, printed, said = model_folder.parent / "spec.json", io.StringIO(), io.StringIO()
         file.write_text(json.dumps(spec))
         try:
@@ -76,11 +78,8 @@ class InThisProcess:
             code = error.code if isinstance(error, SystemExit) else 1
             raise ModelFailed(model_folder.name, stage, f"ended: {error}", code, (said.getvalue(),)) from error
         for line in printed.getvalue().splitlines():
-            on_event(event_of(line))
+            on_event(read_event(line))
         return Usage(0.0, None, None, "cpu")
-
-    def describe(self, model_folder: Path) -> contract.Description:
-        return described(self.run, model_folder, 1.0)
 
     def identity(self, model_folder: Path) -> str:
         return "here"
@@ -135,9 +134,20 @@ def test_a_folder_that_is_not_whole(average):
     assert "there is no README.md" in output
 
 
-def test_a_maker_of_embeddings_is_no_model(capsys):
+@pytest.mark.parametrize("requirement", ["pandas", "no-such-package"])
+def test_a_maker_of_embeddings_is_no_model(tmp_path, requirement):
+    folder = shutil.copytree(MODELS / "geneformer", tmp_path / "geneformer")
+    (folder / "requirements.txt").write_text(f"{requirement}\n")
     with pytest.raises(UserError, match="it makes embeddings, and is no model"):
-        check("geneformer")
+        check(str(folder))
+
+
+@pytest.mark.parametrize("imports", ["import contract\n", "import contract\nimport no_such_package\n"])
+def test_packages_that_are_missing_are_refused_with_the_remedy(average, imports):
+    folder = average("import contract\n", imports)
+    (folder / "requirements.txt").write_text("no-such-package\n")
+    with pytest.raises(UserError, match=r"(?s)lacks a package: no-such-package.*install here"):
+        check(str(folder))
 
 
 def test_the_list_has_models_and_embeddings():

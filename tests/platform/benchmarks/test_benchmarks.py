@@ -11,8 +11,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import yaml
 
 from blocks.config.paths import PROJECT_ROOT
+from tests.helpers.tiny_screen import SIMULATED
 
 
 def run(name: str, *options: str, root: Path = PROJECT_ROOT) -> subprocess.CompletedProcess[str]:
@@ -129,8 +131,11 @@ def test_what_is_written_to_mlflow_is_what_its_own_client_writes() -> None:
     assert re.search(r"^summaries and curves, read back .* yes$", agreement, re.MULTILINE)
 
 
-def test_the_overhead_is_told_part_by_part() -> None:
-    sizes = "--models ridge_coexpression --tasks 3 --repeats 1"
+def test_the_overhead_is_told_part_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "datasets" / "tiny.yaml").write_text(yaml.safe_dump(SIMULATED))
+    monkeypatch.setenv("CALIPERT_CATALOG", str(tmp_path))
+    sizes = "--dataset tiny --models ridge_coexpression --tasks 3 --repeats 1"
     done = run("overhead", *sizes.split())
     assert done.returncode == 0, done.stdout + done.stderr
     for part in ("in process, the flow", "through a worker, from submission to end", "one task"):

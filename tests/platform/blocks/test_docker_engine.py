@@ -17,10 +17,10 @@ import psutil
 import pytest
 
 from blocks.config.paths import PROJECT_ROOT
+from blocks.engines.base import LAST_LINES, ModelFailed, Usage
 from blocks.engines.docker import engine as docker_engine
 from blocks.engines.docker.engine import DATA, GPU, OWNER, STAGE, DockerEngine
 from blocks.engines.docker.limits import Limits
-from blocks.engines.process import LAST_LINES, ModelFailed, Usage
 from blocks.local import cancellation
 from blocks.local.cancellation import Stopped, stop_all
 from blocks.local.gpus import holders, lease

@@ -21,7 +21,7 @@ import requests
 
 from blocks.config.child_environment import Services
 from blocks.config.paths import PROJECT_ROOT
-from blocks.engines.process import Usage
+from blocks.engines.base import Usage
 from blocks.local.processes import this_process
 from blocks.tracking import curves as mlflow_curves
 from blocks.tracking import tracker as module

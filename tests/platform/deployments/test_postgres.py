@@ -25,21 +25,12 @@ import yaml
 
 from blocks.config.paths import PROJECT_ROOT
 from tests.helpers.leftovers import SESSION
+from tests.helpers.tiny_screen import ENTRY, SETTINGS
 
 START_LIMIT_S = 180
 HEALTH = {"prefect": "/api/health", "mlflow": "/health"}
 MODELS = ["ridge_coexpression"]
-FOLDS = 2
-ENTRY = {
-    "name": "tiny",
-    "title": "a simulated screen for tests",
-    "task": "single",
-    "source": {"kind": "local", "hint": "the file that the test wrote"},
-    "labels": {"column": "perturbation", "control": ["control"]},
-    "min_genes_per_cell": 20,
-    "half_seeds": 2,
-    "folds": FOLDS,
-}
+FOLDS = ENTRY["folds"]
 BENCHMARK = """
 import json, sys
 from flows.benchmark import benchmark
@@ -170,9 +161,7 @@ def benchmarked(group: Group) -> list[dict[str, Any]]:
     from core.simulate import SimulationSettings, simulate
 
     raw, entry = group.folder / "screen.h5ad", group.folder / "tiny.yaml"
-    simulate(
-        SimulationSettings(seed=7, genes=250, singles=12, cells_per_condition=40, control_cells=120)
-    ).cells.write_h5ad(raw)
+    simulate(SimulationSettings(**SETTINGS)).cells.write_h5ad(raw)
     entry.write_text(yaml.safe_dump(ENTRY), encoding="utf-8")
     parameters = json.dumps({"dataset": str(entry), "models": MODELS, "sources": {"tiny": str(raw)}})
     found = []

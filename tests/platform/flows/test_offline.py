@@ -22,6 +22,7 @@ import httpx
 import pytest
 
 from blocks.config import child_environment
+from tests.helpers.tiny_screen import ENTRY
 
 # Put on the path of every Python process, which imports it when it starts.
 HOOK = """
@@ -172,10 +173,7 @@ def offline(screen: Path, tmp_path_factory: pytest.TempPathFactory) -> Watched:
 
     folder = tmp_path_factory.mktemp("offline")
     entry = folder / "tiny.yaml"
-    about = {"name": "tiny", "title": "a screen", "task": "single", "source": {"kind": "local", "hint": "the screen"}}
-    labels = {"column": "perturbation", "control": ["control"]}
-    text = about | {"labels": labels, "min_genes_per_cell": 20, "half_seeds": 2, "folds": 2}
-    entry.write_text(yaml.safe_dump(text))
+    entry.write_text(yaml.safe_dump(ENTRY))
     run = ["run", str(entry), "--models", "ridge_coexpression,knn_coexpression", "--source", f"tiny={screen}"]
     output, seen = watched(folder, SESSION, json.dumps([["list"], ["list", "models"], run]))
     return seen._replace(commands=[tuple(one) for one in json.loads(output.splitlines()[-1])])

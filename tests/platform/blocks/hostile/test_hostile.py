@@ -19,9 +19,9 @@ import pandas as pd
 import psutil
 import pytest
 
+from blocks.engines.base import ModelFailed
 from blocks.engines.docker.engine import DockerEngine
 from blocks.engines.docker.limits import Limits
-from blocks.engines.process import ModelFailed
 from core.errors import UserError
 from core.scoring.predictions import check_model_output
 
