@@ -16,7 +16,6 @@ from core.report.page import Dataset, write_report
 from core.scoring.comparison import compare_models
 from core.scoring.files import CALIBRATION, MATCHED_CONTROLS, MISSING_GENES, SCORES, UNPREDICTED
 from core.scoring.leaderboard import build_leaderboard
-from core.scoring.scores import UNPREDICTED_COLUMNS
 
 # What all models share by the study's design, and what they do not.
 DECLARED = (
@@ -56,7 +55,7 @@ def write_results(
     """
     everything = pd.concat(_read_tables(scores, SCORES), ignore_index=True)
     reasons = _read_tables(scores, UNPREDICTED)
-    unpredicted = pd.concat(reasons, ignore_index=True) if reasons else pd.DataFrame(columns=UNPREDICTED_COLUMNS)
+    unpredicted = pd.concat(reasons, ignore_index=True) if reasons else pd.DataFrame(columns=["model", *KEYS, "reason"])
     on_their_genes = _read_tables(scores, MATCHED_CONTROLS)
     matched = pd.concat(on_their_genes, ignore_index=True) if on_their_genes else None
     calibrated = pd.read_parquet(calibration / CALIBRATION)
