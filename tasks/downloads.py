@@ -1,4 +1,4 @@
-"""Downloads that go on where they broke off, over HTTPS and from S3."""
+"""Downloads over HTTPS and from S3 that continue where they broke off."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def download(source: HttpsSource | S3Source, target: Path) -> None:
     """Fetch a file into `target`, which appears under its name only when it is whole. One caller at a time.
 
     What an earlier try left in `<target>.part` is kept if the server says that the file is still the same.
-    Raises ConnectionError if bytes are missing (the next try goes on from there), UserError where the file is not to
-    be had, or is no HDF5 though it is named .h5ad.
+    Raises ConnectionError if bytes are missing (the next try goes on from there), UserError if the file cannot be
+    downloaded, or is no HDF5 though it is named .h5ad.
     """
     # Costs time, and nothing is downloaded in most runs.
     from core.io.h5ad import require_space
@@ -85,7 +85,7 @@ def is_download_transient(error: BaseException) -> bool:
 
 
 def _version(state: Path) -> str | None:
-    """Which version of the file the kept bytes are of; None where that is not known."""
+    """Return the version of the file that the kept bytes belong to; None if it is not known."""
     try:
         version = json.loads(state.read_text(encoding="utf-8"))["version"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
@@ -158,13 +158,13 @@ def _https(source: HttpsSource, start: int, version: str | None) -> Iterator[Str
 
 
 def _broken(why: str) -> Iterator[bytes]:
-    """No bytes, but a failure after which the next try begins anew."""
+    """Give no bytes, but a failure after which the next try begins at the first byte."""
     raise ConnectionError(why)
     yield b""
 
 
 def _require_safe(answer: httpx.Response, url: str) -> None:
-    """A redirection from https to plain http would hand the file to anybody on the way."""
+    """Refuse a redirection from https to plain http: others on the way could read and change the file."""
     if url.startswith("https:") and answer.url.scheme != "https":
         raise UserError(url, "address", f"redirected to {answer.url}", "give an address that stays on https")
 

@@ -122,8 +122,4 @@ def _graph(annotations: Path, neighbours: int, genes: list[str]) -> pd.DataFrame
     return gene_graph(gene_terms(annotations), neighbours, genes)
 
 
-COMPUTE: dict[str, Callable[..., pd.DataFrame]] = {
-    "gmt": _pathways,
-    "coexpression": _coexpression,
-    "graph": _graph,
-}
+COMPUTE: dict[str, Callable[..., pd.DataFrame]] = {"gmt": _pathways, "coexpression": _coexpression, "graph": _graph}

@@ -114,7 +114,7 @@ def _collect_vectors(spec: EmbeddingSpec, texts: list[str]) -> dict[str, Vector]
         service_key(service)
         tokens = sum(len(text.encode()) for text in unknown) // BYTES_OF_A_TOKEN
         LOG.info(
-            "embedding %s: %s of %s texts are asked of %s (model %s), about %s tokens, for which it may charge",
+            "embedding %s: %s of %s texts are asked of %s (model %s), about %s tokens; it may charge for them",
             *(spec.name, f"{len(unknown):,}", f"{len(texts):,}", service.url, service.model, f"{tokens:,}"),
         )
         report_progress = make_progress_reporter(f"embedding {spec.name}")

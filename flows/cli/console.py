@@ -1,4 +1,4 @@
-"""What the terminal shows: results, verdicts, checks of data sets, and errors that the user can correct."""
+"""What the terminal shows: the result, the verdicts, and an error that the user can correct."""
 
 from __future__ import annotations
 
@@ -18,13 +18,7 @@ if TYPE_CHECKING:
     from core.prepare.check import DatasetCheck
     from flows.reproduce import Outcome
 
-_WORDS = {
-    "pearson": "r",
-    "r2": "R²",
-    "deltactrl": "Δctrl",
-    "deltapert": "Δpert",
-    "degs": "DEGs",
-}
+_WORDS = {"pearson": "r", "r2": "R²", "deltactrl": "Δctrl", "deltapert": "Δpert", "degs": "DEGs"}
 _LEGEND = {
     "r": "r: Pearson correlation",
     "R²": "R²: coefficient of determination",
@@ -34,18 +28,18 @@ _LEGEND = {
 }
 _VERDICT_STYLES = {"calibrated": "green", "inconclusive": "yellow", "miscalibrated": "red", "none": "dim"}
 _WIDE = 97  # columns that the full table of verdicts takes
-_HEAD, _TAIL = 30, 10  # rows of a long table of conditions that are shown, at its start and end
+_HEAD, _TAIL = 30, 10  # rows of a long table of conditions that are shown
 _LONGEST = 800  # characters of one field of an error: the panel must fit on a screen
 
 
-def draw_results(leaderboard: pd.DataFrame, width: int = 100) -> RenderableType:
-    """Draw models and controls x metrics (means), as wide as the terminal, and a legend.
+def make_result_table(leaderboard: pd.DataFrame, width: int = 100) -> RenderableType:
+    """Lay out models and controls x metrics (means) to the width of the terminal; below it a legend.
 
-    leaderboard: as core.scoring.leaderboard gives it. Calibrated metrics are first and marked; the best model by each
-    has a star. Values of other metrics are dim and not ranked. Small errors are shown in thousandths. Metrics that do
-    not fit in the width with two decimals go into further tables. NaN is a dash.
+    leaderboard: the long table of docs/science.md section 4. Calibrated metrics come first and are marked; the best
+    model by each has a star. Values of other metrics are dim and not ranked. Small errors are shown in thousandths.
+    What does not fit in the width with two decimals goes into further tables. NaN is a dash.
     """
-    # An error panel must not wait for the tables' libraries to load.
+    # Imported here, so that an error panel does not wait for them.
     from core.report import tables as views
     from core.report.text import format_share
     from core.scoring.leaderboard import RANKED
@@ -54,7 +48,7 @@ def draw_results(leaderboard: pd.DataFrame, width: int = 100) -> RenderableType:
     ranked = views.list_ranked_metrics(leaderboard)
     rows = views.list_entries(leaderboard)
     rows = rows.assign(
-        # Gaps between rows separate these groups.
+        # What the gaps between rows separate, and predictors of too little coverage with it.
         group=rows["kind"].replace("baseline", "model").where(rows["in_panel"], "below"),
         name=rows["model"].where(rows["in_panel"], rows["model"] + " (" + rows["coverage"].map(format_share) + ")"),
     )
@@ -63,26 +57,25 @@ def draw_results(leaderboard: pd.DataFrame, width: int = 100) -> RenderableType:
 
     def columns(decimals: int) -> list[Column]:
         return [
-            _draw_column(metric, means[metric].tolist(), ranks[metric].tolist(), metric in ranked, decimals)
+            _format_column(metric, means[metric].tolist(), ranks[metric].tolist(), metric in ranked, decimals)
             for metric in means.columns
         ]
 
     parts = [columns(3)]
-    if _measure_width(parts[0]) > room:
+    if _width(parts[0]) > room:
         parts = [columns(2)]
-    if _measure_width(parts[0]) > room:
-        # First calibrated and other metrics apart, then in as many tables as needed.
+    if _width(parts[0]) > room:
+        # First the calibrated ones by themselves; what still does not fit goes into further tables.
         halves = [[column for column in parts[0] if column.calibrated is wanted] for wanted in (True, False)]
-        parts = [part for half in halves for part in _fill_tables(half, room)]
-    tables = [_draw_table(part, names, groups) for part in parts]
+        parts = [part for half in halves for part in _split_to_fit(half, room)]
+    tables = [_make_table(part, names, groups) for part in parts]
     return Group(
-        *(part for table in tables for part in (table, "")),
-        _explain_results(parts, models=rows["kind"].isin(RANKED).any()),
+        *(part for table in tables for part in (table, "")), _make_legend(parts, models=rows["kind"].isin(RANKED).any())
     )
 
 
-def draw_verdicts(calibration: pd.DataFrame, width: int = 100) -> RenderableType:
-    """Draw one row per metric (verdict, mean DRF with its 95 % interval and spread over half splits, BDS, n), a legend.
+def make_verdict_table(calibration: pd.DataFrame, width: int = 100) -> RenderableType:
+    """Lay out a row per metric: verdict, mean DRF with its 95 % interval and spread over half splits, BDS, n; a legend.
 
     The other two variants of the DRF and the share of NaN are left out where the terminal is narrow.
     """
@@ -119,16 +112,16 @@ def draw_verdicts(calibration: pd.DataFrame, width: int = 100) -> RenderableType
         table.add_row(*list(cells.values())[: len(table.columns)])
     legend = (
         f"DRF: mean Dynamic Range Fraction. calibrated: its whole interval lies above {THRESHOLD:g}; miscalibrated: "
-        f"below it. no verdict: fewer than {FEWEST_CONDITIONS} conditions. BDS: share of conditions in which the "
-        "positive control beats the negative one."
+        f"below. no verdict: fewer than {FEWEST_CONDITIONS} conditions. BDS: share of conditions in which the positive "
+        "control beats the negative one."
     )
     return Group(table, "", Text(legend, style="dim"))
 
 
-def draw_check(check: DatasetCheck, name: str) -> RenderableType:
-    """Draw the conditions with their labels and cells, the smallest first, then what is dropped.
+def make_check_table(check: DatasetCheck, name: str) -> RenderableType:
+    """Lay out conditions with their labels and cells, the smallest first, then what is dropped.
 
-    The middle of a long table is left out: the smallest conditions decide, the largest show the scale.
+    Of a long table only the smallest and the largest conditions are shown.
     """
     labels = check.labels.groupby("condition")["label"].agg(lambda texts: sorted(set(texts)))
     rows = check.conditions.sort_values(["kept", "cells", "covariate", "condition"])
@@ -148,12 +141,12 @@ def draw_check(check: DatasetCheck, name: str) -> RenderableType:
         facts.add_row(what, Text("none" if text == [] else f"{text:,}" if isinstance(text, int) else str(text)))
     dropped = int((~check.conditions["kept"]).sum())
     facts.add_row("conditions dropped for too few cells", f"{dropped:,}")
-    note = "Not checked yet, because this needs the counts: the least genes per cell and the least cells per gene."
+    note = "Not applied yet, since they need the counts: the least genes per cell and the least cells per gene."
     return Group(table, "", facts, "", Text(note, style="dim"))
 
 
-def draw_outcomes(outcomes: list[Outcome]) -> RenderableType:
-    """Draw one row per data set: its numbers if it was done, else the reason why not."""
+def make_outcome_table(outcomes: list[Outcome]) -> RenderableType:
+    """Lay out what became of each data set: the numbers of those that are done, the reason of those that are not."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
     table.add_column("data set", no_wrap=True)
     for head in ("cells", "conditions", "genes", "calibrated\nmetrics"):
@@ -161,32 +154,32 @@ def draw_outcomes(outcomes: list[Outcome]) -> RenderableType:
     table.add_column("outcome", overflow="fold")
     for name, outcome, reason, *numbers in outcomes:
         cells = ["" if number is None else f"{number:,}" for number in numbers]
-        text = f"{outcome}: {_shorten(reason)}" if reason else outcome
+        text = f"{outcome}: {_cut(reason)}" if reason else outcome
         table.add_row(name, *cells, Text(text, style="yellow" if reason else "green"))
     return table
 
 
-def draw_error(error: UserError) -> Panel:
-    """Draw a user's error on one screen: where, which field, what was found, what to do."""
+def make_error_panel(error: UserError) -> Panel:
+    """Lay out a user's error on one screen: where, which field, what was found, what to do."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
-    grid.add_row("where", Text(_shorten(error.where), style="bold"))
-    grid.add_row("field", Text(_shorten(error.field)))
-    grid.add_row("found", Text(_shorten(error.found)))
-    grid.add_row("remedy", Text(_shorten(error.remedy), style="green"))
+    grid.add_row("where", Text(_cut(error.where), style="bold"))
+    grid.add_row("field", Text(_cut(error.field)))
+    grid.add_row("found", Text(_cut(error.found)))
+    grid.add_row("remedy", Text(_cut(error.remedy), style="green"))
     return Panel(grid, title="Error", title_align="left", border_style="red", padding=(1, 2))
 
 
-def _shorten(text: str) -> str:
-    """Keep the start and the end of a long text: the end of a traceback says what went wrong."""
+def _cut(text: str) -> str:
+    """Keep the beginning, and the end, where a traceback says what went wrong."""
     if len(text) <= _LONGEST:
         return text
     return f"{text[: _LONGEST // 2].rstrip()} … {text[-_LONGEST // 2 :].lstrip()}"
 
 
 class Column(NamedTuple):
-    """One metric of the results: lines of its head, cells from top to bottom, and which of them is best."""
+    """One metric of the result table: lines of its head, cells from top to bottom, and which of them is best."""
 
     head: list[str]
     cells: list[str]
@@ -194,8 +187,8 @@ class Column(NamedTuple):
     calibrated: bool
 
 
-def _draw_column(metric: str, values: list[float], ranks: list[float], calibrated: bool, decimals: int) -> Column:
-    """Draw one metric; errors of which one is below 0.1 are in thousandths, large values have fewer decimals."""
+def _format_column(metric: str, values: list[float], ranks: list[float], calibrated: bool, decimals: int) -> Column:
+    """Format one metric: errors of which one is below 0.1 in thousandths, large values with fewer decimals."""
     from core.report.text import format_number
     from core.scoring.metrics import BY_NAME
 
@@ -208,36 +201,36 @@ def _draw_column(metric: str, values: list[float], ranks: list[float], calibrate
         places = max(0, decimals - sum(abs(scaled) >= limit for limit in (10, 100, 1000)))
         cells.append(("*" if first else "") + format_number(scaled, places))
     return Column(
-        [*_shorten_name(metric), *(["10⁻³"] if exponent else []), "●" if calibrated else "○"], cells, best, calibrated
+        [*_abbreviate(metric), *(["10⁻³"] if exponent else []), "●" if calibrated else "○"], cells, best, calibrated
     )
 
 
-def _shorten_name(metric: str) -> list[str]:
-    """Shorten a metric's name to lines: weighted_r2_deltactrl is wR² over Δctrl."""
+def _abbreviate(metric: str) -> list[str]:
+    """Abbreviate a metric's name to short lines: weighted_r2_deltactrl is wR² over Δctrl."""
     parts = metric.split("_")
     weighted = parts[0] == "weighted" and len(parts) > 1
     words = [_WORDS.get(part, part) for part in parts[weighted:]]
     return [("w" if weighted else "") + words[0], *words[1:]]
 
 
-def _measure_width(columns: list[Column]) -> int:
+def _width(columns: list[Column]) -> int:
     """Count the characters that the columns take, each with a space before it."""
     return sum(1 + max(map(len, [*column.head, *column.cells])) for column in columns)
 
 
-def _fill_tables(columns: list[Column], room: int) -> list[list[Column]]:
-    """Distribute the columns over as many tables as needed; a column that is too wide has one of its own."""
+def _split_to_fit(columns: list[Column], room: int) -> list[list[Column]]:
+    """Split the columns into as many groups as needed to fit; a single column that is too wide is a group alone."""
     groups: list[list[Column]] = []
     for column in columns:
-        if groups and _measure_width([*groups[-1], column]) <= room:
+        if groups and _width([*groups[-1], column]) <= room:
             groups[-1].append(column)
         else:
             groups.append([column])
     return groups
 
 
-def _draw_table(columns: list[Column], names: list[str], groups: list[str]) -> Table:
-    """Draw one table; a gap between models, positive controls, negative controls and models of too little coverage."""
+def _make_table(columns: list[Column], names: list[str], groups: list[str]) -> Table:
+    """Lay out one table; gaps between models, positive and negative controls, and models of too little coverage."""
     # The box sets one space between columns: no further padding.
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
     table.add_column("", no_wrap=True)
@@ -256,7 +249,7 @@ def _draw_table(columns: list[Column], names: list[str], groups: list[str]) -> T
     return table
 
 
-def _explain_results(parts: list[list[Column]], models: bool) -> Text:
+def _make_legend(parts: list[list[Column]], models: bool) -> Text:
     from core.scoring import leaderboard
 
     columns = [column for part in parts for column in part]

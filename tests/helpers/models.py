@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -34,16 +35,33 @@ MODELS = Path(contract.__file__).parent
 LINE = "line_1"
 
 
+class TaskPanel(Panel):
+    """A panel that makes the tasks which a container hands to its model's functions."""
+
+    def train_task(self, output: Path, **changes: Any) -> contract.TrainTask:
+        """The task of a training."""
+        fields: dict[str, Any] = {"cells": self.folder / "train.h5ad", "hyperparameters": {}}
+        return contract.TrainTask(**(fields | self._shared(output) | changes))
+
+    def predict_task(self, model: Path, output: Path, **changes: Any) -> contract.PredictTask:
+        """The task of a prediction."""
+        fields: dict[str, Any] = {"model": model, "control": self.folder / "control.h5ad"}
+        return contract.PredictTask(**(fields | self._shared(output) | {"conditions": tuple(self.held_out)} | changes))
+
+    def _shared(self, output: Path) -> dict[str, Any]:
+        return {"embedding": self.folder / "embedding.parquet", "seed": 1, "threads": 1, "output": output}
+
+
 @pytest.fixture(scope="session")
-def panel(tmp_path_factory: pytest.TempPathFactory) -> Panel:
+def panel(tmp_path_factory: pytest.TempPathFactory) -> TaskPanel:
     """A screen in one covariate."""
-    return write_panel(tmp_path_factory.mktemp("panel"), ("line",))
+    return TaskPanel(*write_panel(tmp_path_factory.mktemp("panel"), ("line",)))
 
 
 @pytest.fixture(scope="session")
-def two_lines(tmp_path_factory: pytest.TempPathFactory) -> Panel:
+def two_lines(tmp_path_factory: pytest.TempPathFactory) -> TaskPanel:
     """A screen in two covariates."""
-    return write_panel(tmp_path_factory.mktemp("two_lines"), ("K562", "RPE1"))
+    return TaskPanel(*write_panel(tmp_path_factory.mktemp("two_lines"), ("K562", "RPE1")))
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ def test_packages_that_are_missing_are_refused_with_the_remedy(average, imports)
 
 
 def test_the_list_has_models_and_embeddings():
-    users = model_cli._users()
+    users = model_cli._list_users()
     assert users["scgpt"] == ["scgpt", "embedding scgpt"]
     assert users["geneformer"] == ["embedding geneformer"]
     assert "knn_geneformer" in users["knn"]

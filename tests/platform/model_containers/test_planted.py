@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from core.scoring.comparison import compare_models
-from flows.cli.model_panel import similarity_graph
+from flows.cli.model_panel import make_similarity_graph
 
 # Defaults but for three models: the screens have 2,250 cells, which make few steps an epoch.
 # * gears: by default the rate is halved after each epoch, and gone before anything is learned (with 13,000 cells it
@@ -74,7 +74,7 @@ def least_gain(load, tmp_path) -> Gain:
         else:
             known = programs.loc[genes]
             told["embedding"] = tmp_path / "told.parquet"
-            (similarity_graph(known) if name == "gears" else known).to_parquet(told["embedding"])
+            (make_similarity_graph(known) if name == "gears" else known).to_parquet(told["embedding"])
         errors = screen.errors(load(name), tmp_path, SETTINGS[name], **told)
         errors = errors[errors.index.str.contains("+", regex=False) == pairs]
         assert len(errors) >= 20
