@@ -28,13 +28,13 @@ from sklearn.metrics import mean_absolute_error, mean_squared_error, r2_score
 
 from benchmarks.comparison import CONSOLE, Timing, agreement, machine, show_agreement, show_times, timed
 from core.arrays import Bools, Floats
-from core.reference.build import by_condition
+from core.reference.build import frame_by_condition
 from core.reference.files import read_reference
 from core.rng import generator
 from core.scoring.evaluation import Evaluation, score_profiles, select_evaluated
 from core.scoring.metrics import CONSTANT, FEWEST_DEGS, METRICS
 from core.scoring.scores import write_model_scores
-from core.stats.differential_expression import benjamini_hochberg, deg_mask
+from core.stats.differential_expression import adjust_p_values, mask_degs
 
 TOLERANCE = 1e-9
 COVARIATE = "all"
@@ -86,14 +86,14 @@ def write_files(folder: Path, conditions: int, genes: int) -> list[Path]:
     t[-1] = rng.uniform(-1, 1, genes)
     fold = rng.permutation(np.arange(conditions) % FOLDS)
     truth = np.maximum(means[fold] + 0.05 * t, 0)
-    padj = benjamini_hochberg(special.erfc(np.abs(t) / np.sqrt(2)))
+    padj = adjust_p_values(special.erfc(np.abs(t) / np.sqrt(2)))
     t[0] = padj[0] = np.nan
     keys = pd.DataFrame({"covariate": COVARIATE, "condition": labels, "n_cells": 200, "test_fold": fold})
-    keys["n_degs"] = deg_mask(padj).sum(axis=1)
+    keys["n_degs"] = mask_degs(padj).sum(axis=1)
     reference = folder / "reference"
     reference.mkdir()
     index = pd.Index(names)
-    by_condition(keys, {"truth": truth, "t_first": t, "padj_first": padj}, index).write_h5ad(
+    frame_by_condition(keys, {"truth": truth, "t_first": t, "padj_first": padj}, index).write_h5ad(
         reference / "reference.h5ad"
     )
     _negatives(control, means, index).write_h5ad(reference / "negatives.h5ad")
@@ -104,7 +104,7 @@ def write_files(folder: Path, conditions: int, genes: int) -> list[Path]:
         x = means[number] + 0.6 * (truth[rows] - means[number]) + 0.03 * rng.standard_normal((len(rows), genes))
         folds.append(folder / f"fold_{number}")
         folds[-1].mkdir()
-        predicted = by_condition(keys.loc[rows, ["covariate", "condition"]], {}, index)
+        predicted = frame_by_condition(keys.loc[rows, ["covariate", "condition"]], {}, index)
         predicted.X = x
         predicted.write_h5ad(folds[-1] / "predictions.h5ad")
         (folds[-1] / "unpredicted.json").write_text(json.dumps([]), encoding="utf-8")

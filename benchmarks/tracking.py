@@ -24,7 +24,7 @@ import pandas as pd
 import typer
 
 from benchmarks.comparison import CONSOLE, Timing, agreement, machine, show_agreement, show_times, timed
-from blocks.config.child_environment import environment
+from blocks.config.child_environment import build_environment
 from blocks.engines.base import Usage
 from blocks.services import stack as services
 from blocks.tracking import curves as mlflow_curves
@@ -93,7 +93,7 @@ def _private_server(folder: Path) -> Iterator[str]:
         try:
             running = services.ensure_servers()
             quiet = {"MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
-            with mock.patch.dict(os.environ, environment(running) | quiet):
+            with mock.patch.dict(os.environ, build_environment(running) | quiet):
                 yield running.mlflow
         finally:
             services.stop()

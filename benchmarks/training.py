@@ -39,7 +39,7 @@ from blocks.config.paths import MODEL_CONTAINERS
 from blocks.engines.base import Usage
 from blocks.engines.lines import Event
 from blocks.engines.process import ProcessEngine
-from blocks.local.gpus import Gpu, lease
+from blocks.local.gpus import Gpu, lease_gpu
 from core.prepare.splits import VALIDATION_SHARE
 from core.rng import generator
 from model_containers.contract import CONTROL
@@ -209,7 +209,7 @@ def main(
     with (
         TemporaryDirectory() as folder,
         mock.patch.dict(os.environ, CALIPERT_DATA=f"{folder}/data"),
-        lease("benchmarks.training") as gpu,
+        lease_gpu("benchmarks.training") as gpu,
     ):
         is_whole = gpu is not None if whole is None else whole
         part = 1 if is_whole else 10

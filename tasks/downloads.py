@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from blocks.config.secrets import S3_KEY, S3_SECRET, s3_credentials
+from blocks.config.secrets import S3_KEY, S3_SECRET, read_s3_credentials
 from blocks.http import is_transient, is_transient_status, open_client
 from blocks.local.files import replace_file
 from core.catalog.schema import HttpsSource, S3Source
@@ -186,7 +186,7 @@ def _s3(source: S3Source, start: int, version: str | None) -> Iterator[Stream]:
         endpoint_url=source.endpoint,
         skip_instance_cache=True,
         use_listings_cache=False,
-        **({} if source.anonymous else s3_credentials()),
+        **({} if source.anonymous else read_s3_credentials()),
     )
     try:
         found = bucket.info(source.url)

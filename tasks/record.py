@@ -20,7 +20,7 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowR
 from prefect.client.schemas.objects import StateType
 from prefect.exceptions import TerminationSignal
 
-from blocks.config.secrets import mlflow_credentials
+from blocks.config.secrets import read_mlflow_credentials
 from blocks.local.cancellation import Stopped
 from blocks.services.pages import read_pages
 from blocks.store.code import code_hash
@@ -87,7 +87,7 @@ def open_tracking() -> MLflowTracking:
             "not set",
             "use `calipert run` or `make up`, which start a server and set it",
         )
-    os.environ.update(mlflow_credentials())
+    os.environ.update(read_mlflow_credentials())
     return MLflowTracking(tracking_uri=uri)
 
 

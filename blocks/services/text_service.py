@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import httpx
 import numpy as np
 
-from blocks.config.secrets import secret
+from blocks.config.secrets import read_secret
 from blocks.http import ConnectionLost, is_transient_status, open_client, read_retry_after
 from blocks.services.vectors import Vector, address, fault
 from core.catalog.schema import TextService
@@ -20,12 +20,12 @@ from core.errors import UserError
 TIMEOUT = 120.0  # seconds without a byte, after which a request counts as lost
 LONGEST = 200  # letters of the service's words that a message repeats
 REFUSED = (401, 403)
-RETRY_REMEDY = "run again later: it goes on with the texts that are missing"
+RETRY_REMEDY = "run again later: it continues with the texts that are missing"
 
 
-def service_key(service: TextService) -> str:
-    """The service's key, from its Secret block. Raises UserError where there is none, or it can be no key."""
-    key = secret(service.secret)
+def read_service_key(service: TextService) -> str:
+    """Read the service's key from its Secret block. Raises UserError if there is none, or it cannot be a key."""
+    key = read_secret(service.secret)
     if key is None:
         remedy = f"make the Secret block {service.secret} with a key of the service (docs/secrets.md)"
         raise UserError("Prefect blocks", service.secret, f"no such block; {service.url} asks for a key", remedy)
@@ -35,15 +35,15 @@ def service_key(service: TextService) -> str:
     return key
 
 
-def text_vectors(service: TextService, dimensions: int | None, texts: Sequence[str]) -> list[Vector]:
-    """The vectors of texts (float32), in their order, by one request.
+def request_vectors(service: TextService, dimensions: int | None, texts: Sequence[str]) -> list[Vector]:
+    """Request the vectors of texts (float32), in their order.
 
-    dimensions: how long they must be, which the service is told; None leaves it to the service. Each text has
+    dimensions: how long they must be, which the request says; None leaves it to the service. Each text has
     one, which is finite and not all zero.
     Raises ConnectionLost where another try may help, and UserError where the key is missing or refused, the address is
     none, the request is refused, or the answer is not what was asked for.
     """
-    key = service_key(service)
+    key = read_service_key(service)
     where = address(service)
     wanted = {"model": service.model, "input": list(texts)} | ({"dimensions": dimensions} if dimensions else {})
     try:
@@ -62,7 +62,7 @@ def text_vectors(service: TextService, dimensions: int | None, texts: Sequence[s
 
 
 def _refusal(service: TextService, where: str, answer: httpx.Response, words: str) -> Exception:
-    """What an answer other than success means. words: the service's own, without the key."""
+    """Return what an answer other than success means. words: the service's own, without the key."""
     status = answer.status_code
     said = f"HTTP {status} {httpx.codes.get_reason_phrase(status)}".strip()
     if status in REFUSED:
@@ -82,7 +82,7 @@ def _refusal(service: TextService, where: str, answer: httpx.Response, words: st
 
 
 def _words(answer: httpx.Response) -> str:
-    """The service's explanation, where it gives one in its form, else nothing."""
+    """Return the service's explanation, if it gives one in its form, else nothing."""
     try:
         words = answer.json()["error"]["message"]
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -18,7 +18,7 @@ import pandas as pd
 
 from blocks.config.paths import scratch_folder
 from blocks.config.settings import read_settings
-from blocks.local.processes import known_dead, this_process
+from blocks.local.processes import is_dead, name_this_process
 from blocks.local.scratch import scratch
 from blocks.tracking.client import Refused, Server, ServerLost, load_mlflow
 from blocks.tracking.curves import follow_curve, log_curve
@@ -314,7 +314,7 @@ class MLflowTracking:
         server = self._server
         experiment = self._find_experiment(dataset)
         running = server.find_runs([experiment], _RUNNING)
-        left = [run for run in running if known_dead(run.data.tags.get(_PROCESS, ""))]
+        left = [run for run in running if is_dead(run.data.tags.get(_PROCESS, ""))]
         unsure = [run for run in running if run not in left and _FLOW_RUN in run.data.tags]
         flows = {run.data.tags[_FLOW_RUN] for run in unsure}
         ended = flows - alive(sorted(flows)) if flows else set()
@@ -374,7 +374,7 @@ def _origin(flow_run_id: str | None) -> dict[str, str | None]:
     """Tags that say by what a run was opened."""
     # An image has no checkout: it is told when it is built.
     commit = read_settings().commit or git_commit(Path(__file__).resolve().parents[2])
-    return {"git_commit": commit, _FLOW_RUN: flow_run_id, _PROCESS: this_process()}
+    return {"git_commit": commit, _FLOW_RUN: flow_run_id, _PROCESS: name_this_process()}
 
 
 def _describe_run(model: ModelRun, shared: Mapping[str, str | None], params: Mapping[str, object]) -> WantedRun:

@@ -9,14 +9,14 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
-from core.arrays import Bools, Floats, Ints, in_threads
+from core.arrays import Bools, Floats, Ints, run_in_threads
 from core.conditions import KEYS, genes_of
 from core.errors import UserError
 from core.reference.controls import CONTROLS
 from core.reference.files import find_control_means, find_dataset_means
 from core.scoring.metrics import FEWEST_DEGS, METRICS, Metric, add_products, sum_products
-from core.stats.differential_expression import deg_mask, effect_weights
-from core.stats.moments import group_codes
+from core.stats.differential_expression import mask_degs, weigh_effects
+from core.stats.moments import code_groups
 
 # Rows scored at once: the arrays of a block fit in the cache, and results do not depend on the number of threads.
 BLOCK = 16
@@ -181,7 +181,7 @@ def score_profiles(
     UserError
         For a condition that is not in the evaluated set, and for a row that is NaN in part.
     """
-    rows = group_codes(keys[KEYS], evaluation.keys[KEYS])
+    rows = code_groups(keys[KEYS], evaluation.keys[KEYS])
     unknown = keys.loc[rows < 0, "condition"]
     if len(unknown):
         raise UserError("predictions", "condition", f"{unknown.iloc[0]!r} is not a test condition", "leave it out")
@@ -217,8 +217,8 @@ def _score_one_by_one(
             "dataset_mean": evaluation.dataset_mean[mine],
         }
         centred = {"none": (x, t)} | {name: (x - centre, t - centre) for name, centre in centres.items()}
-        degs = deg_mask(evaluation.padj[mine]).astype(np.float64)
-        effect = effect_weights(evaluation.t[mine])
+        degs = mask_degs(evaluation.padj[mine]).astype(np.float64)
+        effect = weigh_effects(evaluation.t[mine])
         weights = {"all": None, "degs": degs, "effect": effect}
         undefined = {
             "all": np.zeros(len(mine), dtype=bool),
@@ -229,7 +229,7 @@ def _score_one_by_one(
             value = metric.function(*centred[metric.centre], weights[metric.weighting])
             values[metric.name][at] = np.where(undefined[metric.weighting], np.nan, value)
 
-    in_threads(score_block, range(0, len(rows), BLOCK))
+    run_in_threads(score_block, range(0, len(rows), BLOCK))
     return values
 
 
@@ -278,6 +278,6 @@ def _rank_within_covariate(
         for metric in metrics:
             values[metric.name][at] = metric.function(without if metric.without_targets else everything, own[at])
 
-    in_threads(fill_truths, range(0, len(candidates), BLOCK))
-    in_threads(rank, range(0, len(places), RANKED))
+    run_in_threads(fill_truths, range(0, len(candidates), BLOCK))
+    run_in_threads(rank, range(0, len(places), RANKED))
     return values

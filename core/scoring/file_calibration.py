@@ -12,15 +12,17 @@ from scipy import sparse
 
 from core.conditions import CONTROL, SEPARATOR
 from core.errors import UserError
+from core.io.faults import are_whole, require_log_expression
 from core.io.h5ad import open_h5ad
-from core.prepare.cells import FEWEST_CONDITIONS, SMALLEST_CONDITION, small_conditions
-from core.prepare.labels import condition_labels, final_order, require_controls, require_log_expression, whole_numbers
-from core.prepare.mirror import is_mirror, mirror_cells
+from core.prepare.cells import FEWEST_CONDITIONS, SMALLEST_CONDITION, mask_small_conditions
+from core.prepare.labels import harmonise_labels, require_controls
+from core.prepare.mirror import is_mirror, take_mirror_cells
+from core.prepare.plan import order_cells
 from core.prepare.settings import Labels
 from core.prepare.splits import Task, draw_folds, draw_halves
 from core.reference.build import build_half_split, build_negatives, build_reference
 from core.reference.cell_sums import sum_cells
-from core.reference.stored_profiles import stored_reference
+from core.reference.stored_profiles import read_stored_reference
 from core.scoring.calibration import CALIBRATING, build_calibration
 from core.scoring.evaluation import score_controls
 
@@ -78,7 +80,7 @@ def calibrate_file(path: Path, options: FileOptions, *, recompute: bool = False)
     where = str(path)
     check_file(data, where)
     if is_mirror(data.obs):
-        cells = mirror_cells(data, where)
+        cells = take_mirror_cells(data, where)
     elif {"condition", "covariate", "half", "fold_0"} <= set(data.obs.columns):
         cells = data
         cells.X = sparse.csr_matrix(cells.X)
@@ -89,7 +91,7 @@ def calibrate_file(path: Path, options: FileOptions, *, recompute: bool = False)
     halves = {options.seed: cells.obs["half"], **{seed: draw_halves(cells.obs, seed) for seed in further}}
     sums = sum_cells(cells, halves, options.seed)
     if is_mirror(data.obs) and not recompute:
-        reference, negatives = stored_reference(data, cells, where)
+        reference, negatives = read_stored_reference(data, cells, where)
     else:
         negatives = build_negatives(sums)
         reference = build_reference(sums, negatives, options.seed)
@@ -136,7 +138,7 @@ def arrange_cells(data: ad.AnnData, options: FileOptions, where: str) -> ad.AnnD
                 "name it with --column or --covariate",
             )
     rules = Labels(column=options.column, control=(options.control,))
-    labels = condition_labels(data.obs[options.column], rules, where)
+    labels = harmonise_labels(data.obs[options.column], rules, where)
     unknown = int(data.obs.loc[labels.notna(), options.covariate].isna().sum()) if options.covariate else 0
     if unknown:
         raise UserError(
@@ -148,7 +150,7 @@ def arrange_cells(data: ad.AnnData, options: FileOptions, where: str) -> ad.AnnD
     covariate = data.obs[options.covariate].astype(str) if options.covariate else "all"
     obs = pd.DataFrame({"condition": labels, "covariate": covariate}, index=data.obs_names)[labels.notna().to_numpy()]
     require_controls(obs, rules, where)
-    obs = obs[~small_conditions(obs, SMALLEST_CONDITION)]
+    obs = obs[~mask_small_conditions(obs, SMALLEST_CONDITION)]
     conditions = sorted(set(obs["condition"]) - {CONTROL})
     if len(conditions) < FEWEST_CONDITIONS:
         raise UserError(
@@ -167,7 +169,7 @@ def arrange_cells(data: ad.AnnData, options: FileOptions, where: str) -> ad.AnnD
         )
     task: Task = "combination" if combinations else "single"
     obs = obs.assign(half=draw_halves(obs, options.seed)).join(draw_folds(obs, task, FOLDS[task], options.seed))
-    obs = obs.iloc[final_order(obs)]
+    obs = obs.iloc[order_cells(obs)]
     matrix = sparse.csr_matrix(data.X)[data.obs_names.get_indexer(obs.index)]
     genes = np.argsort(data.var_names.to_numpy().astype(str), kind="stable")
     if (np.diff(genes) < 0).any():
@@ -219,4 +221,4 @@ def check_log_expression(cells: ad.AnnData, where: str) -> None:
         raise UserError(where, "X", "NaN or infinite values", "remove or correct these cells")
     if (values < 0).any():
         raise UserError(where, "X", "negative values", "give log1p of normalised counts, not scaled or centred values")
-    require_log_expression(whole_numbers(values), values.max(initial=0.0), where)
+    require_log_expression(are_whole(values), values.max(initial=0.0), where)

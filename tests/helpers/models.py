@@ -18,8 +18,8 @@ from scipy import sparse
 
 from core.scoring.metrics import squared_error
 from core.simulate import SimulationSettings, compute_planted_profiles, simulate
-from core.stats.differential_expression import against_rest, effect_weights
-from core.stats.moments import group_moments
+from core.stats.differential_expression import compare_with_rest, weigh_effects
+from core.stats.moments import sum_groups
 from flows.cli.model_panel import Panel, write_panel
 from model_containers import contract
 
@@ -138,11 +138,11 @@ def plant(folder: Path, combinations: int) -> Planted:
     cells = ad.AnnData(X, obs=obs, var=screen.cells.var[[]])
     cells[~obs["condition"].isin(held_out).to_numpy()].copy().write_h5ad(folder / "train.h5ad")
     cells[(obs["condition"] == contract.CONTROL).to_numpy()].copy().write_h5ad(folder / "control.h5ad")
-    t, _ = against_rest(group_moments(X, pd.Index(names).get_indexer(obs["condition"]), len(names)))
+    t, _ = compare_with_rest(sum_groups(X, pd.Index(names).get_indexer(obs["condition"]), len(names)))
     truth = compute_planted_profiles(screen)
     truth = truth[(truth.obs["condition"] != contract.CONTROL).to_numpy()].copy()
     assert truth.obs["condition"].tolist() == names
-    truth.layers["weights"] = effect_weights(t)
+    truth.layers["weights"] = weigh_effects(t)
     programs = screen.truth.varm[LINE].drop(columns="general").rename_axis("gene")
     return Planted(folder, programs, singles, truth[truth.obs["condition"].isin(held_out)].copy())
 

@@ -22,7 +22,7 @@ import requests
 from blocks.config.child_environment import Services
 from blocks.config.paths import PROJECT_ROOT
 from blocks.engines.base import Usage
-from blocks.local.processes import this_process
+from blocks.local.processes import name_this_process
 from blocks.tracking import curves as mlflow_curves
 from blocks.tracking import tracker as module
 from blocks.tracking.client import Refused, Server
@@ -38,7 +38,7 @@ METRICS = ("mse", "nir", "pearson_deltactrl")
 VARIANTS = (QUOTED_VARIANT, "drf_mean", "drf_ctrl")
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
@@ -422,12 +422,12 @@ def test_only_runs_that_nobody_goes_on_with_are_ended(
     tracking: MLflowTracking, client: MlflowClient, dataset: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    name = this_process().split()
+    name = name_this_process().split()
     of_child = f"{name[0]} {child.pid} {psutil.Process(child.pid).create_time():.1f}"
     elsewhere = f"another-machine/1 {child.pid} 1.0"
     cases = {
-        "here": (this_process(), "live"),
-        "flow_ended": (this_process(), "ended"),
+        "here": (name_this_process(), "live"),
+        "flow_ended": (name_this_process(), "ended"),
         "killed": (of_child, "live"),
         "elsewhere": (elsewhere, "live"),
         "elsewhere_ended": (elsewhere, "ended"),
@@ -435,7 +435,7 @@ def test_only_runs_that_nobody_goes_on_with_are_ended(
     }
     opened = {}
     for model, (process, flow) in cases.items():
-        monkeypatch.setattr(module, "this_process", lambda process=process: process)
+        monkeypatch.setattr(module, "name_this_process", lambda process=process: process)
         opened[model] = open_model(tracking, dataset, model, (0,), flow_run_id=flow)
     tracking.finish(opened["killed"].folds[0])
     asked = []
