@@ -29,7 +29,7 @@ from core.catalog.schema import DatasetSpec, EmbeddingSpec, ResolvedModel
 from core.errors import UserError
 from core.reference.controls import CONTROLS
 from core.report.files import LEADERBOARD, REPORT
-from core.report.tables import entries
+from core.report.tables import list_entries
 from core.scoring.files import CALIBRATION, SCORES
 from tasks.artifacts import LOG, key_of
 from tasks.engine import find_container_of, identify_container
@@ -246,7 +246,7 @@ def show_results(spec: DatasetSpec, runs: Runs, results: Path, page: Path) -> No
     """Prefect artifacts of the run: the leaderboard, and links to the report and to MLflow."""
     board = pd.read_parquet(results / LEADERBOARD)
     table = board[board["calibrated"]].pivot(index=["model", "kind"], columns="metric", values="mean")
-    table = table.reindex(pd.MultiIndex.from_frame(entries(board)[["model", "kind"]])).reset_index()
+    table = table.reindex(pd.MultiIndex.from_frame(list_entries(board)[["model", "kind"]])).reset_index()
     name = spec.name.replace("_", "-")
     create_table_artifact(
         key=f"leaderboard-{name}",
