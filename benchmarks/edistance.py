@@ -23,7 +23,7 @@ import typer
 from benchmarks.comparison import CONSOLE, Timing, agreement, machine, show_agreement, show_times, timed
 from core.arrays import Floats, Ints
 from core.rng import generator
-from core.stats.edistance import COMPONENTS, edistances
+from core.stats.edistance import COMPONENTS, measure_edistances
 
 TOLERANCE = 1e-6
 
@@ -38,7 +38,7 @@ def coordinates(conditions: int, cells: int) -> tuple[Floats, Ints]:
 
 
 def peers(x: Floats, codes: Ints, names: list[str]) -> Floats:
-    """The peer's E-distances, in the order of `names`."""
+    """Compute the peer's E-distances, in the order of `names`."""
     obs = pd.DataFrame({"perturbation": np.array(names)[codes]}, index=[f"cell{i}" for i in range(len(codes))])
     cells = ad.AnnData(obs=obs, obsm={"X_pca": x})
     table: pd.DataFrame = scperturb.edist(cells, obs_key="perturbation", verbose=False)
@@ -56,11 +56,11 @@ def main(
     x, codes = coordinates(conditions, conditions * (cells - 2))
     names = [f"c{number:04d}" for number in range(conditions)]
     CONSOLE.print(f"{conditions:,} conditions, {len(x):,} cells, {COMPONENTS} coordinates\n")
-    seconds, table = timed(lambda: edistances(x, codes, names), repeats)
+    seconds, table = timed(lambda: measure_edistances(x, codes, names), repeats)
     peer, expected = timed(lambda: peers(x, codes, names))
     many, many_codes = coordinates(more_conditions, more_conditions * (cells - 2))
     many_names = [f"c{number:04d}" for number in range(more_conditions)]
-    more, _ = timed(lambda: edistances(many, many_codes, many_names), repeats)
+    more, _ = timed(lambda: measure_edistances(many, many_codes, many_names), repeats)
     show_times(
         "Times, all pairs of conditions",
         [

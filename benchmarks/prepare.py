@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy import sparse
 
-from core.arrays import one_blas_thread
+from core.arrays import limit_blas_threads
 from core.catalog.schema import DatasetSpec
 from core.io.panels import PANEL
 from core.prepare.cells import MEMORY, read_cells, write_cells
@@ -227,7 +227,7 @@ def _products(width: int) -> float:
     """Seconds on one core for the upper half of the products of all genes over one panel of cells."""
     panel = np.random.default_rng(0).random((PANEL, width))
     strip = panel[:, :STRIP]
-    with one_blas_thread():
+    with limit_blas_threads():
         panel[:, :STRIP].T @ strip
         began = time.monotonic()
         panel.T @ strip

@@ -24,11 +24,15 @@ _limit: list[Any] = []  # the limit in force, then one entry per context that wa
 
 
 @contextmanager
-def one_blas_thread() -> Iterator[None]:
-    """A context in which BLAS and LAPACK use one thread: their last bits change with the number of threads.
+def limit_blas_threads() -> Iterator[None]:
+    """Return a context in which BLAS and LAPACK use one thread: their last bits change with the number of threads.
 
     The limit is the whole process's. Contexts may overlap in several threads: the first sets it, the last lifts it.
     (Importing core before numpy sets it for good.)
+
+    Yields
+    ------
+    Iterator[None]
     """
     with _limit_lock:
         if not _limit:
@@ -43,16 +47,33 @@ def one_blas_thread() -> Iterator[None]:
                 _limit.pop().restore_original_limits()
 
 
-def in_threads(work: Callable[[T], object], items: Iterable[T]) -> None:
+def run_in_threads(work: Callable[[T], object], items: Iterable[T]) -> None:
     """Do `work` for every item in as many threads as there are cores, BLAS on one; returns when all is done.
 
     An item's result must not depend on when it is done. Raises what the work raises.
+
+    Parameters
+    ----------
+    work : Callable[[T], object]
+        What is called with each item.
+    items : Iterable[T]
+        In the order in which they are read.
     """
-    with one_blas_thread(), ThreadPoolExecutor(cpu_count()) as pool:
+    with limit_blas_threads(), ThreadPoolExecutor(cpu_count()) as pool:
         list(pool.map(work, items))
 
 
-def fixed_signs(components: Floats) -> Floats:
-    """Components (k x n) with the sign that makes the entry of largest absolute value of each positive."""
+def fix_signs(components: Floats) -> Floats:
+    """Return components (k x n) with the sign that makes the entry of largest absolute value of each positive.
+
+    Parameters
+    ----------
+    components : Floats
+        k x n.
+
+    Returns
+    -------
+    Floats
+    """
     largest = np.take_along_axis(components, np.abs(components).argmax(axis=1)[:, None], axis=1)
     return np.asarray(components * np.where(largest < 0, -1.0, 1.0))

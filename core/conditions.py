@@ -10,10 +10,32 @@ KEYS = ["covariate", "condition"]  # what a group of cells, and a row of every t
 
 
 def genes_of(condition: str) -> list[str]:
-    """The perturbed genes of a condition; none for control."""
+    """Return the perturbed genes of a condition; none for control.
+
+    Parameters
+    ----------
+    condition : str
+        Its name.
+
+    Returns
+    -------
+    list[str]
+    """
     return [] if condition == CONTROL else condition.split(SEPARATOR)
 
 
 def row_names(covariates: pd.Series, names: pd.Series) -> pd.Index:
-    """What the rows of an AnnData over conditions are called: `covariate|condition`."""
+    """Return what the rows of an AnnData over conditions are called: `covariate|condition`.
+
+    Parameters
+    ----------
+    covariates : pd.Series
+        The covariate of each row.
+    names : pd.Series
+        In the order in which they are shown.
+
+    Returns
+    -------
+    pd.Index
+    """
     return pd.Index(covariates.astype(str) + "|" + names.astype(str))

@@ -1,4 +1,4 @@
-"""The one kind of error that a user can mend: it names the place, the field, what was found, and the remedy."""
+"""The one kind of error that a user can correct: it names the place, the field, what was found, and the remedy."""
 
 from __future__ import annotations
 
@@ -27,11 +27,33 @@ class UserError(Exception):
 
 
 def shown(names: list[str], most: int = 5) -> str:
-    """The first few names for a message, and how many more there are: `a, b, c and 4 more`."""
+    """Return the first few names for a message, and how many more there are: `a, b, c and 4 more`.
+
+    Parameters
+    ----------
+    names : list[str]
+        In the order in which they are shown.
+    most : int
+        At most so many.
+
+    Returns
+    -------
+    str
+    """
     head = ", ".join(names[:most])
     return head if len(names) <= most else f"{head} and {len(names) - most} more"
 
 
 def hide_password(text: str) -> str:
-    """The text with what an address has before `@`, a user name and password, replaced by dots."""
+    """Return the text with what an address has before `@`, a user name and password, replaced by dots.
+
+    Parameters
+    ----------
+    text : str
+        Any text.
+
+    Returns
+    -------
+    str
+    """
     return re.sub(r"//[^/\s]*@", "//...@", text)

@@ -13,10 +13,25 @@ EVERY = 30.0  # seconds between two lines
 T = TypeVar("T")
 
 
-def progress(what: str, parts: Iterable[tuple[slice, T]], total: int, of: str = "cells") -> Iterator[tuple[slice, T]]:
+def log_progress(
+    what: str, parts: Iterable[tuple[slice, T]], total: int, of: str = "cells"
+) -> Iterator[tuple[slice, T]]:
     """Hand the parts of a pass on, and log how many of all `total` cells are behind, at most every half minute.
 
-    parts: cells (a slice of their positions, ascending) and what there is of them. of: what else the slices count.
+    Parameters
+    ----------
+    what : str
+        What is counted, for the log.
+    parts : Iterable[tuple[slice, T]]
+        Cells (a slice of their positions, ascending) and what there is of them.
+    total : int
+        Of all parts together.
+    of : str
+        What else the slices count.
+
+    Yields
+    ------
+    Iterator[tuple[slice, T]]
     """
     began = said = time.monotonic()
     for span, part in parts:

@@ -16,7 +16,7 @@ from tasks.inputs import list_inputs
 from tasks.preflight import check_run
 from tasks.prepare import measure_quality
 from tasks.pretrained import fetch_inputs
-from tasks.record import end_interrupted, failing_with_the_flow, open_runs
+from tasks.record import end_interrupted, end_runs_on_error, open_runs
 from tasks.score import score_model
 
 
@@ -53,7 +53,7 @@ def benchmark(
 
     jobs = plan_folds(screen, run.models, seed, inputs)
     runs = open_runs(run.spec, control_scores, list_origins(jobs), list_folds(jobs), screen.source)
-    with failing_with_the_flow(runs):
+    with end_runs_on_error(runs):
         predictions = train_folds(jobs, runs)
         scores = [score_model(run.spec, screen.reference, name, seed, folders) for name, folders in predictions.items()]
     return report_results(run.spec.name, screen, [control_scores, *scores], calibration, quality.result(), runs)

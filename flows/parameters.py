@@ -33,7 +33,7 @@ Models: TypeAlias = Annotated[
     list[str],
     Field(
         title="Models",
-        description="The models to train. A group stands for all its models. The controls, the additive and the linear "
+        description="The models to train. A group means all its models. The controls, the additive and the linear "
         "baseline need no training and are part of every benchmark.",
         examples=[["demo"], ["fmlp_reactome", "ridge_reactome"]],
     ),
@@ -42,7 +42,7 @@ BenchmarkedModels: TypeAlias = Annotated[
     list[str],
     Field(
         title="Models",
-        description="The models to benchmark on each data set. A group stands for all its models. None: the metrics "
+        description="The models to benchmark on each data set. A group means all its models. None: the metrics "
         "are calibrated, and no model is trained.",
         examples=[["demo"]],
     ),

@@ -180,8 +180,8 @@ def _warn_if_no_worker(client: SyncPrefectClient, waiting: int) -> None:
 
 def _give_up_stalled(client: SyncPrefectClient, runs: Iterable[FlowRun]) -> None:
     """Let a run that a worker has taken and never started count as crashed."""
-    begun = datetime.now(UTC) - START_LIMIT
+    latest = datetime.now(UTC) - START_LIMIT
     for run in runs:
-        if run.state and run.state_type == StateType.PENDING and run.state.timestamp < begun:
+        if run.state and run.state_type == StateType.PENDING and run.state.timestamp < latest:
             message = f"taken by a worker, but not started within {START_LIMIT}"
             client.set_flow_run_state(run.id, Crashed(message=message), force=True)

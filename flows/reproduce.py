@@ -22,7 +22,7 @@ from flows.remote_folds import cancel_folds
 from tasks.artifacts import LOG
 from tasks.inputs import choose_models, choose_study, list_inputs, resolve_sources
 from tasks.preflight import check_needs
-from tasks.record import end_interrupted, tracking_server
+from tasks.record import end_interrupted, open_tracking
 from tasks.sources import fetch_source
 
 LONGEST = 500  # characters of a reason
@@ -81,7 +81,7 @@ def reproduce(
     """
     specs, chosen = choose_study(datasets, origin), choose_models(models)
     check_needs(list_inputs(chosen), sources, chosen, later=specs.values())
-    tracking_server()
+    open_tracking()
     outcomes: list[Outcome] = []
     connected = True
     for dataset, spec in specs.items():
@@ -109,7 +109,7 @@ def _reproduce_dataset(
     own = {name: file for name, file in sources.items() if name == spec.name}
     fetch = fetch_source if connected else fetch_source.with_options(retries=0)
     LOG.info("%s: %s", spec.name, spec.title)
-    failing = "could not be got"
+    failing = "could not be fetched"
     try:
         fetch(spec, resolve_sources([spec], own).get(spec.name))
         failing = "could not be prepared"
@@ -132,10 +132,10 @@ def _describe_success(name: str, cells: Path, calibration: Path) -> Outcome:
     from core.conditions import CONTROL
     from core.io.h5ad import read_names
     from core.prepare.files import CELLS
-    from core.report.tables import verdicts
+    from core.report.tables import tabulate_verdicts
     from core.scoring.files import CALIBRATION
 
-    table = verdicts(pd.read_parquet(calibration / CALIBRATION))
+    table = tabulate_verdicts(pd.read_parquet(calibration / CALIBRATION))
     obs, var = read_names(cells / CELLS)
     conditions = set(obs["condition"]) - {CONTROL}
     calibrated = int((table["verdict"] == "calibrated").sum())

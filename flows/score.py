@@ -12,7 +12,7 @@ from tasks.artifacts import key_of
 from tasks.inputs import check_model_name
 from tasks.preflight import check_run
 from tasks.prepare import measure_quality
-from tasks.record import ModelOrigin, end_interrupted, failing_with_the_flow, open_runs
+from tasks.record import ModelOrigin, end_interrupted, end_runs_on_error, open_runs
 from tasks.score import accept_predictions, score_model
 
 
@@ -46,6 +46,6 @@ def score(
     control_scores, calibration = calibrate_screen(screen)
     origins = {name: ModelOrigin({"file": predictions.name}, "", -1, [key_of(accepted)])}
     runs = open_runs(run.spec, control_scores, origins, [], screen.source)
-    with failing_with_the_flow(runs):
+    with end_runs_on_error(runs):
         scores = score_model(run.spec, screen.reference, name, -1, [accepted])
     return report_results(f"{run.spec.name}.{name}", screen, [control_scores, scores], calibration, quality, runs)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from core.catalog.schema import DatasetSpec
 from tasks.preflight import Run
 from tasks.prepare import build_reference, prepare_cells
-from tasks.record import Runs, failing_with_the_flow, record_calibration, record_results, show_results
+from tasks.record import Runs, end_runs_on_error, record_calibration, record_results, show_results
 from tasks.results import make_results, publish_results
 from tasks.score import calibrate_metrics, score_controls
 from tasks.sources import describe_source, fetch_source
@@ -44,7 +44,7 @@ def report_results(name: str, screen: Screen, scores: list[Path], calibration: P
 
     scores: of the controls, then of the models. Returns the folder.
     """
-    with failing_with_the_flow(runs):
+    with end_runs_on_error(runs):
         results = make_results(screen.spec, screen.source, scores, calibration, quality, runs.benchmark_id)
         record_results(runs, results)
     page = publish_results(name, results)

@@ -15,7 +15,7 @@ from flows.steps import prepare_screen
 from tasks.inputs import list_inputs
 from tasks.preflight import check_run
 from tasks.pretrained import fetch_inputs
-from tasks.record import end_interrupted, end_trainings, failing_with_the_flow, open_runs
+from tasks.record import end_interrupted, end_runs_on_error, end_trainings, open_runs
 from tasks.score import score_controls
 
 
@@ -46,7 +46,7 @@ def train(
 
     jobs = plan_folds(screen, run.models, seed, inputs)
     runs = open_runs(run.spec, control_scores, list_origins(jobs), list_folds(jobs), screen.source, controls=False)
-    with failing_with_the_flow(runs):
+    with end_runs_on_error(runs):
         predictions = train_folds(jobs, runs)
         end_trainings(runs)
     return predictions

@@ -49,12 +49,7 @@ def build_or_get(recipe: Recipe, build: Callable[[Path], None]) -> Path:
         build(folder)
 
     return ArtifactStore().obtain(
-        recipe.kind,
-        recipe.key,
-        build_and_log,
-        inputs=recipe.input_keys,
-        parameters=recipe.parameters,
-        code=recipe.code,
+        recipe.kind, recipe.key, build_and_log, inputs=recipe.input_keys, parameters=recipe.parameters, code=recipe.code
     )
 
 

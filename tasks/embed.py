@@ -51,11 +51,11 @@ def embed(spec: EmbeddingSpec, source: Path, perturbed: list[str]) -> Path:
 @task(name="join-embeddings", task_run_name="embed {spec.name}", cache_policy=NO_CACHE)
 def join_embeddings(spec: EmbeddingSpec, parts: dict[str, Path]) -> Path:
     """Put several tables side by side; the artifact's folder of embedding.parquet. parts: their artifacts, by name."""
-    from core.embeddings.tables import read_embedding, side_by_side, write_embedding
+    from core.embeddings.tables import join_tables, read_embedding, write_embedding
 
     def build(folder: Path) -> None:
         tables = {name: read_embedding(part / EMBEDDING) for name, part in parts.items()}
-        write_embedding(side_by_side(tables), folder / EMBEDDING)
+        write_embedding(join_tables(tables), folder / EMBEDDING)
 
     parameters = {"kind": spec.kind, "parts": list(parts)}
     code = code_hash("core.embeddings.tables")
@@ -81,7 +81,7 @@ def make_embeddings(
     data: the folds' artifacts. inputs: of `fetch_inputs`. perturbed: the genes that models will need. Raises
     UserError if a model's embedding has none of them.
     """
-    from core.embeddings.tables import known_genes, require_coverage
+    from core.embeddings.tables import list_known_genes, require_coverage
 
     by_key: dict[tuple[str, int | None], Path] = {}
 
@@ -100,30 +100,26 @@ def make_embeddings(
         for fold in data:
             folder = made[model.name, fold] = make_once(model.embedding, fold) if model.embedding else None
             if folder and model.embedding:
-                require_coverage(model.embedding.name, known_genes(folder / EMBEDDING), perturbed)
+                require_coverage(model.embedding.name, list_known_genes(folder / EMBEDDING), perturbed)
     return made
 
 
 def _pathways(gmt: Path, dimensions: int) -> pd.DataFrame:
-    from core.embeddings.tables import pathway_embedding
+    from core.embeddings.tables import embed_pathways
 
-    return pathway_embedding(gmt, dimensions)
+    return embed_pathways(gmt, dimensions)
 
 
 def _coexpression(fold: Path, dimensions: int) -> pd.DataFrame:
-    from core.embeddings.tables import fold_coexpression
+    from core.embeddings.tables import embed_fold
 
-    return fold_coexpression(fold, dimensions)
+    return embed_fold(fold, dimensions)
 
 
 def _graph(annotations: Path, neighbours: int, genes: list[str]) -> pd.DataFrame:
-    from core.embeddings.gene_graph import gene_graph, gene_terms
+    from core.embeddings.gene_graph import build_gene_graph, read_gene_terms
 
-    return gene_graph(gene_terms(annotations), neighbours, genes)
+    return build_gene_graph(read_gene_terms(annotations), neighbours, genes)
 
 
-COMPUTE: dict[str, Callable[..., pd.DataFrame]] = {
-    "gmt": _pathways,
-    "coexpression": _coexpression,
-    "graph": _graph,
-}
+COMPUTE: dict[str, Callable[..., pd.DataFrame]] = {"gmt": _pathways, "coexpression": _coexpression, "graph": _graph}

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from blocks.config.catalog import open_catalog
 from blocks.config.settings import read_settings
+from blocks.engines.base import Engine
 from blocks.engines.checkpoints import checkpoint
-from blocks.engines.process import Engine, ProcessEngine
-from blocks.local.gpus import Gpu, lease
+from blocks.engines.process import ProcessEngine
+from blocks.local.gpus import Gpu, lease_gpu
 from core.catalog.schema import EmbeddingSpec, ResolvedModel
 from core.errors import UserError
 from tasks.artifacts import Recipe, build_or_get
@@ -90,7 +91,7 @@ def lease_device(container: Path, name: str) -> AbstractContextManager[Gpu | Non
 
     name: what the lease is for; others who wait for a GPU see it.
     """
-    return nullcontext() if runs_elsewhere() or not _uses_gpu(container) else lease(name)
+    return nullcontext() if runs_elsewhere() or not _uses_gpu(container) else lease_gpu(name)
 
 
 @contextmanager

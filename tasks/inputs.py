@@ -82,7 +82,7 @@ def resolve_sources(
     """Return name -> path of what the user has for a run: a file, or a folder of published files.
 
     needed: what the run needs. What is not in the result is downloaded, simulated or computed. sources: name -> path
-    as the user wrote it; the variable CALIPERT_SOURCE_<NAME> stands for a name that is not there. later: what a file
+    as the user wrote it; for a name that is not there, the variable CALIPERT_SOURCE_<NAME>. later: what a file
     may be named for too, and which is resolved later.
     Raises UserError, before any work, that names every file that is missing or that nothing needs.
     """
@@ -187,6 +187,14 @@ def choose_models(names: Iterable[str]) -> list[ResolvedModel]:
             find_container(model.container, where)
             chosen.append(model)
     return chosen
+
+
+def check_request(
+    dataset: str, models: Iterable[str], folds: Folds, origin: Origin, sources: Mapping[str, str]
+) -> None:
+    """Raise UserError for what can be refused before a server starts: unknown names, and files that are missing."""
+    spec = choose_dataset(dataset, folds, origin)
+    resolve_sources([spec, *list_inputs(choose_models(models))], sources)
 
 
 def list_container_places() -> list[Path]:

@@ -67,7 +67,7 @@ def make_training_counter(total: int) -> Callable[[str], None]:
     total: how many there are. It logs at most one line in ten seconds, and the last: "trained 12 of 50 (norman19,
     fmlp_reactome, fold 3), about 4 minutes left". The time left follows from the pace so far.
     """
-    begun = logged = time.monotonic()
+    start = logged = time.monotonic()
     done = 0
 
     def count(name: str) -> None:
@@ -77,7 +77,7 @@ def make_training_counter(total: int) -> Callable[[str], None]:
         if done < total and now - logged < COUNTS_S:
             return
         logged = now
-        left = f", about {_in_words((now - begun) / done * (total - done))} left" if done < total else ""
+        left = f", about {_in_words((now - start) / done * (total - done))} left" if done < total else ""
         LOG.info("trained %d of %d (%s)%s", done, total, name, left)
 
     return count

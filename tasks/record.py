@@ -20,7 +20,7 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowR
 from prefect.client.schemas.objects import StateType
 from prefect.exceptions import TerminationSignal
 
-from blocks.config.secrets import mlflow_credentials
+from blocks.config.secrets import read_mlflow_credentials
 from blocks.local.cancellation import Stopped
 from blocks.services.pages import read_pages
 from blocks.store.code import code_hash
@@ -29,7 +29,7 @@ from core.catalog.schema import DatasetSpec, EmbeddingSpec, ResolvedModel
 from core.errors import UserError
 from core.reference.controls import CONTROLS
 from core.report.files import LEADERBOARD, REPORT
-from core.report.tables import entries
+from core.report.tables import list_entries
 from core.scoring.files import CALIBRATION, SCORES
 from tasks.artifacts import LOG, key_of
 from tasks.engine import find_container_of, identify_container
@@ -77,8 +77,8 @@ def _describe_table(spec: EmbeddingSpec) -> dict[str, Any]:
     return {name: value for name, value in about.items() if value is not None}
 
 
-def tracking_server() -> MLflowTracking:
-    """The MLflow server of this environment, with its password. Raises UserError where none is named."""
+def open_tracking() -> MLflowTracking:
+    """Return the MLflow server of this environment, with its password. Raises UserError if none is named."""
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if uri is None:
         raise UserError(
@@ -87,12 +87,12 @@ def tracking_server() -> MLflowTracking:
             "not set",
             "use `calipert run` or `make up`, which start a server and set it",
         )
-    os.environ.update(mlflow_credentials())
+    os.environ.update(read_mlflow_credentials())
     return MLflowTracking(tracking_uri=uri)
 
 
-def benchmark_id(control_scores: Path, origins: Mapping[str, ModelOrigin]) -> str:
-    """Twelve hex digits that tie the runs of one benchmark together.
+def compute_benchmark_id(control_scores: Path, origins: Mapping[str, ModelOrigin]) -> str:
+    """Return twelve hex digits that tie the runs of one benchmark together.
 
     They follow from the data and the code that scores (the key of the controls' scores holds both), the code that
     summarises, and the models' origins.
@@ -115,13 +115,13 @@ def open_runs(
     source: str,
     controls: bool = True,
 ) -> Runs:
-    """The MLflow runs of a benchmark, found again or created: one per model and control, and one per model and fold.
+    """Find or create the MLflow runs of a benchmark: one per model and control, and one per model and fold.
 
     control_scores: of them only controls with a value get a run. source: where the raw file comes from. controls:
-    false where nothing is scored.
+    false if nothing is scored.
     """
     scored = set(pd.read_parquet(control_scores / SCORES, columns=["model"])["model"])
-    identity = benchmark_id(control_scores, origins)
+    identity = compute_benchmark_id(control_scores, origins)
     kinds = dict.fromkeys(origins, "model") | {control.name: control.role for control in CONTROLS}
     compared = {
         control.name: ModelOrigin({}, "", -1, []) for control in CONTROLS if control.name in scored and controls
@@ -139,10 +139,10 @@ def open_runs(
         )
         for name, own in (origins | compared).items()
     ]
-    server = tracking_server()
-    server.end_stale(spec.name, active_flow_runs)
+    server = open_tracking()
+    server.end_stale(spec.name, list_active_flow_runs)
     opened = server.open_runs(
-        spec.name, identity, wanted, digest=key_of(control_scores)[:32], source=source, flow_run_id=_flow_run()
+        spec.name, identity, wanted, digest=key_of(control_scores)[:32], source=source, flow_run_id=_get_flow_run_id()
     )
     return Runs(
         identity,
@@ -151,8 +151,8 @@ def open_runs(
     )
 
 
-def active_flow_runs(ids: list[str]) -> set[str]:
-    """Those of some flow runs that have not ended; one that this Prefect server does not know may be another's."""
+def list_active_flow_runs(ids: list[str]) -> set[str]:
+    """Return those flow runs that have not ended; one that is unknown may belong to another Prefect server."""
     ended = [StateType.COMPLETED, StateType.FAILED, StateType.CRASHED, StateType.CANCELLED]
     mine = FlowRunFilter(
         id=FlowRunFilterId(any_=[UUID(one) for one in ids]),
@@ -163,8 +163,8 @@ def active_flow_runs(ids: list[str]) -> set[str]:
 
 
 @contextmanager
-def failing_with_the_flow(runs: Runs) -> Iterator[None]:
-    """Inside it, an error ends the benchmark's MLflow runs, as `end_failed` does, before it goes on."""
+def end_runs_on_error(runs: Runs) -> Iterator[None]:
+    """End the benchmark's MLflow runs, as `end_failed` does, if the block raises an error."""
     try:
         yield
     except BaseException as error:
@@ -173,9 +173,9 @@ def failing_with_the_flow(runs: Runs) -> Iterator[None]:
 
 
 def end_failed(run_ids: Iterable[str], error: BaseException) -> None:
-    """End MLflow runs as FAILED with the reason, or as KILLED where the flow was ended from outside.
+    """End MLflow runs as FAILED with the reason, or as KILLED if the flow was ended from outside.
 
-    What MLflow refuses is only logged: it must not hide the error.
+    An error of MLflow is only logged: it must not hide this one.
     """
     status, reason = "FAILED", f"{type(error).__name__}: {error}"
     if isinstance(error, Stopped):
@@ -183,24 +183,24 @@ def end_failed(run_ids: Iterable[str], error: BaseException) -> None:
     elif isinstance(error, TerminationSignal | KeyboardInterrupt):
         status, reason = "KILLED", "the flow run was cancelled, or its process was ended by a signal"
     for run_id in run_ids:
-        with _only_logged("the failure"):
-            tracking_server().fail(run_id, reason, status)
+        with _log_errors("the failure"):
+            open_tracking().fail(run_id, reason, status)
 
 
 def end_training(run_id: str, flow_run_id: str, reason: str) -> None:
     """End the MLflow run of a training as KILLED, if it is this flow run's, and no later one's."""
-    with _only_logged("the end of a training"):
-        tracking_server().kill_training(run_id, flow_run_id, reason)
+    with _log_errors("the end of a training"):
+        open_tracking().kill_training(run_id, flow_run_id, reason)
 
 
 def end_interrupted(flow: object, flow_run: Any, state: Any) -> None:
-    """Hook of a flow that was cancelled or has crashed: end the MLflow runs that it left running."""
-    with _only_logged("the end of interrupted runs"):
-        tracking_server().end_interrupted(str(flow_run.id), f"the flow run is {state.name}")
+    """End the MLflow runs that a flow left running; a hook for its cancellation and its crash."""
+    with _log_errors("the end of interrupted runs"):
+        open_tracking().end_interrupted(str(flow_run.id), f"the flow run is {state.name}")
 
 
 @contextmanager
-def _only_logged(what: str) -> Iterator[None]:
+def _log_errors(what: str) -> Iterator[None]:
     try:
         yield
     except UserError as lost:
@@ -211,7 +211,7 @@ def _only_logged(what: str) -> Iterator[None]:
 def record_calibration(spec: DatasetSpec, calibration: Path, source: str) -> None:
     """One MLflow run for the calibration of a data set."""
     table = calibration / CALIBRATION
-    tracking_server().log_calibration(
+    open_tracking().log_calibration(
         spec.name,
         pd.read_parquet(table),
         key=key_of(calibration),
@@ -219,20 +219,20 @@ def record_calibration(spec: DatasetSpec, calibration: Path, source: str) -> Non
         source=source,
         params={"half_seeds": spec.half_seeds, "data_seed": spec.seed},
         file=table,
-        flow_run_id=_flow_run(),
+        flow_run_id=_get_flow_run_id(),
     )
 
 
 @task(name="end-trainings", cache_policy=NO_CACHE)
 def end_trainings(runs: Runs) -> None:
     """End the MLflow runs of models that were trained, but not scored."""
-    tracking_server().finish(*runs.models.values())
+    open_tracking().finish(*runs.models.values())
 
 
 @task(name="record-results", cache_policy=NO_CACHE)
 def record_results(runs: Runs, results: Path) -> None:
     """Write the leaderboard, the scores and the report to the benchmark's MLflow runs, and end them."""
-    server = tracking_server()
+    server = open_tracking()
     board = pd.read_parquet(results / LEADERBOARD)
     scored = set(board["model"])
     server.log_leaderboard(board, {name: run_id for name, run_id in runs.models.items() if name in scored})
@@ -246,24 +246,24 @@ def show_results(spec: DatasetSpec, runs: Runs, results: Path, page: Path) -> No
     """Prefect artifacts of the run: the leaderboard, and links to the report and to MLflow."""
     board = pd.read_parquet(results / LEADERBOARD)
     table = board[board["calibrated"]].pivot(index=["model", "kind"], columns="metric", values="mean")
-    table = table.reindex(pd.MultiIndex.from_frame(entries(board)[["model", "kind"]])).reset_index()
+    table = table.reindex(pd.MultiIndex.from_frame(list_entries(board)[["model", "kind"]])).reset_index()
     name = spec.name.replace("_", "-")
     create_table_artifact(
         key=f"leaderboard-{name}",
         table=table.round(4).astype(object).where(table.notna(), None).to_dict(orient="records"),
         description=f"Means over conditions on the calibrated metrics of {spec.title}",
     )
-    server = tracking_server()
-    # Browsers do not follow links from a server's pages to files: MLflow serves the report.
+    server = open_tracking()
+    # Browsers do not follow links from a server's pages to files, so MLflow serves the report.
     create_link_artifact(
         key=f"report-{name}",
-        link=server.report_url(spec.name, next(iter(runs.models.values()))),
+        link=server.build_report_url(spec.name, next(iter(runs.models.values()))),
         link_text=f"Report of {spec.name}",
         description=f"Every MLflow run of the benchmark keeps it; the worker has it as `{page}`.",
     )
-    url = server.benchmark_url(spec.name, runs.benchmark_id)
+    url = server.build_benchmark_url(spec.name, runs.benchmark_id)
     create_link_artifact(key=f"mlflow-{name}", link=url, link_text="Compare the models in MLflow")
 
 
-def _flow_run() -> str | None:
+def _get_flow_run_id() -> str | None:
     return str(runtime.flow_run.id) if runtime.flow_run.id else None

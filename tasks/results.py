@@ -5,11 +5,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from filelock import FileLock
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from blocks.config.paths import reports_folder
+from blocks.local.files import lock_file
 from blocks.local.scratch import scratch
 from blocks.store.code import code_hash
 from core.catalog.schema import DatasetSpec
@@ -50,9 +50,11 @@ def make_results(
 
     def build(folder: Path) -> None:
         # Imported only here: it takes seconds, and mostly the results are in the store.
+        from core.report.page import Dataset
         from core.report.results import write_results
 
-        write_results(spec, spec.seed, scores, calibration, quality, provenance, folder)
+        dataset = Dataset(spec.name, spec.title, spec.task, spec.citation, spec.licence)
+        write_results(dataset, spec.seed, scores, calibration, quality, provenance, folder)
 
     provenance = {
         "data set": spec.name,
@@ -78,7 +80,8 @@ def publish_results(name: str, results: Path) -> Path:
     target = reports_folder(name)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Two runs of one data set may end at once: one after the other puts its copy there, whole.
-    with FileLock(target.with_name(f".{name}.lock")), scratch(target.parent, ".publishing") as temporary:
+    lock = lock_file(target.with_name(f".{name}.lock"), f"another run publishes the results of {name}")
+    with lock, scratch(target.parent, ".publishing") as temporary:
         fresh = shutil.copytree(results, temporary / "new", copy_function=shutil.copyfile)
         if target.exists():
             target.rename(temporary / "old")

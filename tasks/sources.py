@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
-from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
-import filelock
 from prefect import runtime, task
 
 from blocks.config.paths import downloads_folder, store_folder
 from blocks.http import TASK_RETRY_DELAYS, ConnectionLost
+from blocks.local.files import lock_file
 from blocks.store.code import code_hash
 from core.catalog.schema import (
     DatasetSpec,
@@ -119,7 +117,7 @@ def download_once(name: str, source: HttpsSource | S3Source) -> Path:
     target = _target(name, source)
     recorded = target.with_name(f"{target.name}.sha256")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _lock_downloads(target):
+    with lock_file(target.parent / ".lock", f"{target.name} is being fetched or checked elsewhere"):
         if not target.exists():
             # A record without its file belongs to an earlier one.
             recorded.unlink(missing_ok=True)
@@ -142,21 +140,6 @@ def _download(source: HttpsSource | S3Source, target: Path) -> None:
             raise
         remedy = "solve that, or name another data folder (environment CALIPERT_DATA); what has arrived is kept"
         raise UserError(target.parent, "folder of downloads", DISK[error.errno], remedy) from error
-
-
-@contextmanager
-def _lock_downloads(target: Path) -> Iterator[None]:
-    """Let one caller at a time into the block, on this machine."""
-    lock = filelock.FileLock(target.parent / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        LOG.info("%s is being fetched or checked elsewhere: waiting for it", target.name)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def describe_source(spec: DatasetSpec | EmbeddingSpec, raw: Path) -> str:

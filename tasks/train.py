@@ -14,7 +14,7 @@ from prefect import runtime, task
 from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ConfigDict
 
-from blocks.engines.process import Usage
+from blocks.engines.base import Usage
 from blocks.store.artifacts import MANIFEST, ArtifactStore
 from blocks.store.code import code_hash
 from blocks.tracking.tracker import MLflowTracking
@@ -34,7 +34,7 @@ from tasks.engine import (
     require_unchanged,
 )
 from tasks.progress import make_progress_reporter
-from tasks.record import end_failed, tracking_server
+from tasks.record import end_failed, open_tracking
 
 CURVE = "training.jsonl"
 USAGE = "usage.json"
@@ -222,7 +222,7 @@ def train_fold(job: FoldJob, stored: TrainedFold | None = None) -> Path:
     stored: what the store has of the job (`find_trained_fold`). The fold's MLflow run shows the curve while it grows,
     a progress artifact how far the training is.
     """
-    tracking = tracking_server()
+    tracking = open_tracking()
     try:
         fold = stored or _train_now(job, tracking)
     except BaseException as error:

@@ -13,20 +13,20 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import filelock
-from prefect.blocks.core import Block
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from blocks.config.paths import store_folder
 from blocks.config.settings import read_settings
+from blocks.local.files import lock_file
 from blocks.local.scratch import scratch, sweep
-from blocks.store.bucket import DamagedFolder, ObjectStore, StoredFile
-from blocks.store.checksums import file_checksum
+from blocks.store.bucket import DamagedFolder, ObjectStore
+from blocks.store.checksums import StoredFile, checksum_files, file_checksum
 from core.errors import UserError
 
 JSON: TypeAlias = "str | int | float | bool | list[JSON] | tuple[JSON, ...] | Mapping[str, JSON] | None"
@@ -40,7 +40,6 @@ _KEY = re.compile(r"[0-9a-f]{64}")
 # Beside the kinds, so that publishing is a rename within one file system. The dot keeps them apart.
 _TEMPORARY = ".temporary"
 _LOCKS = ".locks"
-QUIET_S = 2.0  # so long another may be at work on the same before it is said
 _SCRATCH = "artifact"
 # What this process (by its id) has done: the stores that it swept, and what it knows to be in which bucket.
 _swept: set[tuple[int, str]] = set()
@@ -48,7 +47,7 @@ _shared: set[tuple[int, str | None, str]] = set()
 
 
 def artifact_key(kind: str, inputs: Mapping[str, str], parameters: Mapping[str, JSON], code: str) -> str:
-    """SHA-256 (hex) of what produces an artifact: its name in the store.
+    """Return the SHA-256 (hex) of what produces an artifact: its name in the store.
 
     inputs: name -> key or checksum of what goes in. parameters: JSON values; the order of names does not
     count, floats count to the last bit, 1 and 1.0 differ, tuples count as lists. code: see
@@ -56,7 +55,7 @@ def artifact_key(kind: str, inputs: Mapping[str, str], parameters: Mapping[str, 
     Raises TypeError for a value that is not JSON, ValueError for NaN and infinities, which JSON cannot hold.
     """
     recipe = {"kind": kind, "inputs": inputs, "parameters": parameters, "code": code}
-    text = json.dumps(_plain(recipe, ""), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(_to_json(recipe, ""), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return sha256(text.encode()).hexdigest()
 
 
@@ -74,23 +73,18 @@ class Manifest(BaseModel):
     created: datetime
 
 
-class ArtifactStore(Block):
-    """Content-addressed artifacts in a folder: <root>/<kind>/<key>/ with a manifest.json and read-only files; and in a
-    bucket that machines share, if there is one, of which the folder then is the cache.
+@dataclass(frozen=True)
+class ArtifactStore:
+    """Content-addressed artifacts in a folder, <root>/<kind>/<key>/ with a manifest.json and read-only files.
 
-    An artifact appears by one atomic rename after everything in it has reached the disk, in the bucket by its index,
-    uploaded last; one with a valid manifest is never computed again. Callers touch only the folder that they are
-    handed.
+    remote: s3://bucket/prefix that several machines share, of which the folder then is the cache; None where the store
+    is this machine's alone. An artifact appears by one atomic rename after everything in it has reached the disk, in
+    the bucket by its index, uploaded last; one with a valid manifest is never computed again. Callers touch only the
+    folder that they get.
     """
 
-    _block_type_name = "Calipert artifact store"
-    _block_type_slug = "calipert-artifact-store"
-
-    root: str = Field(default_factory=lambda: str(store_folder()), description="Folder of the store.")
-    remote: str | None = Field(
-        default_factory=lambda: read_settings().store,
-        description="s3://bucket/prefix that several machines share; without it the store is this machine's alone.",
-    )
+    root: str = field(default_factory=lambda: str(store_folder()))
+    remote: str | None = field(default_factory=lambda: read_settings().store)
 
     def obtain(
         self,
@@ -102,12 +96,12 @@ class ArtifactStore(Block):
         parameters: Mapping[str, JSON],
         code: str,
     ) -> Path:
-        """The folder of an artifact; `build` is called with an empty folder to fill if there is none yet, here or in
-        the bucket.
+        """Return the folder of an artifact, and build it first where it is neither here nor in the bucket.
 
+        build: called with an empty folder to fill.
         Every file is checked against its checksum (once per process, as long as it does not change). A
-        damaged artifact is removed and built again, with a warning. Who asks for a key that another process
-        or thread of this host is building waits for it; should two hosts build one key, each keeps its own folder,
+        damaged artifact is removed and built again, with a warning. A caller waits while another process
+        or thread of this host builds the same key; should two hosts build one key, each keeps its own folder,
         and the first to upload has its artifact in the bucket. A build that fails or is killed leaves nothing under
         the key; what a killed process left elsewhere is removed by the next one.
         Raises ValueError if `key` is not the key of the recipe or `build` leaves anything but regular files,
@@ -122,7 +116,7 @@ class ArtifactStore(Block):
             kind=kind,
             key=key,
             inputs=dict(inputs),
-            parameters={name: _plain(value, name) for name, value in parameters.items()},
+            parameters={name: _to_json(value, name) for name, value in parameters.items()},
             code=code,
             files={},
             created=datetime.now(UTC),
@@ -133,9 +127,9 @@ class ArtifactStore(Block):
             build(content)
             _seal(content, manifest, final)
 
-        with self._explained(kind):
+        with self._explain_errors(kind):
             self._sweep()
-            if _damage(final, kind, key) is not None:
+            if _find_damage(final, kind, key) is not None:
                 self._place(kind, key, make)
             elif not self._is_shared(kind, key):
                 with self._lock(kind, key) if os.access(self.root, os.W_OK) else nullcontext():
@@ -143,22 +137,22 @@ class ArtifactStore(Block):
         return final
 
     def find(self, kind: str, key: str) -> Path | None:
-        """The folder of an artifact that is whole, here or in the bucket, from where it is fetched; else None.
+        """Return the folder of an artifact that is whole, here or in the bucket, from where it is fetched; else None.
 
         Raises UserError as `obtain` does.
         """
         final = self._folder(kind, key)
-        with self._explained(kind):
+        with self._explain_errors(kind):
             self._sweep()
-            if _damage(final, kind, key) is None:
+            if _find_damage(final, kind, key) is None:
                 return final
             if self.remote is None or not self._is_shared(kind, key):
                 return None
             return final if self._place(kind, key, None) else None
 
     @contextmanager
-    def _explained(self, kind: str) -> Iterator[None]:
-        """Errors of the disk that the user can mend, as such."""
+    def _explain_errors(self, kind: str) -> Iterator[None]:
+        """Turn errors of the disk that the user can fix into UserError."""
         try:
             yield
         except Exception as error:
@@ -169,7 +163,7 @@ class ArtifactStore(Block):
             raise
 
     def _full(self, kind: str) -> UserError:
-        free = shutil.disk_usage(_existing(Path(self.root))).free
+        free = shutil.disk_usage(_find_existing(Path(self.root))).free
         return UserError(
             self.root,
             "free disk space",
@@ -198,16 +192,8 @@ class ArtifactStore(Block):
     def _lock(self, kind: str, key: str) -> Iterator[None]:
         folder = Path(self.root) / _LOCKS / kind
         folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / key)
-        try:
-            lock.acquire(timeout=QUIET_S)
-        except filelock.Timeout:
-            _LOG.info("another run here is making the same %s (%s...): waiting for it", kind, key[:12])
-            lock.acquire()
-        try:
+        with lock_file(folder / key, f"another run on this machine computes the same {kind} ({key[:12]}...)"):
             yield
-        finally:
-            lock.release()
 
     def _sweep(self) -> None:
         """Once in a process: also where all is there, and nothing is built, the remains of a killed one go."""
@@ -217,12 +203,14 @@ class ArtifactStore(Block):
             _swept.add(place)
 
     def _place(self, kind: str, key: str, make: Callable[[Path], None] | None) -> bool:
-        """Put an artifact that is not there, or damaged, under its name: from the bucket, else by `make`, which fills
-        and seals an empty folder. False if it is in no bucket and there is no `make`."""
+        """Put an artifact that is not there, or damaged, under its name: from the bucket, else by `make`.
+
+        make: fills and seals an empty folder. Returns False if the artifact is in no bucket and there is no `make`.
+        """
         final = self._folder(kind, key)
         with self._lock(kind, key):
             # Checked again under the lock, and again whenever another host has published in the meantime.
-            while (damage := _damage(final, kind, key)) is not None:
+            while (damage := _find_damage(final, kind, key)) is not None:
                 with scratch(Path(self.root) / _TEMPORARY, _SCRATCH) as temporary:
                     if final.exists():
                         _LOG.warning("%s %s is damaged (%s): removing it", kind, key, damage)
@@ -240,27 +228,29 @@ class ArtifactStore(Block):
         return True
 
     def _fetch(self, content: Path, kind: str, key: str) -> bool:
-        """Fill an empty folder with the bucket's artifact and seal it; False, and the folder empty, if there is none
-        or it is damaged."""
+        """Fill an empty folder with the bucket's artifact and seal it.
+
+        Returns False, and the folder is empty, if there is none or it is damaged.
+        """
         if self.remote is None:
             return False
         bucket, name = ObjectStore(self.remote), f"{kind}/{key}"
         try:
             if not bucket.get(name, content):
                 return False
-            damage = _damage(content, kind, key, self._folder(kind, key))
+            damage = _find_damage(content, kind, key, self._folder(kind, key))
         except DamagedFolder as error:
             damage = str(error)
         if damage is None:
             _settle(content)
             _shared.add((os.getpid(), self.remote, name))
             return True
-        self._remove_there(kind, key, damage)
+        self._remove_remote(kind, key, damage)
         shutil.rmtree(content)
         content.mkdir()
         return False
 
-    def _remove_there(self, kind: str, key: str, damage: str) -> None:
+    def _remove_remote(self, kind: str, key: str, damage: str) -> None:
         _LOG.warning("%s %s in %s is damaged (%s): removing it there", kind, key, self.remote, damage)
         ObjectStore(str(self.remote)).remove(f"{kind}/{key}")
         _shared.discard((os.getpid(), str(self.remote), f"{kind}/{key}"))
@@ -270,13 +260,13 @@ class ArtifactStore(Block):
         if self.remote is None or (os.getpid(), self.remote, f"{kind}/{key}") in _shared:
             return True
         try:
-            standing = ObjectStore(self.remote).files(f"{kind}/{key}")
+            published = ObjectStore(self.remote).files(f"{kind}/{key}")
         except DamagedFolder as error:
-            self._remove_there(kind, key, str(error))
+            self._remove_remote(kind, key, str(error))
             return False
-        if standing is not None:
-            self._remember(kind, key, standing)
-        return standing is not None
+        if published is not None:
+            self._remember(kind, key, published)
+        return published is not None
 
     def _share(self, kind: str, key: str) -> None:
         """Upload an artifact that is here and not in the bucket."""
@@ -284,42 +274,48 @@ class ArtifactStore(Block):
         if self.remote is not None and (os.getpid(), self.remote, name) not in _shared:
             self._remember(kind, key, ObjectStore(self.remote).put(self._folder(kind, key), name))
 
-    def _remember(self, kind: str, key: str, standing: Mapping[str, StoredFile]) -> None:
+    def _remember(self, kind: str, key: str, published: Mapping[str, StoredFile]) -> None:
         _shared.add((os.getpid(), self.remote, f"{kind}/{key}"))
-        manifest = _manifest(self._folder(kind, key))
-        there = {name: file for name, file in standing.items() if name != MANIFEST}
+        manifest = _read_manifest(self._folder(kind, key))
+        there = {name: file for name, file in published.items() if name != MANIFEST}
         if manifest is not None and manifest.files != there:
             _LOG.warning(
-                "another machine has uploaded %s %s with other values than those made here: both are kept", kind, key
+                "another machine has uploaded %s %s with other values than those computed here: both are kept",
+                kind,
+                key,
             )
 
 
-def _plain(value: object, where: str) -> object:
-    """The value in dicts, lists and scalars. Nothing but JSON gets in: json.dumps would write the name 1 as
-    "1" and let two recipes share one key."""
+def _to_json(value: object, where: str) -> object:
+    """Return a value in dicts, lists and scalars.
+
+    Nothing but JSON gets in: json.dumps would write the name 1 as "1" and let two recipes share one key.
+    """
     if isinstance(value, Mapping):
         for name in value:
             if not isinstance(name, str):
                 raise TypeError(f"{where or 'recipe'}: the name {name!r} is not a string")
-        return {name: _plain(item, f"{where}.{name}".lstrip(".")) for name, item in value.items()}
+        return {name: _to_json(item, f"{where}.{name}".lstrip(".")) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item, f"{where}[{number}]") for number, item in enumerate(value)]
+        return [_to_json(item, f"{where}[{number}]") for number, item in enumerate(value)]
     if value is None or isinstance(value, str | int | float):
         return value
     raise TypeError(f"{where}: {value!r} is not a JSON value")
 
 
-def _manifest(folder: Path) -> Manifest | None:
+def _read_manifest(folder: Path) -> Manifest | None:
     try:
         return Manifest.model_validate_json((folder / MANIFEST).read_bytes())
     except (OSError, ValidationError):
         return None
 
 
-def _damage(folder: Path, kind: str, key: str, place: Path | None = None) -> str | None:
-    """What is wrong with an artifact, None if nothing is. place: where the folder will lie, if it is about to be
-    renamed."""
-    manifest = _manifest(folder)
+def _find_damage(folder: Path, kind: str, key: str, place: Path | None = None) -> str | None:
+    """Return what is wrong with an artifact, None if nothing is.
+
+    place: where the folder will lie, if it is about to be renamed.
+    """
+    manifest = _read_manifest(folder)
     if manifest is None:
         return "no readable manifest"
     if manifest.schema_version != SCHEMA:
@@ -340,24 +336,17 @@ def _damage(folder: Path, kind: str, key: str, place: Path | None = None) -> str
 
 
 def _seal(content: Path, manifest: Manifest, final: Path) -> None:
-    """Writes the manifest of the built files, and makes all read-only and durable."""
-    files = {}
-    for path in sorted(content.rglob("*")):
-        if path.is_dir() and not path.is_symlink():
-            continue
-        name = path.relative_to(content).as_posix()
-        if path.is_symlink() or not path.is_file():
-            raise ValueError(f"{name}: an artifact holds regular files only")
-        if name == MANIFEST:
-            raise ValueError(f"{name}: the store writes this file itself")
-        files[name] = StoredFile(size=path.stat().st_size, sha256=file_checksum(path, final / name))
+    """Write the manifest of the built files, and make all read-only and durable."""
+    files = checksum_files(content, final)
+    if MANIFEST in files:
+        raise ValueError(f"{MANIFEST}: the store writes this file itself")
     sealed = manifest.model_copy(update={"files": files})
     (content / MANIFEST).write_text(sealed.model_dump_json(indent=1), encoding="utf-8")
     _settle(content)
 
 
 def _settle(content: Path) -> None:
-    """Makes the files read-only, and all of it durable."""
+    """Make the files read-only, and all of it durable."""
     for path in (*content.rglob("*"), content):
         if not path.is_dir():
             path.chmod(0o444)
@@ -365,8 +354,11 @@ def _settle(content: Path) -> None:
 
 
 def _publish(content: Path, final: Path) -> None:
-    """One atomic rename. It fails if the name is taken, since a rename never replaces a folder that holds
-    files; then what stands there is another builder's, published first."""
+    """Rename an artifact to its final place, in one atomic step.
+
+    It fails if the name is taken, since a rename never replaces a folder that holds files; then another builder
+    published first.
+    """
     final.parent.mkdir(exist_ok=True)
     try:
         content.rename(final)
@@ -403,6 +395,6 @@ def _no_permission(error: BaseException, root: Path) -> bool:
     return place.is_relative_to(root) or root.is_relative_to(place)
 
 
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
+def _find_existing(folder: Path) -> Path:
+    """Return the folder, or the nearest one above it that exists."""
     return next(place for place in (folder, *folder.parents) if place.exists())

@@ -1,29 +1,29 @@
 """Folders in an S3 bucket, each whole or not there. docs/store.md says how they lie in it, and why.
 
-The index of a folder, `<name>/index.json`, is uploaded after all of its files and only where none stands: the first to
-publish a name wins. A file lies under its own SHA-256, `<name>/<sha256>/<path>`, so two uploads never write different
-bytes under one key, and the winner's index names the winner's files whatever else was uploaded beside them. An upload
-that was killed is continued by the next one.
+The index of a folder, `<name>/index.json`, is uploaded after all of its files and only where there is none: the first
+to publish a name wins. A file lies under its own SHA-256, `<name>/<sha256>/<path>`, so two uploads never write
+different bytes under one key, and the winner's index names the winner's files whatever else was uploaded beside them.
+An upload that was killed is continued by the next one.
 """
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
 import json
 import logging
 import os
 import re
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from time import sleep
+from typing import Any
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from blocks.store.checksums import file_checksum
+from blocks.store.checksums import StoredFile, checksum_files
 from core.errors import UserError
 
 SCHEMA = 1
@@ -38,6 +38,8 @@ MOST_PARTS = 10_000
 CONNECT_S = 5.0
 READ_S = 60.0
 TRIES = 4
+# A cancellation of the flow reaches this thread only between two waits.
+WAIT_S = 0.5
 
 _LOG = logging.getLogger("calipert.store")
 _URL = re.compile(r"s3://([A-Za-z0-9._-]{3,63})(?:/(.*?))?/*")
@@ -51,15 +53,6 @@ _REFUSED = {
     "SignatureDoesNotMatch",
     "403",
 }
-_T = TypeVar("_T")
-
-
-class StoredFile(BaseModel):
-    """One file of a folder: bytes, and SHA-256 (hex)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    size: int
-    sha256: str
 
 
 class Index(BaseModel):
@@ -84,67 +77,61 @@ class ObjectStore:
     """
 
     def __init__(self, url: str) -> None:
-        """Raises UserError for an address that is not of the form s3://bucket/prefix."""
+        """Raise UserError for an address that is not of the form s3://bucket/prefix."""
         match = _URL.fullmatch(url)
         if match is None:
-            # What stands there is not repeated: it may be a password.
+            # The text is not repeated: it may be a password.
             found = "an address that does not have the form s3://bucket/prefix"
             raise UserError("object store", "address", found, "correct it (environment CALIPERT_STORE)")
         self._bucket, self._prefix = match[1], match[2] or ""
         self.url = "/".join(filter(None, ["s3:/", self._bucket, self._prefix]))
 
     def put(self, folder: Path, name: str) -> dict[str, StoredFile]:
-        """Upload the files of a folder, and return the files that then stand under the name: these, unless another
-        upload came first, which stays as it is.
+        """Upload the files of a folder, and return the files that the name then has.
 
-        Empty folders are not kept. Raises ValueError for anything but regular files, OSError as reading them does.
+        These are the folder's, unless another upload came first, which stays as it is. Empty folders are not kept.
+        Raises ValueError for anything but regular files, OSError as reading them does.
         """
-        return self._run(self._put, folder, self._key(name), _files(folder))
+        path, files = self._path(name), checksum_files(folder)
+        with _explain_errors(self.url, self._bucket):
+            return self._put(folder, path, files)
 
     def get(self, name: str, folder: Path) -> bool:
-        """Download a folder into one that is new or empty; False where there is none of this name.
+        """Download a folder into one that is new or empty; return False where there is none of this name.
 
         Raises DamagedFolder if a file is missing or has another size than the index says (checksums are left to the
         caller), OSError as writing the files does.
         """
-        return self._run(self._get, self._key(name), folder)
+        path = self._path(name)
+        with _explain_errors(self.url, self._bucket):
+            return self._get(path, folder)
 
     def files(self, name: str) -> dict[str, StoredFile] | None:
-        """The files of a folder, from its index, by one small request; None where there is none of this name.
+        """Return the files of a folder, from its index, by one small request; None where there is none of this name.
 
         Raises DamagedFolder if the index cannot be read.
         """
-        return self._run(self._standing, self._key(name))
+        path = self._path(name)
+        with _explain_errors(self.url, self._bucket):
+            return self._read_index(path)
 
     def remove(self, name: str) -> None:
         """Remove a folder, its index first, and whatever unfinished uploads left under the name."""
-        self._run(self._remove, self._key(name))
+        path = self._path(name)
+        with _explain_errors(self.url, self._bucket):
+            self._delete([f"{path}/{INDEX}"])
+            self._delete(self._list_objects(path))
+            self._abort_uploads(path)
 
-    def _key(self, name: str) -> str:
+    def _path(self, name: str) -> str:
+        """Return a name as s3fs takes it: bucket/prefix/name."""
         if not _is_path(name):
             raise ValueError(f"{name!r} is no name of a folder: a relative path without . and ..")
-        return f"{self._prefix}/{name}".lstrip("/")
+        return "/".join(filter(None, [self._bucket, self._prefix, name]))
 
-    def _run(self, work: Callable[..., Coroutine[Any, Any, _T]], *arguments: Any) -> _T:
-        """The result of a coroutine function on s3fs's own event loop, whichever runs in this thread."""
-        with _explained(self.url, self._bucket):
-            loop = _filesystem(os.getpid()).loop
-            future = asyncio.run_coroutine_threadsafe(work(*arguments), loop)
-            try:
-                # In short waits: a cancellation of the flow reaches this thread only between two.
-                while not concurrent.futures.wait([future], timeout=0.5).done:
-                    pass
-            except BaseException:
-                future.cancel()
-                raise
-            return future.result()
-
-    async def _call(self, method: str, **arguments: Any) -> Any:
-        return await _filesystem(os.getpid())._call_s3(method, Bucket=self._bucket, **arguments)
-
-    async def _standing(self, key: str) -> dict[str, StoredFile] | None:
+    def _read_index(self, path: str) -> dict[str, StoredFile] | None:
         try:
-            text = await self._read(f"{key}/{INDEX}")
+            text = _read(f"{path}/{INDEX}")
         except FileNotFoundError as error:
             if _code(error) == "NoSuchKey":
                 return None
@@ -155,162 +142,160 @@ class ObjectStore:
             raise DamagedFolder(f"{INDEX} cannot be read") from error
         if index.schema_version != SCHEMA:
             # Not damage, which would be removed and replaced by turns.
-            found = f"{key}/{INDEX} of schema {index.schema_version}, not {SCHEMA}"
+            found = f"{path}/{INDEX} of schema {index.schema_version}, not {SCHEMA}"
             remedy = "use one version of calipert on all machines, or another prefix for each"
             raise UserError(self.url, "schema", found, remedy)
-        for path in index.files:
-            if not _is_path(path):
-                raise DamagedFolder(f"{INDEX} names {path!r}, which is not within the folder")
+        for file in index.files:
+            if not _is_path(file):
+                raise DamagedFolder(f"{INDEX} names {file!r}, which is not within the folder")
         return index.files
 
-    async def _put(self, folder: Path, key: str, files: dict[str, StoredFile]) -> dict[str, StoredFile]:
-        standing = await self._standing(key)
-        if standing is not None:
-            return standing
-        present = await self._objects(key)
-        missing = {path: file for path, file in files.items() if present.get(_object(key, path, file)) != file.size}
-        _LOG.info("uploading %.1f MB to s3://%s/%s", sum(f.size for f in missing.values()) / 1e6, self._bucket, key)
+    def _put(self, folder: Path, path: str, files: dict[str, StoredFile]) -> dict[str, StoredFile]:
+        published = self._read_index(path)
+        if published is not None:
+            return published
+        present = self._list_objects(path)
+        objects = {_object(path, name, file): (folder / name, file.size) for name, file in files.items()}
+        missing = {place: file for place, (file, size) in objects.items() if present.get(place) != size}
+        _LOG.info("uploading %.1f MB to s3://%s", sum(file.stat().st_size for file in missing.values()) / 1e6, path)
         try:
-            await _all(FILES, (self._upload(folder / path, _object(key, path, file)) for path, file in missing.items()))
-            standing = await self._publish(key, files)
+            self._upload(missing)
+            published = self._publish(path, files)
         except OSError as error:
             # The first to publish ends the uploads of the others.
-            standing = await self._standing(key) if _code(error) is not None else None
-            if standing is None:
+            published = self._read_index(path) if _code(error) is not None else None
+            if published is None:
                 raise
-        if standing != files or not present.keys() <= {_object(key, path, file) for path, file in files.items()}:
-            await self._tidy(key, standing)
+        if published != files or not present.keys() <= objects.keys():
+            # What uploads left that came second or were killed.
+            named = {_object(path, name, file) for name, file in published.items()}
+            self._delete(place for place in self._list_objects(path) if place not in named)
         if any(file.size >= 2 * PART for file in files.values()):
-            await self._abort_uploads(key)
-        return standing
+            self._abort_uploads(path)
+        return published
 
-    async def _publish(self, key: str, files: dict[str, StoredFile]) -> dict[str, StoredFile]:
+    def _publish(self, path: str, files: dict[str, StoredFile]) -> dict[str, StoredFile]:
         text = json.dumps(Index(schema_version=SCHEMA, files=files).model_dump(), indent=1, sort_keys=True)
         for _ in range(TRIES):
             try:
-                await self._call("put_object", Key=f"{key}/{INDEX}", Body=text.encode(), IfNoneMatch="*")
+                _open_filesystem().pipe_file(f"{path}/{INDEX}", text.encode(), mode="create")
             except OSError as error:
-                # The second of the two: another is at it in this moment.
+                # The second of the two: another uploads it at this moment.
                 if _code(error) not in ("PreconditionFailed", "ConditionalRequestConflict"):
                     raise
-            standing = await self._standing(key)
-            if standing is not None:
-                return standing
-            await asyncio.sleep(0.5)
+            published = self._read_index(path)
+            if published is not None:
+                return published
+            sleep(0.5)
         raise DamagedFolder(f"{INDEX} comes and goes: others publish and remove this folder at the same time")
 
-    async def _upload(self, path: Path, key: str) -> None:
-        size = path.stat().st_size
-        part = max(PART, -(-size // MOST_PARTS))
-        await _filesystem(os.getpid())._put_file(
-            str(path), f"{self._bucket}/{key}", chunksize=part, max_concurrency=PARTS // FILES
+    def _upload(self, files: Mapping[str, Path]) -> None:
+        """Upload files, by their place in the bucket."""
+        largest = max((file.stat().st_size for file in files.values()), default=0)
+        _open_filesystem().put(
+            [str(file) for file in files.values()],
+            list(files),
+            batch_size=FILES,
+            chunksize=max(PART, -(-largest // MOST_PARTS)),
+            max_concurrency=PARTS // FILES,
         )
 
-    async def _get(self, key: str, folder: Path) -> bool:
-        files = await self._standing(key)
+    def _get(self, path: str, folder: Path) -> bool:
+        files = self._read_index(path)
         if files is None:
             return False
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise ValueError(f"{folder} is not empty")
-        _LOG.info("downloading %.1f MB of s3://%s/%s", sum(f.size for f in files.values()) / 1e6, self._bucket, key)
-        for path, file in files.items():
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            with (folder / path).open("wb") as new:
+        _LOG.info("downloading %.1f MB of s3://%s", sum(file.size for file in files.values()) / 1e6, path)
+        for name, file in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            with (folder / name).open("wb") as new:
                 new.truncate(file.size)
-        await _all(
-            PARTS,
+        _run_together(
+            self._download,
             (
-                self._download(folder / path, _object(key, path, file), start, file.size)
-                for path, file in files.items()
+                (folder / name, _object(path, name, file), start, file.size)
+                for name, file in files.items()
                 for start in range(0, file.size, PART)
             ),
         )
         return True
 
-    async def _download(self, path: Path, key: str, start: int, size: int) -> None:
-        """One part of a file of this size in bytes."""
+    def _download(self, path: Path, place: str, start: int, size: int) -> None:
+        """Download one part of a file of this size in bytes."""
         end = min(start + PART, size)
         try:
-            content = await self._read(key, start, end, size)
+            # Behind the last part one byte more: an object that is longer shows.
+            content = _read(place, start, end + (end == size))
         except OSError as error:
             if _code(error) not in ("NoSuchKey", "InvalidRange"):
                 raise
-            raise DamagedFolder(f"{key} is missing or shorter than {size} bytes") from error
+            raise DamagedFolder(f"{place} is missing or shorter than {size} bytes") from error
+        if len(content) != end - start:
+            raise DamagedFolder(f"{place} is {'longer' if len(content) > end - start else 'shorter'} than {size} bytes")
         with path.open("r+b") as file:
             file.seek(start)
             file.write(content)
 
-    async def _read(self, key: str, start: int = 0, end: int | None = None, size: int | None = None) -> bytes:
-        """The bytes of an object from start to before end, where an end is given; a connection that breaks on the way
-        is not the end. Raises DamagedFolder if the object has another size than the one given."""
-        import aiohttp
-        from botocore.exceptions import HTTPClientError, IncompleteReadError  # type: ignore[import-untyped]
+    def _list_objects(self, path: str) -> dict[str, int]:
+        """Return place -> size in bytes of all that lies under a name but the index."""
+        parent, _, name = path.rpartition("/")
+        found = _open_filesystem().find(parent, prefix=f"{name}/", detail=True)
+        return {place: entry["size"] for place, entry in found.items() if place != f"{path}/{INDEX}"}
 
-        limits = {} if end is None else {"Range": f"bytes={start}-{end - 1}"}
-        for again in range(TRIES - 1, -1, -1):
-            answer = await self._call("get_object", Key=key, **limits)
-            whole = answer.get("ContentRange", "").rpartition("/")[2]
-            if size is not None and whole != str(size):
-                raise DamagedFolder(f"{key} has {whole or 'an unknown number of'} bytes, not {size}")
-            try:
-                async with answer["Body"] as body:
-                    content: bytes = await body.read()
-                return content
-            except (HTTPClientError, IncompleteReadError, aiohttp.ClientError):
-                if not again:
-                    raise
-                await asyncio.sleep(0.5 * (TRIES - again))
-        raise AssertionError("the last try returns or raises")
-
-    async def _remove(self, key: str) -> None:
-        await self._call("delete_object", Key=f"{key}/{INDEX}")
-        await self._delete(list(await self._objects(key)))
-        await self._abort_uploads(key)
-
-    async def _tidy(self, key: str, standing: dict[str, StoredFile]) -> None:
-        """Remove what lies under a name that its index does not name: from uploads that came second or were killed."""
-        named = {_object(key, path, file) for path, file in standing.items()}
-        await self._delete([left for left in await self._objects(key) if left not in named])
-
-    async def _objects(self, key: str) -> dict[str, int]:
-        """Key -> size in bytes of all that lies under a name but the index."""
-        found: dict[str, int] = {}
-        more: dict[str, str] = {}
-        while True:
-            page = await self._call("list_objects_v2", Prefix=f"{key}/", **more)
-            found |= {entry["Key"]: entry["Size"] for entry in page.get("Contents", [])}
-            if not page.get("IsTruncated"):
-                found.pop(f"{key}/{INDEX}", None)
-                return found
-            more = {"ContinuationToken": page["NextContinuationToken"]}
-
-    async def _delete(self, keys: list[str]) -> None:
+    def _delete(self, places: Iterable[str]) -> None:
+        keys = [place.removeprefix(f"{self._bucket}/") for place in places]
         for start in range(0, len(keys), 1000):
             objects = [{"Key": key} for key in keys[start : start + 1000]]
-            answer = await self._call("delete_objects", Delete={"Objects": objects, "Quiet": True})
+            # Not `rm`, which is silent about what it could not remove.
+            answer = _open_filesystem().call_s3(
+                "delete_objects", Bucket=self._bucket, Delete={"Objects": objects, "Quiet": True}
+            )
             for failure in answer.get("Errors", []):
                 found = f"{failure['Key']} cannot be removed: {failure.get('Code')}: {failure.get('Message')}"
                 raise UserError(self.url, "credentials", found, _CREDENTIALS)
 
-    async def _abort_uploads(self, key: str) -> None:
+    def _abort_uploads(self, path: str) -> None:
         """End the unfinished uploads of large files under a name, whose parts no listing shows."""
-        page = await self._call("list_multipart_uploads", Prefix=f"{key}/")
+        prefix = path.removeprefix(f"{self._bucket}/")
+        page = _open_filesystem().call_s3("list_multipart_uploads", Bucket=self._bucket, Prefix=f"{prefix}/")
         for upload in page.get("Uploads", []):
             try:
-                await self._call("abort_multipart_upload", Key=upload["Key"], UploadId=upload["UploadId"])
+                _open_filesystem().abort_mpu(self._bucket, upload["Key"], upload["UploadId"])
             except OSError as error:
                 # Ended in the meantime.
                 if _code(error) != "NoSuchUpload":
                     raise
 
 
+def _read(place: str, start: int | None = None, end: int | None = None) -> bytes:
+    """Return the bytes of an object from start to before end; a connection that breaks on the way is not the end."""
+    import aiohttp
+    from botocore.exceptions import IncompleteReadError, ResponseStreamingError  # type: ignore[import-untyped]
+
+    for again in range(TRIES - 1, -1, -1):
+        try:
+            # One connection: with more it would ask for the size first.
+            content: bytes = _open_filesystem().cat_file(place, start=start, end=end, max_concurrency=1)
+            return content
+        except (IncompleteReadError, ResponseStreamingError, aiohttp.ClientError, TimeoutError):
+            if not again:
+                raise
+            sleep(0.5 * (TRIES - again))
+    raise AssertionError("the last try returns or raises")
+
+
+def _open_filesystem() -> Any:
+    return _filesystem(os.getpid())
+
+
 @cache
 def _filesystem(process: int) -> Any:
-    """The client of a process (given by its id: a forked child must not use its parent's)."""
+    """Return the client of a process, given by its id: a forked child must not use its parent's."""
     import s3fs
 
-    from blocks.config.secrets import s3_credentials
+    from blocks.config.secrets import read_s3_credentials
 
     _require_plain_endpoint()
     files = s3fs.S3FileSystem(
@@ -322,7 +307,7 @@ def _filesystem(process: int) -> Any:
             "max_pool_connections": PARTS + FILES,
             "retries": {"mode": "standard", "total_max_attempts": TRIES},
         },
-        **s3_credentials(),
+        **read_s3_credentials(),
     )
     # botocore's retries are enough: s3fs would repeat all of them.
     files.retries = 1
@@ -332,7 +317,7 @@ def _filesystem(process: int) -> Any:
 def _require_plain_endpoint() -> None:
     parts = urlsplit(_endpoint())
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
-        # What stands there is not repeated: it may be a password.
+        # The text is not repeated: it may be a password.
         found = "no address of the form http(s)://host:port, without a user name"
         raise UserError("environment", "AWS_ENDPOINT_URL", found, "correct it; credentials have their own variables")
 
@@ -343,8 +328,8 @@ def _endpoint() -> str:
 
 
 @contextmanager
-def _explained(url: str, bucket: str) -> Iterator[None]:
-    """What S3 answers, or that it does not, as one UserError. Errors of the local disk pass as they are."""
+def _explain_errors(url: str, bucket: str) -> Iterator[None]:
+    """Turn what S3 answers, or that it does not, into one UserError. Errors of the local disk pass as they are."""
     import aiohttp
     from botocore.exceptions import (
         BotoCoreError,
@@ -373,7 +358,7 @@ def _explained(url: str, bucket: str) -> Iterator[None]:
         found = f"{code}: {error} ({_endpoint()})"
         if code == "NoSuchBucket":
             found = f"no bucket {bucket} at {_endpoint()}"
-            remedy = "make the bucket, or correct CALIPERT_STORE or AWS_ENDPOINT_URL"
+            remedy = "create the bucket, or correct CALIPERT_STORE or AWS_ENDPOINT_URL"
             raise UserError(url, "bucket", found, remedy + kept) from error
         if code in _REFUSED:
             raise UserError(url, "credentials", found, _CREDENTIALS + kept) from error
@@ -387,47 +372,30 @@ _CREDENTIALS = (
 
 
 def _code(error: BaseException) -> str | None:
-    """S3's code of an error that s3fs has translated; None for any other error."""
+    """Return S3's code of an error that s3fs has translated; None for any other error."""
     answer = getattr(error.__cause__, "response", None)
     return str(answer["Error"].get("Code")) if isinstance(answer, dict) and "Error" in answer else None
 
 
-async def _all(most: int, coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Run them, so many at a time; the first error ends the rest and is raised."""
-    waiting = iter(coroutines)
-
-    async def work() -> None:
-        for coroutine in waiting:
-            await coroutine
-
-    workers = [asyncio.ensure_future(work()) for _ in range(most)]
+def _run_together(work: Callable[..., None], arguments: Iterable[tuple[Any, ...]]) -> None:
+    """Call a function with each of the arguments, PARTS at a time; the first error ends the rest and is raised."""
+    pool = ThreadPoolExecutor(PARTS)
     try:
-        await asyncio.gather(*workers)
+        waiting = {pool.submit(work, *each) for each in arguments}
+        while waiting:
+            done, waiting = wait(waiting, WAIT_S, FIRST_COMPLETED)
+            for future in done:
+                future.result()
     finally:
-        for worker in workers:
-            worker.cancel()
-        await asyncio.gather(*workers, return_exceptions=True)
-
-
-def _files(folder: Path) -> dict[str, StoredFile]:
-    files = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_dir() and not path.is_symlink():
-            continue
-        if path.is_symlink() or not path.is_file():
-            raise ValueError(f"{path}: only regular files can be uploaded")
-        files[path.relative_to(folder).as_posix()] = StoredFile(size=path.stat().st_size, sha256=file_checksum(path))
-    return files
+        pool.shutdown(cancel_futures=True)
 
 
 def _is_path(name: str) -> bool:
-    """Whether it is a relative path, with `/`, that leads nowhere else."""
-    return name not in ("", ".") and PurePosixPath(name).as_posix() == name and not _leads_out(PurePosixPath(name))
+    """Whether it is a relative path, with `/`, that stays below its folder."""
+    path = PurePosixPath(name)
+    return name not in ("", ".") and path.as_posix() == name and not path.is_absolute() and ".." not in path.parts
 
 
-def _leads_out(path: PurePosixPath) -> bool:
-    return path.is_absolute() or ".." in path.parts
-
-
-def _object(key: str, path: str, file: StoredFile) -> str:
-    return f"{key}/{file.sha256}/{path}"
+def _object(path: str, name: str, file: StoredFile) -> str:
+    """Return the place of a file of a folder."""
+    return f"{path}/{file.sha256}/{name}"

@@ -52,10 +52,22 @@ class Catalog:
         self._own = own
 
     def dataset(self, name_or_path: str | Path) -> DatasetSpec:
-        """The data set of that name, or the user's own entry in the YAML file at that path.
+        """Return the data set of that name, or the user's own entry in the YAML file at that path.
 
-        Raises UserError for an unknown name, a missing or unreadable file, an entry that does not fit the schema, and
-        a user's own entry that takes the name of one in the catalog.
+        Parameters
+        ----------
+        name_or_path : str | Path
+            A name of the catalog, or a YAML file of the user's.
+
+        Returns
+        -------
+        DatasetSpec
+
+        Raises
+        ------
+        UserError
+            For an unknown name, a missing or unreadable file, an entry that does not fit the schema, and a user's own
+            entry that takes the name of one in the catalog.
         """
         path = Path(name_or_path)
         if path.suffix.lower() not in SUFFIXES:
@@ -69,7 +81,22 @@ class Catalog:
         return spec
 
     def embedding(self, name: str) -> EmbeddingSpec:
-        """The embedding of that name. Raises UserError for an unknown name or an entry that does not fit the schema."""
+        """Return the embedding of that name.
+
+        Parameters
+        ----------
+        name : str
+            Its name.
+
+        Returns
+        -------
+        EmbeddingSpec
+
+        Raises
+        ------
+        UserError
+            For an unknown name or an entry that does not fit the schema.
+        """
         spec = self._entry("embedding", name, EmbeddingSpec)
         if spec.source and name in self._files("pretrained"):
             taken = f"{name!r}, which published files have too ({self._files('pretrained')[name]})"
@@ -93,17 +120,45 @@ class Catalog:
         return spec
 
     def parts(self, spec: EmbeddingSpec) -> list[EmbeddingSpec]:
-        """The tables that an embedding of several puts side by side; any other embedding is its own only part."""
+        """Return the tables that an embedding of several puts side by side; any other embedding is its own only part.
+
+        Parameters
+        ----------
+        spec : EmbeddingSpec
+            The embedding.
+
+        Returns
+        -------
+        list[EmbeddingSpec]
+        """
         return [self.embedding(name) for name in spec.parts] or [spec]
 
     def pretrained(self, name: str) -> PretrainedSpec:
-        """The published files of that name. Raises UserError as `embedding` does."""
+        """Return the published files of that name.
+
+        Parameters
+        ----------
+        name : str
+            Its name.
+
+        Returns
+        -------
+        PretrainedSpec
+
+        Raises
+        ------
+        UserError
+            For an unknown name or an entry that does not fit the schema.
+        """
         return self._entry("pretrained", name, PretrainedSpec)
 
     def _named_pretrained(
         self, kind: Literal["embedding", "model"], spec: EmbeddingSpec | ModelSpec
     ) -> PretrainedSpec | None:
-        """What an entry's field `pretrained` names. Raises UserError, with the entry's file, for an unknown name."""
+        """Return what an entry's field `pretrained` names.
+
+        Raises UserError, with the entry's file, for an unknown name.
+        """
         if spec.pretrained is None:
             return None
         if spec.pretrained not in self._files("pretrained"):
@@ -122,20 +177,62 @@ class Catalog:
         return part
 
     def model(self, name: str) -> ResolvedModel:
-        """The model of that (expanded) name: `linear`, `ridge_reactome`. Raises UserError as `embedding` does."""
+        """Return the model of that (expanded) name: `linear`, `ridge_reactome`.
+
+        Parameters
+        ----------
+        name : str
+            Its name.
+
+        Returns
+        -------
+        ResolvedModel
+
+        Raises
+        ------
+        UserError
+            For an unknown name or an entry that does not fit the schema.
+        """
         known = self._resolved()
         if name not in known:
             raise _unknown("model", name, list(known))
         return known[name].model_copy(deep=True)
 
     def group(self, name: str) -> GroupSpec:
-        """The group of that name. Raises UserError as `embedding` does."""
+        """Return the group of that name.
+
+        Parameters
+        ----------
+        name : str
+            Its name.
+
+        Returns
+        -------
+        GroupSpec
+
+        Raises
+        ------
+        UserError
+            For an unknown name or an entry that does not fit the schema.
+        """
         return self._entry("group", name, GroupSpec)
 
     def models(self, names: Iterable[str]) -> list[ResolvedModel]:
-        """The models of these names, in this order, each once; a group's name stands for its models.
+        """Return the models of these names, in this order, each once; a group's name stands for its models.
 
-        Raises UserError for a name that is neither a model nor a group, also within a group.
+        Parameters
+        ----------
+        names : Iterable[str]
+            Of models and groups.
+
+        Returns
+        -------
+        list[ResolvedModel]
+
+        Raises
+        ------
+        UserError
+            For a name that is neither a model nor a group, also within a group.
         """
         known, groups = self._resolved(), self._files("group")
         wanted: dict[str, None] = {}
@@ -153,7 +250,17 @@ class Catalog:
         return [known[name].model_copy(deep=True) for name in wanted]
 
     def names(self, kind: Kind) -> list[str]:
-        """The sorted names of one kind; models by their expanded names."""
+        """Return the sorted names of one kind; models by their expanded names.
+
+        Parameters
+        ----------
+        kind : Kind
+            `dataset`, `embedding`, `model`, `group` or `pretrained`.
+
+        Returns
+        -------
+        list[str]
+        """
         return sorted(self._resolved() if kind == "model" else self._files(kind))
 
     def _resolved(self) -> dict[str, ResolvedModel]:
@@ -196,7 +303,7 @@ class Catalog:
         return spec.model_copy(deep=True)
 
     def _files(self, kind: Kind) -> dict[str, Path]:
-        """Entry name -> file, built-in and the user's."""
+        """Return entry name -> file, built-in and the user's."""
         folder = FOLDERS[kind]
         files = {path.stem: path for path in _yaml_files(BUILT_IN / folder)}
         own = self.own_folder()
@@ -212,7 +319,17 @@ class Catalog:
         return files
 
     def own_folder(self) -> Path | None:
-        """The user's own folder of entries, if there is one. Raises UserError where it has none of the sub-folders."""
+        """Return the user's own folder of entries, if there is one.
+
+        Returns
+        -------
+        Path | None
+
+        Raises
+        ------
+        UserError
+            Where it has none of the sub-folders.
+        """
         if self._own is not None and not any((self._own / name).is_dir() for name in FOLDERS.values()):
             raise UserError(
                 VARIABLE,
@@ -239,7 +356,7 @@ def _read(path: Path, schema: type[Spec]) -> Spec:
         raise UserError(path, "file", error.strerror or str(error), "check the path and its permissions") from error
     # ValueError: text that is not UTF-8, or a date that does not exist.
     except (yaml.YAMLError, ValueError) as error:
-        raise UserError(path, "format", f"not readable as YAML: {error}", f"mend the file; see {GUIDE}") from error
+        raise UserError(path, "format", f"not readable as YAML: {error}", f"correct the file; see {GUIDE}") from error
     if not isinstance(entry, dict):
         raise UserError(
             path, "format", f"{type(entry).__name__}, not a mapping", f"write `field: value` lines; see {GUIDE}"
@@ -251,7 +368,7 @@ def _read(path: Path, schema: type[Spec]) -> Spec:
 
 
 def _invalid(path: Path, entry: dict[Any, Any], error: ValidationError) -> UserError:
-    """The first fault that pydantic found, as an error that its author can mend."""
+    """Return the first fault that pydantic found, as an error that its author can correct."""
     first, *others = error.errors(include_url=False)
     field, value = _located(entry, first["loc"])
     if first["type"] == "missing":
@@ -263,7 +380,7 @@ def _invalid(path: Path, entry: dict[Any, Any], error: ValidationError) -> UserE
         found, remedy = "an unknown field", f"did you mean {near[0]!r}?" if near else "take it out"
     else:
         found, remedy = _short(value), first["msg"].removeprefix("Value error, ")
-    more = f"; {len(others)} more to mend after it" if others else ""
+    more = f"; {len(others)} more to correct after it" if others else ""
     return UserError(path, field or "entry", found, f"{remedy}{more} (fields: {GUIDE})")
 
 
@@ -279,7 +396,7 @@ def _located(entry: Any, location: tuple[int | str, ...]) -> tuple[str, Any]:
 
 
 def _short(value: Any) -> str:
-    # A password in an address is nobody's business.
+    # A password in an address must not be shown.
     text = re.sub(r"//[^/\s]*@", "//...@", repr(value))
     return text if len(text) <= 80 else f"{text[:77]}..."
 

@@ -174,12 +174,22 @@ class EmbeddingSpec(Entry):
 
     @property
     def form(self) -> Form:
-        """What the file holds."""
+        """Return what the file holds.
+
+        Returns
+        -------
+        Form
+        """
         return FORMS[self.kind]
 
     @property
     def is_shared(self) -> bool:
-        """Whether it is the same for all data sets."""
+        """Tell whether it is the same for all data sets.
+
+        Returns
+        -------
+        bool
+        """
         return not self.per_fold and self.form != "graph"
 
     @model_validator(mode="after")

@@ -16,7 +16,7 @@ import pandas as pd
 from scipy import sparse
 
 from core.arrays import Floats, Ints
-from core.embeddings.tables import gmt_membership
+from core.embeddings.tables import read_gene_sets
 from core.errors import UserError
 
 GENES_AT_ONCE = 256
@@ -26,13 +26,25 @@ SYMBOL, QUALIFIER, TERM, ASPECT, TAXON = 2, 3, 4, 8, 12
 ASPECTS = {"C", "F", "P"}
 
 
-def gene_graph(terms: pd.DataFrame, most: int, among: Collection[str] = ()) -> pd.DataFrame:
-    """The most similar genes of every gene: columns `gene`, `neighbour` (str) and `weight` (float64, 0 < weight <= 1).
+def build_gene_graph(terms: pd.DataFrame, most: int, among: Collection[str] = ()) -> pd.DataFrame:
+    """Find the most similar genes of every gene.
 
-    terms: columns `gene`, `term`; a pair that occurs twice counts once. most: how many neighbours a gene keeps at most,
-    those of the largest weight, of equal ones those first by name. among: the genes that the graph is between; if
-    empty, all that carry a term. Rows are sorted by gene, falling weight, neighbour.
-    A gene that shares no term with another has no row. A neighbour's own neighbours need not hold the gene.
+    The columns are `gene`, `neighbour` (str) and `weight` (float64, 0 < weight <= 1). A gene that shares no term with
+    another has no row. A neighbour's own neighbours need not hold the gene.
+
+    Parameters
+    ----------
+    terms : pd.DataFrame
+        Columns `gene`, `term`; a pair that occurs twice counts once.
+    most : int
+        How many neighbours a gene keeps at most, those of the largest weight, of equal ones those first by name.
+    among : Collection[str]
+        The genes that the graph is between; if empty, all that carry a term. Rows are sorted by gene, falling weight,
+        neighbour.
+
+    Returns
+    -------
+    pd.DataFrame
     """
     pairs = terms[["gene", "term"]].drop_duplicates()
     pairs = pairs[pairs["gene"].isin(list(among))] if among else pairs
@@ -54,7 +66,10 @@ def gene_graph(terms: pd.DataFrame, most: int, among: Collection[str] = ()) -> p
 
 
 def _nearest(gene: int, others: Ints, shared: Floats, n_terms: Floats, most: int) -> Floats:
-    """One gene's rows (gene, neighbour, weight) by falling weight, from the genes it shares terms with and how many."""
+    """Return one gene's rows (gene, neighbour, weight) by falling weight.
+
+    others, shared: the genes that it shares terms with, and how many terms.
+    """
     is_other = others != gene
     others, shared = others[is_other], shared[is_other]
     weight = shared / (n_terms[gene] + n_terms[others] - shared)
@@ -66,27 +81,49 @@ def _nearest(gene: int, others: Ints, shared: Floats, n_terms: Floats, most: int
     return np.column_stack([np.full(len(order), float(gene)), others[order], weight[order]])
 
 
-def gene_terms(path: Path) -> pd.DataFrame:
-    """Which terms each gene carries: columns `gene`, `term`, sorted, each pair once; from a GAF or a GMT file.
+def read_gene_terms(path: Path) -> pd.DataFrame:
+    """Read which terms each gene carries: columns `gene`, `term`, sorted, each pair once; from a GAF or a GMT file.
 
-    A file that begins with `!gaf-version` is one of annotations to the Gene Ontology (`gaf_terms`); any other is taken
-    for gene sets (core.embeddings.tables.gmt_membership), whose terms are name and description. A GAF may be gzipped, a
-    GMT zipped.
+    A file that begins with `!gaf-version` is one of annotations to the Gene Ontology (`read_annotations`); any other is
+    taken for gene sets (core.embeddings.tables.read_gene_sets), whose terms are name and description. A GAF may be
+    gzipped, a GMT zipped.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+
+    Returns
+    -------
+    pd.DataFrame
     """
     if _is_gaf(path):
-        return gaf_terms(path)
-    membership = gmt_membership(path)
+        return read_annotations(path)
+    membership = read_gene_sets(path)
     term = membership["pathway"] + "\t" + membership["description"]
     table = pd.DataFrame({"gene": membership["gene"], "term": term})
     return table.sort_values(["gene", "term"], ignore_index=True)
 
 
-def gaf_terms(path: Path) -> pd.DataFrame:
-    """The human annotations of a GAF 2.x file, plain or gzipped: columns `gene` (symbol), `term` (GO id).
+def read_annotations(path: Path) -> pd.DataFrame:
+    """Read the human annotations of a GAF 2.x file, plain or gzipped: columns `gene` (symbol), `term` (GO id).
 
     All three aspects count (process, function, component). Left out are lines whose qualifier says NOT and those of
     other organisms; of two taxa in a line the first is the gene's, the second that of an organism it acts on.
-    Raises UserError, with the line, for one that is no annotation, and where no line is left.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+
+    Returns
+    -------
+    pd.DataFrame
+
+    Raises
+    ------
+    UserError
+        With the line, for one that is no annotation, and where no line is left.
     """
     pairs = set()
     for number, content in _lines(path):
@@ -115,7 +152,7 @@ def _is_gaf(path: Path) -> bool:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file, unzipped where it is gzipped, counted from 1."""
+    """Return the lines of a file, unzipped where it is gzipped, counted from 1."""
     try:
         with path.open("rb") as file:
             is_zipped = file.read(2) == b"\x1f\x8b"

@@ -29,17 +29,29 @@ MOST_BYTES = 8_000
 CREDIT = re.compile(r"\s*\[(?:provided|supplied) by [^\]]*\]\.?")
 
 
-def gene_texts(summaries: Path, genes: Path) -> dict[str, str]:
-    """Gene symbol -> what NCBI writes about the human gene; sorted by symbol, whatever the order in the files.
+def read_gene_texts(summaries: Path, genes: Path) -> dict[str, str]:
+    """Return gene symbol -> what NCBI writes about the human gene; sorted by symbol, whatever the order in the files.
 
-    summaries: gene_summary.gz. genes: Homo_sapiens.gene_info.gz. A gene is called as HGNC calls it, where HGNC does not
-    name it as NCBI does. Of several genes with one symbol the one that HGNC calls so has it, else the one with the
-    smallest GeneID; where that one has no summary, another's is not taken. Genes without a summary are left out, and
-    so is what is no gene (`NO_GENE`). Of several summaries of a gene the one by RefSeq counts, then the first by source
-    and letters. Credits in brackets are taken out, runs of blanks made one, and of a text over `MOST_BYTES` bytes
-    (UTF-8) the words beyond are cut off.
-    Raises UserError for a file that is not there, no gzipped table with these columns, or damaged, and where no gene
-    has a summary.
+    Parameters
+    ----------
+    summaries : Path
+        The file gene_summary.gz.
+    genes : Path
+        The file Homo_sapiens.gene_info.gz. A gene is called as HGNC calls it, where HGNC does not name it as NCBI does.
+        Of several genes with one symbol the one that HGNC calls so has it, else the one with the smallest GeneID; where
+        that one has no summary, another's is not taken. Genes without a summary are left out, and so is what is no gene
+        (`NO_GENE`). Of several summaries of a gene the one by RefSeq counts, then the first by source and letters.
+        Credits in brackets are taken out, runs of blanks made one, and of a text over `MOST_BYTES` bytes (UTF-8) the
+        words beyond are cut off.
+
+    Returns
+    -------
+    dict[str, str]
+
+    Raises
+    ------
+    UserError
+        For a file that is not there, no gzipped table with these columns, or damaged, and where no gene has a summary.
     """
     named = _gene_of_symbol(genes)
     found: dict[str, tuple[bool, str, str]] = {}
@@ -70,7 +82,7 @@ def _gene_of_symbol(path: Path) -> dict[str, str]:
 
 
 def _human_rows(path: Path, columns: Sequence[str]) -> Iterator[list[str]]:
-    """The values of these columns in each human row."""
+    """Return the values of these columns in each human row."""
     remedy = "give the file as NCBI publishes it: a gzipped table, separated by tabs, with its header"
     try:
         with gzip.open(path, "rt", encoding="utf-8", newline="\n") as file:
@@ -92,7 +104,7 @@ def _human_rows(path: Path, columns: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _cut(text: str) -> str:
-    """The text, or its first words that are at most MOST_BYTES long."""
+    """Return the text, or its first words that are at most MOST_BYTES long."""
     encoded = text.encode()
     if len(encoded) <= MOST_BYTES:
         return text
@@ -100,9 +112,21 @@ def _cut(text: str) -> str:
     return head.rpartition(" ")[0] or head
 
 
-def batches(texts: Iterable[str], most_texts: int, most_bytes: int) -> Iterator[list[str]]:
-    """The texts in order, in lists of at most so many that are together at most so long (UTF-8); one that is longer
-    than that stands alone."""
+def split_batches(texts: Iterable[str], most_texts: int, most_bytes: int) -> Iterator[list[str]]:
+    """Split texts into lists, in order.
+
+    Parameters
+    ----------
+    texts : Iterable[str]
+        In this order.
+    most_texts, most_bytes : int
+        How many texts a list has at most, and how long (UTF-8) they are together at most; a text that is longer than
+        that has a list of its own.
+
+    Yields
+    ------
+    Iterator[list[str]]
+    """
     batch: list[str] = []
     size = 0
     for text in texts:
@@ -116,10 +140,26 @@ def batches(texts: Iterable[str], most_texts: int, most_bytes: int) -> Iterator[
         yield batch
 
 
-def text_embedding(texts: Mapping[str, str], vectors: Mapping[str, npt.NDArray[np.float32]]) -> pd.DataFrame:
-    """The embedding that vectors of the genes' texts make: genes (index, sorted) x d0, d1, ... (float32).
+def embed_texts(texts: Mapping[str, str], vectors: Mapping[str, npt.NDArray[np.float32]]) -> pd.DataFrame:
+    """Make an embedding of the vectors of the genes' texts.
 
-    texts: gene -> text. vectors: text -> its vector, of every text. Raises UserError where they differ in length.
+    Genes (index, sorted) x d0, d1, ... (float32).
+
+    Parameters
+    ----------
+    texts : Mapping[str, str]
+        Gene -> text.
+    vectors : Mapping[str, npt.NDArray[np.float32]]
+        Text -> its vector, of every text.
+
+    Returns
+    -------
+    pd.DataFrame
+
+    Raises
+    ------
+    UserError
+        Where they differ in length.
     """
     genes = sorted(texts)
     lengths = sorted({len(vectors[texts[gene]]) for gene in genes})

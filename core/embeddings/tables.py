@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pandas as pd
 from scipy import linalg, sparse
 
-from core.arrays import Floats, fixed_signs, one_blas_thread
+from core.arrays import Floats, fix_signs, limit_blas_threads
 from core.errors import UserError, shown
 from core.prepare.files import FOLD_CELLS
 
@@ -33,13 +33,24 @@ MOST_VALUES = 100_000 * 4_096
 LONGEST_NAME, MOST_NAMES_BYTES = 100, 100_000 * 100
 
 
-def gmt_membership(path: Path) -> pd.DataFrame:
-    """The pathways of a GMT file, one row per (pathway, gene): columns `pathway`, `description`, `gene`.
+def read_gene_sets(path: Path) -> pd.DataFrame:
+    """Read the pathways of a GMT file, one row per (pathway, gene): columns `pathway`, `description`, `gene`.
 
-    path: GMT text (name, description, genes; separated by tabs), or a .zip that holds one .gmt. A gene listed twice
-    in a pathway counts once; rows are sorted, so that the order of lines and genes in the file does not matter.
-    Raises UserError, with the line, for a line without a name or without genes and for a pathway that occurs twice
-    (same name and description); and for a file that is not text or holds no pathway.
+    Parameters
+    ----------
+    path : Path
+        GMT text (name, description, genes; separated by tabs), or a .zip that holds one .gmt. A gene listed twice in a
+        pathway counts once; rows are sorted, so that the order of lines and genes in the file does not matter.
+
+    Returns
+    -------
+    pd.DataFrame
+
+    Raises
+    ------
+    UserError
+        With the line, for a line without a name or without genes and for a pathway that occurs twice (same name and
+        description); and for a file that is not text or holds no pathway.
     """
     rows: dict[tuple[str, str], set[str]] = {}
     for number, line in enumerate(_gmt_text(path).split("\n"), start=1):
@@ -84,21 +95,36 @@ def _gmt_text(path: Path) -> str:
         ) from error
 
 
-def pathway_embedding(path: Path, dimensions: int) -> pd.DataFrame:
-    """Truncated SVD of pathway membership: genes (index, sorted) x d0, d1, ... (float64).
+def embed_pathways(path: Path, dimensions: int) -> pd.DataFrame:
+    """Make an embedding by truncated SVD of pathway membership.
 
-    M (genes x pathways) is 1/sqrt(pathway size) where the gene is a member, else 0, so that every pathway weighs the
-    same; M = U S V', and a gene's row is its first `dimensions` entries of M V. From the exact eigendecomposition of
-    the smaller Gram matrix. Fewer columns where M has a lower rank: the others would be zero. A gene whose pathways
-    lie outside the kept dimensions is missing.
-    Raises UserError as `gmt_membership` does.
+    Genes (index, sorted) x d0, d1, ... (float64). M (genes x pathways) is 1/sqrt(pathway size) where the gene is a
+    member, else 0, so that every pathway weighs the same; M = U S V', and a gene's row is its first `dimensions`
+    entries of M V. From the exact eigendecomposition of the smaller Gram matrix. Fewer columns where M has a lower
+    rank: the others would be zero. A gene whose pathways lie outside the kept dimensions is missing.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    dimensions : int
+        The most columns.
+
+    Returns
+    -------
+    pd.DataFrame
+
+    Raises
+    ------
+    UserError
+        As `read_gene_sets` does.
     """
-    membership = gmt_membership(path)
+    membership = read_gene_sets(path)
     genes, gene = np.unique(membership["gene"].to_numpy(dtype=str), return_inverse=True)
     pathway = membership.groupby(["pathway", "description"], sort=True).ngroup().to_numpy()
     size = np.bincount(pathway)
     M = sparse.csr_matrix((1 / np.sqrt(size[pathway]), (gene, pathway)), shape=(len(genes), len(size)))
-    with one_blas_thread():
+    with limit_blas_threads():
         if len(genes) < len(size):
             values, vectors = _leading((M @ M.T).toarray(), dimensions)
             scores = vectors * np.sqrt(values)
@@ -108,17 +134,32 @@ def pathway_embedding(path: Path, dimensions: int) -> pd.DataFrame:
     return _table(scores, genes, norms=np.sqrt(np.asarray(M.multiply(M).sum(axis=1)).ravel()))
 
 
-def coexpression_embedding(X: sparse.csr_matrix, genes: Sequence[str], dimensions: int) -> pd.DataFrame:
-    """Principal component loadings of the genes: genes (index, sorted) x d0, d1, ... (float64).
+def embed_coexpression(X: sparse.csr_matrix, genes: Sequence[str], dimensions: int) -> pd.DataFrame:
+    """Make an embedding of the genes' principal component loadings.
 
-    X: cells x genes, log1p, of a fold's training cells only (test cells would leak into the embedding). genes: the
-    names of its columns.
-    With the gene-gene covariance C = V L V' (over cells, n-1), a gene's row is its entries of V sqrt(L) for the
-    largest eigenvalues: the product of two rows approximates the genes' covariance, their cosine the genes'
-    correlation. Exact eigendecomposition; the result does not depend on the number of threads.
-    Fewer columns than `dimensions` where C has a lower rank. Genes that are constant over the cells, or whose
-    variance lies outside the kept dimensions, have no embedding and are missing.
-    Raises UserError where no gene varies; ValueError where `genes` does not fit X or repeats a name.
+    Genes (index, sorted) x d0, d1, ... (float64). With the gene-gene covariance C = V L V' (over cells, n-1), a gene's
+    row is its entries of V sqrt(L) for the largest eigenvalues: the product of two rows approximates the genes'
+    covariance, their cosine the genes' correlation. Exact eigendecomposition; the result does not depend on the number
+    of threads. Fewer columns than `dimensions` where C has a lower rank. Genes that are constant over the cells, or
+    whose variance lies outside the kept dimensions, have no embedding and are missing.
+
+    Parameters
+    ----------
+    X : sparse.csr_matrix
+        Cells x genes, log1p, of a fold's training cells only (test cells would leak into the embedding).
+    genes : Sequence[str]
+        The names of its columns.
+    dimensions : int
+        The most columns.
+
+    Returns
+    -------
+    pd.DataFrame
+
+    Raises
+    ------
+    UserError
+        Where no gene varies; ValueError where `genes` does not fit X or repeats a name.
     """
     names = np.asarray(genes, dtype=str)
     if X.shape[1] != len(names) or len(np.unique(names)) != len(names):
@@ -139,21 +180,21 @@ def coexpression_embedding(X: sparse.csr_matrix, genes: Sequence[str], dimension
     covariance -= np.outer(total, total / n)
     covariance /= n - 1
     norms = np.sqrt(covariance.diagonal())
-    with one_blas_thread():
+    with limit_blas_threads():
         values, vectors = _leading(covariance, dimensions)
     return _table(vectors * np.sqrt(values), names[order], norms)
 
 
 def _sums(X: sparse.csr_matrix, columns: npt.NDArray[np.intp]) -> tuple[Floats, Floats]:
-    """Sums of the given columns and of all their products (X'X), in float64.
+    """Return sums of the given columns and of all their products (X'X), in float64.
 
-    Dense blocks: at the density of log1p expression faster than a sparse product. Every tile of the result is summed
-    by one thread in the order of the cells, so that the number of threads changes time only.
+    Dense blocks: at the density of log1p expression faster than a sparse product. Every tile of the result is summed by
+    one thread in the order of the cells, so that the number of threads changes time only.
     """
     total, products = np.zeros(len(columns)), np.zeros((len(columns), len(columns)))
     spans = [slice(start, start + GENES_AT_ONCE) for start in range(0, len(columns), GENES_AT_ONCE)]
     tiles = list(combinations_with_replacement(spans, 2))
-    with one_blas_thread(), ThreadPoolExecutor() as pool:
+    with limit_blas_threads(), ThreadPoolExecutor() as pool:
         for start in range(0, X.shape[0], CELLS_AT_ONCE):
             block = X[start : start + CELLS_AT_ONCE][:, columns].toarray().astype(np.float64)
             total += block.sum(axis=0)
@@ -168,9 +209,9 @@ def _sums(X: sparse.csr_matrix, columns: npt.NDArray[np.intp]) -> tuple[Floats, 
 
 
 def _leading(gram: Floats, dimensions: int) -> tuple[Floats, Floats]:
-    """The largest eigenvalues (k) of a symmetric matrix and their eigenvectors (n x k), largest first.
+    """Return the largest eigenvalues (k) of a symmetric matrix and their eigenvectors (n x k), largest first.
 
-    k is `dimensions`, or the matrix's numerical rank where that is lower. Call it within one_blas_thread().
+    k is `dimensions`, or the matrix's numerical rank where that is lower. Call it within limit_blas_threads().
     """
     n = len(gram)
     values, vectors = linalg.eigh(gram, subset_by_index=[max(n - dimensions, 0), n - 1])
@@ -180,8 +221,8 @@ def _leading(gram: Floats, dimensions: int) -> tuple[Floats, Floats]:
 
 
 def _table(scores: Floats, genes: npt.NDArray[np.str_], norms: Floats) -> pd.DataFrame:
-    """The embedding with fixed signs, without the genes whose row vanishes against `norms`, their full length."""
-    scores = fixed_signs(scores.T).T
+    """Frame an embedding with fixed signs, without the genes whose row vanishes against `norms`, their full length."""
+    scores = fix_signs(scores.T).T
     kept = np.linalg.norm(scores, axis=1) > VANISHING * norms
     columns = [f"d{i}" for i in range(scores.shape[1])]
     return pd.DataFrame(scores[kept], index=pd.Index(genes[kept], name="gene", dtype=object), columns=columns)
@@ -191,37 +232,76 @@ def _dense_row(row: sparse.coo_matrix) -> Floats:
     return np.asarray(row.toarray(), dtype=np.float64).ravel()
 
 
-def fold_coexpression(fold: Path, dimensions: int) -> pd.DataFrame:
-    """`coexpression_embedding` of the training cells of a fold.
-
-    fold: the folder with its train.h5ad (core.prepare.training_data).
+def embed_fold(fold: Path, dimensions: int) -> pd.DataFrame:
+    """Make the coexpression embedding of the training cells of a fold.
 
     Only cells of the split `train` count: val cells, which models may use to stop early, are left out.
+
+    Parameters
+    ----------
+    fold : Path
+        The folder with its train.h5ad (core.prepare.training_data).
+    dimensions : int
+        The most columns.
+
+    Returns
+    -------
+    pd.DataFrame
     """
     cells = ad.read_h5ad(fold / FOLD_CELLS)
     training = cells[(cells.obs["split"] == "train").to_numpy()]
-    return coexpression_embedding(training.X, list(training.var_names), dimensions)
+    return embed_coexpression(training.X, list(training.var_names), dimensions)
 
 
-def side_by_side(embeddings: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Several embeddings in one table: the union of their genes (index, sorted) x `<name>/<dimension>` (float64).
+def join_tables(embeddings: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Put several embeddings into one table.
 
-    NaN in all dimensions of an embedding that lacks the gene.
+    The union of their genes (index, sorted) x `<name>/<dimension>` (float64); NaN in all dimensions of an embedding
+    that lacks the gene.
+
+    Parameters
+    ----------
+    embeddings : Mapping[str, pd.DataFrame]
+        Name -> table.
+
+    Returns
+    -------
+    pd.DataFrame
     """
     named = [table.add_prefix(f"{name}/") for name, table in embeddings.items()]
     return pd.concat(named, axis=1, join="outer").sort_index().rename_axis("gene")
 
 
 def write_embedding(embedding: pd.DataFrame, path: Path) -> None:
-    """Write an embedding as parquet, `gene` (the index), d0, d1, ...; the same table gives the same bytes."""
+    """Write an embedding as parquet, `gene` (the index), d0, d1, ...; the same table gives the same bytes.
+
+    Parameters
+    ----------
+    embedding : pd.DataFrame
+        Genes x dimensions.
+    path : Path
+        The file.
+    """
     embedding.to_parquet(path)
 
 
 def read_embedding(path: Path) -> pd.DataFrame:
-    """The embedding in a parquet file: index `gene` (str), float64 columns.
+    """Read the embedding in a parquet file: index `gene` (str), float64 columns.
 
-    Raises UserError for a file that is no parquet table, an index other than `gene`, a gene that is missing or
-    occurs twice, columns that are not numbers, and rows that are not finite or all zero.
+    Parameters
+    ----------
+    path : Path
+        The file.
+
+    Returns
+    -------
+    pd.DataFrame
+
+    Raises
+    ------
+    UserError
+        For a file that is no parquet table, an index other than `gene`, a gene that is missing or occurs twice, columns
+        that are not numbers, and rows that are not finite or all zero.
     """
     try:
         table = pd.read_parquet(path)
@@ -233,7 +313,10 @@ def read_embedding(path: Path) -> pd.DataFrame:
 
 
 def _checked(table: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """A table that is an embedding, float64. Raises UserError as `read_embedding` does."""
+    """Return a table that is an embedding, float64.
+
+    Raises UserError as `read_embedding` does.
+    """
     remedy = "give genes (index `gene`) x dimensions, numbers only, without genes that have no embedding"
     if table.index.name != "gene" or not table.index.map(lambda gene: isinstance(gene, str)).all():
         raise UserError(path, "index", f"{table.index.name!r}, {table.index.dtype}", remedy)
@@ -250,10 +333,22 @@ def _checked(table: pd.DataFrame, path: Path) -> pd.DataFrame:
 
 
 def read_foreign_embedding(path: Path) -> pd.DataFrame:
-    """`read_embedding` of a file that others wrote, rows sorted by gene, columns d0, d1, ...
+    """Read an embedding that others wrote, rows sorted by gene, columns d0, d1, ...
 
-    Raises UserError also where it is not there, is no plain file, or holds anything but names (of at most LONGEST_NAME
-    characters) and plain numbers, or more than MOST_VALUES of them: compressed, they may take little room.
+    Parameters
+    ----------
+    path : Path
+        The file.
+
+    Returns
+    -------
+    pd.DataFrame
+
+    Raises
+    ------
+    UserError
+        Also where it is not there, is no plain file, or holds anything but names (of at most LONGEST_NAME characters)
+        and plain numbers, or more than MOST_VALUES of them: compressed, they may take little room.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -291,8 +386,18 @@ def _is_number(kind: Any) -> bool:
     return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind))
 
 
-def known_genes(path: Path) -> pd.Index:
-    """The genes that a file of any form knows: an embedding, several side by side, or a graph."""
+def list_known_genes(path: Path) -> pd.Index:
+    """Return the genes that a file of any form knows: an embedding, several side by side, or a graph.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+
+    Returns
+    -------
+    pd.Index
+    """
     import pyarrow.parquet as pq
 
     names = pq.read_schema(path).names
@@ -303,16 +408,47 @@ def known_genes(path: Path) -> pd.Index:
     return read_embedding(path).index
 
 
-def coverage(known: pd.Index, genes: Iterable[str]) -> tuple[list[str], list[str]]:
-    """The distinct genes that are known and those that are not, each sorted."""
+def split_by_coverage(known: pd.Index, genes: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Return the distinct genes that are known and those that are not, each sorted.
+
+    Parameters
+    ----------
+    known : pd.Index
+        Genes that have an embedding.
+    genes : Iterable[str]
+        The wanted genes.
+
+    Returns
+    -------
+    tuple[list[str], list[str]]
+    """
     wanted = set(genes)
     covered = wanted.intersection(known)
     return sorted(covered), sorted(wanted - covered)
 
 
 def require_coverage(name: str, known: pd.Index, genes: Iterable[str]) -> tuple[list[str], list[str]]:
-    """`coverage` of the perturbed genes. Raises UserError where the embedding `name` has none of them."""
-    covered, missing = coverage(known, genes)
+    """Split the perturbed genes by coverage, as `split_by_coverage` does.
+
+    Parameters
+    ----------
+    name : str
+        Of the embedding.
+    known : pd.Index
+        Genes that have an embedding.
+    genes : Iterable[str]
+        The wanted genes.
+
+    Returns
+    -------
+    tuple[list[str], list[str]]
+
+    Raises
+    ------
+    UserError
+        Where the embedding `name` has none of them.
+    """
+    covered, missing = split_by_coverage(known, genes)
     if not covered:
         raise UserError(
             f"embedding {name}",

@@ -10,8 +10,8 @@ import numpy as np
 from scipy import sparse
 
 from core.arrays import Ints
-from core.io.panels import ahead, spans
-from core.io.raw_matrix import piece_of
+from core.io.panels import read_ahead, split_rows
+from core.io.raw_matrix import read_piece
 
 
 class Spill:
@@ -38,7 +38,15 @@ class Spill:
         return sum(len(ranks) for ranks, _ in self._runs)
 
     def add(self, ranks: Ints, rows: sparse.csr_matrix) -> None:
-        """ranks: distinct over all calls, 0 to the number of all rows - 1 in the end. rows: CSR, sorted indices."""
+        """Add rows.
+
+        Parameters
+        ----------
+        ranks : Ints
+            Distinct over all calls, 0 to the number of all rows - 1 in the end.
+        rows : sparse.csr_matrix
+            CSR, sorted indices.
+        """
         order = np.argsort(ranks)
         rows = rows[order]
         for file, values in zip(
@@ -49,9 +57,14 @@ class Spill:
         self._stored += rows.nnz
 
     def panels(self) -> Iterator[tuple[slice, sparse.csr_matrix]]:
-        """All rows by rank, PANEL each, read ahead as `core.io.panels.panels` does, after the context has ended."""
-        pieces = spans(len(self))
-        return zip(pieces, ahead(self._panel, pieces), strict=True)
+        """Return all rows by rank, PANEL each, read ahead as by core.io.panels, after the context has ended.
+
+        Returns
+        -------
+        Iterator[tuple[slice, sparse.csr_matrix]]
+        """
+        pieces = split_rows(len(self))
+        return zip(pieces, read_ahead(self._panel, pieces), strict=True)
 
     def _panel(self, span: slice) -> sparse.csr_matrix:
         ranks, data, indices, sizes = [], [], [], []
@@ -60,8 +73,8 @@ class Spill:
             if last > first:
                 begin, n = int(starts[first]), int(starts[last] - starts[first])
                 ranks.append(of_run[first:last])
-                data.append(piece_of(self._paths[0], np.float32, begin, n))
-                indices.append(piece_of(self._paths[1], np.int32, begin, n))
+                data.append(read_piece(self._paths[0], np.float32, begin, n))
+                indices.append(read_piece(self._paths[1], np.int32, begin, n))
                 sizes.append(np.diff(starts[first : last + 1]))
         pointers = np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
         shape = (span.stop - span.start, self.width)

@@ -26,13 +26,45 @@ T = TypeVar("T")
 
 
 def open_h5ad(path: Path) -> ad.AnnData:
-    """The AnnData in `path`, in memory. Raises UserError where there is no such file or it is not an h5ad."""
+    """Read the AnnData in `path` into memory.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+
+    Returns
+    -------
+    ad.AnnData
+
+    Raises
+    ------
+    UserError
+        If there is no such file or it is not an h5ad.
+    """
     return _read(path, ad.read_h5ad)
 
 
 def open_foreign_h5ad(path: Path, most_bytes: int) -> ad.AnnData:
-    """As `open_h5ad`, of a file by somebody who may mean harm. Raises UserError, before anything is read, also for one
-    that takes more than so many bytes of memory, or whose values would come from another file."""
+    """Read an AnnData from a file that may be hostile.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    most_bytes : int
+        The most that it may take.
+
+    Returns
+    -------
+    ad.AnnData
+
+    Raises
+    ------
+    UserError
+        As `open_h5ad` does and, before anything is read, for a file that takes more than `most_bytes` of memory, or
+        whose values would come from another file.
+    """
 
     def read(path: Path) -> ad.AnnData:
         with h5py.File(path) as file:
@@ -47,8 +79,7 @@ def open_foreign_h5ad(path: Path, most_bytes: int) -> ad.AnnData:
 
 
 def _require_self_contained(file: h5py.File, path: Path) -> None:
-    """Raises UserError for any link, which this walk does not follow, and for an object with a second name, which
-    anndata would read once for each."""
+    """Refuse links, which this walk does not follow, and objects with two names, which anndata would read twice."""
 
     def look(name: str, thing: h5py.Group | h5py.Dataset) -> None:
         links = [f"{name}/{link}" for link in thing if _is_link(thing, link)] if isinstance(thing, h5py.Group) else []
@@ -70,8 +101,11 @@ def _is_link(group: h5py.Group, name: str) -> bool:
 
 
 def _bytes_in_memory(file: h5py.File, most: int) -> int:
-    """Of all datasets, as their shapes say, and of texts as long as they are: a compressed file may be a thousandth of
-    it, an empty one less, and a thousand texts may be one in the file. Counted until it is more than `most`."""
+    """Count the bytes of all datasets, until they are more than `most`.
+
+    As their shapes say, and of texts as long as they are: a compressed file may be a thousandth of it, an empty one
+    less, and a thousand texts may be one in the file.
+    """
     total = 0
 
     def count(_: str, thing: h5py.Group | h5py.Dataset) -> None:
@@ -93,8 +127,24 @@ def _bytes_in_memory(file: h5py.File, most: int) -> int:
 
 
 def read_foreign_json(path: Path, most_bytes: int) -> Any:
-    """The value in a JSON file by somebody who may mean harm. Raises ValueError for one that is larger, or no JSON, and
-    OSError."""
+    """Read the value in a JSON file that may be hostile.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    most_bytes : int
+        The most that it may take.
+
+    Returns
+    -------
+    Any
+
+    Raises
+    ------
+    ValueError
+        For a file that is larger than `most_bytes`, or no JSON; and OSError.
+    """
     if path.stat().st_size > most_bytes:
         raise ValueError(f"{path.stat().st_size:,} bytes, of at most {most_bytes:,}")
     try:
@@ -104,7 +154,22 @@ def read_foreign_json(path: Path, most_bytes: int) -> Any:
 
 
 def read_names(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Only the tables of the rows (obs) and the columns (var) of an h5ad. Raises UserError as `open_h5ad` does."""
+    """Read only the tables of the rows (obs) and the columns (var) of an h5ad.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+
+    Returns
+    -------
+    tuple[pd.DataFrame, pd.DataFrame]
+
+    Raises
+    ------
+    UserError
+        As `open_h5ad` does.
+    """
     return _read(path, _tables)
 
 
@@ -151,21 +216,47 @@ def _read(path: Path, read: Callable[[Path], T]) -> T:
 
 
 def read_obs(path: Path) -> pd.DataFrame:
-    """Only the description of the rows of an h5ad."""
+    """Read only the description of the rows of an h5ad.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+
+    Returns
+    -------
+    pd.DataFrame
+    """
     return read_names(path)[0]
 
 
 def read_genes(path: Path) -> pd.Index:
-    """Only the names of the columns of an h5ad."""
+    """Read only the names of the columns of an h5ad.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+
+    Returns
+    -------
+    pd.Index
+    """
     return read_names(path)[1].index
 
 
 def write_by_rows(path: Path, frame: ad.AnnData, parts: Iterable[Mapping[str, sparse.csr_matrix]]) -> None:
     """Write an h5ad whose matrices come some rows at a time.
 
-    frame: all but the matrices. parts: the next rows of each matrix by its place in the file, "X" or "layers/<name>",
-    CSR; together as many rows as `frame` has, else ValueError. Without a part (a frame without rows) there is no
-    matrix.
+    Parameters
+    ----------
+    path : Path
+        The file.
+    frame : ad.AnnData
+        All but the matrices.
+    parts : Iterable[Mapping[str, sparse.csr_matrix]]
+        The next rows of each matrix by its place in the file, "X" or "layers/<name>", CSR; together as many rows as
+        `frame` has, else ValueError. Without a part (a frame without rows) there is no matrix.
     """
     frame.write_h5ad(path)
     matrices = {}
@@ -189,7 +280,14 @@ def write_by_rows(path: Path, frame: ad.AnnData, parts: Iterable[Mapping[str, sp
 def require_space(folder: Path, needed: int, what: str) -> None:
     """Raise UserError where fewer than `needed` bytes are free in the file system of `folder`.
 
-    what: needs them, for the message. A check before long work: what else fills the disk meanwhile cannot be known.
+    Parameters
+    ----------
+    folder : Path
+        Where the files lie, or go.
+    needed : int
+        Bytes.
+    what : str
+        Needs them, for the message. A check before long work: what else fills the disk meanwhile cannot be known.
     """
     free = shutil.disk_usage(folder).free
     if free < needed:

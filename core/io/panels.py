@@ -18,24 +18,58 @@ PANEL = 2048
 T = TypeVar("T")
 
 
-def spans(n: int, rows: int = PANEL) -> list[slice]:
-    """The numbers 0 .. n - 1 in consecutive pieces of `rows`; the last may be shorter."""
+def split_rows(n: int, rows: int = PANEL) -> list[slice]:
+    """Split the numbers 0 .. n - 1 into consecutive pieces of `rows`; the last may be shorter.
+
+    Parameters
+    ----------
+    n : int
+        How many.
+    rows : int
+        How many at a time.
+
+    Returns
+    -------
+    list[slice]
+    """
     return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
 
 
-def panels(X: Any, rows: Ints | None = None) -> Iterator[tuple[slice, sparse.csr_matrix]]:
-    """The rows of a matrix, PANEL at a time, in order; the next panel is read while the caller works on this one.
+def read_panels(X: Any, rows: Ints | None = None) -> Iterator[tuple[slice, sparse.csr_matrix]]:
+    """Read the rows of a matrix, PANEL at a time, in order.
 
-    X: cells x genes, CSR in memory or on disk (`X` or a layer of a backed AnnData). rows: positions, ascending, of
-    those that take part, by default all; the spans count them.
+    The next panel is read while the caller works on this one.
+
+    Parameters
+    ----------
+    X : Any
+        Cells x genes, CSR in memory or on disk (`X` or a layer of a backed AnnData).
+    rows : Ints | None
+        Positions, ascending, of those that take part, by default all; the spans count them.
+
+    Returns
+    -------
+    Iterator[tuple[slice, sparse.csr_matrix]]
     """
-    pieces = spans(X.shape[0] if rows is None else len(rows))
-    return zip(pieces, ahead(lambda span: sparse.csr_matrix(X[_place(span, rows)]), pieces), strict=True)
+    pieces = split_rows(X.shape[0] if rows is None else len(rows))
+    return zip(pieces, read_ahead(lambda span: sparse.csr_matrix(X[_place(span, rows)]), pieces), strict=True)
 
 
-def float_panels(X: Any, rows: Ints | None = None) -> Iterator[tuple[slice, sparse.csr_matrix]]:
-    """`panels` of a matrix in float64."""
-    return ((span, panel.astype(np.float64)) for span, panel in panels(X, rows))
+def read_float_panels(X: Any, rows: Ints | None = None) -> Iterator[tuple[slice, sparse.csr_matrix]]:
+    """Read the panels of a matrix as `read_panels` does, in float64.
+
+    Parameters
+    ----------
+    X : Any
+        Cells x genes.
+    rows : Ints | None
+        How many at a time.
+
+    Returns
+    -------
+    Iterator[tuple[slice, sparse.csr_matrix]]
+    """
+    return ((span, panel.astype(np.float64)) for span, panel in read_panels(X, rows))
 
 
 def _place(span: slice, rows: Ints | None) -> slice | Ints:
@@ -46,8 +80,20 @@ def _place(span: slice, rows: Ints | None) -> slice | Ints:
     return slice(int(at[0]), int(at[-1]) + 1) if at[-1] - at[0] + 1 == len(at) else at
 
 
-def ahead(read: Callable[[Any], T], items: Iterable[Any]) -> Iterator[T]:
-    """`read(item)` of every item, in order, each read in a second thread while the caller works on the one before."""
+def read_ahead(read: Callable[[Any], T], items: Iterable[Any]) -> Iterator[T]:
+    """Read items in order, each in a second thread while the caller works on the one before.
+
+    Parameters
+    ----------
+    read : Callable[[Any], T]
+        What is called with each item.
+    items : Iterable[Any]
+        In the order in which they are read.
+
+    Yields
+    ------
+    Iterator[T]
+    """
     with ThreadPoolExecutor(1) as reader:
         waiting = None
         for item in items:

@@ -14,8 +14,8 @@ from scipy import sparse
 from core.arrays import Ints
 from core.errors import UserError, shown
 from core.io.h5ad import require_space
-from core.io.panels import spans
-from core.progress import progress
+from core.io.panels import split_rows
+from core.progress import log_progress
 
 # What a stored value takes on its way, in bytes: two chunks in flight, their numbers and indices of up to eight
 # bytes each, and the copies that selecting rows and columns makes.
@@ -38,12 +38,31 @@ class Rows(NamedTuple):
 
 @contextmanager
 def open_rows(path: Path, layer: str | None, shape: tuple[int, int], memory: int, scratch: Path) -> Iterator[Rows]:
-    """The matrix of an h5ad (X, or a layer), to be read in chunks that fit into `memory` bytes.
+    """Open the matrix of an h5ad (X, or a layer), to be read in chunks that fit into `memory` bytes.
 
-    shape: what the file's tables of cells and genes say. scratch: a folder for a transposed copy, which a matrix
-    stored by columns (CSC) needs. Values keep their type (float16 becomes float32). Raises UserError, here or while
-    reading, for a matrix that is missing, has another shape, holds no numbers, cannot be read, or whose indices do not
-    make sense.
+    Parameters
+    ----------
+    path : Path
+        The file.
+    layer : str | None
+        Its name; None is X.
+    shape : tuple[int, int]
+        What the file's tables of cells and genes say.
+    memory : int
+        Bytes that the chunks may take.
+    scratch : Path
+        A folder for a transposed copy, which a matrix stored by columns (CSC) needs. Values keep their type (float16
+        becomes float32).
+
+    Yields
+    ------
+    Iterator[Rows]
+
+    Raises
+    ------
+    UserError
+        Here or while reading, for a matrix that is missing, has another shape, holds no numbers, cannot be read, or
+        whose indices do not make sense.
     """
     name = "X" if layer is None else f"layers/{layer}"
     wrong = Wrong(path, "X" if layer is None else f"layers[{layer!r}]")
@@ -65,7 +84,24 @@ def open_rows(path: Path, layer: str | None, shape: tuple[int, int], memory: int
 
 
 def has_layer(path: Path, layer: str) -> bool:
-    """Whether the h5ad has this layer. Raises UserError where it cannot be read."""
+    """Tell whether the h5ad has this layer.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    layer : str
+        Its name; None is X.
+
+    Returns
+    -------
+    bool
+
+    Raises
+    ------
+    UserError
+        Where it cannot be read.
+    """
     wrong = Wrong(path, "layers")
     with _opened(path, wrong) as file, reading(wrong):
         return f"layers/{layer}" in file
@@ -78,12 +114,25 @@ class Wrong(NamedTuple):
     field: str
 
     def __call__(self, found: str, remedy: str = "the file is damaged: write or download it again") -> UserError:
+        """Make the error."""
         return UserError(self.path, self.field, found, remedy)
 
 
 @contextmanager
 def reading(wrong: Wrong) -> Iterator[None]:
-    """A context for reading from the file and nothing else: a damaged one makes h5py raise almost anything."""
+    """Turn any error within, where a file is read and nothing else is done, into one about the matrix.
+
+    A damaged file makes h5py raise almost anything.
+
+    Parameters
+    ----------
+    wrong : Wrong
+        Makes the error about the matrix.
+
+    Yields
+    ------
+    Iterator[None]
+    """
     try:
         yield
     except MemoryError:
@@ -125,7 +174,7 @@ def _dense(place: h5py.Dataset, shape: tuple[int, int], values: int, scratch: Pa
             block = place[span]
         return sparse.csr_matrix(_usable(block))
 
-    return Rows(shape[1], spans(shape[0], n), read)
+    return Rows(shape[1], split_rows(shape[0], n), read)
 
 
 def _by_rows(place: h5py.Group, shape: tuple[int, int], values: int, scratch: Path, wrong: Wrong) -> Rows:
@@ -152,7 +201,7 @@ def _by_columns(place: h5py.Group, shape: tuple[int, int], values: int, scratch:
     require_space(scratch, copied, f"a copy of {wrong.field} by rows, since {wrong.path.name} stores it by columns")
     with files["data"].open("wb") as data, files["indices"].open("wb") as indices, files["indptr"].open("wb") as indptr:
         parts = ((block, _block(place, pointers[block.start : block.stop + 1], shape[0], wrong)) for block in blocks)
-        for _, columns in progress("turning columns into rows", parts, shape[1], "genes"):
+        for _, columns in log_progress("turning columns into rows", parts, shape[1], "genes"):
             # The rows of the transpose are the columns that were stored.
             turned = columns.T.tocsr()
             data.write(turned.data.data)
@@ -165,9 +214,13 @@ def _by_columns(place: h5py.Group, shape: tuple[int, int], values: int, scratch:
         pieces = []
         for number, block in enumerate(blocks):
             n = span.stop - span.start
-            at = piece_of(files["indptr"], np.int64, number * (shape[0] + 1) + span.start, n + 1)
+            at = read_piece(files["indptr"], np.int64, number * (shape[0] + 1) + span.start, n + 1)
             where = int(at[0]), int(at[-1] - at[0])
-            stored = (piece_of(files["data"], dtype, *where), piece_of(files["indices"], np.int32, *where), at - at[0])
+            stored = (
+                read_piece(files["data"], dtype, *where),
+                read_piece(files["indices"], np.int32, *where),
+                at - at[0],
+            )
             pieces.append(sparse.csr_matrix(stored, shape=(n, block.stop - block.start)))
         return sparse.hstack(pieces, format="csr")
 
@@ -181,8 +234,24 @@ STORED: dict[str, Callable[[Any, tuple[int, int], int, Path, Wrong], Rows]] = {
 }
 
 
-def piece_of(path: Path, dtype: Any, start: int, n: int) -> Any:
-    """`n` numbers of a plain binary file, from number `start` on."""
+def read_piece(path: Path, dtype: Any, start: int, n: int) -> Any:
+    """Read `n` numbers of a plain binary file, from number `start` on.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    dtype : Any
+        Type of the stored numbers.
+    start : int
+        Number of the first one.
+    n : int
+        How many.
+
+    Returns
+    -------
+    Any
+    """
     return np.fromfile(path, dtype=dtype, count=n, offset=start * np.dtype(dtype).itemsize)
 
 
@@ -227,7 +296,7 @@ def _pointers(place: h5py.Group, shape: tuple[int, int], n: int, wrong: Wrong) -
 
 
 def _block(place: h5py.Group, pointers: Ints, width: int, wrong: Wrong) -> sparse.csr_matrix:
-    """The stored rows (or columns) between the first and the last pointer, with sorted indices below `width`."""
+    """Return the stored rows (or columns) between the first and the last pointer, with sorted indices below `width`."""
     lo, hi = int(pointers[0]), int(pointers[-1])
     with reading(wrong):
         indices, data = place["indices"][lo:hi], place["data"][lo:hi]
@@ -241,7 +310,7 @@ def _block(place: h5py.Group, pointers: Ints, width: int, wrong: Wrong) -> spars
 
 
 def _usable(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The values in a type that scipy works with: not of half precision, nor in another machine's byte order."""
+    """Return the values in a type that scipy works with: not of half precision, nor in another machine's byte order."""
     half = values.dtype == np.float16
     return values.astype(np.float32 if half else values.dtype.newbyteorder("="), copy=False)
 

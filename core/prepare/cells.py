@@ -23,25 +23,17 @@ from core.arrays import Bools, Floats, Ints
 from core.conditions import CONTROL, KEYS, SEPARATOR, genes_of
 from core.errors import UserError, shown
 from core.io.external_sort import Spill
+from core.io.faults import are_whole, find_count_faults, find_expression_faults, refuse_faults, require_log_expression
 from core.io.h5ad import read_names, require_space, write_by_rows
-from core.io.panels import ahead
+from core.io.panels import read_ahead
 from core.io.raw_matrix import Rows, has_layer, open_rows
 from core.prepare.files import CELLS
-from core.prepare.labels import (
-    Plan,
-    count_faults,
-    expression_faults,
-    final_order,
-    plan,
-    refuse_faults,
-    require_log_expression,
-    whole_numbers,
-)
-from core.prepare.mirror import REQUIRED_OBS, is_mirror, mirror_plan
+from core.prepare.genes import choose_variable_genes, measure_expression
+from core.prepare.mirror import REQUIRED_OBS, is_mirror, plan_mirror
+from core.prepare.plan import Plan, order_cells, plan_preparation
 from core.prepare.settings import PreparationSettings
-from core.prepare.splits import draw_folds, draw_halves, fold_columns, sorted_groups
-from core.prepare.variable_genes import expression_moments, highly_variable
-from core.progress import LOG, progress
+from core.prepare.splits import draw_folds, draw_halves, iterate_groups, list_fold_columns
+from core.progress import LOG, log_progress
 from core.rng import generator
 
 SMALLEST_CONDITION = 4  # below it a half has fewer than two cells
@@ -56,14 +48,30 @@ def write_cells(
 ) -> None:
     """Write cells.h5ad, prepared from the published file `raw`, into `folder`.
 
-    raw: cells x genes, whole-number counts in X (or in `spec.counts_layer`), stored as CSR, CSC or dense; or a file in
-    the layout of the preprocessed mirror, whose cells, halves, folds and expression are taken as they are.
     The file holds cells x genes sorted by (covariate, condition, cell name) and gene: X log1p of counts normalised to
     `spec.target_sum` (CSR float32), layers["counts"] (not from a mirror without them), obs `condition`, `covariate`,
     `half`, `fold_k` and, where given, `library_size`; uns["preparation"], a JSON report of what was dropped and why;
     uns["provenance"], as given.
-    memory: bytes that the chunks of the matrix may take, beside what a few numbers a cell and a gene do. It changes
-    no bit of the result. Raises UserError where the file or what remains of it cannot be used.
+
+    Parameters
+    ----------
+    raw : Path
+        Cells x genes, whole-number counts in X (or in `spec.counts_layer`), stored as CSR, CSC or dense; or a file in
+        the layout of the preprocessed mirror, whose cells, halves, folds and expression are taken as they are.
+    spec : PreparationSettings
+        What decides how the cells are prepared; an entry of the catalog is that.
+    provenance : dict[str, Any]
+        What the cells come from; written into the file.
+    folder : Path
+        Where the files lie, or go.
+    memory : int
+        Bytes that the chunks of the matrix may take, beside what a few numbers a cell and a gene do. It changes no bit
+        of the result.
+
+    Raises
+    ------
+    UserError
+        Where the file or what remains of it cannot be used.
     """
     obs, var = read_names(raw)
     prepare = _from_mirror if is_mirror(obs) else _from_counts
@@ -74,9 +82,18 @@ def write_cells(
 
 
 def read_cells(folder: Path) -> ad.AnnData:
-    """The cells that `write_cells` wrote into `folder`; X and layers stay on disk, to be read row by row.
+    """Open the cells that `write_cells` wrote into `folder`; X and layers stay on disk, to be read row by row.
 
     The file is open for as long as the cells are in use.
+
+    Parameters
+    ----------
+    folder : Path
+        Where the files lie, or go.
+
+    Returns
+    -------
+    ad.AnnData
     """
     file = h5py.File(folder / CELLS)
     # What anndata calls backed would read the layers.
@@ -96,9 +113,9 @@ def _from_counts(
     partly = [column for column in REQUIRED_OBS[2:] if column in obs]
     if partly:
         LOG.warning("%s has %s, but not all columns of a preprocessed mirror: read as raw counts", raw.name, partly[0])
-    names = plan(obs, var, spec, where)
+    names = plan_preparation(obs, var, spec, where)
     with open_rows(raw, spec.counts_layer, (len(obs), len(var)), memory, scratch) as matrix:
-        n_genes, n_cells = survey(matrix, names, spec.min_genes_per_cell, where)
+        n_genes, n_cells = count_genes_and_cells(matrix, names, spec.min_genes_per_cell, where)
         rich, seen = n_genes >= spec.min_genes_per_cell, n_cells >= spec.min_cells_per_gene
         report = names.report | {
             "cells dropped for too few genes": int((~rich).sum()),
@@ -108,17 +125,17 @@ def _from_counts(
         cells, genes = _chosen(names.obs[rich], spec, where, report), names.genes[seen]
         rank = cells.index.get_indexer(names.obs.index)
         chosen = np.flatnonzero(rank >= 0)
-        require_space(scratch, bytes_to_write(int(n_genes[chosen].sum())), f"the {len(chosen):,} chosen cells")
+        require_space(scratch, estimate_bytes(int(n_genes[chosen].sum())), f"the {len(chosen):,} chosen cells")
         with Spill(scratch, len(genes)) as spill:
-            found = selected(matrix, names.rows[chosen], names.columns[seen])
-            for own, counts in progress("sorting the chosen cells", found, len(chosen)):
+            found = read_selected(matrix, names.rows[chosen], names.columns[seen])
+            for own, counts in log_progress("sorting the chosen cells", found, len(chosen)):
                 spill.add(rank[chosen[own]], counts)
     sizes = cells["library_size"].to_numpy() if "library_size" in cells else None
     perturbed = {gene for condition in set(cells["condition"]) for gene in genes_of(condition)}
-    mean, variance = expression_moments(
+    mean, variance = measure_expression(
         (log_expression for _, log_expression in _normalised("choosing genes", spill, sizes, spec)), len(genes)
     )
-    kept = highly_variable(mean, variance, genes, spec.n_variable_genes) | genes.isin(perturbed)
+    kept = choose_variable_genes(mean, variance, genes, spec.n_variable_genes) | genes.isin(perturbed)
     report["perturbed genes that are not measured"] = sorted(perturbed - set(genes))
     report["genes kept"] = int(kept.sum())
     parts = (
@@ -131,19 +148,19 @@ def _from_counts(
 def _normalised(
     what: str, spill: Spill, sizes: Floats | None, spec: PreparationSettings
 ) -> Iterator[tuple[sparse.csr_matrix, sparse.csr_matrix]]:
-    """(counts, log1p of the normalised counts) of the cells in their final order, a panel at a time."""
+    """Return (counts, log1p of the normalised counts) of the cells in their final order, a panel at a time."""
 
     def work(panel: tuple[slice, sparse.csr_matrix]) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
         span, counts = panel
-        return counts, normalise(counts, None if sizes is None else sizes[span], spec.target_sum)
+        return counts, normalise_counts(counts, None if sizes is None else sizes[span], spec.target_sum)
 
-    return ahead(work, progress(what, spill.panels(), len(spill)))
+    return read_ahead(work, log_progress(what, spill.panels(), len(spill)))
 
 
 def _from_mirror(
     raw: Path, obs: pd.DataFrame, var: pd.DataFrame, spec: PreparationSettings, memory: int, scratch: Path
 ) -> tuple[ad.AnnData, Iterator[Parts]]:
-    names = mirror_plan(obs, var, str(raw))
+    names = plan_mirror(obs, var, str(raw))
     where = str(raw)
     _require_conditions(names.obs, spec, where)
     _require_training(names.obs, where)
@@ -159,11 +176,11 @@ def _from_mirror(
                 Spill(own, len(names.genes)) as spill,
                 open_rows(raw, layer, (len(obs), len(var)), memory, own) as matrix,
             ):
-                wanted = selected(matrix, names.rows[order], names.columns)
+                wanted = read_selected(matrix, names.rows[order], names.columns)
                 faults, whole, largest = [], True, 0.0
-                for rows, values in progress(f"sorting {place}", wanted, len(order)):
-                    faults.append((count_faults if layer else expression_faults)(values.data))
-                    whole &= whole_numbers(values.data)
+                for rows, values in log_progress(f"sorting {place}", wanted, len(order)):
+                    faults.append((find_count_faults if layer else find_expression_faults)(values.data))
+                    whole &= are_whole(values.data)
                     largest = max(largest, values.data.max(initial=0.0))
                     spill.add(order[rows], values)
                 refuse_faults(faults, matrix.field, where)
@@ -175,11 +192,23 @@ def _from_mirror(
     return _frame(names.obs, names.genes, names.report), parts
 
 
-def selected(matrix: Rows, rows: Ints, columns: Ints) -> Iterator[tuple[slice, sparse.csr_matrix]]:
-    """The wanted rows of a matrix, chunk by chunk, and which of the wanted rows they are.
+def read_selected(matrix: Rows, rows: Ints, columns: Ints) -> Iterator[tuple[slice, sparse.csr_matrix]]:
+    """Read the wanted rows of a matrix, chunk by chunk, with which of the wanted rows they are.
 
-    rows: their positions, ascending. columns: positions of the wanted columns, in the order in which they come.
     The parts are CSR with sorted indices and without stored zeros. Chunks without a wanted row are not read.
+
+    Parameters
+    ----------
+    matrix : Rows
+        The file's matrix.
+    rows : Ints
+        Their positions, ascending.
+    columns : Ints
+        Positions of the wanted columns, in the order in which they come.
+
+    Returns
+    -------
+    Iterator[tuple[slice, sparse.csr_matrix]]
     """
     column_of = np.full(matrix.width, -1, dtype=np.int32)
     column_of[columns] = np.arange(len(columns), dtype=np.int32)
@@ -199,19 +228,40 @@ def selected(matrix: Rows, rows: Ints, columns: Ints) -> Iterator[tuple[slice, s
         chosen.sort_indices()
         return chosen
 
-    return zip((own for _, own in wanted), ahead(read, wanted), strict=True)
+    return zip((own for _, own in wanted), read_ahead(read, wanted), strict=True)
 
 
-def survey(matrix: Rows, names: Plan, min_genes: int, where: str) -> tuple[Ints, Ints]:
-    """One pass over the counts: in each planned cell the number of genes, and for each planned gene the number of
-    cells, among those with at least `min_genes` genes, that have it. Raises UserError for counts that are none.
+def count_genes_and_cells(matrix: Rows, names: Plan, min_genes: int, where: str) -> tuple[Ints, Ints]:
+    """Count the genes of each planned cell, and the cells that have each planned gene, in one pass over the counts.
+
+    Cells with fewer than `min_genes` genes do not count for the genes.
+
+    Parameters
+    ----------
+    matrix : Rows
+        The file's matrix.
+    names : Plan
+        Which cells and genes.
+    min_genes : int
+        A cell with fewer does not count.
+    where : str
+        What the input is called in messages.
+
+    Returns
+    -------
+    tuple[Ints, Ints]
+
+    Raises
+    ------
+    UserError
+        For values that are no counts.
     """
     n_genes = np.zeros(len(names.rows), dtype=np.int64)
     n_cells = np.zeros(len(names.columns), dtype=np.int64)
     faults = []
-    parts = selected(matrix, names.rows, names.columns)
-    for own, counts in progress("counting genes and cells", parts, len(names.rows)):
-        faults.append(count_faults(counts.data))
+    parts = read_selected(matrix, names.rows, names.columns)
+    for own, counts in log_progress("counting genes and cells", parts, len(names.rows)):
+        faults.append(find_count_faults(counts.data))
         n_genes[own] = np.diff(counts.indptr)
         in_rich = np.repeat(n_genes[own] >= min_genes, n_genes[own])
         n_cells += np.bincount(counts.indices[in_rich], minlength=len(n_cells))
@@ -219,28 +269,39 @@ def survey(matrix: Rows, names: Plan, min_genes: int, where: str) -> tuple[Ints,
     return n_genes, n_cells
 
 
-def bytes_to_write(values: int) -> int:
-    """About how many bytes the preparation writes for so many counts of chosen cells: each once to the spill, as they
-    are, and twice to the result, as count and as expression, packed to a little more than half of what they are.
+def estimate_bytes(values: int) -> int:
+    """Estimate how many bytes the preparation writes for so many counts of chosen cells.
+
+    Each is written once to the spill, as it is, and twice to the result, as count and as expression, packed to a little
+    more than half of what they are.
+
+    Parameters
+    ----------
+    values : int
+        Number of counts.
+
+    Returns
+    -------
+    int
     """
     return 18 * values
 
 
 def _chosen(obs: pd.DataFrame, spec: PreparationSettings, where: str, report: dict[str, Any]) -> pd.DataFrame:
-    """The cells that stay, in their final order, with halves and folds."""
+    """Return the cells that stay, in their final order, with halves and folds."""
     without = sorted(set(obs["covariate"]) - set(obs.loc[obs["condition"] == CONTROL, "covariate"]))
     _require(not without, where, "filters", f"no control cell left in {shown(without)}", _LOWER)
-    small = small_conditions(obs, max(spec.min_cells_per_condition, SMALLEST_CONDITION))
+    small = mask_small_conditions(obs, max(spec.min_cells_per_condition, SMALLEST_CONDITION))
     dropped = obs.loc[small, KEYS].drop_duplicates().to_numpy()
     report["conditions dropped for too few cells"] = sorted(f"{covariate} {name}" for covariate, name in dropped)
     obs = obs[~small]
     _require_conditions(obs, spec, where)
-    obs = obs[cap(obs, spec.max_control_cells, spec.seed)].copy()
+    obs = obs[cap_conditions(obs, spec.max_control_cells, spec.seed)].copy()
     report["cells kept after the cap"] = len(obs)
     obs["half"] = draw_halves(obs, spec.seed)
     obs = obs.join(draw_folds(obs, spec.task, spec.folds, spec.seed))
     _require_training(obs, where)
-    return obs.iloc[final_order(obs)]
+    return obs.iloc[order_cells(obs)]
 
 
 def _frame(cells: pd.DataFrame, genes: pd.Index, report: dict[str, Any]) -> ad.AnnData:
@@ -252,21 +313,46 @@ def _frame(cells: pd.DataFrame, genes: pd.Index, report: dict[str, Any]) -> ad.A
     return ad.AnnData(obs=obs, var=pd.DataFrame(index=genes), uns={"preparation": preparation})
 
 
-def small_conditions(obs: pd.DataFrame, fewest: int) -> Bools:
-    """Mask of the cells of (covariate, condition) groups below `fewest` cells; control is never small."""
+def mask_small_conditions(obs: pd.DataFrame, fewest: int) -> Bools:
+    """Return the mask of the cells of (covariate, condition) groups below `fewest` cells; control is never small.
+
+    Parameters
+    ----------
+    obs : pd.DataFrame
+        The table of cells, with `covariate` and `condition`.
+    fewest : int
+        A condition with fewer is small.
+
+    Returns
+    -------
+    Bools
+    """
     size = obs.groupby(KEYS, observed=True)["condition"].transform("size")
     return np.asarray((size < fewest) & (obs["condition"] != CONTROL), dtype=bool)
 
 
-def cap(obs: pd.DataFrame, max_control: int, seed: int) -> Bools:
-    """Mask of the cells kept: per perturbation at most round(mean cells per condition of its covariate).
+def cap_conditions(obs: pd.DataFrame, max_control: int, seed: int) -> Bools:
+    """Return the mask of the cells kept: per perturbation at most round(mean cells per condition of its covariate).
 
-    Control counts as one condition in the mean and is itself capped at `max_control`. Sampling is without
-    replacement; round() goes to the even number at .5.
+    Control counts as one condition in the mean and is itself capped at `max_control`. Sampling is without replacement;
+    round() goes to the even number at .5.
+
+    Parameters
+    ----------
+    obs : pd.DataFrame
+        The table of cells, with `covariate` and `condition`.
+    max_control : int
+        The most control cells of a covariate.
+    seed : int
+        Seed of the draws.
+
+    Returns
+    -------
+    Bools
     """
     keep = pd.Series(True, index=obs.index)
     mean = obs.groupby("covariate", observed=True)["condition"].agg(lambda labels: len(labels) / labels.nunique())
-    for covariate, condition, names in sorted_groups(obs):
+    for covariate, condition, names in iterate_groups(obs):
         most = max_control if condition == CONTROL else round(mean[covariate])
         if len(names) > most:
             chosen = generator(seed, "cap", covariate, condition).choice(len(names), size=most, replace=False)
@@ -275,10 +361,23 @@ def cap(obs: pd.DataFrame, max_control: int, seed: int) -> Bools:
     return np.asarray(keep, dtype=bool)
 
 
-def normalise(counts: sparse.csr_matrix, sizes: Floats | None, target_sum: float) -> sparse.csr_matrix:
-    """log1p of the counts scaled to `target_sum` per cell, by the cell's own sum or by its library size (`sizes`).
+def normalise_counts(counts: sparse.csr_matrix, sizes: Floats | None, target_sum: float) -> sparse.csr_matrix:
+    """Scale the counts of each cell to `target_sum`, then take log1p.
 
     A cell without any count stays zero. Float32.
+
+    Parameters
+    ----------
+    counts : sparse.csr_matrix
+        Cells x genes.
+    sizes : Floats | None
+        Library size of each cell; None for its own sum.
+    target_sum : float
+        Sum of the counts of a cell, once it is normalised.
+
+    Returns
+    -------
+    sparse.csr_matrix
     """
     scaled = counts.astype(np.float64)
     if sizes is None:
@@ -291,7 +390,7 @@ def normalise(counts: sparse.csr_matrix, sizes: Floats | None, target_sum: float
 def _require_entry(obs: pd.DataFrame, spec: PreparationSettings, where: str) -> None:
     """Raise UserError where a mirror is not what the entry says: another task, or other folds."""
     combined = obs["condition"].str.contains(SEPARATOR, regex=False).any()
-    task, folds = "combination" if combined else "single", len(fold_columns(obs))
+    task, folds = "combination" if combined else "single", len(list_fold_columns(obs))
     remedy = "use the entry that belongs to this file, without a number of folds of your own"
     found = f"a mirror file of {task} conditions; the entry says {spec.task}"
     _require(task == spec.task, where, "task", found, remedy)
@@ -314,7 +413,7 @@ def _require_conditions(obs: pd.DataFrame, spec: PreparationSettings, where: str
 def _require_training(obs: pd.DataFrame, where: str) -> None:
     """Raise UserError where a fold leaves a covariate without training perturbations or without training controls."""
     is_control = obs["condition"] == CONTROL
-    for column in fold_columns(obs):
+    for column in list_fold_columns(obs):
         training = obs[column] == "train"
         for what, rows in (("perturbation", training & ~is_control), ("control cell", training & is_control)):
             without = sorted(set(obs["covariate"].astype(str)) - set(obs.loc[rows, "covariate"].astype(str)))

@@ -10,8 +10,8 @@ import pandas as pd
 from core.conditions import CONTROL, SEPARATOR, genes_of
 from core.io.h5ad import read_names
 from core.prepare.cells import FEWEST_CONDITIONS, SMALLEST_CONDITION
-from core.prepare.labels import plan
-from core.prepare.mirror import is_mirror, mirror_plan
+from core.prepare.mirror import is_mirror, plan_mirror
+from core.prepare.plan import plan_preparation
 from core.prepare.settings import PreparationSettings
 
 
@@ -32,11 +32,27 @@ def check_dataset(path: Path, spec: PreparationSettings) -> DatasetCheck:
     """Read the names in the published file `path` as the entry says, or as its own, if it has a mirror's layout.
 
     The filters that need the counts (genes per cell, cells per gene) are not applied: conditions may still lose cells
-    to them. Raises UserError for a file or labels that cannot be used.
+    to them.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    spec : PreparationSettings
+        What decides how the cells are prepared; an entry of the catalog is that.
+
+    Returns
+    -------
+    DatasetCheck
+
+    Raises
+    ------
+    UserError
+        For a file or labels that cannot be used.
     """
     obs, var = read_names(path)
     mirror = is_mirror(obs)
-    names = mirror_plan(obs, var, str(path)) if mirror else plan(obs, var, spec, str(path))
+    names = plan_mirror(obs, var, str(path)) if mirror else plan_preparation(obs, var, spec, str(path))
     groups = names.obs.groupby(["covariate", "condition"], observed=True, sort=True).size()
     conditions = groups.rename("cells").reset_index()
     # A mirror's cells are taken as they are.

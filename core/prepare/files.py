@@ -1,4 +1,7 @@
-"""The names of the files that preparation writes. (One module of names per stage: a new name recomputes no other.)"""
+"""The names of the files that preparation writes.
+
+Each stage has a module of names of its own, so that a new name in one recomputes nothing of the others.
+"""
 
 CELLS = "cells.h5ad"
 FOLD_CELLS = "train.h5ad"  # of the splits train and val

@@ -15,7 +15,8 @@ from scipy import sparse
 
 from core.conditions import CONTROL, KEYS
 from core.errors import UserError, shown
-from core.prepare.labels import Plan, columns_by_symbol, final_order, require_unique_cells
+from core.prepare.genes import choose_columns
+from core.prepare.plan import Plan, order_cells, require_unique_cells
 
 FOLD_PREFIX = "split_fold_"
 REQUIRED_OBS = ("condition", "donor_id", "tech_dup_split", FOLD_PREFIX + "0")
@@ -24,12 +25,32 @@ SPLITS = ("train", "val", "test")
 
 
 def is_mirror(obs: pd.DataFrame) -> bool:
-    """Whether a file's table of cells has the mirror's columns."""
+    """Tell whether a file's table of cells has the mirror's columns.
+
+    Parameters
+    ----------
+    obs : pd.DataFrame
+        The table of cells, with `covariate` and `condition`.
+
+    Returns
+    -------
+    bool
+    """
     return all(column in obs for column in REQUIRED_OBS)
 
 
 def has_mirror_layout(path: Path) -> bool:
-    """Whether a file has the mirror's columns, told from their names alone; False for a file that cannot be read."""
+    """Tell whether a file has the mirror's columns, told from their names alone; False for a file that cannot be read.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+
+    Returns
+    -------
+    bool
+    """
     try:
         with h5py.File(path) as file:
             obs = file["obs"]
@@ -40,13 +61,26 @@ def has_mirror_layout(path: Path) -> bool:
         return False
 
 
-def mirror_plan(obs: pd.DataFrame, var: pd.DataFrame, where: str) -> Plan:
-    """Which cells and genes of a mirror file to read, and what they are called.
+def plan_mirror(obs: pd.DataFrame, var: pd.DataFrame, where: str) -> Plan:
+    """Return which cells and genes of a mirror file to read, and what they are called.
 
-    obs, var: its tables of cells and genes. The plan's `obs` has condition, covariate, half and fold_k as the file
-    gives them, and its rows (unlike those of a raw file) are in the final order: by covariate, condition, cell name.
-    Raises UserError for duplicated cell names, a missing or unknown half or split, perturbed conditions whose cells
-    are in several splits of a fold or in one half only, and covariates without control.
+    Parameters
+    ----------
+    obs, var : pd.DataFrame
+        Its tables of cells and genes. The plan's `obs` has condition, covariate, half and fold_k as the file gives
+        them, and its rows (unlike those of a raw file) are in the final order: by covariate, condition, cell name.
+    where : str
+        What the input is called in messages.
+
+    Returns
+    -------
+    Plan
+
+    Raises
+    ------
+    UserError
+        For duplicated cell names, a missing or unknown half or split, perturbed conditions whose cells are in several
+        splits of a fold or in one half only, and covariates without control.
     """
     require_unique_cells(obs, where)
     labels = obs["condition"].astype(str)
@@ -54,9 +88,9 @@ def mirror_plan(obs: pd.DataFrame, var: pd.DataFrame, where: str) -> Plan:
     own = obs[~synthetic]
     cells = pd.DataFrame({"condition": labels[~synthetic], "covariate": own["donor_id"].astype(str)})
     cells["half"] = _known(own["tech_dup_split"], HALVES, where)
-    for fold in folds(obs):
+    for fold in list_folds(obs):
         cells[f"fold_{fold}"] = _known(own[f"{FOLD_PREFIX}{fold}"], SPLITS, where)
-    order = final_order(cells)
+    order = order_cells(cells)
     cells = cells.iloc[order]
     _require_whole_conditions(cells, where)
     without = sorted(set(cells["covariate"]) - set(cells.loc[cells["condition"] == CONTROL, "covariate"]))
@@ -69,24 +103,48 @@ def mirror_plan(obs: pd.DataFrame, var: pd.DataFrame, where: str) -> Plan:
         raise UserError(
             where, "obs['tech_dup_split']", found, "leave the condition out: it has no truth or no duplicate"
         )
-    columns, genes, dropped = columns_by_symbol(pd.Index(var.index))
+    columns, genes, dropped = choose_columns(pd.Index(var.index))
     report = {"cells in the file": len(obs), "synthetic control cells left out": int(synthetic.sum())}
     return Plan(np.flatnonzero(~synthetic)[order], cells, columns, genes, report | dropped)
 
 
-def mirror_cells(data: ad.AnnData, where: str) -> ad.AnnData:
-    """The mirror's cells in our layout: X log1p, obs covariate, condition, half, fold_k; sorted rows and genes.
+def take_mirror_cells(data: ad.AnnData, where: str) -> ad.AnnData:
+    """Return the mirror's cells in our layout: X log1p, obs covariate, condition, half, fold_k; sorted rows and genes.
 
-    Raises UserError as `mirror_plan` does.
+    Parameters
+    ----------
+    data : ad.AnnData
+        The mirror file.
+    where : str
+        What the input is called in messages.
+
+    Returns
+    -------
+    ad.AnnData
+
+    Raises
+    ------
+    UserError
+        As `plan_mirror` does.
     """
-    names = mirror_plan(data.obs, data.var, where)
+    names = plan_mirror(data.obs, data.var, where)
     matrix = sparse.csr_matrix(data.X, dtype=np.float32)[names.rows][:, names.columns]
     matrix.sort_indices()
     return ad.AnnData(X=matrix, obs=names.obs, var=pd.DataFrame(index=names.genes))
 
 
-def folds(obs: pd.DataFrame) -> list[int]:
-    """The numbers of the file's folds."""
+def list_folds(obs: pd.DataFrame) -> list[int]:
+    """Return the numbers of the file's folds.
+
+    Parameters
+    ----------
+    obs : pd.DataFrame
+        The table of cells, with `covariate` and `condition`.
+
+    Returns
+    -------
+    list[int]
+    """
     numbers = (c.removeprefix(FOLD_PREFIX) for c in obs.columns if c.startswith(FOLD_PREFIX))
     return sorted(int(number) for number in numbers if number.isdigit())
 

@@ -20,37 +20,75 @@ VALIDATION_SHARE = 0.1375
 Task = Literal["single", "combination"]
 
 
-def sorted_groups(obs: pd.DataFrame) -> Iterator[tuple[str, str, pd.Index]]:
-    """(covariate, condition, cell names in sorted order) of each group, in sorted order."""
+def iterate_groups(obs: pd.DataFrame) -> Iterator[tuple[str, str, pd.Index]]:
+    """Return (covariate, condition, cell names in sorted order) of each group, in sorted order.
+
+    Parameters
+    ----------
+    obs : pd.DataFrame
+        The table of cells, with `covariate` and `condition`.
+
+    Yields
+    ------
+    Iterator[tuple[str, str, pd.Index]]
+    """
     groups = obs.groupby([obs["covariate"].astype(str), obs["condition"].astype(str)], observed=True, sort=True).groups
     for (covariate, condition), names in groups.items():
         yield covariate, condition, pd.Index(sorted(names.astype(str)))
 
 
 def draw_halves(obs: pd.DataFrame, seed: int) -> pd.Series:
-    """`first_half` or `second_half` for each cell: of a seeded permutation the first floor(n/2) are first.
+    """Return `first_half` or `second_half` for each cell: of a seeded permutation the first floor(n/2) are first.
 
-    obs: cells with `covariate` and `condition`; control is halved too. Index and order as in obs.
+    Parameters
+    ----------
+    obs : pd.DataFrame
+        Cells with `covariate` and `condition`; control is halved too. Index and order as in obs.
+    seed : int
+        Seed of the draws.
+
+    Returns
+    -------
+    pd.Series
     """
     half = pd.Series("second_half", index=obs.index, dtype=object, name="half")
-    for covariate, condition, names in sorted_groups(obs):
+    for covariate, condition, names in iterate_groups(obs):
         order = generator(seed, "half", covariate, condition).permutation(len(names))
         half.loc[names[order[: len(names) // 2]]] = "first_half"
     return half
 
 
 def draw_folds(obs: pd.DataFrame, task: Task, folds: int | Literal["leave-one-out"], seed: int) -> pd.DataFrame:
-    """One column `fold_k` per fold, `train`, `val` or `test` for each cell.
+    """Return one column `fold_k` per fold, `train`, `val` or `test` for each cell.
 
     A condition has the same split in all covariates; control cells are split one by one within their covariate.
-    Raises UserError where the data cannot be split as asked.
+
+    Parameters
+    ----------
+    obs : pd.DataFrame
+        The table of cells, with `covariate` and `condition`.
+    task : Task
+        `single` or `combination`.
+    folds : int | Literal['leave-one-out']
+        Number of folds.
+    seed : int
+        Seed of the draws.
+
+    Returns
+    -------
+    pd.DataFrame
+
+    Raises
+    ------
+    UserError
+        Where the data cannot be split as asked.
     """
     conditions = sorted(set(obs["condition"].astype(str)) - {CONTROL})
     plan_folds = _single_plans if task == "single" else _combination_plans
     plans = plan_folds(conditions, folds, seed)
     columns: dict[str, pd.Series] = {}
     of_cell = obs["condition"].astype(str)
-    controls = [(covariate, names) for covariate, condition, names in sorted_groups(obs) if condition == CONTROL]
+    controls = [(covariate, names) for covariate, condition, names in iterate_groups(obs) if condition == CONTROL]
     for fold, plan in enumerate(plans):
         split = of_cell.map(plan)
         for covariate, names in controls:
@@ -60,8 +98,18 @@ def draw_folds(obs: pd.DataFrame, task: Task, folds: int | Literal["leave-one-ou
     return pd.DataFrame(columns, index=obs.index)
 
 
-def fold_columns(obs: pd.DataFrame) -> list[str]:
-    """The names of the fold columns, in the order of the folds."""
+def list_fold_columns(obs: pd.DataFrame) -> list[str]:
+    """Return the names of the fold columns, in the order of the folds.
+
+    Parameters
+    ----------
+    obs : pd.DataFrame
+        The table of cells, with `covariate` and `condition`.
+
+    Returns
+    -------
+    list[str]
+    """
     return sorted((c for c in obs.columns if c.startswith("fold_")), key=lambda c: int(c.removeprefix("fold_")))
 
 
@@ -119,10 +167,10 @@ def _combination_plans(conditions: list[str], folds: int | Literal["leave-one-ou
 
 
 def _control_plan(n: int, fold: int, n_folds: int, task: Task) -> np.ndarray[tuple[int], np.dtype[np.object_]]:
-    """The split of the n control cells in their permuted order.
+    """Return the split of the n control cells in their permuted order.
 
-    Single-gene data: block `fold` of `n_folds` is test, of the rest the first 13.75 % are val. Combination data:
-    a quarter is test (another one in each fold), the next quarter in the cycle is val, one half is train.
+    Single-gene data: block `fold` of `n_folds` is test, of the rest the first 13.75 % are val. Combination data: a
+    quarter is test (another one in each fold), the next quarter in the cycle is val, one half is train.
     """
     split = np.full(n, "train", dtype=object)
     if task == "single":

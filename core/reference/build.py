@@ -11,27 +11,35 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from core.arrays import Floats, Ints, in_threads
+from core.arrays import Floats, Ints, run_in_threads
 from core.conditions import genes_of, row_names
 from core.io.h5ad import require_space
 from core.prepare.splits import draw_halves
-from core.reference.cell_sums import CellSums, reference_keys, sum_cells
+from core.reference.cell_sums import CellSums, list_reference_keys, sum_cells
 from core.reference.control_profiles import interpolate_duplicate, predict_additive
 from core.reference.files import HALF_SPLITS, NEGATIVES, REFERENCE, find_dataset_means
 from core.reference.linear_baseline import predict_linear
-from core.stats.differential_expression import against_rest, deg_mask
+from core.stats.differential_expression import compare_with_rest, mask_degs
 from core.stats.moments import Moments
 
 
 def write_reference(cells: ad.AnnData, seed: int, half_seeds: int, folder: Path) -> None:
     """Write reference.h5ad, negatives.h5ad and half_splits/seed_<s>.h5ad of the further half splits into `folder`.
 
-    cells: in memory or on disk; they are passed over once. seed: of the cells' own halves and of sparse_mean; the
-    further splits have seed + 1, seed + 2, ...
+    Parameters
+    ----------
+    cells : ad.AnnData
+        In memory or on disk; they are passed over once.
+    seed : int
+        Of the cells' own halves and of sparse_mean; the further splits have seed + 1, seed + 2, ...
+    half_seeds : int
+        Number of half splits.
+    folder : Path
+        Where the files lie, or go.
     """
     halves = {seed: cells.obs["half"]}
     halves |= {further: draw_halves(cells.obs, further) for further in range(seed + 1, seed + half_seeds)}
-    keys, _ = reference_keys(cells.obs)
+    keys, _ = list_reference_keys(cells.obs)
     n = len(keys), cells.n_vars
     # Sums of four kinds for each half split, and the layers.
     needed = 8 * n[0] * n[1] * (4 * half_seeds + 11 + 7 * (half_seeds - 1))
@@ -50,8 +58,17 @@ def write_reference(cells: ad.AnnData, seed: int, half_seeds: int, folder: Path)
 def build_negatives(sums: CellSums) -> ad.AnnData:
     """negatives.h5ad: per covariate control_mean (fold -1) and each fold's dataset_mean (rows x genes, log1p).
 
-    dataset_mean is the mean over the fold's training perturbations of their mean profiles: every perturbation
-    weighs the same, control does not take part.
+    dataset_mean is the mean over the fold's training perturbations of their mean profiles: every perturbation weighs
+    the same, control does not take part.
+
+    Parameters
+    ----------
+    sums : CellSums
+        Of `sum_cells`.
+
+    Returns
+    -------
+    ad.AnnData
     """
     rows, profiles = [], []
     for covariate in sorted(sums.control):
@@ -66,22 +83,34 @@ def build_negatives(sums: CellSums) -> ad.AnnData:
 
 
 def _trained(sums: CellSums, covariate: str, column: str) -> Ints:
-    """The rows of the covariate's perturbed conditions that train in a fold."""
+    """Return the rows of the covariate's perturbed conditions that train in a fold."""
     in_training = (sums.keys["covariate"] == covariate) & (sums.splits[column] == "train")
     return np.flatnonzero(in_training)
 
 
 def build_half_split(sums: CellSums, seed: int, negatives: ad.AnnData) -> ad.AnnData:
-    """What depends on the halves of one seed: truth, duplicates and differential expression of each half.
+    """Return what depends on the halves of one seed: truth, duplicates and differential expression of each half.
 
-    Returns (covariate, condition) x genes with the layers truth, technical_duplicate, interpolated_duplicate, and t and
-    padj of each half, float64; interpolated_duplicate is NaN for conditions that are never test.
+    Parameters
+    ----------
+    sums : CellSums
+        Of `sum_cells`.
+    seed : int
+        Seed of the draws.
+    negatives : ad.AnnData
+        From negatives.h5ad.
+
+    Returns
+    -------
+    ad.AnnData
+        (covariate, condition) x genes with the layers truth, technical_duplicate, interpolated_duplicate, and t and
+        padj of each half, float64; interpolated_duplicate is NaN for conditions that are never test.
     """
     first, second = sums.halves[seed]()
     t_first, padj_first = _differential(first, sums.keys)
     t_second, padj_second = _differential(second, sums.keys)
     truth, duplicate = first.mean(), second.mean()
-    obs = sums.keys.assign(n_first=first.n, n_second=second.n, n_degs=deg_mask(padj_first).sum(axis=1))
+    obs = sums.keys.assign(n_first=first.n, n_second=second.n, n_degs=mask_degs(padj_first).sum(axis=1))
     del first, second
     layers = {
         "truth": truth,
@@ -94,14 +123,27 @@ def build_half_split(sums: CellSums, seed: int, negatives: ad.AnnData) -> ad.Ann
         "t_second": t_second,
         "padj_second": padj_second,
     }
-    return by_condition(obs, layers, sums.genes)
+    return frame_by_condition(obs, layers, sums.genes)
 
 
 def build_reference(sums: CellSums, negatives: ad.AnnData, seed: int) -> ad.AnnData:
     """reference.h5ad of the halves of `seed`: the layers of its half split and mean, sparse_mean, additive, linear.
 
-    Rows without a value in a layer (conditions never test; combinations with an unknown single; genes not
-    measured) are NaN.
+    Rows without a value in a layer (conditions never test; combinations with an unknown single; genes not measured) are
+    NaN.
+
+    Parameters
+    ----------
+    sums : CellSums
+        Of `sum_cells`.
+    negatives : ad.AnnData
+        From negatives.h5ad.
+    seed : int
+        Seed of the draws.
+
+    Returns
+    -------
+    ad.AnnData
     """
     reference = build_half_split(sums, seed, negatives)
     keys = sums.keys
@@ -114,7 +156,7 @@ def build_reference(sums: CellSums, negatives: ad.AnnData, seed: int) -> ad.AnnD
             for name, values in _fold_baselines(sums, covariate, fold, rows).items():
                 layers[name][rows] = values
 
-    in_threads(add_baselines, product(sorted(sums.control), range(sums.splits.shape[1])))
+    run_in_threads(add_baselines, product(sorted(sums.control), range(sums.splits.shape[1])))
     reference.layers["mean"] = sums.mean
     reference.layers["sparse_mean"] = sums.sparse_mean
     for name, values in layers.items():
@@ -123,7 +165,7 @@ def build_reference(sums: CellSums, negatives: ad.AnnData, seed: int) -> ad.AnnD
 
 
 def _fold_baselines(sums: CellSums, covariate: str, fold: int, rows: Ints) -> dict[str, Floats]:
-    """additive and linear of the conditions `rows`, tested in one fold of one covariate."""
+    """Compute additive and linear of the conditions `rows`, tested in one fold of one covariate."""
     conditions = sums.keys["condition"].to_numpy()
     singles = [
         row for row in _trained(sums, covariate, sums.splits.columns[fold]) if len(genes_of(conditions[row])) == 1
@@ -141,12 +183,26 @@ def _differential(moments: Moments, keys: pd.DataFrame) -> tuple[Floats, Floats]
     t, padj = np.empty(moments.total.shape), np.empty(moments.total.shape)
     for covariate in keys["covariate"].unique():
         rows = np.flatnonzero(keys["covariate"] == covariate)
-        t[rows], padj[rows] = against_rest(moments.of(rows))
+        t[rows], padj[rows] = compare_with_rest(moments.of(rows))
     return t, padj
 
 
-def by_condition(keys: pd.DataFrame, layers: dict[str, Floats], genes: pd.Index) -> ad.AnnData:
-    """(covariate, condition) x genes with `keys` as obs, named `covariate|condition`."""
+def frame_by_condition(keys: pd.DataFrame, layers: dict[str, Floats], genes: pd.Index) -> ad.AnnData:
+    """Return (covariate, condition) x genes with `keys` as obs, named `covariate|condition`.
+
+    Parameters
+    ----------
+    keys : pd.DataFrame
+        The table of conditions: covariate, condition and more.
+    layers : dict[str, Floats]
+        Names of the layers.
+    genes : pd.Index
+        Names of the columns.
+
+    Returns
+    -------
+    ad.AnnData
+    """
     obs = keys.copy()
     obs.index = row_names(obs["covariate"], obs["condition"])
     return ad.AnnData(obs=obs, var=pd.DataFrame(index=genes), layers=layers)

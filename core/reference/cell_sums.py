@@ -11,13 +11,13 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from core.arrays import Bools, Floats, in_threads
+from core.arrays import Bools, Floats, run_in_threads
 from core.conditions import CONTROL, KEYS, genes_of
-from core.io.panels import float_panels
-from core.prepare.splits import fold_columns
-from core.progress import progress
+from core.io.panels import read_float_panels
+from core.prepare.splits import list_fold_columns
+from core.progress import log_progress
 from core.reference.control_profiles import draw_sparse_mean
-from core.stats.moments import Moments, add_group_sums, add_sums, group_codes, group_sizes, square
+from core.stats.moments import Moments, add_group_sums, add_sums, code_groups, count_group_cells, square_values
 
 
 class CellSums(NamedTuple):
@@ -40,16 +40,25 @@ class CellSums(NamedTuple):
     training_control: dict[tuple[str, int], Floats]
 
 
-def reference_keys(obs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(keys, splits) of the perturbed conditions of some cells, one row each, sorted.
+def list_reference_keys(obs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return (keys, splits) of the perturbed conditions of some cells, one row each, sorted.
 
     keys: covariate, condition, `n_cells` and `test_fold` (-1: never test). splits: `train`, `val` or `test` in each
     fold, as the cells' columns `fold_k` say.
+
+    Parameters
+    ----------
+    obs : pd.DataFrame
+        The table of cells, with `covariate` and `condition`.
+
+    Returns
+    -------
+    tuple[pd.DataFrame, pd.DataFrame]
     """
-    table = obs.loc[obs["condition"] != CONTROL, [*KEYS, *fold_columns(obs)]].astype(str)
+    table = obs.loc[obs["condition"] != CONTROL, [*KEYS, *list_fold_columns(obs)]].astype(str)
     keys = table.groupby(KEYS, sort=True).size().rename("n_cells").reset_index()
     # All cells of a condition are in one split: the first tells.
-    splits = table.drop_duplicates(KEYS).sort_values(KEYS, ignore_index=True)[fold_columns(obs)]
+    splits = table.drop_duplicates(KEYS).sort_values(KEYS, ignore_index=True)[list_fold_columns(obs)]
     is_test = splits.to_numpy() == "test"
     keys["test_fold"] = np.where(is_test.any(axis=1), is_test.argmax(axis=1), -1) if splits.shape[1] else -1
     return keys, splits
@@ -60,14 +69,26 @@ def sum_cells(
 ) -> CellSums:
     """Pass once over the cells, in memory or on disk.
 
-    halves: for each seed `first_half` or `second_half` for each cell. seed: of the draws of sparse_mean. room: makes
-    an array of zeros (float64) of a shape; for many seeds on disk.
+    Parameters
+    ----------
+    cells : ad.AnnData
+        Cells x genes.
+    halves : Mapping[int, pd.Series]
+        For each seed `first_half` or `second_half` for each cell.
+    seed : int
+        Of the draws of sparse_mean.
+    room : Callable[[tuple[int, int]], Any]
+        Makes an array of zeros (float64) of a shape; for many seeds on disk.
+
+    Returns
+    -------
+    CellSums
     """
     obs, genes = cells.obs, cells.var_names
-    keys, splits = reference_keys(obs)
+    keys, splits = list_reference_keys(obs)
     # Control is a group like the others; sorted by name, so that a panel of sorted cells touches few groups.
     groups = obs[KEYS].astype(str).drop_duplicates().sort_values(KEYS, ignore_index=True)
-    codes = group_codes(obs, groups)
+    codes = code_groups(obs, groups)
     is_first = {number: (half == "first_half").to_numpy() for number, half in halves.items()}
     half_codes = {number: 2 * codes + np.where(first, 0, 1) for number, first in is_first.items()}
     shape = 2 * len(groups), len(genes)
@@ -76,19 +97,19 @@ def sum_cells(
     training = _training_controls(obs, keys)
     members = sparse.vstack([draws, *training.values()], format="csc")
     sums = np.zeros((members.shape[0], len(genes)))
-    for span, values in progress("sums of conditions and halves", float_panels(cells.X), cells.n_obs):
-        parts = values, square(values)
+    for span, values in log_progress("sums of conditions and halves", read_float_panels(cells.X), cells.n_obs):
+        parts = values, square_values(values)
         works = [
             partial(add_group_sums, room_of, half_codes[number][span], part)
             for number in halves
             for room_of, part in zip(moments[number], parts, strict=True)
         ]
-        in_threads(_call, [*works, partial(add_sums, sums, members[:, span], values)])
+        run_in_threads(_call, [*works, partial(add_sums, sums, members[:, span], values)])
 
     perturbed = np.flatnonzero(groups["condition"] != CONTROL)
 
     def read_half(number: int, half: int) -> Moments:
-        n = group_sizes(half_codes[number], shape[0])
+        n = count_group_cells(half_codes[number], shape[0])
         total, squares = (np.asarray(array[half::2]) for array in moments[number])
         return Moments(n[half::2], total, squares).of(perturbed)
 
@@ -96,7 +117,7 @@ def sum_cells(
         return read_half(number, 0), read_half(number, 1)
 
     of_any = next(iter(halves))
-    sizes = group_sizes(half_codes[of_any], shape[0]).reshape(-1, 2).sum(axis=1)
+    sizes = count_group_cells(half_codes[of_any], shape[0]).reshape(-1, 2).sum(axis=1)
     mean = np.array(moments[of_any][0][0::2])
     mean += moments[of_any][0][1::2]
     mean /= sizes[:, None]
@@ -122,7 +143,7 @@ def _call(work: Callable[[], None]) -> None:
 
 
 def _training_controls(obs: pd.DataFrame, keys: pd.DataFrame) -> dict[tuple[str, int], sparse.csr_matrix]:
-    """(covariate, fold) -> mask (1 x cells) of its training control cells, where a combination is tested."""
+    """Return (covariate, fold) -> mask (1 x cells) of its training control cells, where a combination is tested."""
     combined = keys[(keys["test_fold"] >= 0) & keys["condition"].map(lambda name: len(genes_of(name)) > 1)]
     is_control = (obs["condition"] == CONTROL).to_numpy()
     masks: dict[tuple[str, int], Bools] = {}

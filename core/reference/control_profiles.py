@@ -9,28 +9,53 @@ from scipy import sparse
 from core.arrays import Floats
 from core.conditions import genes_of
 from core.rng import generator
-from core.stats.moments import group_codes
+from core.stats.moments import code_groups
 
 
 def interpolate_duplicate(duplicate: Floats, dataset_mean: Floats, padj_second: Floats) -> Floats:
-    """The interpolated duplicate: per gene a * duplicate + (1 - a) * dataset_mean with a = 1 - adjusted p.
+    """Return the interpolated duplicate: per gene a * duplicate + (1 - a) * dataset_mean with a = 1 - adjusted p.
 
     All conditions x genes, log1p; the p-values are those of the second half; untested (NaN) is a = 0.
+
+    Parameters
+    ----------
+    duplicate, dataset_mean : Floats
+        Profiles, conditions x genes, log1p.
+    padj_second : Floats
+        Adjusted p-values of the second half; NaN: not tested.
+
+    Returns
+    -------
+    Floats
     """
     share = np.nan_to_num(1.0 - padj_second, nan=0.0)
     return share * duplicate + (1.0 - share) * dataset_mean
 
 
 def draw_sparse_mean(obs: pd.DataFrame, keys: pd.DataFrame, splits: pd.DataFrame, seed: int) -> sparse.csr_matrix:
-    """The cells of which sparse_mean is the mean: for each test condition floor(n/2) of its fold's training
-    perturbations, in its covariate.
+    """Draw the cells of which sparse_mean is the mean.
 
-    obs: all cells. keys: covariate, condition, n_cells, test_fold. splits: their split in each fold.
-    Returns keys x cells, 1 where a cell was drawn; no cell for a condition that is never test. A condition of which
-    half is more than there are to draw from takes all of them.
+    For each test condition floor(n/2) cells of its fold's training perturbations, in its covariate.
+
+    Parameters
+    ----------
+    obs : pd.DataFrame
+        All cells.
+    keys : pd.DataFrame
+        Covariate, condition, n_cells, test_fold.
+    splits : pd.DataFrame
+        Their split in each fold.
+    seed : int
+        Seed of the draws.
+
+    Returns
+    -------
+    sparse.csr_matrix
+        Keys x cells, 1 where a cell was drawn; no cell for a condition that is never test. A condition of which half is
+        more than there are to draw from takes all of them.
     """
     by_name = np.argsort(obs.index.to_numpy(str), kind="stable")
-    row_of_cell = group_codes(obs, keys[["covariate", "condition"]])[by_name]
+    row_of_cell = code_groups(obs, keys[["covariate", "condition"]])[by_name]
     rows, chosen = [], []
     for (covariate, fold), tests in keys[keys["test_fold"] >= 0].groupby(["covariate", "test_fold"], sort=True):
         in_training = ((keys["covariate"] == covariate) & (splits[f"fold_{fold}"] == "train")).to_numpy()
@@ -49,10 +74,21 @@ def draw_sparse_mean(obs: pd.DataFrame, keys: pd.DataFrame, splits: pd.DataFrame
 
 
 def predict_additive(conditions: list[str], single_means: dict[str, Floats], training_control: Floats) -> Floats:
-    """Control plus the sum of the single effects, for each condition that is a combination of known singles.
+    """Return control plus the sum of the single effects, for each condition that is a combination of known singles.
 
-    single_means: gene -> mean profile of its single-gene training condition. training_control: mean of the fold's
-    training control cells. Returns conditions x genes; NaN rows for single genes and where a single is missing.
+    Parameters
+    ----------
+    conditions : list[str]
+        Names of the conditions.
+    single_means : dict[str, Floats]
+        Gene -> mean profile of its single-gene training condition.
+    training_control : Floats
+        Mean of the fold's training control cells.
+
+    Returns
+    -------
+    Floats
+        Conditions x genes; NaN rows for single genes and where a single is missing.
     """
     profiles = np.full((len(conditions), len(training_control)), np.nan)
     for row, condition in enumerate(conditions):

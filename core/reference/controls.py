@@ -67,5 +67,17 @@ CONTROLS = (
 
 
 def name_matched_control(control: str, model: str) -> str:
-    """The name of a control's scores on the genes of a model that lacks some of the reference's."""
+    """Return the name of a control's scores on the genes of a model that lacks some of the reference's.
+
+    Parameters
+    ----------
+    control : str
+        Its name.
+    model : str
+        Its name.
+
+    Returns
+    -------
+    str
+    """
     return f"{control} on the genes of {model}"

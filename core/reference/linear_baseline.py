@@ -6,20 +6,32 @@ import numpy as np
 import pandas as pd
 from scipy import linalg
 
-from core.arrays import Floats, fixed_signs, one_blas_thread
+from core.arrays import Floats, fix_signs, limit_blas_threads
 
 COMPONENTS = 10
 RIDGE = 0.1
 
 
 def predict_linear(singles: list[str], pseudobulks: Floats, genes: pd.Index, wanted: list[str]) -> Floats:
-    """Predicted profiles of the single-gene conditions `wanted`.
+    """Return predicted profiles of the single-gene conditions `wanted`.
 
-    singles: the fold's single-gene training conditions, sorted. pseudobulks: their means (conditions x genes,
-    log1p). genes: the measured genes. Y ~ G W P + b with G the leading right singular vectors of the gene-centred
-    pseudobulks, P the rows of G of the perturbed genes.
-    Returns wanted x genes; NaN rows for genes that are not measured, for combinations, and everywhere when fewer
-    than two training conditions or none with a measured gene remain.
+    Parameters
+    ----------
+    singles : list[str]
+        The fold's single-gene training conditions, sorted.
+    pseudobulks : Floats
+        Their means (conditions x genes, log1p).
+    genes : pd.Index
+        The measured genes. Y ~ G W P + b with G the leading right singular vectors of the gene-centred pseudobulks, P
+        the rows of G of the perturbed genes.
+    wanted : list[str]
+        Conditions to predict.
+
+    Returns
+    -------
+    Floats
+        Wanted x genes; NaN rows for genes that are not measured, for combinations, and everywhere when fewer than two
+        training conditions or none with a measured gene remain.
     """
     predictions = np.full((len(wanted), len(genes)), np.nan)
     rows = genes.get_indexer(pd.Index(singles))
@@ -27,9 +39,9 @@ def predict_linear(singles: list[str], pseudobulks: Floats, genes: pd.Index, wan
     if len(singles) < 2 or not known.any():
         return predictions
     k = min(COMPONENTS, len(singles) - 1)
-    with one_blas_thread():
+    with limit_blas_threads():
         centred = pseudobulks - pseudobulks.mean(axis=0)
-        G = fixed_signs(linalg.svd(centred, full_matrices=False)[2][:k]).T
+        G = fix_signs(linalg.svd(centred, full_matrices=False)[2][:k]).T
         Y = pseudobulks[known].T
         b = Y.mean(axis=1)
         P = G[rows[known]].T

@@ -10,17 +10,24 @@ import pandas as pd
 
 from core.conditions import CONTROL, KEYS
 from core.reference.quality_files import EDISTANCES, QUALITY
-from core.stats.edistance import edistances, principal_coordinates
-from core.stats.moments import group_codes
+from core.stats.edistance import measure_edistances, project_cells
+from core.stats.moments import code_groups
 
 
 def write_quality(cells: ad.AnnData, keys: pd.DataFrame, folder: Path) -> None:
     """Write quality.parquet and edistance.parquet (covariate, condition, other, edistance) into `folder`.
 
-    cells: in memory or on disk. keys: `obs` of the reference.
+    Parameters
+    ----------
+    cells : ad.AnnData
+        In memory or on disk.
+    keys : pd.DataFrame
+        `obs` of the reference.
+    folder : Path
+        Where the files lie, or go.
     """
-    energy = energy_by_covariate(cells)
-    quality(keys, energy).to_parquet(folder / QUALITY, index=False)
+    energy = measure_covariates(cells)
+    summarise_quality(keys, energy).to_parquet(folder / QUALITY, index=False)
     long = pd.concat([_long(covariate, table) for covariate, table in energy.items()], ignore_index=True)
     long.to_parquet(folder / EDISTANCES, index=False)
 
@@ -33,10 +40,19 @@ def _long(covariate: str, table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(long).assign(edistance=table.to_numpy().ravel())
 
 
-def energy_by_covariate(cells: ad.AnnData) -> dict[str, pd.DataFrame]:
-    """For each covariate the E-distances between all its conditions, control first; square tables by condition.
+def measure_covariates(cells: ad.AnnData) -> dict[str, pd.DataFrame]:
+    """Return for each covariate the E-distances between all its conditions, control first; square tables by condition.
 
     Principal components are those of the covariate's own cells, control included.
+
+    Parameters
+    ----------
+    cells : ad.AnnData
+        Cells x genes.
+
+    Returns
+    -------
+    dict[str, pd.DataFrame]
     """
     tables = {}
     covariates = cells.obs["covariate"].astype(str).to_numpy()
@@ -44,15 +60,24 @@ def energy_by_covariate(cells: ad.AnnData) -> dict[str, pd.DataFrame]:
         rows = np.flatnonzero(covariates == covariate)
         obs = cells.obs.iloc[rows]
         names = [CONTROL, *sorted(set(obs["condition"].astype(str)) - {CONTROL})]
-        codes = group_codes(obs, pd.DataFrame({"condition": names}))
-        tables[covariate] = edistances(principal_coordinates(cells.X, rows=rows), codes, names)
+        codes = code_groups(obs, pd.DataFrame({"condition": names}))
+        tables[covariate] = measure_edistances(project_cells(cells.X, rows=rows), codes, names)
     return tables
 
 
-def quality(keys: pd.DataFrame, energy: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """One row per (covariate, condition): n_cells, n_degs (first half), edistance_to_control.
+def summarise_quality(keys: pd.DataFrame, energy: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """Return one row per (covariate, condition): n_cells, n_degs (first half), edistance_to_control.
 
-    keys: `obs` of the reference. energy: by covariate, as `energy_by_covariate` gives it.
+    Parameters
+    ----------
+    keys : pd.DataFrame
+        `obs` of the reference.
+    energy : dict[str, pd.DataFrame]
+        By covariate, as `measure_covariates` gives it.
+
+    Returns
+    -------
+    pd.DataFrame
     """
     table: pd.DataFrame = keys[["covariate", "condition", "n_cells", "n_degs"]].reset_index(drop=True)
     table = table.astype({"covariate": str, "condition": str})

@@ -11,7 +11,17 @@ EDISTANCES = "edistance.parquet"
 
 
 def read_edistances(folder: Path) -> dict[str, pd.DataFrame]:
-    """For each covariate the square table of E-distances, from what `write_quality` wrote."""
+    """Return for each covariate the square table of E-distances, from what `write_quality` wrote.
+
+    Parameters
+    ----------
+    folder : Path
+        Where the files lie, or go.
+
+    Returns
+    -------
+    dict[str, pd.DataFrame]
+    """
     long = pd.read_parquet(folder / EDISTANCES)
     tables = {}
     for covariate, rows in long.groupby("covariate", sort=True, observed=True):

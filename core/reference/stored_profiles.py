@@ -12,10 +12,10 @@ import pandas as pd
 from core.arrays import Floats
 from core.conditions import KEYS
 from core.errors import UserError, shown
-from core.prepare.mirror import FOLD_PREFIX, folds
-from core.reference.build import by_condition
-from core.reference.cell_sums import reference_keys
-from core.stats.differential_expression import deg_mask
+from core.prepare.mirror import FOLD_PREFIX, list_folds
+from core.reference.build import frame_by_condition
+from core.reference.cell_sums import list_reference_keys
+from core.stats.differential_expression import mask_degs
 
 PROFILES = {
     "truth": "technical_duplicate_first_half_baseline",
@@ -29,14 +29,28 @@ DATASET_MEAN = FOLD_PREFIX + "{fold}_split_mean_baseline"
 DIFFERENTIAL = {"first": "_gt", "second": ""}
 
 
-def stored_reference(data: ad.AnnData, cells: ad.AnnData, where: str) -> tuple[ad.AnnData, ad.AnnData]:
-    """(reference, negatives) from the file's stored profiles and DE results, as they are.
+def read_stored_reference(data: ad.AnnData, cells: ad.AnnData, where: str) -> tuple[ad.AnnData, ad.AnnData]:
+    """Return (reference, negatives) from the file's stored profiles and DE results, as they are.
 
-    data: the mirror file. cells: `mirror_cells` of it. Layers that the file does not store (linear, sparse_mean)
-    are absent. Raises UserError where a stored table is missing or lacks genes, the truth of a test condition or the
-    means of a covariate.
+    Parameters
+    ----------
+    data : ad.AnnData
+        The mirror file.
+    cells : ad.AnnData
+        `mirror_cells` of it. Layers that the file does not store (linear, sparse_mean) are absent.
+    where : str
+        What the input is called in messages.
+
+    Returns
+    -------
+    tuple[ad.AnnData, ad.AnnData]
+
+    Raises
+    ------
+    UserError
+        Where a stored table is missing or lacks genes, the truth of a test condition or the means of a covariate.
     """
-    keys, _ = reference_keys(cells.obs)
+    keys, _ = list_reference_keys(cells.obs)
     genes = cells.var_names
     stored = pd.Index(keys["covariate"] + "_" + keys["condition"])
     tested = stored[keys["test_fold"] >= 0]
@@ -55,14 +69,14 @@ def stored_reference(data: ad.AnnData, cells: ad.AnnData, where: str) -> tuple[a
     obs = keys.assign(
         n_first=size["first_half"].to_numpy(),
         n_second=size["second_half"].to_numpy(),
-        n_degs=deg_mask(layers["padj_first"]).sum(axis=1),
+        n_degs=mask_degs(layers["padj_first"]).sum(axis=1),
     )
-    return by_condition(obs, layers, genes), _stored_negatives(data, genes, set(keys["covariate"]), where)
+    return frame_by_condition(obs, layers, genes), _stored_negatives(data, genes, set(keys["covariate"]), where)
 
 
 def _stored_negatives(data: ad.AnnData, genes: pd.Index, covariates: set[str], where: str) -> ad.AnnData:
     slots = [("control_mean", -1, CONTROL_MEAN)]
-    slots += [("dataset_mean", fold, DATASET_MEAN.format(fold=fold)) for fold in folds(data.obs)]
+    slots += [("dataset_mean", fold, DATASET_MEAN.format(fold=fold)) for fold in list_folds(data.obs)]
     tables = [(kind, fold, _table(data, slot, genes, covariates, where)) for kind, fold, slot in slots]
     rows = [(str(covariate), kind, fold) for kind, fold, table in tables for covariate in table.index]
     obs = pd.DataFrame(rows, columns=["covariate", "kind", "fold"])
@@ -72,7 +86,7 @@ def _stored_negatives(data: ad.AnnData, genes: pd.Index, covariates: set[str], w
 
 
 def _table(data: ad.AnnData, slot: str, genes: pd.Index, rows: Collection[str], where: str) -> pd.DataFrame:
-    """A stored table with its genes in our order; `rows` are those that it must have."""
+    """Return a stored table with its genes in our order; `rows` are those that it must have."""
     table = data.uns.get(slot)
     if not isinstance(table, pd.DataFrame):
         raise UserError(where, f"uns[{slot!r}]", "no such table", "give a complete mirror file, or use --recompute")
@@ -91,7 +105,7 @@ def _table(data: ad.AnnData, slot: str, genes: pd.Index, rows: Collection[str], 
 def _differential(
     uns: Mapping[str, Any], slot: str, names: str, stored: pd.Index, genes: pd.Index, where: str
 ) -> Floats:
-    """Stored per-gene values of each condition, aligned by gene name; NaN where the file has none."""
+    """Return stored per-gene values of each condition, aligned by gene name; NaN where the file has none."""
     if slot not in uns or names not in uns:
         raise UserError(where, f"uns[{slot!r}]", "no such results", "give a complete mirror file, or use --recompute")
     values = np.full((len(stored), len(genes)), np.nan)

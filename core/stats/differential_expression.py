@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import special
 
-from core.arrays import Bools, Floats, in_threads
+from core.arrays import Bools, Floats, run_in_threads
 from core.stats.moments import Moments
 
 FEWEST_CELLS = 4
@@ -13,15 +13,22 @@ SIGNIFICANCE = 0.05
 BLOCK = 16  # conditions at once: their arrays stay in cache
 
 
-def against_rest(groups: Moments) -> tuple[Floats, Floats]:
+def compare_with_rest(groups: Moments) -> tuple[Floats, Floats]:
     """Welch's t with overestimated variance of each group against all other groups together.
 
-    groups: moments of the perturbed conditions of one half and one covariate (conditions x genes, log1p);
-    control is in none of them. The rest's n in the standard error and the degrees of freedom is the group's n
-    (scanpy's `t-test_overestim_var`).
-    Returns (t, adjusted p), conditions x genes: p two-sided, Benjamini-Hochberg over genes. 0/0 is t = 0, p = 1;
-    a difference without any variance is t = +-inf, p = 0. A condition below 4 cells was not tested: NaN, and its
-    cells belong to no rest.
+    Parameters
+    ----------
+    groups : Moments
+        Moments of the perturbed conditions of one half and one covariate (conditions x genes, log1p); control is in
+        none of them. The rest's n in the standard error and the degrees of freedom is the group's n (scanpy's
+        `t-test_overestim_var`).
+
+    Returns
+    -------
+    tuple[Floats, Floats]
+        (t, adjusted p), conditions x genes: p two-sided, Benjamini-Hochberg over genes. 0/0 is t = 0, p = 1; a
+        difference without any variance is t = +-inf, p = 0. A condition below 4 cells was not tested: NaN, and its
+        cells belong to no rest.
     """
     tested = np.flatnonzero(groups.n >= FEWEST_CELLS)
     shape = groups.total.shape
@@ -35,12 +42,12 @@ def against_rest(groups: Moments) -> tuple[Floats, Floats]:
         rows = tested[start : start + BLOCK]
         t[rows], padj[rows] = _against(groups.of(rows), whole)
 
-    in_threads(block, range(0, len(tested), BLOCK))
+    run_in_threads(block, range(0, len(tested), BLOCK))
     return t, padj
 
 
 def _against(own: Moments, whole: Moments) -> tuple[Floats, Floats]:
-    """(t, adjusted p) of some groups against what is left of the whole without each."""
+    """Return (t, adjusted p) of some groups against what is left of the whole without each."""
     rest = Moments(whole.n - own.n, whole.total - own.total, whole.squares - own.squares)
     n = own.n[:, None].astype(np.float64)
     error_own, error_rest = _variance(own) / n, _variance(rest) / n
@@ -51,11 +58,21 @@ def _against(own: Moments, whole: Moments) -> tuple[Floats, Floats]:
     # Without variance the degrees of freedom do not matter: t is 0 or infinite.
     p = 2 * special.stdtr(np.where(np.isnan(freedom), 1.0, freedom), -np.abs(score))
     undefined = np.isnan(score)
-    return np.where(undefined, 0.0, score), benjamini_hochberg(np.where(undefined, 1.0, p))
+    return np.where(undefined, 0.0, score), adjust_p_values(np.where(undefined, 1.0, p))
 
 
-def benjamini_hochberg(p: Floats) -> Floats:
-    """p-values adjusted for the false discovery rate along the last axis (Benjamini and Hochberg 1995)."""
+def adjust_p_values(p: Floats) -> Floats:
+    """Return p-values adjusted for the false discovery rate along the last axis (Benjamini and Hochberg 1995).
+
+    Parameters
+    ----------
+    p : Floats
+        p-values; the last axis is genes.
+
+    Returns
+    -------
+    Floats
+    """
     n = p.shape[-1]
     # Equal p-values get the same adjusted one, in whatever order they come.
     order = np.argsort(p, axis=-1)
@@ -66,15 +83,32 @@ def benjamini_hochberg(p: Floats) -> Floats:
     return adjusted
 
 
-def deg_mask(padj: Floats) -> Bools:
-    """Differentially expressed genes: adjusted p below 0.05; an untested gene (NaN) is none."""
+def mask_degs(padj: Floats) -> Bools:
+    """Return differentially expressed genes: adjusted p below 0.05; an untested gene (NaN) is none.
+
+    Parameters
+    ----------
+    padj : Floats
+        Adjusted p-values, conditions x genes.
+
+    Returns
+    -------
+    Bools
+    """
     return np.asarray(padj < SIGNIFICANCE)
 
 
-def effect_weights(t: Floats) -> Floats:
-    """The DEG weights of each condition: |t| scaled to 0..1 over genes, then squared; undefined ones are 0.
+def weigh_effects(t: Floats) -> Floats:
+    """Return the DEG weights of each condition: |t| scaled to 0..1 over genes, then squared; undefined ones are 0.
 
-    t: conditions x genes. A row of zeros means that no weight is defined (DE missing, or |t| the same everywhere).
+    Parameters
+    ----------
+    t : Floats
+        Conditions x genes. A row of zeros means that no weight is defined (DE missing, or |t| the same everywhere).
+
+    Returns
+    -------
+    Floats
     """
     size = np.abs(t)
     low, high = size.min(axis=-1, keepdims=True), size.max(axis=-1, keepdims=True)
@@ -84,7 +118,7 @@ def effect_weights(t: Floats) -> Floats:
 
 
 def _variance(groups: Moments) -> Floats:
-    """Sample variance (n-1) per group and gene; rounding below zero, or below what float64 resolves, is zero."""
+    """Return sample variance (n-1) per group and gene; rounding below zero, or below what float64 resolves, is zero."""
     n = groups.n[:, None].astype(np.float64)
     mean = groups.total / n
     mean_square = groups.squares / n

@@ -10,9 +10,9 @@ import pandas as pd
 from scipy import linalg, sparse
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
-from core.arrays import Floats, Ints, fixed_signs, in_threads, one_blas_thread
-from core.io.panels import float_panels
-from core.progress import progress
+from core.arrays import Floats, Ints, fix_signs, limit_blas_threads, run_in_threads
+from core.io.panels import read_float_panels
+from core.progress import log_progress
 
 COMPONENTS = 50
 STRIP = 1024  # columns of the covariance that one thread works on
@@ -20,25 +20,37 @@ STRIP = 1024  # columns of the covariance that one thread works on
 SMALL = 1000
 
 
-def principal_coordinates(X: Any, components: int = COMPONENTS, rows: Ints | None = None) -> Floats:
-    """Cells in the first principal components, centred over all cells (cells x min(components, rank bound)).
+def project_cells(X: Any, components: int = COMPONENTS, rows: Ints | None = None) -> Floats:
+    """Project cells onto the first principal components, centred over all cells.
 
-    X: cells x genes, log1p, CSR in memory or on disk. rows: the cells that take part, by default all. Exact:
-    eigenvectors of the genes' covariance in float64, signs fixed. Two passes over the cells, genes^2 numbers in memory.
+    Parameters
+    ----------
+    X : Any
+        Cells x genes, log1p, CSR in memory or on disk.
+    components : int
+        k x n.
+    rows : Ints | None
+        The cells that take part, by default all. Exact: eigenvectors of the genes' covariance in float64, signs fixed.
+        Two passes over the cells, genes^2 numbers in memory.
+
+    Returns
+    -------
+    Floats
+        Cells x min(components, rank bound).
     """
     n, width = X.shape[0] if rows is None else len(rows), X.shape[1]
     k = min(components, width, n - 1)
-    with one_blas_thread():
+    with limit_blas_threads():
         total, products = np.zeros(width), _strips(width)
-        for _, panel in progress("principal components", float_panels(X, rows), n):
+        for _, panel in log_progress("principal components", read_float_panels(X, rows), n):
             # Sums of whole panels, strip by strip: no bit depends on the number of threads.
             dense = panel.toarray()
             total += dense.sum(axis=0)
-            in_threads(partial(_add_products, dense), products)
+            run_in_threads(partial(_add_products, dense), products)
         mean = total / n
-        axes = fixed_signs(_leading(_covariance(products, mean, n), k).T)
+        axes = fix_signs(_leading(_covariance(products, mean, n), k).T)
         coordinates = np.empty((n, k))
-        for span, panel in progress("principal coordinates", float_panels(X, rows), n):
+        for span, panel in log_progress("principal coordinates", read_float_panels(X, rows), n):
             coordinates[span] = panel @ axes.T - axes @ mean
     return coordinates
 
@@ -69,7 +81,7 @@ def _covariance(products: list[Floats], mean: Floats, n: int) -> Floats:
 
 
 def _leading(matrix: Floats, k: int) -> Floats:
-    """The eigenvectors of the k largest eigenvalues of a symmetric matrix, as columns, largest first."""
+    """Return the eigenvectors of the k largest eigenvalues of a symmetric matrix, as columns, largest first."""
     if len(matrix) <= max(SMALL, 10 * k):
         return _decomposed(matrix, k)
     start, another = np.random.default_rng(0).standard_normal((2, len(matrix)))
@@ -92,15 +104,28 @@ def _decomposed(matrix: Floats, k: int) -> Floats:
     return np.asarray(linalg.eigh(matrix, subset_by_index=(width - k, width - 1))[1][:, ::-1])
 
 
-def edistances(coordinates: Floats, codes: Ints, names: list[str]) -> pd.DataFrame:
-    """Pairwise E-distance of groups: 2 d(a, b) - d(a, a) - d(b, b), mean squared Euclidean distances (n-1 within).
+def measure_edistances(coordinates: Floats, codes: Ints, names: list[str]) -> pd.DataFrame:
+    """Measure the E-distance of all pairs of groups: 2 d(a, b) - d(a, a) - d(b, b).
 
-    coordinates: cells x components. codes: the group of each cell. names: the groups. Equal to the sum over pairs of
-    cells (Peidli et al. 2024, scPerturb), from each group's mean and variance alone. Groups below two cells are NaN.
+    d are mean squared Euclidean distances (n-1 within).
+
+    Parameters
+    ----------
+    coordinates : Floats
+        Cells x components.
+    codes : Ints
+        The group of each cell.
+    names : list[str]
+        The groups. Equal to the sum over pairs of cells (Peidli et al. 2024, scPerturb), from each group's mean and
+        variance alone. Groups below two cells are NaN.
+
+    Returns
+    -------
+    pd.DataFrame
     """
     n = np.bincount(codes, minlength=len(names)).astype(np.float64)
     members = sparse.csr_matrix((np.ones(len(codes)), (codes, np.arange(len(codes)))), shape=(len(names), len(codes)))
-    with one_blas_thread(), np.errstate(invalid="ignore", divide="ignore"):
+    with limit_blas_threads(), np.errstate(invalid="ignore", divide="ignore"):
         means = np.asarray(members @ coordinates) / n[:, None]
         scatter = members @ np.einsum("ij,ij->i", coordinates - means[codes], coordinates - means[codes])
         # Mean squared distance to the own mean; between two cells of a group it is twice that, with n-1.

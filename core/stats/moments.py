@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from core.arrays import Bools, Floats, Ints, in_threads
-from core.io.panels import float_panels
+from core.arrays import Bools, Floats, Ints, run_in_threads
+from core.io.panels import read_float_panels
 
 
 class Moments(NamedTuple):
@@ -23,17 +23,44 @@ class Moments(NamedTuple):
     squares: Floats
 
     def mean(self) -> Floats:
-        """Groups x genes; NaN where a group is empty."""
+        """Return groups x genes; NaN where a group is empty.
+
+        Returns
+        -------
+        Floats
+        """
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.asarray(self.total / self.n[:, None])
 
     def of(self, groups: Bools | Ints) -> Moments:
-        """The moments of some groups (a mask, or their positions)."""
+        """Return the moments of some groups (a mask, or their positions).
+
+        Parameters
+        ----------
+        groups : Bools | Ints
+            Which groups.
+
+        Returns
+        -------
+        Moments
+        """
         return Moments(self.n[groups], self.total[groups], self.squares[groups])
 
 
-def group_codes(frame: pd.DataFrame, keys: pd.DataFrame) -> Ints:
-    """For each row of `frame` the position of its columns' values in `keys` (same columns), -1 if not there."""
+def code_groups(frame: pd.DataFrame, keys: pd.DataFrame) -> Ints:
+    """Return for each row of `frame` the position of its columns' values in `keys` (same columns), -1 if not there.
+
+    Parameters
+    ----------
+    frame : pd.DataFrame
+        All but the matrices.
+    keys : pd.DataFrame
+        The table of conditions: covariate, condition and more.
+
+    Returns
+    -------
+    Ints
+    """
     columns = list(keys.columns)
     index = pd.MultiIndex.from_frame(keys.astype(str))
     return np.asarray(index.get_indexer(pd.MultiIndex.from_frame(frame[columns].astype(str))), dtype=np.int64)
@@ -42,9 +69,15 @@ def group_codes(frame: pd.DataFrame, keys: pd.DataFrame) -> Ints:
 def add_group_sums(total: Any, codes: Ints, values: sparse.csr_matrix) -> None:
     """Add the sums of some cells to those of their groups.
 
-    total: groups x genes, float64, an array or an HDF5 dataset. codes: the group of each cell, -1 for none. values:
-    cells x genes, float64. Of the groups only the rows between the first and the last one that occurs are read and
-    written: sorted cells touch few.
+    Parameters
+    ----------
+    total : Any
+        Groups x genes, float64, an array or an HDF5 dataset.
+    codes : Ints
+        The group of each cell, -1 for none. values: cells x genes, float64. Of the groups only the rows between the
+        first and the last one that occurs are read and written: sorted cells touch few.
+    values : sparse.csr_matrix
+        The stored values.
     """
     if (codes < 0).all():
         return
@@ -56,36 +89,74 @@ def add_group_sums(total: Any, codes: Ints, values: sparse.csr_matrix) -> None:
 def add_sums(total: Floats, members: sparse.csc_matrix, values: sparse.csr_matrix) -> None:
     """Add the sums of x of some cells to those of the groups that hold them; a cell may be in several.
 
-    total: groups x genes, contiguous. members: groups x cells, 1 for each cell of a group. values: cells x genes,
-    float64.
+    Parameters
+    ----------
+    total : Floats
+        Groups x genes, contiguous.
+    members : sparse.csc_matrix
+        Groups x cells, 1 for each cell of a group.
+    values : sparse.csr_matrix
+        Cells x genes, float64.
     """
     sums = (members.tocsr() @ values).tocoo()
     # Many groups have few of these cells: only what is not zero is touched.
     total.reshape(-1)[sums.row.astype(np.int64) * total.shape[1] + sums.col] += sums.data
 
 
-def square(values: sparse.csr_matrix) -> sparse.csr_matrix:
-    """x^2, of the same shape."""
+def square_values(values: sparse.csr_matrix) -> sparse.csr_matrix:
+    """Return x^2, of the same shape.
+
+    Parameters
+    ----------
+    values : sparse.csr_matrix
+        The stored values.
+
+    Returns
+    -------
+    sparse.csr_matrix
+    """
     return sparse.csr_matrix((values.data**2, values.indices, values.indptr), shape=values.shape)
 
 
-def group_moments(X: Any, codes: Ints, n_groups: int) -> Moments:
-    """Sums of x and x^2 of the cells of each group, in float64; one pass over the cells.
+def sum_groups(X: Any, codes: Ints, n_groups: int) -> Moments:
+    """Return sums of x and x^2 of the cells of each group, in float64; one pass over the cells.
 
-    X: cells x genes, CSR in memory or on disk, log1p. codes: the group of each cell (0 .. n_groups - 1); -1 belongs
-    to none.
+    Parameters
+    ----------
+    X : Any
+        Cells x genes, CSR in memory or on disk, log1p.
+    codes : Ints
+        The group of each cell (0 .. n_groups - 1); -1 belongs to none.
+    n_groups : int
+        Number of groups.
+
+    Returns
+    -------
+    Moments
     """
     total, squares = np.zeros((n_groups, X.shape[1])), np.zeros((n_groups, X.shape[1]))
-    for span, values in float_panels(X):
-        in_threads(
+    for span, values in read_float_panels(X):
+        run_in_threads(
             lambda work: add_group_sums(work[0], codes[span], work[1]),  # noqa: B023 - done before the next panel
-            [(total, values), (squares, square(values))],
+            [(total, values), (squares, square_values(values))],
         )
-    return Moments(group_sizes(codes, n_groups), total, squares)
+    return Moments(count_group_cells(codes, n_groups), total, squares)
 
 
-def group_sizes(codes: Ints, n_groups: int) -> Ints:
-    """Number of cells in each group; -1 belongs to none."""
+def count_group_cells(codes: Ints, n_groups: int) -> Ints:
+    """Return number of cells in each group; -1 belongs to none.
+
+    Parameters
+    ----------
+    codes : Ints
+        The group of each cell.
+    n_groups : int
+        Number of groups.
+
+    Returns
+    -------
+    Ints
+    """
     return np.bincount(codes[codes >= 0], minlength=n_groups).astype(np.int64)
 
 

@@ -1,4 +1,4 @@
-"""What the terminal shows: the result, the verdicts, and an error that the user can mend."""
+"""What the terminal shows: the result, the verdicts, and an error that the user can correct."""
 
 from __future__ import annotations
 
@@ -18,13 +18,7 @@ if TYPE_CHECKING:
     from core.prepare.check import DatasetCheck
     from flows.reproduce import Outcome
 
-_WORDS = {
-    "pearson": "r",
-    "r2": "R²",
-    "deltactrl": "Δctrl",
-    "deltapert": "Δpert",
-    "degs": "DEGs",
-}
+_WORDS = {"pearson": "r", "r2": "R²", "deltactrl": "Δctrl", "deltapert": "Δpert", "degs": "DEGs"}
 _LEGEND = {
     "r": "r: Pearson correlation",
     "R²": "R²: coefficient of determination",
@@ -38,31 +32,32 @@ _HEAD, _TAIL = 30, 10  # rows of a long table of conditions that are shown
 _LONGEST = 800  # characters of one field of an error: the panel must fit on a screen
 
 
-def result_table(leaderboard: pd.DataFrame, width: int = 100) -> RenderableType:
-    """Models and controls x metrics (means), fitted to the width of the terminal; below it a legend.
+def make_result_table(leaderboard: pd.DataFrame, width: int = 100) -> RenderableType:
+    """Lay out models and controls x metrics (means) to the width of the terminal; below it a legend.
 
-    leaderboard: the long table of docs/science.md section 4. Calibrated metrics stand first and are marked; the best
+    leaderboard: the long table of docs/science.md section 4. Calibrated metrics come first and are marked; the best
     model by each has a star. Values of other metrics are dim and not ranked. Small errors are shown in thousandths.
     What does not fit in the width with two decimals goes into further tables. NaN is a dash.
     """
-    # An error panel must not wait for the tables' libraries to load.
+    # Imported here, so that an error panel does not wait for them.
     from core.report import tables as views
+    from core.report.text import format_share
     from core.scoring.leaderboard import RANKED
 
-    means, ranks = views.wide(leaderboard, "mean"), views.wide(leaderboard, "rank")
-    ranked = views.ranked_metrics(leaderboard)
-    rows = views.entries(leaderboard)
+    means, ranks = views.pivot_metrics(leaderboard, "mean"), views.pivot_metrics(leaderboard, "rank")
+    ranked = views.list_ranked_metrics(leaderboard)
+    rows = views.list_entries(leaderboard)
     rows = rows.assign(
         # What the gaps between rows separate, and predictors of too little coverage with it.
         group=rows["kind"].replace("baseline", "model").where(rows["in_panel"], "below"),
-        name=rows["model"].where(rows["in_panel"], rows["model"] + " (" + rows["coverage"].map(views.share) + ")"),
+        name=rows["model"].where(rows["in_panel"], rows["model"] + " (" + rows["coverage"].map(format_share) + ")"),
     )
     names, groups = list(rows["name"]), list(rows["group"])
     room = width - max(map(len, names), default=0)
 
     def columns(decimals: int) -> list[Column]:
         return [
-            _column(metric, means[metric].tolist(), ranks[metric].tolist(), metric in ranked, decimals)
+            _format_column(metric, means[metric].tolist(), ranks[metric].tolist(), metric in ranked, decimals)
             for metric in means.columns
         ]
 
@@ -70,42 +65,43 @@ def result_table(leaderboard: pd.DataFrame, width: int = 100) -> RenderableType:
     if _width(parts[0]) > room:
         parts = [columns(2)]
     if _width(parts[0]) > room:
-        # First the calibrated ones by themselves, then whatever still does not fit.
+        # First the calibrated ones by themselves; what still does not fit goes into further tables.
         halves = [[column for column in parts[0] if column.calibrated is wanted] for wanted in (True, False)]
-        parts = [part for half in halves for part in _fitted(half, room)]
-    tables = [_table(part, names, groups) for part in parts]
+        parts = [part for half in halves for part in _split_to_fit(half, room)]
+    tables = [_make_table(part, names, groups) for part in parts]
     return Group(
-        *(part for table in tables for part in (table, "")), _legend(parts, models=rows["kind"].isin(RANKED).any())
+        *(part for table in tables for part in (table, "")), _make_legend(parts, models=rows["kind"].isin(RANKED).any())
     )
 
 
-def verdict_table(calibration: pd.DataFrame, width: int = 100) -> RenderableType:
-    """One row per metric: verdict, mean DRF with its 95 % interval and spread over half splits, BDS, n; a legend.
+def make_verdict_table(calibration: pd.DataFrame, width: int = 100) -> RenderableType:
+    """Lay out a row per metric: verdict, mean DRF with its 95 % interval and spread over half splits, BDS, n; a legend.
 
     The other two variants of the DRF and the share of NaN are left out where the terminal is narrow.
     """
     from core.report import tables as views
+    from core.report.text import DASH, format_number, format_share
     from core.scoring.calibration import FEWEST_CONDITIONS, THRESHOLD
 
-    variants = views.variants(calibration)
+    variants = views.tabulate_variants(calibration)
     rows: list[dict[str, Text | str]] = []
-    for row in views.records(views.verdicts(calibration)):
+    for row in views.list_records(views.tabulate_verdicts(calibration)):
         known = row["drf"] == row["drf"]
         style = _VERDICT_STYLES[row["verdict"]]
         rows.append(
             {
                 "metric": Text(row["metric"]),
                 "verdict": Text("no verdict" if row["verdict"] == "none" else row["verdict"], style=style),
-                "DRF": Text(views.number(row["drf"], 2), style=style),
-                "95 % interval": f"{views.number(row['drf_low'], 2)} to {views.number(row['drf_high'], 2)}"
+                "DRF": Text(format_number(row["drf"], 2), style=style),
+                "95 % interval": f"{format_number(row['drf_low'], 2)} to {format_number(row['drf_high'], 2)}"
                 if known
-                else views.DASH,
-                "halves\n±": views.number(row["drf_half_sd"], 2),
-                "BDS": views.number(row["bds"], 2),
+                else DASH,
+                "halves\n±": format_number(row["drf_half_sd"], 2),
+                "BDS": format_number(row["bds"], 2),
                 "n": f"{row['n_conditions']:,.0f}",
-                "NaN": views.share(row["nan_share"]),
-                "DRF\nmean": views.number(variants["drf_mean"][row["metric"]], 2),
-                "DRF\nctrl": views.number(variants["drf_ctrl"][row["metric"]], 2),
+                "NaN": format_share(row["nan_share"]),
+                "DRF\nmean": format_number(variants["drf_mean"][row["metric"]], 2),
+                "DRF\nctrl": format_number(variants["drf_ctrl"][row["metric"]], 2),
             }
         )
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
@@ -122,10 +118,10 @@ def verdict_table(calibration: pd.DataFrame, width: int = 100) -> RenderableType
     return Group(table, "", Text(legend, style="dim"))
 
 
-def check_table(check: DatasetCheck, name: str) -> RenderableType:
-    """Conditions with their labels and cells, the smallest first, then what is dropped.
+def make_check_table(check: DatasetCheck, name: str) -> RenderableType:
+    """Lay out conditions with their labels and cells, the smallest first, then what is dropped.
 
-    Long tables are cut in the middle of the conditions: the smallest decide, the largest show the scale.
+    Of a long table only the smallest and the largest conditions are shown.
     """
     labels = check.labels.groupby("condition")["label"].agg(lambda texts: sorted(set(texts)))
     rows = check.conditions.sort_values(["kept", "cells", "covariate", "condition"])
@@ -149,8 +145,8 @@ def check_table(check: DatasetCheck, name: str) -> RenderableType:
     return Group(table, "", facts, "", Text(note, style="dim"))
 
 
-def outcome_table(outcomes: list[Outcome]) -> RenderableType:
-    """What became of each data set: the numbers of those that were done, the reason of those that were not."""
+def make_outcome_table(outcomes: list[Outcome]) -> RenderableType:
+    """Lay out what became of each data set: the numbers of those that are done, the reason of those that are not."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
     table.add_column("data set", no_wrap=True)
     for head in ("cells", "conditions", "genes", "calibrated\nmetrics"):
@@ -163,8 +159,8 @@ def outcome_table(outcomes: list[Outcome]) -> RenderableType:
     return table
 
 
-def error_panel(error: UserError) -> Panel:
-    """A user's error on one screen: where, which field, what was found, what to do."""
+def make_error_panel(error: UserError) -> Panel:
+    """Lay out a user's error on one screen: where, which field, what was found, what to do."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
@@ -172,11 +168,11 @@ def error_panel(error: UserError) -> Panel:
     grid.add_row("field", Text(_cut(error.field)))
     grid.add_row("found", Text(_cut(error.found)))
     grid.add_row("remedy", Text(_cut(error.remedy), style="green"))
-    return Panel(grid, title="This needs a change by you", title_align="left", border_style="red", padding=(1, 2))
+    return Panel(grid, title="Error", title_align="left", border_style="red", padding=(1, 2))
 
 
 def _cut(text: str) -> str:
-    """Its beginning and its end, where a traceback says what went wrong."""
+    """Keep the beginning, and the end, where a traceback says what went wrong."""
     if len(text) <= _LONGEST:
         return text
     return f"{text[: _LONGEST // 2].rstrip()} … {text[-_LONGEST // 2 :].lstrip()}"
@@ -191,9 +187,9 @@ class Column(NamedTuple):
     calibrated: bool
 
 
-def _column(metric: str, values: list[float], ranks: list[float], calibrated: bool, decimals: int) -> Column:
-    """Errors of which one is below 0.1 are shown in thousandths; large values have fewer decimals."""
-    from core.report.tables import number
+def _format_column(metric: str, values: list[float], ranks: list[float], calibrated: bool, decimals: int) -> Column:
+    """Format one metric: errors of which one is below 0.1 in thousandths, large values with fewer decimals."""
+    from core.report.text import format_number
     from core.scoring.metrics import BY_NAME
 
     smallest = min((value for value in values if value == value), default=0.0)
@@ -203,14 +199,14 @@ def _column(metric: str, values: list[float], ranks: list[float], calibrated: bo
     for value, first in zip(values, best, strict=True):
         scaled = value * 10**exponent
         places = max(0, decimals - sum(abs(scaled) >= limit for limit in (10, 100, 1000)))
-        cells.append(("*" if first else "") + number(scaled, places))
+        cells.append(("*" if first else "") + format_number(scaled, places))
     return Column(
-        [*_head(metric), *(["10⁻³"] if exponent else []), "●" if calibrated else "○"], cells, best, calibrated
+        [*_abbreviate(metric), *(["10⁻³"] if exponent else []), "●" if calibrated else "○"], cells, best, calibrated
     )
 
 
-def _head(metric: str) -> list[str]:
-    """A metric's name as short lines: weighted_r2_deltactrl is wR² over Δctrl."""
+def _abbreviate(metric: str) -> list[str]:
+    """Abbreviate a metric's name to short lines: weighted_r2_deltactrl is wR² over Δctrl."""
     parts = metric.split("_")
     weighted = parts[0] == "weighted" and len(parts) > 1
     words = [_WORDS.get(part, part) for part in parts[weighted:]]
@@ -218,12 +214,12 @@ def _head(metric: str) -> list[str]:
 
 
 def _width(columns: list[Column]) -> int:
-    """Characters that the columns take, each with a space before it."""
+    """Count the characters that the columns take, each with a space before it."""
     return sum(1 + max(map(len, [*column.head, *column.cells])) for column in columns)
 
 
-def _fitted(columns: list[Column], room: int) -> list[list[Column]]:
-    """The columns in as many groups as the room demands; a single column that is too wide stands alone."""
+def _split_to_fit(columns: list[Column], room: int) -> list[list[Column]]:
+    """Split the columns into as many groups as needed to fit; a single column that is too wide is a group alone."""
     groups: list[list[Column]] = []
     for column in columns:
         if groups and _width([*groups[-1], column]) <= room:
@@ -233,8 +229,8 @@ def _fitted(columns: list[Column], room: int) -> list[list[Column]]:
     return groups
 
 
-def _table(columns: list[Column], names: list[str], groups: list[str]) -> Table:
-    """One table; a gap between models, positive controls, negative controls and models of too little coverage."""
+def _make_table(columns: list[Column], names: list[str], groups: list[str]) -> Table:
+    """Lay out one table; gaps between models, positive and negative controls, and models of too little coverage."""
     # The box sets one space between columns: no further padding.
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
     table.add_column("", no_wrap=True)
@@ -253,7 +249,7 @@ def _table(columns: list[Column], names: list[str], groups: list[str]) -> Table:
     return table
 
 
-def _legend(parts: list[list[Column]], models: bool) -> Text:
+def _make_legend(parts: list[list[Column]], models: bool) -> Text:
     from core.scoring import leaderboard
 
     columns = [column for part in parts for column in part]

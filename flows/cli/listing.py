@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from blocks.config.catalog import open_catalog
-from core.catalog.registry import Kind
+from core.catalog.registry import Catalog, Kind
 from core.catalog.schema import (
     EmbeddingSpec,
     HttpsSource,
@@ -27,12 +27,12 @@ LEGEND = (
 )
 
 
-def listing(kind: Kind) -> RenderableType:
-    """The entries of a kind with title and needs, below them a legend. Raises UserError for an entry that is broken."""
+def make_listing(kind: Kind) -> RenderableType:
+    """Lay out the entries of a kind with title and needs, and a legend. Raises UserError for a broken entry."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
     for head, style in (("name", "bold"), ("", ""), ("needs", "")):
         table.add_column(head, style=style, overflow="fold", no_wrap=head == "name")
-    for name, about, needs in ROWS[kind]():
+    for name, about, needs in ROWS[kind](open_catalog()):
         table.add_row(name, Text(about), Text(", ".join(need for need in dict.fromkeys(needs) if need)))
     return Group(table, "", Text(LEGEND, style="dim"))
 
@@ -41,33 +41,39 @@ def listing(kind: Kind) -> RenderableType:
 Row = tuple[str, str, Iterable[str]]
 
 
-def _datasets() -> Iterator[Row]:
-    for spec in map(open_catalog().dataset, open_catalog().names("dataset")):
+def _list_datasets(catalog: Catalog) -> Iterator[Row]:
+    for spec in map(catalog.dataset, catalog.names("dataset")):
         yield spec.name, spec.title, [_file(spec.source, spec.name)]
 
 
-def _published() -> Iterator[Row]:
-    for spec in map(open_catalog().pretrained, open_catalog().names("pretrained")):
+def _list_published(catalog: Catalog) -> Iterator[Row]:
+    for spec in map(catalog.pretrained, catalog.names("pretrained")):
         yield spec.name, spec.title, _of_published(spec)
 
 
-def _embeddings() -> Iterator[Row]:
-    for spec in map(open_catalog().embedding, open_catalog().names("embedding")):
-        yield spec.name, spec.title, _of_embedding(spec)
+def _list_embeddings(catalog: Catalog) -> Iterator[Row]:
+    for spec in map(catalog.embedding, catalog.names("embedding")):
+        yield spec.name, spec.title, _of_embedding(catalog, spec)
 
 
-def _models() -> Iterator[Row]:
-    for model in open_catalog().models(open_catalog().names("model")):
-        yield model.name, model.title, _of_model(model)
+def _list_models(catalog: Catalog) -> Iterator[Row]:
+    for model in catalog.models(catalog.names("model")):
+        yield model.name, model.title, _of_model(catalog, model)
 
 
-def _groups() -> Iterator[Row]:
-    for group in map(open_catalog().group, open_catalog().names("group")):
-        models = open_catalog().models([group.name])
-        yield group.name, f"{group.title}: {', '.join(group.models)}", [n for model in models for n in _of_model(model)]
+def _list_groups(catalog: Catalog) -> Iterator[Row]:
+    for group in map(catalog.group, catalog.names("group")):
+        needs = [need for model in catalog.models([group.name]) for need in _of_model(catalog, model)]
+        yield group.name, f"{group.title}: {', '.join(group.models)}", needs
 
 
-ROWS = {"dataset": _datasets, "embedding": _embeddings, "model": _models, "group": _groups, "pretrained": _published}
+ROWS = {
+    "dataset": _list_datasets,
+    "embedding": _list_embeddings,
+    "model": _list_models,
+    "group": _list_groups,
+    "pretrained": _list_published,
+}
 
 
 def _file(source: HttpsSource | S3Source | LocalSource | SimulatedSource, name: str, wanted: str = "FILE") -> str:
@@ -78,15 +84,15 @@ def _of_published(spec: PretrainedSpec) -> list[str]:
     return [_file(source, spec.name, "FOLDER") for source in spec.files.values()]
 
 
-def _of_embedding(spec: EmbeddingSpec) -> Iterator[str]:
-    for part in open_catalog().parts(spec):
+def _of_embedding(catalog: Catalog, spec: EmbeddingSpec) -> Iterator[str]:
+    for part in catalog.parts(spec):
         yield f"container {part.container}" if part.container else ""
         yield _file(part.source, part.name) if part.source else ""
-        yield from _of_published(open_catalog().pretrained(part.pretrained)) if part.pretrained else ()
+        yield from _of_published(catalog.pretrained(part.pretrained)) if part.pretrained else ()
         yield f"secret {part.service.secret}" if part.service else ""
 
 
-def _of_model(model: ResolvedModel) -> Iterator[str]:
+def _of_model(catalog: Catalog, model: ResolvedModel) -> Iterator[str]:
     yield f"container {model.container}" if model.container else ""
-    yield from _of_embedding(model.embedding) if model.embedding else ()
+    yield from _of_embedding(catalog, model.embedding) if model.embedding else ()
     yield from _of_published(model.pretrained) if model.pretrained else ()

@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from core.catalog.schema import Form
 from core.errors import UserError
 from flows.cli.options import read_pairs
-
-CONSOLE = Console(highlight=False)
+from flows.cli.session import CONSOLE
 
 app = typer.Typer(no_args_is_help=True, help="Build images of models, and check models against the contract.")
 
@@ -23,14 +21,14 @@ app = typer.Typer(no_args_is_help=True, help="Build images of models, and check 
 @app.command(name="list")
 def list_() -> None:
     """List the containers of the catalog's models and embeddings, and whether their images are here."""
-    from blocks.engines.docker.engine import docker_client
-    from blocks.engines.docker.images import usable_image
+    from blocks.engines.docker.engine import connect
+    from blocks.engines.docker.images import find_image
 
     table = Table("container", "image", "models and embeddings")
-    with docker_client() as client:
-        for container, names in sorted(_users().items()):
+    with connect() as client:
+        for container, names in sorted(_list_users().items()):
             try:
-                state = str(usable_image(client, _folder(container)).id)[:19]
+                state = str(find_image(client, _find_folder(container)).id)[:19]
             except UserError as error:
                 state = f"[yellow]{escape(error.found)}[/yellow]"
             table.add_row(container, state, ", ".join(names))
@@ -46,12 +44,12 @@ def build(
     ] = None,
 ) -> None:
     """Build the images of models, calipert-NAME."""
-    from blocks.engines.docker.engine import docker_client
+    from blocks.engines.docker.engine import connect
     from blocks.engines.docker.images import build_image
 
     arguments = read_pairs("--arg", arg)
-    folders = [_folder(name) for name in names]
-    with docker_client() as client:
+    folders = [_find_folder(name) for name in names]
+    with connect() as client:
         for folder in folders:
             image = build_image(client, folder, arguments, lambda line: CONSOLE.print(escape(line), style="dim"))
             CONSOLE.print(f"{folder.name}: {image}")
@@ -63,7 +61,7 @@ def check(
     hyperparameters: Annotated[str, typer.Option(help="JSON of what differs from the model's defaults.")] = "{}",
     embedding: Annotated[
         Literal["table", "tables", "graph"] | None,
-        typer.Option(help="What it is told of genes; without it what the catalog says, else one table."),
+        typer.Option(help="The form of embedding that it gets; by default what the catalog says, else one table."),
     ] = None,
 ) -> None:
     """Run the contract's tests on a model under the engine in use (CALIPERT_ENGINE); exit status 1 if it fails one."""
@@ -74,9 +72,9 @@ def check(
         raise UserError(
             "environment", "CALIPERT_ENGINE", "an engine that runs models elsewhere", "set it to docker or process"
         )
-    path, settings = _folder(folder), _json_object(hyperparameters)
+    path, settings = _find_folder(folder), _parse_json_object(hyperparameters)
     failed = False
-    for finding in check_model(path, choose_engine(), embedding or _form(path.name), settings, lambda event: None):
+    for finding in check_model(path, choose_engine(), embedding or _find_form(path.name), settings, lambda event: None):
         failed = failed or finding.fault is not None
         CONSOLE.print(
             f"[green]ok[/green]    {finding.asked}" if finding.fault is None else f"[red]fails[/red] {finding.asked}"
@@ -87,30 +85,32 @@ def check(
         raise typer.Exit(1)
 
 
-def _users() -> dict[str, list[str]]:
-    """Container -> the models of the catalog that run in it, and the embeddings that it makes."""
+def _list_users() -> dict[str, list[str]]:
+    """Return container -> the models of the catalog that run in it, and the embeddings that it makes."""
     from blocks.config.catalog import open_catalog
 
     users: dict[str, list[str]] = {}
-    entries = {model.name: model for model in open_catalog().models(open_catalog().names("model"))}
-    made = {f"embedding {name}": open_catalog().embedding(name) for name in open_catalog().names("embedding")}
-    for name, entry in (entries | made).items():
+    catalog = open_catalog()
+    models = {model.name: model for model in catalog.models(catalog.names("model"))}
+    embeddings = {f"embedding {name}": catalog.embedding(name) for name in catalog.names("embedding")}
+    for name, entry in (models | embeddings).items():
         if entry.container is not None:
             users.setdefault(entry.container, []).append(name)
     return users
 
 
-def _form(container: str) -> Form:
-    """What the models of the catalog that run in a container are told of genes; a table where there is none."""
+def _find_form(container: str) -> Form:
+    """Return the form of embedding that the catalog's models in a container get; a table if there is no such model."""
     from blocks.config.catalog import open_catalog
 
-    resolved = open_catalog().models(open_catalog().names("model"))
+    catalog = open_catalog()
+    resolved = catalog.models(catalog.names("model"))
     forms = {one.embedding.form for one in resolved if one.embedding and one.container == container}
     return "graph" if forms == {"graph"} else "table"
 
 
-def _folder(name: str) -> Path:
-    """The folder of a model by its path, or by the name of a container. Raises UserError without a model.py."""
+def _find_folder(name: str) -> Path:
+    """Return the folder of a model by its path, or by the name of a container. Raises UserError without a model.py."""
     from tasks.inputs import list_container_places
 
     for folder in (Path(name).expanduser().resolve(), *(place / name for place in list_container_places())):
@@ -120,7 +120,7 @@ def _folder(name: str) -> Path:
     raise UserError(name, "model", "no folder with a model.py", f"give the path of one, or one of: {', '.join(known)}")
 
 
-def _json_object(text: str) -> dict[str, object]:
+def _parse_json_object(text: str) -> dict[str, object]:
     try:
         value = json.loads(text)
     except ValueError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,8 +13,9 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from blocks.engines.process import Engine, Event, ModelFailed, Stage
-from blocks.local.gpus import Gpu, lease
+from blocks.engines.base import Engine, ModelFailed, Stage
+from blocks.engines.lines import Event
+from blocks.local.gpus import Gpu, lease_gpu
 from core.catalog.schema import Form
 from core.conditions import genes_of
 from core.errors import UserError, shown
@@ -23,7 +25,7 @@ from model_containers.contract import Description, Key
 
 FILES = ("Dockerfile", "README.md", "model.py", "requirements.txt")
 COVARIATES = ("K562", "RPE1")
-# Longer would be no check any more, and a model that hangs must end.
+# A model that hangs must end.
 LIMIT_S = 1800.0
 
 
@@ -37,11 +39,11 @@ class Finding(NamedTuple):
 def check_model(
     folder: Path, engine: Engine, form: Form, hyperparameters: Mapping[str, Any], on_event: Callable[[Event], None]
 ) -> Iterator[Finding]:
-    """What the contract asks of the model in a folder, one by one, while it is trained and asked twice on a small
-    simulated fold. Ends early where the rest cannot be told: a stage failed.
+    """Check what the contract asks of the model in a folder, one finding after the other.
 
-    form: of what it is told of genes, if it needs to be told. Raises UserError where the engine cannot run it, and for
-    what makes embeddings and trains nothing.
+    The model is trained and asked twice on a small simulated fold. Ends early if a stage fails: the rest cannot be
+    checked. form: of the embedding that the model gets, if it needs one. Raises UserError if the engine cannot run the
+    model, and for a container that makes embeddings and trains nothing.
     """
     missing = [name for name in FILES if not (folder / name).is_file()]
     yield Finding("its folder is whole", f"there is no {', '.join(missing)}" if missing else None)
@@ -60,66 +62,59 @@ def check_model(
         remedy = "make one, by the flow `embed`: its output is checked there (docs/models.md)"
         raise UserError(f"model {folder.name}", "input", "'files': it makes embeddings, and is no model", remedy)
     engine.identity(folder)  # what the engine cannot run is refused
-    with TemporaryDirectory() as scratch, _device(description, folder.name) as gpu:
+    with TemporaryDirectory() as scratch, _lease_device(description, folder.name) as gpu:
         place = Path(scratch)
         place.chmod(0o755)
-        run = _Run(folder, engine, gpu, _panel(place), description, form, dict(hyperparameters), on_event)
-        yield from _stages(run, place)
+        (place / "panel").mkdir()
+        panel = write_panel(place / "panel", COVARIATES)
+        check = _Check(folder, engine, gpu, panel, description, form, dict(hyperparameters), on_event)
+        yield from _check_stages(check, place)
 
 
-def _stages(run: _Run, place: Path) -> Iterator[Finding]:
-    before = _contents(run.panel.folder)
+def _check_stages(check: _Check, place: Path) -> Iterator[Finding]:
+    before = _hash_files(check.panel.folder)
     try:
-        run.twice(place)
+        check.run_twice(place)
     except ModelFailed as error:
         yield Finding("it trains and predicts", str(error))
         return
     yield Finding("it trains and predicts", None)
-    changed = _contents(run.panel.folder) != before
+    changed = _hash_files(check.panel.folder) != before
     yield Finding("it leaves its input alone", "it has changed files of its input" if changed else None)
-    yield Finding("its progress reaches its end", _unfinished(run.events))
+    yield Finding("its progress reaches its end", _find_unfinished(check.events))
     output = place / "output_1"
-    yield Finding("it answers every condition, with finite means of log1p", _wrong_output(output, run))
-    yield Finding("it leaves out what it cannot know, and nothing else", _wrongly_left_out(output, run))
-    same = all(_contents(place / f"{kind}_1") == _contents(place / f"{kind}_2") for kind in ("model", "output"))
+    yield Finding("it answers every condition, with finite means of log1p", _find_wrong_output(output, check))
+    yield Finding("it leaves out what it cannot know, and nothing else", _find_wrongly_left_out(output, check))
+    same = all(_hash_files(place / f"{kind}_1") == _hash_files(place / f"{kind}_2") for kind in ("model", "output"))
     fault = "a second run wrote other files, asked for the conditions in the opposite order"
     yield Finding("the same input gives the same bytes", None if same else fault)
-    yield Finding("it refuses a hyperparameter that it does not know", run.accepts_anything(place))
+    yield Finding("it refuses a hyperparameter that it does not know", check.find_leniency(place))
 
 
-class _Run:
-    """A model, asked for its stages."""
+@dataclass(frozen=True)
+class _Check:
+    """A model and the panel that it is trained and asked on. events: what the model has sent."""
 
-    def __init__(
-        self,
-        folder: Path,
-        engine: Engine,
-        gpu: Gpu | None,
-        panel: Panel,
-        description: Description,
-        form: Form,
-        hyperparameters: dict[str, Any],
-        on_event: Callable[[Event], None],
-    ) -> None:
-        self.folder = folder
-        self.engine = engine
-        self.gpu = gpu
-        self.panel = panel
-        self.description = description
-        self.told = self._file("graph.parquet" if form == "graph" else "embedding.parquet")
-        self.hyperparameters = hyperparameters
-        self.on_event = on_event
-        self.events: list[Event] = []
+    folder: Path
+    engine: Engine
+    gpu: Gpu | None
+    panel: Panel
+    description: Description
+    form: Form
+    hyperparameters: Mapping[str, Any]
+    on_event: Callable[[Event], None]
+    events: list[Event] = field(default_factory=list)
 
-    def twice(self, place: Path) -> None:
+    def run_twice(self, place: Path) -> None:
+        """Train and predict twice, the second time with the conditions in the opposite order."""
         for number, order in ((1, 1), (2, -1)):
             model, output = place / f"model_{number}", place / f"output_{number}"
             conditions = [key._asdict() for key in self.panel.held_out][::order]
             self._stage("train", model, cells=self._file("train.h5ad"), hyperparameters=self.hyperparameters)
             self._stage("predict", output, model=str(model), control=self._file("control.h5ad"), conditions=conditions)
 
-    def accepts_anything(self, place: Path) -> str | None:
-        """What is wrong with how it takes an unknown hyperparameter; None if it refuses it as the contract wants."""
+    def find_leniency(self, place: Path) -> str | None:
+        """Say how it accepts an unknown hyperparameter; None if it refuses it as the contract wants."""
         unknown = {"no_such_hyperparameter": 1}
         try:
             self._stage("train", place / "refused", cells=self._file("train.h5ad"), hyperparameters=unknown)
@@ -131,11 +126,12 @@ class _Run:
 
     def _stage(self, stage: Stage, output: Path, **fields: Any) -> None:
         output.mkdir()
-        embedding = self.told if self.description.embedding else None
+        table = self._file("graph.parquet" if self.form == "graph" else "embedding.parquet")
+        embedding = table if self.description.embedding else None
         spec = fields | {"embedding": embedding, "seed": 1, "output": str(output)}
-        self.engine.run(stage, self.folder, spec, on_event=self._hear, timeout_s=LIMIT_S, gpu=self.gpu)
+        self.engine.run(stage, self.folder, spec, on_event=self._take_event, timeout_s=LIMIT_S, gpu=self.gpu)
 
-    def _hear(self, event: Event) -> None:
+    def _take_event(self, event: Event) -> None:
         self.events.append(event)
         self.on_event(event)
 
@@ -143,39 +139,33 @@ class _Run:
         return str(self.panel.folder / name)
 
 
-def _panel(place: Path) -> Panel:
-    folder = place / "panel"
-    folder.mkdir()
-    return write_panel(folder, COVARIATES)
+def _lease_device(description: Description, name: str) -> AbstractContextManager[Gpu | None]:
+    return lease_gpu(f"check of {name}") if description.gpu else nullcontext()
 
 
-def _device(description: Description, name: str) -> AbstractContextManager[Gpu | None]:
-    return lease(f"check of {name}") if description.gpu else nullcontext()
-
-
-def _unfinished(events: list[Event]) -> str | None:
+def _find_unfinished(events: list[Event]) -> str | None:
     last = next((event for event in reversed(events) if event["event"] == "progress"), None)
     if last is None:
         return "it reports no progress"
     return None if last["done"] == last["total"] else f"its last was {last['done']} of {last['total']} {last['unit']}"
 
 
-def _wrong_output(output: Path, run: _Run) -> str | None:
+def _find_wrong_output(output: Path, check: _Check) -> str | None:
     try:
-        check_model_output(output, [key._asdict() for key in run.panel.held_out], pd.Index(GENES), run.folder.name)
+        check_model_output(output, [key._asdict() for key in check.panel.held_out], pd.Index(GENES), check.folder.name)
     except UserError as error:
         return str(error)
     return None
 
 
-def _wrongly_left_out(output: Path, run: _Run) -> str | None:
-    """By what it says of itself."""
+def _find_wrongly_left_out(output: Path, check: _Check) -> str | None:
+    """Compare what is left out with what the model says that it can do."""
     try:
         rows = json.loads((output / "unpredicted.json").read_text(encoding="utf-8"))
         left_out = {Key(row["covariate"], row["condition"]) for row in rows}
     except (OSError, ValueError, TypeError, KeyError) as error:
         return f"unpredicted.json: {type(error).__name__}: {error}"
-    expected = {key for key in run.panel.held_out if _is_beyond(key, run.description)}
+    expected = {key for key in check.panel.held_out if _is_beyond(key, check.description)}
     faults = [f"{key.condition} in {key.covariate} is predicted, and cannot be" for key in sorted(expected - left_out)]
     faults += [
         f"{key.condition} in {key.covariate} is not predicted, and can be" for key in sorted(left_out - expected)
@@ -192,6 +182,6 @@ def _is_beyond(key: Key, description: Description) -> bool:
     )
 
 
-def _contents(folder: Path) -> dict[str, str]:
+def _hash_files(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): sha256(path.read_bytes()).hexdigest() for path in files}

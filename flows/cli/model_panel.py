@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import anndata as ad
 import numpy as np
@@ -21,38 +20,18 @@ NO_EMBEDDING, ZERO_EMBEDDING = "P10", "P11"
 UNSEEN = "unseen"
 
 
-@dataclass(frozen=True)
-class Panel:
+class Panel(NamedTuple):
     """One fold: train.h5ad, control.h5ad, embedding.parquet and graph.parquet in `folder`; what is held out of it."""
 
     folder: Path
     held_out: list[contract.Key]
 
-    def train_task(self, output: Path, **changes: Any) -> contract.TrainTask:
-        embedding = self.folder / "embedding.parquet"
-        fields: dict[str, Any] = {
-            "cells": self.folder / "train.h5ad",
-            "embedding": embedding,
-            "hyperparameters": {},
-            "seed": 1,
-        }
-        return contract.TrainTask(**(fields | {"threads": 1, "output": output} | changes))
-
-    def predict_task(self, model: Path, output: Path, **changes: Any) -> contract.PredictTask:
-        fields: dict[str, Any] = {
-            "model": model,
-            "control": self.folder / "control.h5ad",
-            "conditions": tuple(self.held_out),
-        }
-        fields |= {"embedding": self.folder / "embedding.parquet", "seed": 1, "threads": 1, "output": output}
-        return contract.PredictTask(**(fields | changes))
-
 
 def write_panel(folder: Path, covariates: tuple[str, ...]) -> Panel:
-    """A screen of sparse cells whose effects are linear in an embedding; P03, P08 and a pair are held out.
+    """Write a screen of sparse cells whose effects are linear in an embedding; P03, P08 and a pair are held out.
 
-    P10 has no embedding and P11 one of zeros; both are also asked for, and a covariate that training lacks. The graph
-    is that of the embedding's cosines, of all genes but these two.
+    P10 has no embedding and P11 one of zeros; predictions are also asked for both, and for a covariate that training
+    lacks. The graph is that of the embedding's cosines, of all genes but these two.
     """
     rng = np.random.default_rng(7)
     embedding = pd.DataFrame(rng.normal(size=(12, 6)), index=pd.Index(SINGLES, name="gene")).add_prefix("d")
@@ -81,14 +60,14 @@ def write_panel(folder: Path, covariates: tuple[str, ...]) -> Panel:
     cells.write_h5ad(folder / "train.h5ad")
     cells[cells.obs["condition"] == contract.CONTROL].write_h5ad(folder / "control.h5ad")
     embedding.drop(index=NO_EMBEDDING).to_parquet(folder / "embedding.parquet")
-    similarity_graph(embedding.drop(index=[NO_EMBEDDING, ZERO_EMBEDDING])).to_parquet(folder / "graph.parquet")
+    make_similarity_graph(embedding.drop(index=[NO_EMBEDDING, ZERO_EMBEDDING])).to_parquet(folder / "graph.parquet")
     asked = [contract.Key(covariate, condition) for covariate in covariates for condition in held_out]
     asked += [contract.Key(covariates[0], name) for name in (NO_EMBEDDING, f"P00+{ZERO_EMBEDDING}")]
     return Panel(folder, [*asked, contract.Key(UNSEEN, "P03")])
 
 
-def similarity_graph(embedding: pd.DataFrame) -> pd.DataFrame:
-    """A graph between all genes of an embedding, as `contract.read_graph` wants it; weight: (1 + cosine) / 2."""
+def make_similarity_graph(embedding: pd.DataFrame) -> pd.DataFrame:
+    """Return a graph between all genes of an embedding, as `contract.read_graph` wants it; weight: (1 + cosine) / 2."""
     unit = contract.unit_norm(embedding).to_numpy()
     names, weight = embedding.index.to_numpy(dtype=object), np.clip((1 + unit @ unit.T) / 2, 1e-6, 1)
     gene, other = np.nonzero(~np.eye(len(names), dtype=bool))

@@ -1,4 +1,4 @@
-"""What runs, ran, failed and why, on one screen. Asks the servers that run, and starts nothing.
+"""What runs, ran, failed and why, on one screen. Asks the servers that run, and starts none.
 
 Over plain HTTP: importing Prefect's or MLflow's client would take longer than all the rest.
 """
@@ -19,7 +19,7 @@ import httpx
 
 from blocks.config.paths import store_folder
 from blocks.http import open_client
-from blocks.local.processes import known_dead
+from blocks.local.processes import is_dead
 from blocks.services.stack import ServiceStatus
 from blocks.services.stack import status as services_status
 from blocks.tracking.running import TrackedRun, find_running_runs
@@ -56,8 +56,11 @@ class Pool(NamedTuple):
 
 
 class FlowRun(NamedTuple):
-    """A flow run. state: Prefect's name of it. begun, ended: None where it has not. doing: the steps that run now.
-    folds: (finished, failed, all) of those that have a run in MLflow, or None. models: as they were asked for."""
+    """A flow run.
+
+    state: Prefect's name of it. begun, ended: None if it has not. doing: the steps that run now. folds: (finished,
+    failed, all) of those that have a run in MLflow, or None. models: as the user wrote them.
+    """
 
     id: str
     name: str
@@ -75,8 +78,11 @@ class FlowRun(NamedTuple):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All that the screen shows. troubles: what could not be found out, and why. runs: by the keys of KINDS.
-    stale: MLflow runs that are RUNNING although nobody goes on with them. store: (artifacts, bytes, free bytes)."""
+    """All that the screen shows.
+
+    troubles: what could not be found out, and why. runs: by the keys of KINDS. stale: MLflow runs that are RUNNING
+    although their flow run or process has ended. store: (artifacts, bytes, free bytes).
+    """
 
     services: list[ServiceStatus]
     pools: list[Pool] = field(default_factory=list)
@@ -87,25 +93,25 @@ class Snapshot:
     troubles: list[str] = field(default_factory=list)
 
 
-def snapshot(now: datetime) -> Snapshot:
-    """Find it all out. now: in UTC. Never raises for a server that is down or does not answer: it is among troubles."""
+def take_snapshot(now: datetime) -> Snapshot:
+    """Find it all out. now: in UTC. A server that is down or does not answer raises nothing: it is among troubles."""
     services = services_status()
     prefect, mlflow = _prefect_api(services), _mlflow(services)
     pools: list[Pool] = []
-    told: dict[str, list[Any]] = {}
+    found: dict[str, list[Any]] = {}
     steps: dict[str, list[str]] = {}
     flows: dict[str, str] = {}
     ended: set[str] = set()
     troubles: list[str] = []
     with ThreadPoolExecutor(8) as pool:
-        tracking = pool.submit(_tracked, mlflow)
-        size = pool.submit(_size, store_folder())
+        tracking = pool.submit(_find_tracked_runs, mlflow)
+        size = pool.submit(_measure_store, store_folder())
         gpus = pool.submit(_gpus)
         if prefect:
             try:
                 with _Prefect(prefect, pool) as api:
-                    pools, told, flows = api.pools(), api.runs(now), api.flows()
-                    steps = api.steps([run["id"] for run in told["active"]])
+                    pools, found, flows = api.pools(), api.runs(now), api.flows()
+                    steps = api.steps([run["id"] for run in found["active"]])
                     ended = api.ended([flow_run for flow_run in tracking.result()[0] if flow_run])
             except httpx.HTTPError as error:
                 troubles.append(f"Prefect: {prefect}: {type(error).__name__}: {error}")
@@ -113,15 +119,21 @@ def snapshot(now: datetime) -> Snapshot:
         held, no_gpus = gpus.result()
     runs = {
         kind: [_flow_run(one, flows, steps.get(one["id"], []), tracked.get(one["id"], [])) for one in of_kind]
-        for kind, of_kind in told.items()
+        for kind, of_kind in found.items()
     }
     return Snapshot(
-        services, pools, runs, _stale(ended, tracked), held, size.result(), [*troubles, *no_tracking, *no_gpus]
+        services,
+        pools,
+        runs,
+        _list_stale_runs(ended, tracked),
+        held,
+        size.result(),
+        [*troubles, *no_tracking, *no_gpus],
     )
 
 
 def _prefect_api(services: list[ServiceStatus]) -> str | None:
-    """The API of the local server that runs, else the one that the environment names."""
+    """Return the API of the local server that runs, else the one that the environment names."""
     own = next((one.url for one in services if one.name == "prefect" and one.url), None)
     return f"{own}/api" if own else os.environ.get("PREFECT_API_URL")
 
@@ -207,74 +219,76 @@ class _Prefect:
         return {run["id"] for chosen in asked for run in self.ask("/flow_runs/filter", flow_runs=chosen, limit=PAGE)}
 
 
-def _flow_run(told: dict[str, Any], flows: dict[str, str], doing: list[str], tracked: list[TrackedRun]) -> FlowRun:
+def _flow_run(answer: dict[str, Any], flows: dict[str, str], doing: list[str], tracked: list[TrackedRun]) -> FlowRun:
     folds = Counter(run.status for run in tracked if "fold" in run.tags)
     counted = (folds["FINISHED"], folds["FAILED"] + folds["KILLED"], folds.total())
-    state = told.get("state") or {}
+    state = answer.get("state") or {}
     return FlowRun(
-        id=told["id"],
-        name=told["name"] if told.get("start_time") else _future_name(told, flows),
-        kind=told["state_type"],
-        state=told["state_name"] or told["state_type"].capitalize(),
-        due=_time(told.get("next_scheduled_start_time") or told.get("expected_start_time")),
-        begun=_time(told.get("start_time")),
-        ended=_time(told.get("end_time")),
-        seconds=float(told.get("total_run_time") or 0.0),
-        reason=one_line(state.get("message") or ""),
+        id=answer["id"],
+        name=answer["name"] if answer.get("start_time") else _future_name(answer, flows),
+        kind=answer["state_type"],
+        state=answer["state_name"] or answer["state_type"].capitalize(),
+        due=_time(answer.get("next_scheduled_start_time") or answer.get("expected_start_time")),
+        begun=_time(answer.get("start_time")),
+        ended=_time(answer.get("end_time")),
+        seconds=float(answer.get("total_run_time") or 0.0),
+        reason=shorten_reason(state.get("message") or ""),
         doing=doing,
         folds=counted if folds else None,
-        models=list(told["parameters"].get("models") or []),
+        models=list(answer["parameters"].get("models") or []),
     )
 
 
-def _future_name(told: dict[str, Any], flows: dict[str, str]) -> str:
-    """What a flow run will be called once it begins; until then it has a name without a meaning."""
-    what = next((told["parameters"][name] for name in ("dataset", "embedding") if name in told["parameters"]), None)
-    return "-".join(filter(None, [flows.get(told["flow_id"]), what])) or str(told["name"])
+def _future_name(answer: dict[str, Any], flows: dict[str, str]) -> str:
+    """Return the name that a flow run gets when it begins; until then it has a name without a meaning."""
+    what = next((answer["parameters"][name] for name in ("dataset", "embedding") if name in answer["parameters"]), None)
+    return "-".join(filter(None, [flows.get(answer["flow_id"]), what])) or str(answer["name"])
 
 
 def _time(text: str | None) -> datetime | None:
     return datetime.fromisoformat(text) if text else None
 
 
-def _tracked(uri: str | None) -> tuple[dict[str, list[TrackedRun]], list[str]]:
-    """The MLflow runs of flow runs (blocks.tracking.running), and what hinders."""
+def _find_tracked_runs(uri: str | None) -> tuple[dict[str, list[TrackedRun]], list[str]]:
+    """Find the MLflow runs of flow runs (blocks.tracking.running), and what hinders."""
     if uri is None:
         return {}, []
     try:
         return find_running_runs(uri, _EXPERIMENTS), []
     except (httpx.HTTPError, ValueError) as error:
-        return {}, [f"MLflow: {uri}: {one_line(f'{type(error).__name__}: {error}')}"]
+        return {}, [f"MLflow: {uri}: {shorten_reason(f'{type(error).__name__}: {error}')}"]
 
 
-def _stale(ended: set[str], tracked: dict[str, list[TrackedRun]]) -> list[str]:
-    """The names of MLflow runs that are RUNNING although their flow run or their process has ended, those of folds
-    left out. ended: flow runs."""
+def _list_stale_runs(ended: set[str], tracked: dict[str, list[TrackedRun]]) -> list[str]:
+    """List the names of MLflow runs that are RUNNING although their flow run or their process has ended.
+
+    Those of folds are left out. ended: flow runs.
+    """
     return sorted(
         run.name
         for flow_run, runs in tracked.items()
         for run in runs
         if run.status == "RUNNING" and "fold" not in run.tags
-        if flow_run in ended or known_dead(run.tags.get("process", ""))
+        if flow_run in ended or is_dead(run.tags.get("process", ""))
     )
 
 
 def _gpus() -> tuple[list[tuple[str, str]], list[str]]:
-    """(GPU, who holds it), and what hinders."""
-    from blocks.local.gpus import holders
+    """List (GPU, its holder), and what hinders."""
+    from blocks.local.gpus import list_holders
 
     try:
-        held = holders()
+        held = list_holders()
     except UserError as error:
-        return [], [f"GPUs: {one_line(str(error))}"]
+        return [], [f"GPUs: {shorten_reason(str(error))}"]
     return [
         (gpu, "free" if holder is None else f"{holder.what} (process {holder.pid})" if holder.pid else holder.what)
         for gpu, holder in held
     ], []
 
 
-def _size(store: Path) -> tuple[int, int, int]:
-    """Artifacts in the store, their bytes, and the free bytes of its disk."""
+def _measure_store(store: Path) -> tuple[int, int, int]:
+    """Count the artifacts in the store, their bytes, and the free bytes of its disk."""
     existing = next(folder for folder in (store, *store.parents) if folder.exists())
     kinds = [kind for kind in _folders(store) if not kind.name.startswith(".")]
     artifacts = [artifact for kind in kinds for artifact in _folders(kind)]
@@ -286,7 +300,7 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _bytes(folder: Path) -> int:
-    """Of all files in it. What is collected meanwhile does not count."""
+    """Add up the sizes of all files in a folder. A file that is removed meanwhile does not count."""
     total = 0
     try:
         with os.scandir(folder) as entries:
@@ -300,12 +314,12 @@ def _bytes(folder: Path) -> int:
     return total
 
 
-def one_line(message: str) -> str:
-    """A reason in one line: of an error for the user its place, field, finding and remedy, of any other its text."""
+def shorten_reason(message: str) -> str:
+    """Shorten a reason to one line: of an error for the user place, field, finding and remedy, else its text."""
     text = re.sub(r"^(Flow|Task) run encountered an exception:? *", "", message.strip())
-    told = re.search(r"(?s)^(?:UserError: )?(.*?)\n  field: +(.*?)\n  found: +(.*?)\n  remedy: +(.*)", text)
-    if told:
-        where, what, found, remedy = (" ".join(part.split()) for part in told.groups())
+    parts = re.search(r"(?s)^(?:UserError: )?(.*?)\n  field: +(.*?)\n  found: +(.*?)\n  remedy: +(.*)", text)
+    if parts:
+        where, what, found, remedy = (" ".join(part.split()) for part in parts.groups())
         text = f"{where}, {what}: {found} → {remedy}"
     flat = " ".join(text.split())
     return flat if len(flat) <= _LONGEST else f"{flat[:_LONGEST].rstrip()} …"

@@ -1,4 +1,4 @@
-"""How `calipert status` shows what it has found."""
+"""How `calipert status` shows what it found."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ MOST = {"active": 5, "waiting": 3, "failed": 5, "done": 4}
 NAMES = {"active": "running", "waiting": "scheduled", "failed": "failed", "done": "completed"}
 
 
-def screen(shown: Snapshot, now: datetime) -> RenderableType:
-    """What `calipert status` prints. now: in UTC."""
+def make_screen(shown: Snapshot, now: datetime) -> RenderableType:
+    """Lay out what `calipert status` prints. now: in UTC."""
     parts: list[RenderableType] = [_services(shown.services)]
     stopped = [one.name for one in shown.services if one.state == "stopped" and one.name in ("prefect", "mlflow")]
     if stopped:
@@ -66,7 +66,7 @@ def _pools(pools: Iterable[Pool]) -> Table:
 
 
 def _runs(runs: dict[str, list[FlowRun]], now: datetime) -> Group:
-    """A line for each flow run, and below it what it does, or why it failed, over the whole width."""
+    """Lay out a line for each flow run, and below it what it does, or why it failed, over the whole width."""
     shown = [run for kind, most in MOST.items() for run in runs.get(kind, [])[:most]]
     names = max(len(run.name) for run in shown)
     states = max(len(run.state) for run in shown)
@@ -75,8 +75,8 @@ def _runs(runs: dict[str, list[FlowRun]], now: datetime) -> Group:
         of_kind = runs.get(kind, [])
         for run in of_kind[:most]:
             state = (run.state.lower().ljust(states), COLOURS.get(run.kind, ""))
-            lines.append(Text.assemble(run.name.ljust(names), "  ", state, "  ", _when(run, now)))
-            if what := " · ".join(filter(None, [_id(run), ", ".join(run.models), _what(run)])):
+            lines.append(Text.assemble(run.name.ljust(names), "  ", state, "  ", _describe_time(run, now)))
+            if what := " · ".join(filter(None, [_id(run), ", ".join(run.models), _describe_work(run)])):
                 lines.append(Padding(Text(what), (0, 0, 0, 2)))
         if len(of_kind) > most:
             count = f"{len(of_kind) - most}{'+' if len(of_kind) == PAGE else ''}"
@@ -84,21 +84,25 @@ def _runs(runs: dict[str, list[FlowRun]], now: datetime) -> Group:
     return Group(*lines)
 
 
-def _when(run: FlowRun, now: datetime) -> str:
+def _describe_time(run: FlowRun, now: datetime) -> str:
     if run.kind in WAITING:
-        return f"due {_clock(run.due, now)}" if run.due else ""
+        return f"due {_format_time(run.due, now)}" if run.due else ""
     if run.kind in ACTIVE:
-        return f"since {_clock(run.begun, now)}, {_lasted((now - run.begun).total_seconds())}" if run.begun else ""
-    lasted = f", {_lasted(run.seconds)}" if run.seconds else ""
-    return f"{_clock(run.ended or run.due, now)}{lasted}"
+        return (
+            f"since {_format_time(run.begun, now)}, {_format_duration((now - run.begun).total_seconds())}"
+            if run.begun
+            else ""
+        )
+    lasted = f", {_format_duration(run.seconds)}" if run.seconds else ""
+    return f"{_format_time(run.ended or run.due, now)}{lasted}"
 
 
 def _id(run: FlowRun) -> str:
-    """What `prefect flow-run cancel` and `logs` want to be told."""
+    """Return the id that `prefect flow-run cancel` and `logs` take; none for a run that is done."""
     return "" if run.kind == "COMPLETED" else run.id
 
 
-def _what(run: FlowRun) -> str:
+def _describe_work(run: FlowRun) -> str:
     if run.kind in FAILED:
         return run.reason or "no reason was given"
     if run.kind not in ACTIVE:
@@ -124,32 +128,36 @@ def _resources(shown: Snapshot) -> Table:
     count, size, free = shown.store
     shared = read_settings().store
     also = f"; shared in {shared}" if shared else ""
-    table.add_row("store", f"{count:,} artifacts, {_amount(size)}; {_amount(free)} free in {store_folder()}{also}")
+    table.add_row(
+        "store", f"{count:,} artifacts, {_format_size(size)}; {_format_size(free)} free in {store_folder()}{also}"
+    )
     if shown.stale:
         names = ", ".join(shown.stale[:5]) + (f" and {len(shown.stale) - 5} more" if len(shown.stale) > 5 else "")
-        text = f"running although nobody goes on with them: {names}. The next flow run on their data set ends them."
+        text = (
+            f"running, but their flow run or process has ended: {names}. The next flow run on their data set ends them."
+        )
         table.add_row("MLflow", Text(text, style="yellow"))
     return table
 
 
-def _clock(time: datetime | None, now: datetime) -> str:
-    """Local time, with the day unless it is today."""
+def _format_time(time: datetime | None, now: datetime) -> str:
+    """Format local time, with the day unless it is today."""
     if time is None:
         return ""
     local, today = time.astimezone(), now.astimezone()
     return local.strftime("%H:%M" if local.date() == today.date() else "%b %d %H:%M")
 
 
-def _lasted(seconds: float) -> str:
-    """`45 s`, `12 min`, `3 h 5 min`."""
+def _format_duration(seconds: float) -> str:
+    """Format a duration: `45 s`, `12 min`, `3 h 5 min`."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _amount(size: float) -> str:
-    """`12 MB`, in powers of 1000."""
+def _format_size(size: float) -> str:
+    """Format a size: `12 MB`, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.3g} {unit}"

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 
-from core.arrays import fixed_signs
+from core.arrays import fix_signs
 
 SHOW = """
 def threads():
@@ -19,17 +19,17 @@ OVERLAP = """
 import threading
 import numpy, scipy.linalg
 from threadpoolctl import threadpool_info
-from core.arrays import one_blas_thread
+from core.arrays import limit_blas_threads
 inside, leave = threading.Event(), threading.Event()
 def other():
-    with one_blas_thread():
+    with limit_blas_threads():
         inside.set()
         leave.wait(10)
 thread = threading.Thread(target=other)
 before = threads()
 thread.start()
 inside.wait(10)
-with one_blas_thread():
+with limit_blas_threads():
     leave.set()
     thread.join(10)
     print(before, threads())
@@ -60,5 +60,5 @@ def test_importing_core_first_leaves_one_thread_whatever_the_environment_says() 
 
 def test_fixed_signs_make_the_largest_entry_positive() -> None:
     components = np.array([[1.0, -3.0, 2.0], [0.5, 0.4, -0.1]])
-    assert fixed_signs(components).tolist() == [[-1.0, 3.0, -2.0], [0.5, 0.4, -0.1]]
-    assert fixed_signs(-components).tolist() == fixed_signs(components).tolist()
+    assert fix_signs(components).tolist() == [[-1.0, 3.0, -2.0], [0.5, 0.4, -0.1]]
+    assert fix_signs(-components).tolist() == fix_signs(components).tolist()

@@ -20,9 +20,9 @@ from scipy import sparse
 
 from core.catalog.schema import DatasetSpec
 from core.errors import UserError
+from core.io.faults import find_count_faults, refuse_faults
 from core.prepare.cells import write_cells
 from core.prepare.check import check_dataset
-from core.prepare.labels import count_faults, refuse_faults
 from tests.helpers.mirror_files import mirror_of
 
 Entry = Callable[..., DatasetSpec]
@@ -340,8 +340,8 @@ def test_the_largest_count_that_is_exact_is_taken(single_raw: ad.AnnData, entry:
 
 @pytest.mark.parametrize("dtype", ["int8", "uint64", "float32", "float64"])
 def test_right_counts_have_no_fault(dtype: str) -> None:
-    assert count_faults(np.array([0, 1, 100], dtype=dtype)) == {}
-    assert count_faults(np.array([], dtype=dtype)) == {}
+    assert find_count_faults(np.array([0, 1, 100], dtype=dtype)) == {}
+    assert find_count_faults(np.array([], dtype=dtype)) == {}
     refuse_faults([{}, {}], "X", "file")
 
 

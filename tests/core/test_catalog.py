@@ -16,7 +16,7 @@ from blocks.config.catalog import open_catalog
 from core.catalog import schema
 from core.catalog.registry import Catalog
 from core.errors import UserError
-from core.prepare.labels import condition_labels
+from core.prepare.labels import harmonise_labels
 from core.simulate import SimulationSettings
 
 PROJECT = Path(__file__).parents[2]
@@ -99,7 +99,7 @@ def test_the_catalog_holds_the_fourteen_screens_of_the_study():
 )
 def test_published_labels_are_read(name, labels):
     spec = open_catalog().dataset(name)
-    assert list(condition_labels(pd.Series(list(labels)), spec.labels, name)) == list(labels.values())
+    assert list(harmonise_labels(pd.Series(list(labels)), spec.labels, name)) == list(labels.values())
 
 
 def test_the_genome_wide_screen_is_sampled():
@@ -194,7 +194,7 @@ def test_reading_the_catalog_needs_no_heavy_import():
 def test_local_entries_fit_their_files(shared, name):
     spec = open_catalog().dataset(name)
     file = ad.read_h5ad(shared / "data" / LOCAL_FILES[name])
-    conditions = set(condition_labels(file.obs[spec.labels.column], spec.labels, name)) - {"control"}
+    conditions = set(harmonise_labels(file.obs[spec.labels.column], spec.labels, name)) - {"control"}
     assert (file.n_obs, file.n_vars, len(conditions)) == (
         spec.expected.cells,
         spec.expected.genes,
@@ -212,7 +212,7 @@ def test_local_entries_fit_their_files(shared, name):
 def test_guide_labels_of_papalexi21_become_their_targets(shared):
     cells = ad.read_h5ad(shared / "data" / "papalexi21.h5ad").obs
     perturbed = cells[cells["perturbation"] != "control"]
-    conditions = condition_labels(perturbed["guide"], open_catalog().dataset("papalexi21").labels, "papalexi21")
+    conditions = harmonise_labels(perturbed["guide"], open_catalog().dataset("papalexi21").labels, "papalexi21")
     assert (conditions == perturbed["perturbation"].astype(str)).all()
 
 

@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from core.prepare.mirror import mirror_cells
+from core.prepare.mirror import take_mirror_cells
 from core.reference.build import build_negatives, build_reference
 from core.reference.cell_sums import CellSums
-from core.reference.stored_profiles import stored_reference
+from core.reference.stored_profiles import read_stored_reference
 from core.scoring.evaluation import Evaluation
 from core.scoring.file_calibration import FileOptions, calibrate_file
 from tests.helpers import by_definition
@@ -136,8 +136,8 @@ def test_the_golden_case_through_the_command_line(shared: Path, golden: pd.Serie
 @pytest.mark.shared
 def test_the_golden_cells_give_the_stored_halves_and_controls(shared: Path, sums: Callable[..., CellSums]) -> None:
     data = ad.read_h5ad(shared / "golden" / "combo_mirror.h5ad")
-    cells = mirror_cells(data, "mirror.h5ad")
-    reference, negatives = stored_reference(data, cells, "combo_mirror.h5ad")
+    cells = take_mirror_cells(data, "mirror.h5ad")
+    reference, negatives = read_stored_reference(data, cells, "combo_mirror.h5ad")
     own_negatives = build_negatives(sums(cells))
     recomputed = build_reference(sums(cells), own_negatives, 42)
     for layer in ("truth", "technical_duplicate"):

@@ -13,7 +13,7 @@ import yaml
 
 from blocks.config.paths import MODEL_CONTAINERS, PROJECT_ROOT
 from blocks.config.pools import CPU, GPU
-from blocks.engines.kubernetes.job import SETTINGS, StageJob, inside, read_cluster
+from blocks.engines.kubernetes.job import SETTINGS, StageJob, read_cluster, translate_spec
 
 FOLDER = PROJECT_ROOT / "deployments" / "kubernetes"
 VERSION = "1.37"
@@ -54,7 +54,7 @@ def flow_run_job(pool: str) -> dict[str, Any]:
 
 def stage_job() -> dict[str, Any]:
     cluster = read_cluster(FOLDER / "cluster.yaml")
-    inputs = inside({"output": "/output"}, Path("/store"))
+    inputs = translate_spec({"output": "/output"}, Path("/store"))
     job = StageJob(cluster, "fmlp", "train", inputs, "s3://calipert/store", 60.0, str(uuid.uuid4()), "1", None)
     return job.manifest()
 

@@ -36,7 +36,7 @@ def test_without_a_network_only_the_first_data_set_waits_for_it(monkeypatch: pyt
         outcome, connected = _reproduce_dataset("norman19", spec, [], "raw", {}, connected)
         assert outcome[:3] == (
             "norman19",
-            "could not be got",
+            "could not be fetched",
             "https://a.b/c, connection: no route (run again)",
         )
     # An answer of whatever kind shows that the network is there again.

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -16,9 +17,9 @@ import pytest
 from scipy import sparse
 
 from core.scoring.metrics import squared_error
-from core.simulate import SimulationSettings, planted_profiles, simulate
-from core.stats.differential_expression import against_rest, effect_weights
-from core.stats.moments import group_moments
+from core.simulate import SimulationSettings, compute_planted_profiles, simulate
+from core.stats.differential_expression import compare_with_rest, weigh_effects
+from core.stats.moments import sum_groups
 from flows.cli.model_panel import Panel, write_panel
 from model_containers import contract
 
@@ -34,16 +35,33 @@ MODELS = Path(contract.__file__).parent
 LINE = "line_1"
 
 
+class TaskPanel(Panel):
+    """A panel that makes the tasks which a container hands to its model's functions."""
+
+    def train_task(self, output: Path, **changes: Any) -> contract.TrainTask:
+        """The task of a training."""
+        fields: dict[str, Any] = {"cells": self.folder / "train.h5ad", "hyperparameters": {}}
+        return contract.TrainTask(**(fields | self._shared(output) | changes))
+
+    def predict_task(self, model: Path, output: Path, **changes: Any) -> contract.PredictTask:
+        """The task of a prediction."""
+        fields: dict[str, Any] = {"model": model, "control": self.folder / "control.h5ad"}
+        return contract.PredictTask(**(fields | self._shared(output) | {"conditions": tuple(self.held_out)} | changes))
+
+    def _shared(self, output: Path) -> dict[str, Any]:
+        return {"embedding": self.folder / "embedding.parquet", "seed": 1, "threads": 1, "output": output}
+
+
 @pytest.fixture(scope="session")
-def panel(tmp_path_factory: pytest.TempPathFactory) -> Panel:
+def panel(tmp_path_factory: pytest.TempPathFactory) -> TaskPanel:
     """A screen in one covariate."""
-    return write_panel(tmp_path_factory.mktemp("panel"), ("line",))
+    return TaskPanel(*write_panel(tmp_path_factory.mktemp("panel"), ("line",)))
 
 
 @pytest.fixture(scope="session")
-def two_lines(tmp_path_factory: pytest.TempPathFactory) -> Panel:
+def two_lines(tmp_path_factory: pytest.TempPathFactory) -> TaskPanel:
     """A screen in two covariates."""
-    return write_panel(tmp_path_factory.mktemp("two_lines"), ("K562", "RPE1"))
+    return TaskPanel(*write_panel(tmp_path_factory.mktemp("two_lines"), ("K562", "RPE1")))
 
 
 @dataclass(frozen=True)
@@ -120,11 +138,11 @@ def plant(folder: Path, combinations: int) -> Planted:
     cells = ad.AnnData(X, obs=obs, var=screen.cells.var[[]])
     cells[~obs["condition"].isin(held_out).to_numpy()].copy().write_h5ad(folder / "train.h5ad")
     cells[(obs["condition"] == contract.CONTROL).to_numpy()].copy().write_h5ad(folder / "control.h5ad")
-    t, _ = against_rest(group_moments(X, pd.Index(names).get_indexer(obs["condition"]), len(names)))
-    truth = planted_profiles(screen)
+    t, _ = compare_with_rest(sum_groups(X, pd.Index(names).get_indexer(obs["condition"]), len(names)))
+    truth = compute_planted_profiles(screen)
     truth = truth[(truth.obs["condition"] != contract.CONTROL).to_numpy()].copy()
     assert truth.obs["condition"].tolist() == names
-    truth.layers["weights"] = effect_weights(t)
+    truth.layers["weights"] = weigh_effects(t)
     programs = screen.truth.varm[LINE].drop(columns="general").rename_axis("gene")
     return Planted(folder, programs, singles, truth[truth.obs["condition"].isin(held_out)].copy())
 

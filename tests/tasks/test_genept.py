@@ -317,7 +317,7 @@ def test_what_can_be_no_address_is_named_and_not_tried_again(service: Any, key: 
     # Such as the catalog may let pass.
     about = open_catalog().embedding("mine").service.model_copy(update={"url": url})
     with pytest.raises(UserError, match="no address that can be asked") as error:
-        text_service.text_vectors(about, 4, ["a text"])
+        text_service.request_vectors(about, 4, ["a text"])
     assert (error.value.where, error.value.field) == (f"{url}/embeddings", "service.url")
     assert not is_worth_a_retry(None, None, Failed(data=error.value))
     assert KEY not in "".join(traceback.format_exception(error.value))
@@ -448,8 +448,8 @@ def test_each_kept_vector_is_read_once(
 ) -> None:
     make()
     read: list[str] = []
-    kept_vector = embed_texts.kept_vector
-    monkeypatch.setattr(embed_texts, "kept_vector", lambda name, n: read.append(name) or kept_vector(name, n))
+    read_vector = embed_texts.read_vector
+    monkeypatch.setattr(embed_texts, "read_vector", lambda name, n: read.append(name) or read_vector(name, n))
     make(TEXTS | {"NEW": "What the new gene does."})
     # The one that is asked for: before, and after.
     assert (len(read), len(set(read))) == (9, 8)

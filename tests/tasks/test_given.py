@@ -14,7 +14,7 @@ from scipy import sparse
 
 from blocks.config.catalog import open_catalog
 from blocks.config.paths import checkpoints_folder
-from blocks.engines.process import ModelFailed
+from blocks.engines.base import ModelFailed
 from core.catalog.schema import EmbeddingSpec, PretrainedSpec
 from core.errors import UserError
 from model_containers import contract

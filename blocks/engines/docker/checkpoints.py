@@ -1,7 +1,8 @@
 """What lets a stage in a container go on after it was killed: /checkpoint, copied out now and then, and back.
 
-The copy is one file, replaced by one rename: a death at any moment leaves the old or the new one. While it is made the
-container is paused, so that it holds what a death at that moment would have left, which models have to reckon with.
+The copy is one file, replaced by one rename: a death at any moment leaves the old or the new one. The
+container is paused meanwhile, so that the copy holds what a death at that moment would have left, which models must
+expect.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from docker.errors import APIError
 from docker.models.containers import Container
 
 from blocks.engines.docker.limits import Limits
-from blocks.engines.docker.output import members, repack
+from blocks.engines.docker.output import read_members, repack
 from blocks.engines.docker.stage import CHECKPOINT, User
+from blocks.local.files import replace_file
 from core.errors import UserError
 
 LOG = logging.getLogger("calipert.engines")
 
-# Between two copies. Where they take long it is longer: the model stands still no more than this share of the time.
+# Between two copies. Where they take long it is longer: the model is paused no more than this share of the time.
 EVERY_S = 60.0
 SHARE = 0.05
 FILE = "checkpoint.tar"
@@ -33,7 +35,7 @@ CONFLICT = 409
 class Checkpoint:
     """The folder /checkpoint of one container, and its copy in a folder of the host that outlives this process.
 
-    container: made and not yet started. check: called while a copy is made; what it raises ends it.
+    container: created and not yet started. check: called during a copy; what it raises ends it.
     """
 
     def __init__(
@@ -47,14 +49,14 @@ class Checkpoint:
         self._next = monotonic() + EVERY_S
 
     def restore(self) -> None:
-        """Give the container what was kept of another, if anything. Raises UserError where it cannot be taken."""
+        """Give the container what was kept of another, if anything. Raises UserError where the engine refuses it."""
         if not self._file.exists():
             return
         try:
             with self._file.open("rb") as file:
                 self._container.put_archive(CHECKPOINT, file)
         except APIError as error:
-            remedy = "remove the file: the stage then begins anew"
+            remedy = "remove the file: the stage then starts from the beginning"
             raise UserError(self._file, "checkpoint", str(error.explanation or error), remedy) from error
 
     def keep(self) -> None:
@@ -71,11 +73,11 @@ class Checkpoint:
             try:
                 self._copy()
             finally:
-                self._go_on()
+                self._unpause()
         took = monotonic() - began
         self._next = monotonic() + max(EVERY_S, took / SHARE)
 
-    def _go_on(self) -> None:
+    def _unpause(self) -> None:
         try:
             self._container.unpause()
         except APIError:
@@ -85,14 +87,15 @@ class Checkpoint:
                 raise
 
     def _copy(self) -> None:
-        unfinished = self._file.with_name(f"{FILE}.partial")
-        with closing(self._container.get_archive(CHECKPOINT, chunk_size=CHUNK)[0]) as chunks:
+        with (
+            replace_file(self._file) as unfinished,
+            closing(self._container.get_archive(CHECKPOINT, chunk_size=CHUNK)[0]) as chunks,
+        ):
             limits = int(self._limits.output), self._limits.output_files
-            found = members(self._checked(chunks), CHECKPOINT, *limits)
+            found = read_members(self._check_between(chunks), CHECKPOINT, *limits)
             repack(found, unfinished, self._user.uid, self._user.gid)
-        unfinished.replace(self._file)
 
-    def _checked(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    def _check_between(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
         for chunk in chunks:
             self._check()
             yield chunk

@@ -1,6 +1,6 @@
 """Removes a stage's containers and volume when its starter says so or is gone, however it died.
 
-`python docker_guard.py STARTER LABEL`: the starter's process id, and the label (`key=value`) of all that is to go.
+`python guard.py STARTER LABEL`: the starter's process id, and the label (`key=value`) of all that is to go.
 stdin is a pipe whose write end only the starter holds. Each REMOVE in it removes at once, and so does END; its end
 without END means that the starter died. Where a fork of the starter's still holds the pipe, this process gets another
 parent. It ends when all is gone: the lock of a GPU, which it was given to hold, is free no sooner.
@@ -31,11 +31,12 @@ CONFLICT = 409
 
 
 def main(starter: int, label: str) -> None:
-    said = b""
-    while (word := _next_word(starter)) is not None:
-        said = word
+    """Remove what has a label when its starter says so or is gone."""
+    last = b""
+    while (word := _read_word(starter)) is not None:
+        last = word
         _remove_patiently(label)
-    end = time.monotonic() + (0 if said == END else LATE_S)
+    end = time.monotonic() + (0 if last == END else LATE_S)
     while time.monotonic() < end:
         _remove_patiently(label)
         time.sleep(CHECK_S)
@@ -49,16 +50,19 @@ def remove(client: docker.DockerClient, label: str) -> None:
     end = time.monotonic() + REMOVAL_LIMIT_S
     while containers := client.api.containers(all=True, quiet=True, filters={"label": label}):
         for container in containers:
-            _unless_gone(client.api.remove_container, container["Id"], force=True, v=True)
+            _remove_one(client.api.remove_container, container["Id"], force=True, v=True)
         _pause(end, label)
     while volumes := client.api.volumes(filters={"label": label})["Volumes"]:
         for volume in volumes:
-            _unless_gone(client.api.remove_volume, volume["Name"], force=True)
+            _remove_one(client.api.remove_volume, volume["Name"], force=True)
         _pause(end, label)
 
 
-def _unless_gone(remove_one: Callable[..., None], name: str, **options: bool) -> None:
-    """A conflict means that another is removing it too, or that what uses it is not quite gone: ask again."""
+def _remove_one(remove_one: Callable[..., None], name: str, **options: bool) -> None:
+    """Remove a container or volume unless it is gone.
+
+    A conflict means that another process removes it too, or that what uses it is not quite gone: ask again.
+    """
     try:
         with suppress(NotFound):
             remove_one(name, **options)
@@ -73,8 +77,8 @@ def _pause(end: float, label: str) -> None:
     time.sleep(POLL_S)
 
 
-def _next_word(starter: int) -> bytes | None:
-    """What the starter says next; None once it will say nothing more."""
+def _read_word(starter: int) -> bytes | None:
+    """Return what the starter says next; None once it will say nothing more."""
     while not select.select([sys.stdin], [], [], CHECK_S)[0]:
         if os.getppid() != starter:
             return None
@@ -82,6 +86,7 @@ def _next_word(starter: int) -> bytes | None:
 
 
 def _remove_patiently(label: str) -> None:
+    """Remove what has a label, and try again while the engine does not answer, for PATIENCE_S."""
     end = time.monotonic() + PATIENCE_S
     while True:
         try:

@@ -12,20 +12,21 @@ import docker
 from docker.errors import ImageNotFound
 from docker.models.images import Image
 
-from blocks.engines.process import LAST_LINES, sources_hash, sources_of
+from blocks.engines.base import LAST_LINES
+from blocks.engines.sources import find_sources, hash_sources
 from core.errors import UserError
 
-# On an image that calipert built: the hash of what it was built from (blocks.engines.process.sources_hash).
+# On an image that calipert built: the hash of what it was built from (blocks.engines.sources.hash_sources).
 SOURCES = "calipert.sources"
 
 
 def image_name(model: str) -> str:
-    """The image of a model, by the name of its folder."""
+    """Return the name of a model's image, by the name of its folder."""
     return f"calipert-{model}:latest"
 
 
-def usable_image(client: docker.DockerClient, model_folder: Path) -> Image:
-    """The image of a model.
+def find_image(client: docker.DockerClient, model_folder: Path) -> Image:
+    """Return the usable image of a model.
 
     Raises UserError if there is none, if it was built from other files than the folder has now, and if it declares
     volumes, which would be places on the disk that no limit holds for.
@@ -37,7 +38,7 @@ def usable_image(client: docker.DockerClient, model_folder: Path) -> Image:
     except ImageNotFound as error:
         raise UserError(name, "image", "no such image on this machine", remedy) from error
     built_from = (image.labels or {}).get(SOURCES)
-    if built_from not in (None, sources_hash(model_folder)):
+    if built_from not in (None, hash_sources(model_folder)):
         raise UserError(name, "image", f"it was built before {model_folder} was last changed", remedy)
     volumes = image.attrs["Config"].get("Volumes")
     if volumes:
@@ -46,21 +47,21 @@ def usable_image(client: docker.DockerClient, model_folder: Path) -> Image:
 
 
 def build_image(
-    client: docker.DockerClient, model_folder: Path, arguments: dict[str, str], say: Callable[[str], None]
+    client: docker.DockerClient, model_folder: Path, arguments: dict[str, str], on_line: Callable[[str], None]
 ) -> str:
-    """Build the image of a model from its folder and what models share; its id.
+    """Build the image of a model from its folder and what models share, and return its id.
 
-    arguments: of the Dockerfile (`ARG`), such as BASE_IMAGE. say: gets each line of the build's log.
+    arguments: of the Dockerfile (`ARG`), such as BASE_IMAGE. on_line: gets each line of the build's log.
     Raises UserError, with the end of the log, if it cannot be built.
     """
     dockerfile = f"{model_folder.name}/Dockerfile"
     last: deque[str] = deque(maxlen=LAST_LINES)
     steps = client.api.build(
-        fileobj=_context(model_folder),
+        fileobj=_create_context(model_folder),
         custom_context=True,
         dockerfile=dockerfile,
         buildargs=arguments,
-        labels={SOURCES: sources_hash(model_folder)},
+        labels={SOURCES: hash_sources(model_folder)},
         tag=image_name(model_folder.name),
         # As the machine reaches the package index, so does the build.
         network_mode="host",
@@ -71,20 +72,19 @@ def build_image(
     for step in steps:
         for line in str(step.get("stream", "")).splitlines():
             last.append(line)
-            say(line)
+            on_line(line)
         if "error" in step:
             found = "\n".join([*last, str(step["error"])])
-            raise UserError(
-                model_folder / "Dockerfile", "build", found, "mend it, or its arguments (docs/containers.md)"
-            )
+            remedy = "correct it, or its arguments (docs/containers.md)"
+            raise UserError(model_folder / "Dockerfile", "build", found, remedy)
     return str(client.images.get(image_name(model_folder.name)).id)
 
 
-def _context(model_folder: Path) -> BytesIO:
-    """What a Dockerfile can copy, as a tar: the model's folder and, beside it, what models share."""
+def _create_context(model_folder: Path) -> BytesIO:
+    """Return what a Dockerfile can copy, as a tar: the model's folder and, beside it, what models share."""
     context = BytesIO()
     with tarfile.open(fileobj=context, mode="w") as archive:
-        for name, path in sources_of(model_folder).items():
+        for name, path in find_sources(model_folder).items():
             archive.add(path, name.removeprefix("../") if name.startswith("../") else f"{model_folder.name}/{name}")
     context.seek(0)
     return context

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import yaml
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
 from blocks.config.settings import read_settings
-from core.errors import UserError
+from blocks.engines.yaml_settings import read_yaml_settings
 
 SETTINGS = "CALIPERT_DOCKER"
 
@@ -41,23 +40,14 @@ class Limits(BaseModel):
 
 
 def read_limits() -> Limits:
-    """The limits in the YAML file that CALIPERT_DOCKER names; what it leaves out, and all without a file, by default.
+    """Return the limits in the YAML file that CALIPERT_DOCKER names, by default those of `Limits`.
 
     Raises UserError for a file that cannot be read or does not fit.
     """
-    path, remedy = read_settings().docker, "correct it as docs/containers.md says"
-    if path is None:
-        return Limits()
-    try:
-        return Limits.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(path, f"file ({SETTINGS})", str(error), remedy) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "file"
-        raise UserError(path, field, f"{first['input']!r}: {first['msg']}", remedy) from error
+    path = read_settings().docker
+    return Limits() if path is None else read_yaml_settings(Limits, path, SETTINGS, "docs/containers.md", empty={})
 
 
-def change(field: str) -> str:
-    """The end of a message that names a limit: where to change it."""
+def how_to_change(field: str) -> str:
+    """Return the end of a message that names a limit: where to change it."""
     return f": to change it, set `{field}` in the file that {SETTINGS} names (docs/containers.md)"

@@ -14,25 +14,25 @@ from requests.exceptions import RequestException
 
 LOG = logging.getLogger("calipert.engines")
 
-# Chunks that are kept for a reader who is busy, each of at most 32 KB. Then the engine waits, and then the model:
-# nobody in between keeps what it prints.
+# Chunks that are kept for a busy reader, each of at most 32 KB. Then the engine waits, and then the model: nothing
+# in between keeps what it prints.
 KEPT_CHUNKS = 64
 WAIT_S = 0.5
 
 
 class Chunk(NamedTuple):
-    """Bytes as they were printed, lines not regarded."""
+    """Bytes as they were printed, not cut at lines."""
 
     stdout: bool
     data: bytes
 
 
-class Printed(threading.Thread):
+class LogReader(threading.Thread):
     """Reads what a container prints, in a thread, since a read cannot be interrupted.
 
-    Make it before the container starts, so that nothing is missed. `chunks` ends with None when the container has
-    ended, or when the connection broke. After `leave` it reads on for nobody: the engine cannot remove a container
-    while what it has printed is not taken.
+    Create it before the container starts, so that nothing is missed. `chunks` ends with None when the container has
+    ended, or when the connection broke. After `leave` it reads on and keeps nothing: the engine cannot remove a
+    container while its output is not read.
     """
 
     def __init__(self, container: Container) -> None:
@@ -44,6 +44,7 @@ class Printed(threading.Thread):
         )
 
     def run(self) -> None:
+        """Read until the container ends."""
         try:
             for out, err in self._stream:
                 if out:
@@ -51,12 +52,13 @@ class Printed(threading.Thread):
                 if err:
                     self._put(Chunk(False, err))
         except (DockerException, RequestException, OSError, ValueError) as error:
-            # How the container ended is asked for next, which says what is wrong with the engine, too.
+            # Next the container's end is asked for, which shows what is wrong with the engine, too.
             LOG.debug("%s broke off: %s", self.name, error)
         finally:
             self._put(None)
 
     def leave(self) -> None:
+        """Keep nothing of what comes from now on."""
         self._left.set()
 
     def _put(self, chunk: Chunk | None) -> None:

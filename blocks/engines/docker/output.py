@@ -40,8 +40,8 @@ class Member(NamedTuple):
     size: int
 
 
-def members(chunks: Iterable[bytes], root: str, most_bytes: int, most_files: int) -> Iterator[Member]:
-    """The files and folders in an archive of a folder, each checked; a content can be read until the next is asked for.
+def read_members(chunks: Iterable[bytes], root: str, most_bytes: int, most_files: int) -> Iterator[Member]:
+    """Yield the files and folders in an archive of a folder, each checked; a content can be read until the next one.
 
     chunks: of the tar. root: the folder's path in its container; the folder itself is left out.
     Raises RefusedOutput for anything but plain files and folders, for names that lead out of the folder, and for more
@@ -55,27 +55,27 @@ def members(chunks: Iterable[bytes], root: str, most_bytes: int, most_files: int
             size += member.size
             if size > most_bytes:
                 raise RefusedOutput(f"more than {most_bytes:,} bytes, at {member.name!r}")
-            path = _below(member.name, PurePosixPath(root).name)
-            content = _content(archive, member)
+            path = _locate(member.name, PurePosixPath(root).name)
+            content = _open_content(archive, member)
             if path != PurePosixPath():
                 yield Member(path, content, member.size)
 
 
 @contextmanager
-def _broken_ones_refused() -> Iterator[None]:
-    """An archive may break off in the midst of a content, which is read by who asked for the member."""
+def _refuse_broken_archive() -> Iterator[None]:
+    """Turn an archive that breaks off, which may be within a content, into RefusedOutput."""
     try:
         yield
     except tarfile.TarError as error:
         raise RefusedOutput(f"no readable archive ({error})") from error
 
 
-@_broken_ones_refused()
+@_refuse_broken_archive()
 def unpack(found: Iterable[Member], folder: Path) -> None:
     """Write files and folders into an empty folder, as files of this user.
 
-    Contents are taken, and nothing else: no owner, mode or time. Raises RefusedOutput where `members` refuses one or
-    the archive cannot be read; what came before is left.
+    Contents are taken, and nothing else: no owner, mode or time. Raises RefusedOutput where `read_members` refuses one
+    or the archive cannot be read; what came before is left.
     """
     for member in found:
         path = folder / member.path
@@ -86,7 +86,7 @@ def unpack(found: Iterable[Member], folder: Path) -> None:
                 shutil.copyfileobj(member.content, file, 2**18)
 
 
-@_broken_ones_refused()
+@_refuse_broken_archive()
 def repack(found: Iterable[Member], path: Path, uid: int, gid: int) -> None:
     """Write files and folders into a tar, as those of a user.
 
@@ -102,8 +102,11 @@ def repack(found: Iterable[Member], path: Path, uid: int, gid: int) -> None:
 
 
 def move_into(source: Path, output: Path) -> None:
-    """Move what is in a folder into another. Raises RefusedOutput, before anything is moved, for a name that is there:
-    it would replace what the model did not write."""
+    """Move what is in a folder into another.
+
+    Raises RefusedOutput, before anything is moved, for a name that is there: it would replace what the model did not
+    write.
+    """
     paths = sorted(source.iterdir())
     for path in paths:
         if os.path.lexists(output / path.name):
@@ -112,8 +115,8 @@ def move_into(source: Path, output: Path) -> None:
         shutil.move(path, output / path.name)
 
 
-def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes] | None:
-    """What is in a file; None for a folder."""
+def _open_content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes] | None:
+    """Return what is in a file; None for a folder."""
     if member.type == tarfile.DIRTYPE:
         return None
     if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and (content := archive.extractfile(member)) is not None:
@@ -121,8 +124,8 @@ def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes] | N
     raise RefusedOutput(f"{member.name!r}, which is {_KINDS.get(member.type, 'no plain file')}")
 
 
-def _below(name: str, root: str) -> PurePosixPath:
-    """The path of a member below the folder that was archived."""
+def _locate(name: str, root: str) -> PurePosixPath:
+    """Return the path of a member below the folder that was archived."""
     path = PurePosixPath(name)
     if path.is_absolute() or path.parts[:1] != (root,) or ".." in path.parts:
         raise RefusedOutput(f"{name!r}, a name that leads elsewhere")
@@ -139,9 +142,11 @@ class _Stream(RawIOBase):
         self._rest = b""
 
     def readable(self) -> bool:
+        """Return True."""
         return True
 
     def read(self, size: int = -1) -> bytes:
+        """Return at most so many bytes; none at the end."""
         while not self._rest:
             chunk = next(self._chunks, None)
             if chunk is None:

@@ -1,4 +1,4 @@
-"""A model's stage as a container: its walls, its mounts, and what an end that was not good means."""
+"""A model's stage as a container: its isolation, its mounts, and which limit it met."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from typing import Any
 
 from docker.types import DeviceRequest, LogConfig, Mount, Ulimit
 
-from blocks.engines.docker.limits import Limits, change
-from blocks.engines.process import Stage
-from blocks.local.gpus import VISIBLE, Gpu
+from blocks.engines.base import StageRun, model_variables
+from blocks.engines.docker.limits import Limits, how_to_change
+from blocks.local.gpus import VISIBLE
 from core.errors import UserError
-from model_containers.contract import THREAD_VARIABLES
 
 # Places within the container.
 INPUT, OUTPUT, CHECKPOINT, SPEC, TEMPORARY = "/input", "/output", "/checkpoint", "/spec.json", "/tmp"  # noqa: S108
@@ -25,7 +24,7 @@ NOBODY = 65534
 INPUTS = ("cells", "embedding", "pretrained", "model", "control")
 # Those that name where it writes.
 PLACES = {"output": OUTPUT, "checkpoint": CHECKPOINT}
-# What a model says when it meets one of its limits, and which.
+# What a model prints when it meets one of its limits, and which.
 MET = {
     "No space left on device": "output",
     "can't start new thread": "pids",
@@ -45,13 +44,14 @@ class Machine:
 
 @dataclass(frozen=True)
 class User:
-    """Who a model runs as: the caller, who can read his own files; nobody where that is root."""
+    """The user of a container: the caller, who can read their own files; `nobody` where that is root."""
 
     uid: int
     gid: int
 
     @classmethod
     def of_container(cls) -> User:
+        """Return the user that a model runs as."""
         return cls(os.geteuid(), os.getegid()) if os.geteuid() != 0 else cls(NOBODY, NOBODY)
 
     def can_read(self, path: Path) -> bool:
@@ -63,12 +63,12 @@ class User:
 
 
 def write_spec(spec: Mapping[str, Any], path: Path, user: User) -> list[Mount]:
-    """Write the spec with the paths that its container has, and say what of the host it sees there, read-only.
+    """Write the spec with the paths that its container has, and return what of the host it sees there, read-only.
 
     Raises UserError for an input that the container's user may not read.
     """
     inside = dict(spec) | {name: place for name, place in PLACES.items() if spec.get(name) is not None}
-    mounts = [_seen(path, SPEC)]
+    mounts = [_mount_read_only(path, SPEC)]
     for field in INPUTS:
         if spec.get(field) is None:
             continue
@@ -77,15 +77,15 @@ def write_spec(spec: Mapping[str, Any], path: Path, user: User) -> list[Mount]:
             remedy = f"let all read it (chmod -R a+rX), or run calipert as its owner; the model runs as user {user.uid}"
             raise UserError(source, field, "a file that the model's user may not read", remedy)
         inside[field] = f"{INPUT}/{field}{source.suffix if source.is_file() else ''}"
-        mounts.append(_seen(source, inside[field]))
+        mounts.append(_mount_read_only(source, inside[field]))
     path.write_text(json.dumps(inside), encoding="utf-8")
     path.chmod(0o444)
     return mounts
 
 
 def volume_options(limits: Limits) -> dict[str, str]:
-    """Of each volume that a model writes to: memory, of which it gets no more than the size and number of files."""
-    # Two more: the folder itself, and one too many, so that it is said to be too many.
+    """Return the options of each volume that a model writes to: memory with a limit of its size and number of files."""
+    # Two more: the folder itself, and one too many, so that an error can say that it is too many.
     return {
         "type": "tmpfs",
         "device": "tmpfs",
@@ -93,8 +93,8 @@ def volume_options(limits: Limits) -> dict[str, str]:
     }
 
 
-def walls(user: User) -> dict[str, Any]:
-    """What holds for every container here: it may do nothing but compute."""
+def isolation_options(user: User) -> dict[str, Any]:
+    """Return the options of every container here: it may do nothing but compute."""
     return {
         "user": f"{user.uid}:{user.gid}",
         "read_only": True,
@@ -103,9 +103,9 @@ def walls(user: User) -> dict[str, Any]:
         "cap_drop": ["ALL"],
         "security_opt": ["no-new-privileges"],
         "init": True,
-        # Nothing that it prints is kept; who is attached gets it.
+        # Nothing that it prints is kept; it goes to the process that is attached.
         "log_config": LogConfig(type="none"),
-        # A model's own check of its health would be another process that nobody reckons with.
+        # A model's own health check would be one more process within the limits.
         "healthcheck": {"test": ["NONE"]},
         # The user's own settings of the client may hold a proxy with its password.
         "use_config_proxy": False,
@@ -113,11 +113,11 @@ def walls(user: User) -> dict[str, Any]:
 
 
 def keeper_options(image: str, volumes: Mapping[str, str], user: User) -> dict[str, Any]:
-    """Of the container that keeps the volumes while the model does not run, and can only read them.
+    """Return the options of the container that keeps the volumes while the model does not run, and can only read them.
 
     volumes: where each lies -> its name.
     """
-    return walls(user) | {
+    return isolation_options(user) | {
         "image": image,
         "entrypoint": ["sleep"],
         "command": ["infinity"],
@@ -131,66 +131,56 @@ def keeper_options(image: str, volumes: Mapping[str, str], user: User) -> dict[s
 
 def model_options(
     image: str,
-    stage: Stage,
+    run: StageRun,
     mounts: list[Mount],
     volumes: Mapping[str, str],
     user: User,
     limits: Limits,
     machine: Machine,
-    threads: int,
-    gpu: Gpu | None,
 ) -> dict[str, Any]:
-    """Of the model's own container. volumes: as in `keeper_options`. threads: as the spec has it. gpu: the leased one,
-    or None."""
+    """Return the options of the model's own container. volumes: as in `keeper_options`."""
     memory = memory_limit(limits, machine)
-    return walls(user) | {
+    return isolation_options(user) | {
         "image": image,
-        "command": [stage, SPEC],
+        "command": [run.stage, SPEC],
         "hostname": "calipert",
         "working_dir": TEMPORARY,
-        "environment": _environment(threads, gpu),
+        "environment": _environment(run),
         "mounts": [*mounts, *(Mount(at, name, type="volume", no_copy=True) for at, name in volumes.items())],
         # Executable: compilers of GPU kernels load what they wrote there.
         "tmpfs": {TEMPORARY: f"size={int(limits.temporary)},mode=1777,nosuid,nodev,exec"},
         "shm_size": int(limits.shared_memory),
         "mem_limit": memory,
         "memswap_limit": memory,
-        "nano_cpus": int(min(limits.cpus or threads, machine.cpus) * 1e9),
+        "nano_cpus": int(min(limits.cpus or run.threads, machine.cpus) * 1e9),
         "pids_limit": limits.pids,
         "ulimits": [
             Ulimit(name="nofile", soft=limits.open_files, hard=limits.open_files),
             Ulimit(name="core", soft=0, hard=0),
         ],
-        "device_requests": [] if gpu is None else [DeviceRequest(device_ids=[gpu.id], capabilities=[["gpu"]])],
+        "device_requests": [] if run.gpu is None else [DeviceRequest(device_ids=[run.gpu.id], capabilities=[["gpu"]])],
     }
 
 
 def memory_limit(limits: Limits, machine: Machine) -> int:
-    """Bytes."""
+    """Return the bytes of memory that a container may use."""
     return int(limits.memory or machine.memory // 2)
 
 
-def met_limit(last_lines: list[str]) -> str:
-    """Which limit a model met by what it said last, and where to change it; nothing if it met none."""
+def describe_limit_met(last_lines: list[str]) -> str:
+    """Say which limit a model met, by what it printed last, and where to change it; nothing if it met none."""
     text = "\n".join(last_lines)
-    field = next((field for said, field in MET.items() if said in text), None)
+    field = next((field for message, field in MET.items() if message in text), None)
     if field == "output":
-        return f"; /output, /checkpoint and /tmp are limited{change('output')}, or `temporary`"
-    return "" if field is None else f"; its {field.replace('_', ' ')} are limited{change(field)}"
+        return f"; /output, /checkpoint and /tmp are limited{how_to_change('output')}, or `temporary`"
+    return "" if field is None else f"; its {field.replace('_', ' ')} are limited{how_to_change(field)}"
 
 
-def _environment(threads: int, gpu: Gpu | None) -> dict[str, str]:
-    fixed = {
-        "HOME": TEMPORARY,
-        "TMPDIR": TEMPORARY,
-        "PYTHONHASHSEED": "0",
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
-        **dict.fromkeys(THREAD_VARIABLES, str(threads)),
-    }
+def _environment(run: StageRun) -> dict[str, str]:
+    fixed = model_variables(TEMPORARY, run.threads)
     # Images of CUDA ask for all GPUs by this variable, and get them where NVIDIA's runtime is the default one.
-    return fixed if gpu is not None else fixed | {"NVIDIA_VISIBLE_DEVICES": "void", VISIBLE: ""}
+    return fixed if run.gpu is not None else fixed | {"NVIDIA_VISIBLE_DEVICES": "void", VISIBLE: ""}
 
 
-def _seen(source: Path, target: str) -> Mount:
+def _mount_read_only(source: Path, target: str) -> Mount:
     return Mount(target, str(source), type="bind", read_only=True, propagation="rprivate")

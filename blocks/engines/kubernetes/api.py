@@ -47,6 +47,7 @@ class RequestRefused(Exception):
         super().__init__(status, request, message)
 
     def __str__(self) -> str:
+        """Return the message."""
         return f"{self.request}: HTTP {self.status}: {self.message}"
 
 

@@ -12,16 +12,19 @@ from typing import NamedTuple
 from urllib3.exceptions import HTTPError
 
 from blocks.engines.kubernetes.api import PAUSE_S, Api, LogStream, RequestRefused
+from blocks.engines.lines import LONGEST_LINE
 
 # After a break the log is read again from a little before the last line that came, and what is known is left out.
 OVERLAP_S = 10
 REMEMBERED = 20_000
-LONGEST_LINE = 2**20
 
 
 class _Piece(NamedTuple):
-    """A line, or a piece of one that is longer than LONGEST_LINE. stamp: when the line was written (nanoseconds, as
-    the API writes it); number: which piece of it. The three together tell it from all others."""
+    """A line, or a piece of one that is longer than LONGEST_LINE.
+
+    stamp: when the line was written (nanoseconds, as the API writes it); number: which piece of it. The three together
+    identify it.
+    """
 
     stamp: bytes
     number: int
@@ -31,7 +34,7 @@ class _Piece(NamedTuple):
 class Follower(threading.Thread):
     """Reads the log of a container that has started, in a thread, since a read cannot be interrupted.
 
-    `lines` are what it wrote to stdout and stderr, which Kubernetes keeps as one stream, in order. Say `finish` when
+    `lines` are what it wrote to stdout and stderr, which Kubernetes keeps as one stream, in order. Call `finish` when
     the container has ended: the thread then reads to the end of the log and ends. `stop` ends it at once.
     """
 
@@ -50,27 +53,30 @@ class Follower(threading.Thread):
         self._last_came: float | None = None
 
     def finish(self) -> None:
+        """Read on to the end of the log, which the container ended, and end the thread."""
         self._over.set()
 
     def stop(self) -> None:
+        """End the thread at once."""
         self._stopped.set()
         stream = self._stream
         if stream is not None:
             stream.close()
 
     def run(self) -> None:
-        heard = monotonic()
+        """Read the log until it ends, and connect again where the connection breaks."""
+        last_read = monotonic()
         while not self._stopped.is_set():
-            # Asked first: what was written before the end is then in this reading.
+            # Checked first: what was written before the end is then in this reading.
             over = self._over.is_set()
             try:
                 self._read(over)
-                heard = monotonic()
+                last_read = monotonic()
             except (HTTPError, RequestRefused) as error:
                 self.problem = str(error)
                 # Without a pod there will never be a log.
                 gone = over and isinstance(error, RequestRefused) and error.status == 404
-                if gone or monotonic() - heard > self._api.patience_s:
+                if gone or monotonic() - last_read > self._api.patience_s:
                     return
             else:
                 self.problem = None
@@ -84,7 +90,7 @@ class Follower(threading.Thread):
             self._stream = stream
             if self._stopped.is_set():
                 return
-            for piece in _pieces(stream.chunks(), over):
+            for piece in _read_pieces(stream.chunks(), over):
                 self._take(piece)
 
     def _take(self, piece: _Piece) -> None:
@@ -101,28 +107,31 @@ class Follower(threading.Thread):
                 self.lines.put(line.decode("utf-8", errors="replace"))
 
 
-def _pieces(chunks: Iterable[bytes], over: bool) -> Iterator[_Piece]:
-    """The lines of a log with timestamps. over: the container has ended, so that a last line without a newline is one;
-    before, it is the beginning of one and comes with the next reading."""
+def _read_pieces(chunks: Iterable[bytes], over: bool) -> Iterator[_Piece]:
+    """Yield the lines of a log with timestamps.
+
+    over: the container has ended, so that a last line without a newline is one; before, it is the beginning of one and
+    comes with the next reading.
+    """
     rest = b""
     stamp: bytes | None = None
     number = 0
     for chunk in chunks:
         *lines, rest = (rest + chunk).split(b"\n")
         for line in lines:
-            piece = _piece(line, stamp, number)
+            piece = _parse_piece(line, stamp, number)
             stamp, number = None, 0
             yield piece
         if len(rest) > LONGEST_LINE:
-            piece = _piece(rest, stamp, number)
+            piece = _parse_piece(rest, stamp, number)
             stamp, number, rest = piece.stamp, number + 1, b""
             yield piece
     if rest and over:
-        yield _piece(rest, stamp, number)
+        yield _parse_piece(rest, stamp, number)
 
 
-def _piece(line: bytes, stamp: bytes | None, number: int) -> _Piece:
-    """stamp: of the line that this goes on with, None where it begins one."""
+def _parse_piece(line: bytes, stamp: bytes | None, number: int) -> _Piece:
+    """Parse a line. stamp: of the line that this continues, None where it begins one."""
     if stamp is not None:
         return _Piece(stamp, number, line)
     stamp, _, text = line.partition(b" ")

@@ -21,8 +21,8 @@ from core.errors import UserError
 STORE = "CALIPERT_STORE"
 
 
-def object_store() -> ObjectStore:
-    """The bucket that CALIPERT_STORE names. Raises UserError where it names none."""
+def open_bucket() -> ObjectStore:
+    """Return the bucket that CALIPERT_STORE names. Raises UserError where it names none."""
     url = read_settings().store
     if not url:
         remedy = "set it to s3://bucket/prefix: the Jobs of a cluster share their folders through it"
@@ -31,8 +31,10 @@ def object_store() -> ObjectStore:
 
 
 def download(store: ObjectStore, name: str, folder: Path) -> bool:
-    """A folder of the bucket into one that is new or empty, each file checked against its checksum; False where there
-    is none of this name. Raises DamagedFolder if it is not what its index says."""
+    """Download a folder of the bucket into one that is new or empty; return False where there is none of this name.
+
+    Each file is checked against its checksum. Raises DamagedFolder if the folder is not what its index says.
+    """
     files = store.files(name)
     if files is None or not store.get(name, folder):
         return False
@@ -43,17 +45,17 @@ def download(store: ObjectStore, name: str, folder: Path) -> bool:
 
 
 def main(arguments: list[str]) -> None:
-    """Run one of the two commands; an error that says what is wrong is all that ends up on stderr."""
+    """Run one of the two commands; of an error the message alone goes to stderr."""
     try:
         match arguments:
             case ["fetch", into, *names] if names:
-                store = object_store()
+                store = open_bucket()
                 for name in names:
                     if not download(store, name, Path(into) / name):
-                        remedy = "make it again with CALIPERT_STORE set: what is made then is put there"
+                        remedy = "compute it again with CALIPERT_STORE set, which puts it there"
                         raise UserError(name, "input of a Job", f"not in {store.url}", remedy)
             case ["publish", folder, name]:
-                object_store().put(Path(folder), name)
+                open_bucket().put(Path(folder), name)
             case _:
                 sys.exit(__doc__)
     except (UserError, DamagedFolder) as error:

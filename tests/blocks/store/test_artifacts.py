@@ -383,7 +383,7 @@ def test_a_disk_that_fills_up_under_a_preparation(
     whole = prepare(screen)
     values = json.loads((whole / "manifest.json").read_text(encoding="utf-8"))["files"]["cells.h5ad"]["size"]
     spilt: list[int] = []
-    monkeypatch.setattr("core.prepare.cells.bytes_to_write", lambda n: spilt.append(8 * n) or 0)
+    monkeypatch.setattr("core.prepare.cells.estimate_bytes", lambda n: spilt.append(8 * n) or 0)
     shutil.rmtree(tmp_path / "store")
     prepare(screen)
     most = spilt[0] + values

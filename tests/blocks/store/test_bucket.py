@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,12 @@ import httpx
 import pytest
 
 from blocks.config.paths import PROJECT_ROOT
+from blocks.local import files as local_files
 from blocks.store import artifacts as store_module
 from blocks.store import bucket as module
 from blocks.store.artifacts import ArtifactStore, artifact_key
-from blocks.store.bucket import DamagedFolder, ObjectStore, StoredFile
+from blocks.store.bucket import DamagedFolder, ObjectStore
+from blocks.store.checksums import StoredFile, checksum_files
 from core.errors import UserError
 
 URL = "s3://screens/group/store"
@@ -149,15 +151,15 @@ def test_the_first_to_publish_wins_and_the_loser_leaves_nothing(
     (loser / "one.txt").write_text("another", encoding="utf-8")
     publish = ObjectStore._publish
 
-    async def late(self: ObjectStore, key: str, files: dict[str, StoredFile]) -> dict[str, StoredFile]:
+    def late(self: ObjectStore, path: str, files: dict[str, StoredFile]) -> dict[str, StoredFile]:
         """The winner comes between the loser's files and its index."""
         if "empty" not in files:
-            await self._put(folder, key, module._files(folder))
-        return await publish(self, key, files)
+            self.put(folder, "jobs/1")
+        return publish(self, path, files)
 
     monkeypatch.setattr(ObjectStore, "_publish", late)
     standing = bucket.put(loser, "jobs/1")
-    assert standing == module._files(folder)
+    assert standing == checksum_files(folder)
     assert bucket.get("jobs/1", tmp_path / "back")
     assert contents(tmp_path / "back") == contents(folder)
     assert len(objects(owner)) == 1 + len(standing)
@@ -168,17 +170,17 @@ def test_an_upload_that_fails_as_another_has_published_is_no_error(
 ) -> None:
     upload = ObjectStore._upload
 
-    async def ended(self: ObjectStore, path: Path, key: str) -> None:
+    def ended(self: ObjectStore, files: Mapping[str, Path]) -> None:
         monkeypatch.setattr(ObjectStore, "_upload", upload)
-        await self._put(folder, "group/store/jobs/1", module._files(folder))
-        await self._call("get_object", Key="what another has ended")
+        self.put(folder, "jobs/1")
+        owner.cat_file("screens/what another has ended", start=0, end=1)
 
     monkeypatch.setattr(ObjectStore, "_upload", ended)
-    assert bucket.put(folder, "jobs/1") == module._files(folder)
+    assert bucket.put(folder, "jobs/1") == checksum_files(folder)
 
 
 def test_a_killed_upload_is_continued(bucket: ObjectStore, folder: Path, owner: Any, tmp_path: Path, calls) -> None:
-    files = module._files(folder)
+    files = checksum_files(folder)
     done = f"group/store/jobs/1/{files['one.txt'].sha256}/one.txt"
     half = f"group/store/jobs/1/{files['empty'].sha256}/empty"
     owner.pipe_file(f"screens/{done}", b"one")
@@ -189,9 +191,9 @@ def test_a_killed_upload_is_continued(bucket: ObjectStore, folder: Path, owner: 
     uploaded: list[str] = []
     upload = ObjectStore._upload
 
-    async def noted(self: ObjectStore, path: Path, key: str) -> None:
-        uploaded.append(path.name)
-        await upload(self, path, key)
+    def noted(self: ObjectStore, files: Mapping[str, Path]) -> None:
+        uploaded.extend(path.name for path in files.values())
+        upload(self, files)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ObjectStore, "_upload", noted)
@@ -206,8 +208,8 @@ def test_a_killed_upload_is_continued(bucket: ObjectStore, folder: Path, owner: 
     ("damage", "said"),
     [
         (lambda owner, path, index: owner.rm_file(path), "missing or shorter"),
-        (lambda owner, path, index: owner.pipe_file(path, b"1"), "has 1 bytes, not 3"),
-        (lambda owner, path, index: owner.pipe_file(path, b"1234"), "has 4 bytes, not 3"),
+        (lambda owner, path, index: owner.pipe_file(path, b"1"), "shorter than 3 bytes"),
+        (lambda owner, path, index: owner.pipe_file(path, b"1234"), "longer than 3 bytes"),
         (lambda owner, path, index: owner.pipe_file(index, b"{"), "cannot be read"),
         (
             lambda owner, path, index: owner.pipe_file(
@@ -254,12 +256,7 @@ def test_only_regular_files_and_empty_folders_take_part(bucket: ObjectStore, fol
 def test_a_listing_of_several_pages(
     bucket: ObjectStore, folder: Path, owner: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    call = ObjectStore._call
-
-    async def by_two(self: ObjectStore, method: str, **arguments: Any) -> Any:
-        return await call(self, method, **arguments, **({"MaxKeys": 2} if method == "list_objects_v2" else {}))
-
-    monkeypatch.setattr(ObjectStore, "_call", by_two)
+    monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "2")
     for number in range(5):
         owner.pipe_file(f"screens/group/store/jobs/1/left{number}", b"")
     standing = bucket.put(folder, "jobs/1")
@@ -273,7 +270,7 @@ def test_a_full_disk_is_the_disks_error(
 ) -> None:
     bucket.put(folder, "jobs/1")
 
-    async def full(*_: object) -> None:
+    def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(ObjectStore, "_download", full)
@@ -362,7 +359,7 @@ def test_no_credentials(bucket: ObjectStore, monkeypatch: pytest.MonkeyPatch, fo
 
 
 def test_the_credentials_of_secret_blocks_come_first(bucket: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("blocks.config.secrets.s3_credentials", lambda: {"key": "mine", "secret": "hidden"})
+    monkeypatch.setattr("blocks.config.secrets.read_s3_credentials", lambda: {"key": "mine", "secret": "hidden"})
     module._filesystem.cache_clear()
     bucket.files("jobs/1")
     files = module._filesystem(os.getpid())
@@ -460,14 +457,16 @@ def host(tmp_path: Path, bucket: ObjectStore) -> Callable[[str], ArtifactStore]:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The requests to the bucket, by their method."""
+    import s3fs
+
     made: list[str] = []
-    call = ObjectStore._call
+    call = s3fs.S3FileSystem._call_s3
 
-    async def noted(self: ObjectStore, method: str, **arguments: Any) -> Any:
+    async def noted(self: Any, method: str, *arguments: Any, **options: Any) -> Any:
         made.append(method)
-        return await call(self, method, **arguments)
+        return await call(self, method, *arguments, **options)
 
-    monkeypatch.setattr(ObjectStore, "_call", noted)
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", noted)
     return made
 
 
@@ -582,8 +581,8 @@ def lose_there(owner: Any) -> None:
     ("damage", "said"),
     [
         (damage_there, "table.txt has changed"),
-        (lambda owner: damage_there(owner, content=b"short"), "has 5 bytes, not 10"),
-        (lambda owner: damage_there(owner, "manifest.json", b"{}"), "manifest.json has 2 bytes"),
+        (lambda owner: damage_there(owner, content=b"short"), "table.txt is shorter than 10 bytes"),
+        (lambda owner: damage_there(owner, "manifest.json", b"{}"), "manifest.json is shorter than"),
         (lambda owner: damage_there(owner, "index.json", b"{}"), "index.json cannot be read"),
         (lose_there, "missing or shorter"),
     ],
@@ -711,7 +710,7 @@ def test_a_store_that_cannot_be_written_still_uploads(
     folder = obtain(ArtifactStore(root=str(tmp_path / "one" / "store"), remote=None))
     with monkeypatch.context() as locked:
         locked.setattr(os, "access", lambda path, mode: False)
-        locked.setattr(store_module.filelock, "FileLock", refuse)
+        locked.setattr(local_files.filelock, "FileLock", refuse)
         assert obtain(host("one"), refuse) == folder
     obtain(host("two"), refuse)
 
@@ -720,7 +719,7 @@ BUILDER = """
 import os, random, sys, time
 from pathlib import Path
 import s3fs
-from blocks.config.secrets import s3_credentials
+from blocks.config.secrets import read_s3_credentials
 from blocks.store.artifacts import ArtifactStore, artifact_key
 
 def build(folder, number, seconds):

@@ -25,8 +25,8 @@ FIGURES = ("", ".conditions", ".dynamic_range", ".edistance", ".headroom", ".per
 REACHES: dict[str, set[str]] = {
     "core.simulate": {"core.conditions", "core.errors", "core.rng"},
     "core.prepare.cells": {
-        *(f"core.prepare.{name}" for name in ("files", "labels", "mirror", "settings", "variable_genes")),
-        *("core.entry", "core.io.external_sort", "core.io.raw_matrix", "core.progress"),
+        *(f"core.prepare.{name}" for name in ("files", "genes", "labels", "mirror", "plan", "settings")),
+        *("core.entry", "core.io.external_sort", "core.io.faults", "core.io.raw_matrix", "core.progress"),
         *SPLITS,
         *H5AD,
         *PANELS,
@@ -62,7 +62,8 @@ REACHES: dict[str, set[str]] = {
             "core.reference.controls",
             "core.reference.quality_files",
         ),
-        *("core.report", "core.report.files", "core.report.page", "core.report.tables", "core.scoring"),
+        *(f"core.report.{name}" for name in ("files", "headline", "page", "sections", "tables", "text")),
+        *("core.report", "core.scoring"),
         *(f"core.report.figures{name}" for name in FIGURES),
         *(f"core.scoring.{name}" for name in ("calibration", "comparison", "files", "leaderboard", "metrics")),
         *BOOTSTRAP,

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.embeddings import gene_graph as module
-from core.embeddings.gene_graph import gene_graph, gene_terms
+from core.embeddings.gene_graph import build_gene_graph, read_gene_terms
 from core.errors import UserError
 
 TERMS = {"A": "xyz", "B": "xyz", "C": "xy", "D": "zw", "E": "q"}
@@ -38,7 +38,7 @@ def by_sets(terms_of: dict[str, set[str]], most: int) -> list[tuple[str, str, fl
 
 
 def test_a_graph_by_hand():
-    graph = gene_graph(table(TERMS), 100)
+    graph = build_gene_graph(table(TERMS), 100)
     assert list(graph.columns) == ["gene", "neighbour", "weight"]
     assert list(graph.itertuples(index=False, name=None)) == [
         ("A", "B", 1.0),
@@ -56,7 +56,7 @@ def test_a_graph_by_hand():
 
 
 def test_of_equal_neighbours_the_first_by_name_are_kept():
-    graph = gene_graph(table(TERMS), most=1)
+    graph = build_gene_graph(table(TERMS), most=1)
     assert list(graph["neighbour"]) == ["B", "A", "A", "A"]
 
 
@@ -75,15 +75,15 @@ def test_it_is_that_of_sets_whatever_the_order_and_the_size_of_the_blocks(terms_
     expected = by_sets({gene: set(map(str, terms)) for gene, terms in terms_of.items()}, most)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "GENES_AT_ONCE", at_once)
-        found = gene_graph(pd.DataFrame(pairs, columns=["gene", "term"]), most)
+        found = build_gene_graph(pd.DataFrame(pairs, columns=["gene", "term"]), most)
     assert list(found.itertuples(index=False, name=None)) == expected
 
 
 def test_no_term_is_shared():
-    graph = gene_graph(table({"A": "x", "B": "y"}), 100)
+    graph = build_gene_graph(table({"A": "x", "B": "y"}), 100)
     assert list(graph.columns) == ["gene", "neighbour", "weight"]
     assert graph.empty
-    assert gene_graph(table({}), 100).empty
+    assert build_gene_graph(table({}), 100).empty
 
 
 # ---- files
@@ -120,7 +120,7 @@ def written(tmp_path):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_human_annotations_that_say_yes_count(written, packed):
-    found = gene_terms(written(gzip.compress(GAF.encode()) if packed else GAF))
+    found = read_gene_terms(written(gzip.compress(GAF.encode()) if packed else GAF))
     assert list(found.columns) == ["gene", "term"]
     assert found.to_numpy().tolist() == PAIRS
 
@@ -131,7 +131,7 @@ def test_gene_sets_are_terms_too(written, tmp_path):
     with zipfile.ZipFile(tmp_path / "sets.zip", "w") as archive:
         archive.writestr("sets.gmt", gmt)
     for path in (written(gmt), tmp_path / "sets.zip"):
-        assert gene_terms(path).to_numpy().tolist() == expected
+        assert read_gene_terms(path).to_numpy().tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -145,30 +145,30 @@ def test_gene_sets_are_terms_too(written, tmp_path):
 )
 def test_a_line_that_is_no_annotation_is_named(written, line):
     with pytest.raises(UserError) as error:
-        gene_terms(written(GAF + line))
+        read_gene_terms(written(GAF + line))
     assert error.value.field == "line 11"
     assert error.value.found == repr(line[:60])
 
 
 def test_a_file_without_human_genes_is_refused(written):
     with pytest.raises(UserError, match="no annotation of taxon:9606"):
-        gene_terms(written("!gaf-version: 2.2\n" + annotation("Trp53", "GO:1", taxon="taxon:10090")))
+        read_gene_terms(written("!gaf-version: 2.2\n" + annotation("Trp53", "GO:1", taxon="taxon:10090")))
 
 
 def test_a_file_that_breaks_off_is_refused(written):
     whole = gzip.compress((GAF * 500).encode())
     for content in (whole[:-20], whole[:100], b"\x1f\x8b and no more"):
         with pytest.raises(UserError, match="not readable to its end"):
-            gene_terms(written(content))
+            read_gene_terms(written(content))
 
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match="No such file"):
-        gene_terms(tmp_path / "none.gaf")
+        read_gene_terms(tmp_path / "none.gaf")
 
 
 def test_a_graph_among_some_genes_is_that_of_their_terms_alone():
     some = {gene: terms for gene, terms in TERMS.items() if gene in ("A", "B", "D")}
-    expected = gene_graph(table(some), 1)
-    pd.testing.assert_frame_equal(gene_graph(table(TERMS), 1, among=["D", "B", "A", "absent"]), expected)
-    assert gene_graph(table(TERMS), 1, among=["absent"]).empty
+    expected = build_gene_graph(table(some), 1)
+    pd.testing.assert_frame_equal(build_gene_graph(table(TERMS), 1, among=["D", "B", "A", "absent"]), expected)
+    assert build_gene_graph(table(TERMS), 1, among=["absent"]).empty

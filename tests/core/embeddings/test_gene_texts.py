@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from core.embeddings.gene_texts import MOST_BYTES, batches, gene_texts, text_embedding
+from core.embeddings.gene_texts import MOST_BYTES, embed_texts, read_gene_texts, split_batches
 from core.errors import UserError
 
 SUMMARY = "#tax_id\tGeneID\tSource\tSummary"
@@ -66,7 +66,7 @@ def packed(path: Path, header: str, rows: list[str]) -> Path:
 @pytest.fixture
 def texts_of(tmp_path: Path) -> Callable[..., dict[str, str]]:
     def call(summaries: list[str] = SUMMARIES, genes: list[str] = GENES) -> dict[str, str]:
-        return gene_texts(
+        return read_gene_texts(
             packed(tmp_path / "gene_summary.gz", SUMMARY, summaries), packed(tmp_path / "gene_info.gz", INFO, genes)
         )
 
@@ -118,7 +118,7 @@ def test_a_file_that_is_not_ncbis_is_named(tmp_path: Path, content: bytes | None
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError) as error:
-        gene_texts(path, packed(tmp_path / "gene_info.gz", INFO, GENES))
+        read_gene_texts(path, packed(tmp_path / "gene_info.gz", INFO, GENES))
     assert (error.value.where, error.value.field) == (str(path), field)
     assert found in error.value.found
 
@@ -126,13 +126,13 @@ def test_a_file_that_is_not_ncbis_is_named(tmp_path: Path, content: bytes | None
 def test_batches_are_limited_in_number_and_length() -> None:
     texts = ["aaaa", "bb", "cc", "é" * 6, "d", "e", "f", "g"]
     # 4 + 2 + 2 bytes are too many, 12 bytes stand alone.
-    assert list(batches(texts, 3, 7)) == [["aaaa", "bb"], ["cc"], ["é" * 6], ["d", "e", "f"], ["g"]]
-    assert list(batches([], 3, 7)) == []
+    assert list(split_batches(texts, 3, 7)) == [["aaaa", "bb"], ["cc"], ["é" * 6], ["d", "e", "f"], ["g"]]
+    assert list(split_batches([], 3, 7)) == []
 
 
 def test_genes_of_one_text_have_one_vector() -> None:
     vectors = {"one": np.float32([1, 2]), "two": np.float32([3, 4])}
-    table = text_embedding({"B": "one", "A": "two", "C": "one"}, vectors)
+    table = embed_texts({"B": "one", "A": "two", "C": "one"}, vectors)
     assert table.to_dict() == {"d0": {"A": 3.0, "B": 1.0, "C": 1.0}, "d1": {"A": 4.0, "B": 2.0, "C": 2.0}}
     assert list(table.index) == ["A", "B", "C"]
     assert table.index.name == "gene"
@@ -140,4 +140,4 @@ def test_genes_of_one_text_have_one_vector() -> None:
 
 def test_vectors_of_different_lengths_are_refused() -> None:
     with pytest.raises(UserError, match="vectors of 2 and of 3 numbers"):
-        text_embedding({"A": "one", "B": "two"}, {"one": np.ones(2, np.float32), "two": np.ones(3, np.float32)})
+        embed_texts({"A": "one", "B": "two"}, {"one": np.ones(2, np.float32), "two": np.ones(3, np.float32)})

@@ -19,16 +19,16 @@ from threadpoolctl import threadpool_limits
 
 from core.embeddings import tables as module
 from core.embeddings.tables import (
-    coexpression_embedding,
-    coverage,
-    fold_coexpression,
-    gmt_membership,
-    known_genes,
-    pathway_embedding,
+    embed_coexpression,
+    embed_fold,
+    embed_pathways,
+    join_tables,
+    list_known_genes,
     read_embedding,
     read_foreign_embedding,
+    read_gene_sets,
     require_coverage,
-    side_by_side,
+    split_by_coverage,
     write_embedding,
 )
 from core.errors import UserError
@@ -82,7 +82,7 @@ def aligned(found, expected):
 
 
 def test_membership_has_one_sorted_row_per_pathway_and_gene(gmt):
-    table = gmt_membership(gmt(GMT))
+    table = read_gene_sets(gmt(GMT))
     assert list(table.columns) == ["pathway", "description", "gene"]
     assert table.to_numpy().tolist() == [
         ["cycle", "R-2", "CDK1"],
@@ -109,11 +109,11 @@ def test_membership_has_one_sorted_row_per_pathway_and_gene(gmt):
     ids=["windows", "byte order mark", "blank lines", "repeated gene and trailing tab", "spaces"],
 )
 def test_harmless_differences_between_files_change_nothing(gmt, text):
-    pd.testing.assert_frame_equal(gmt_membership(gmt(text)), gmt_membership(gmt(GMT, "plain.gmt")))
+    pd.testing.assert_frame_equal(read_gene_sets(gmt(text)), read_gene_sets(gmt(GMT, "plain.gmt")))
 
 
 def test_an_empty_description_is_allowed_and_two_pathways_may_share_a_name(gmt):
-    table = gmt_membership(gmt("a\t\tG1\na\tother\tG1\n"))
+    table = read_gene_sets(gmt("a\t\tG1\na\tother\tG1\n"))
     assert table[["pathway", "description"]].to_numpy().tolist() == [["a", ""], ["a", "other"]]
 
 
@@ -132,7 +132,7 @@ def test_an_empty_description_is_allowed_and_two_pathways_may_share_a_name(gmt):
 def test_a_malformed_line_is_named(gmt, text, line, found):
     path = gmt(text)
     with pytest.raises(UserError) as error:
-        gmt_membership(path)
+        read_gene_sets(path)
     assert (error.value.where, error.value.field) == (str(path), line)
     assert found in error.value.found
 
@@ -143,7 +143,7 @@ def test_a_zip_gives_what_its_gmt_gives(tmp_path, gmt):
         archive.writestr("__MACOSX/._sets.gmt", "junk")
         archive.writestr("README.txt", "about")
         archive.writestr("sets.gmt", GMT)
-    pd.testing.assert_frame_equal(gmt_membership(path), gmt_membership(gmt(GMT)))
+    pd.testing.assert_frame_equal(read_gene_sets(path), read_gene_sets(gmt(GMT)))
 
 
 @pytest.mark.parametrize("names", [[], ["a.gmt", "b.gmt"]])
@@ -153,14 +153,14 @@ def test_a_zip_holds_one_gmt(tmp_path, names):
         for name in names:
             archive.writestr(name, GMT)
     with pytest.raises(UserError, match=rf"{len(names)} \.gmt files"):
-        gmt_membership(path)
+        read_gene_sets(path)
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path, gmt):
     with pytest.raises(UserError, match="No such file"):
-        gmt_membership(tmp_path / "none.gmt")
+        read_gene_sets(tmp_path / "none.gmt")
     with pytest.raises(UserError, match="neither text nor a whole archive"):
-        gmt_membership(gmt(b"\xff\xfe\x00a\tb"))
+        read_gene_sets(gmt(b"\xff\xfe\x00a\tb"))
 
 
 def test_a_damaged_archive_is_named(tmp_path):
@@ -171,7 +171,7 @@ def test_a_damaged_archive_is_named(tmp_path):
     content[40:60] = bytes(20)
     path.write_bytes(content)
     with pytest.raises(UserError, match="neither text nor a whole archive"):
-        gmt_membership(path)
+        read_gene_sets(path)
 
 
 # Pathways
@@ -181,7 +181,7 @@ def test_a_damaged_archive_is_named(tmp_path):
 def test_pathway_embedding_is_the_truncated_svd(gmt, genes, pathways):
     text = random_gmt(genes, pathways)
     names, M = dense_membership(text)
-    found = pathway_embedding(gmt(text), 6)
+    found = embed_pathways(gmt(text), 6)
     assert list(found.index) == names
     assert list(found.columns) == [f"d{i}" for i in range(6)]
     expected = TruncatedSVD(6, algorithm="arpack", random_state=0).fit_transform(M)
@@ -191,21 +191,21 @@ def test_pathway_embedding_is_the_truncated_svd(gmt, genes, pathways):
 def test_all_dimensions_keep_every_product_of_genes(gmt):
     text = random_gmt(30, 12)
     _, M = dense_membership(text)
-    found = pathway_embedding(gmt(text), 500).to_numpy()
+    found = embed_pathways(gmt(text), 500).to_numpy()
     assert found.shape[1] == np.linalg.matrix_rank(M)
     np.testing.assert_allclose(found @ found.T, M @ M.T, atol=1e-12)
 
 
 def test_signs_are_fixed(gmt):
-    found = pathway_embedding(gmt(random_gmt(40, 20)), 8).to_numpy()
+    found = embed_pathways(gmt(random_gmt(40, 20)), 8).to_numpy()
     assert (np.take_along_axis(found, np.abs(found).argmax(axis=0)[None], axis=0) > 0).all()
 
 
 def test_genes_outside_the_kept_dimensions_are_missing_not_zero(gmt):
     # Two separate pairs of pathways: one dimension holds the larger pair only.
     text = "a\t1\tA\tB\tC\nb\t2\tA\tB\tC\tD\nc\t3\tX\tY\n"
-    assert list(pathway_embedding(gmt(text), 1).index) == ["A", "B", "C", "D"]
-    assert list(pathway_embedding(gmt(text), 2).index) == ["A", "B", "C", "D", "X", "Y"]
+    assert list(embed_pathways(gmt(text), 1).index) == ["A", "B", "C", "D"]
+    assert list(embed_pathways(gmt(text), 2).index) == ["A", "B", "C", "D", "X", "Y"]
 
 
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -218,7 +218,7 @@ def test_the_order_of_a_gmt_does_not_change_a_byte(tmp_path, gmt, data):
     ]
     written = []
     for some in (lines, shuffled):
-        write_embedding(pathway_embedding(gmt("\n".join(some)), 10), tmp_path / "embedding.parquet")
+        write_embedding(embed_pathways(gmt("\n".join(some)), 10), tmp_path / "embedding.parquet")
         written.append((tmp_path / "embedding.parquet").read_bytes())
     assert written[0] == written[1]
 
@@ -226,15 +226,15 @@ def test_the_order_of_a_gmt_does_not_change_a_byte(tmp_path, gmt, data):
 @pytest.mark.shared
 def test_reactome(shared):
     path = shared / "data" / "ReactomePathways.gmt"
-    membership = gmt_membership(path)
+    membership = read_gene_sets(path)
     assert membership["pathway"].nunique() == 2546
     assert membership["gene"].nunique() == 11391
-    found = pathway_embedding(path, 128)
+    found = embed_pathways(path, 128)
     assert found.shape == (11391, 128)
     for file, covered, of in (("papalexi21.h5ad", 23, 25), ("norman19_small.h5ad", 18, 31)):
         labels = ad.read_h5ad(shared / "data" / file).obs["perturbation"].astype(str).unique()
         targets = {gene for label in labels if label != "control" for gene in label.split("+")}
-        assert [len(some) for some in coverage(found.index, targets)] == [covered, of - covered]
+        assert [len(some) for some in split_by_coverage(found.index, targets)] == [covered, of - covered]
 
     size = membership.groupby("pathway")["gene"].transform("size")
     row, column = (pd.factorize(membership[name], sort=True)[0] for name in ("gene", "pathway"))
@@ -248,7 +248,7 @@ def test_reactome(shared):
 
 def test_coexpression_equals_scikit_learn():
     X, genes = cells()
-    found = coexpression_embedding(X, genes, 5)
+    found = embed_coexpression(X, genes, 5)
     pca = PCA(5, svd_solver="full").fit(X.toarray().astype(np.float64))
     expected = (pca.components_ * np.sqrt(pca.explained_variance_)[:, None]).T
     assert list(found.index) == genes
@@ -257,7 +257,7 @@ def test_coexpression_equals_scikit_learn():
 
 def test_coexpression_equals_scanpy():
     X, genes = cells()
-    found = coexpression_embedding(X, genes, 5)
+    found = embed_coexpression(X, genes, 5)
     adata = ad.AnnData(X.astype(np.float64), var=pd.DataFrame(index=genes))
     sc.pp.pca(adata, n_comps=5, svd_solver="arpack")
     expected = adata.varm["PCs"] * np.sqrt(adata.uns["pca"]["variance"])
@@ -266,7 +266,7 @@ def test_coexpression_equals_scanpy():
 
 def test_with_all_dimensions_products_are_covariances_and_cosines_correlations():
     X, genes = cells()
-    found = coexpression_embedding(X, genes, 40).to_numpy()
+    found = embed_coexpression(X, genes, 40).to_numpy()
     dense = X.toarray().astype(np.float64)
     np.testing.assert_allclose(found @ found.T, np.cov(dense, rowvar=False), atol=1e-10)
     unit = found / np.linalg.norm(found, axis=1, keepdims=True)
@@ -278,7 +278,7 @@ def test_genes_of_one_programme_lie_close_together():
     activity = rng.normal(size=(400, 2))
     rate = np.exp(1 + np.repeat(activity, 10, axis=1))
     X = sparse.csr_matrix(np.log1p(rng.poisson(rate)).astype(np.float32))
-    found = coexpression_embedding(X, [f"G{i:02d}" for i in range(20)], 2).to_numpy()
+    found = embed_coexpression(X, [f"G{i:02d}" for i in range(20)], 2).to_numpy()
     cosine = found @ found.T / np.outer(*[np.linalg.norm(found, axis=1)] * 2)
     same = np.kron(np.eye(2, dtype=bool), np.ones((10, 10), dtype=bool))
     assert cosine[same].min() > 0.8
@@ -290,16 +290,16 @@ def test_constant_genes_are_missing():
     dense = X.toarray()
     dense[:, 1] = 0
     dense[:, 4] = np.float32(0.7)
-    found = coexpression_embedding(sparse.csr_matrix(dense), genes, 4)
+    found = embed_coexpression(sparse.csr_matrix(dense), genes, 4)
     assert list(found.index) == ["G00", "G02", "G03", "G05"]
     others = [0, 2, 3, 5]
-    without = coexpression_embedding(sparse.csr_matrix(dense[:, others]), [genes[i] for i in others], 4)
+    without = embed_coexpression(sparse.csr_matrix(dense[:, others]), [genes[i] for i in others], 4)
     pd.testing.assert_frame_equal(found, without, check_exact=True)
 
 
 def test_fewer_cells_than_dimensions_give_fewer_dimensions():
     X, genes = cells(n=6, genes=40)
-    found = coexpression_embedding(X, genes, 32)
+    found = embed_coexpression(X, genes, 32)
     assert found.shape[1] == 5
     dense = X.toarray().astype(np.float64)[:, [genes.index(gene) for gene in found.index]]
     np.testing.assert_allclose(found @ found.T, np.cov(dense, rowvar=False), atol=1e-12)
@@ -308,8 +308,8 @@ def test_fewer_cells_than_dimensions_give_fewer_dimensions():
 def test_the_order_of_the_genes_does_not_change_a_bit():
     X, genes = cells()
     order = np.random.default_rng(3).permutation(len(genes))
-    shuffled = coexpression_embedding(X[:, order], [genes[i] for i in order], 8)
-    pd.testing.assert_frame_equal(coexpression_embedding(X, genes, 8), shuffled, check_exact=True)
+    shuffled = embed_coexpression(X[:, order], [genes[i] for i in order], 8)
+    pd.testing.assert_frame_equal(embed_coexpression(X, genes, 8), shuffled, check_exact=True)
 
 
 def test_the_number_of_threads_does_not_change_a_bit(monkeypatch):
@@ -322,37 +322,37 @@ def test_the_number_of_threads_does_not_change_a_bit(monkeypatch):
             module, "ThreadPoolExecutor", lambda workers=threads, pool=module.ThreadPoolExecutor: pool(workers)
         )
         with threadpool_limits(threads):
-            results.append(coexpression_embedding(X, genes, 16))
+            results.append(embed_coexpression(X, genes, 16))
     pd.testing.assert_frame_equal(*results, check_exact=True)
 
 
 @pytest.mark.parametrize(("genes_at_once", "cells_at_once"), [(7, 1), (40, 300), (13, 64)])
 def test_tiles_add_up_to_the_whole(monkeypatch, genes_at_once, cells_at_once):
     X, genes = cells()
-    whole = coexpression_embedding(X, genes, 5)
+    whole = embed_coexpression(X, genes, 5)
     monkeypatch.setattr(module, "GENES_AT_ONCE", genes_at_once)
     monkeypatch.setattr(module, "CELLS_AT_ONCE", cells_at_once)
-    np.testing.assert_allclose(coexpression_embedding(X, genes, 5), whole, atol=1e-11)
+    np.testing.assert_allclose(embed_coexpression(X, genes, 5), whole, atol=1e-11)
 
 
 @pytest.mark.parametrize("n", [0, 1, 20])
 def test_cells_in_which_no_gene_varies_are_refused(n):
     X = sparse.csr_matrix(np.full((n, 3), 0.5, dtype=np.float32))
     with pytest.raises(UserError, match=f"{n} cells in which no gene varies"):
-        coexpression_embedding(X, ["A", "B", "C"], 2)
+        embed_coexpression(X, ["A", "B", "C"], 2)
 
 
 @pytest.mark.parametrize("genes", [["A", "B"], ["A", "B", "B"]])
 def test_gene_names_must_fit_the_matrix(genes):
     with pytest.raises(ValueError, match=r"3 columns for \d genes, 2 of them distinct"):
-        coexpression_embedding(sparse.csr_matrix(np.eye(3, dtype=np.float32)), genes, 2)
+        embed_coexpression(sparse.csr_matrix(np.eye(3, dtype=np.float32)), genes, 2)
 
 
 # Files and coverage
 
 
 def test_an_embedding_survives_its_file(tmp_path, gmt):
-    table = pathway_embedding(gmt(GMT), 2)
+    table = embed_pathways(gmt(GMT), 2)
     path = tmp_path / "embedding.parquet"
     write_embedding(table, path)
     pd.testing.assert_frame_equal(read_embedding(path), table, check_exact=True)
@@ -393,7 +393,7 @@ def test_a_file_that_is_no_parquet_is_refused(tmp_path):
 def test_several_stand_side_by_side(tmp_path):
     one = pd.DataFrame({"d0": [1.0, 2.0]}, index=pd.Index(["B", "A"], name="gene"))
     other = pd.DataFrame({"d0": [3.0, 4.0], "d1": [5.0, 0.0]}, index=pd.Index(["A", "C"], name="gene"))
-    found = side_by_side({"one": one, "other": other})
+    found = join_tables({"one": one, "other": other})
     nan = np.nan
     expected = pd.DataFrame(
         {"one/d0": [2, 1, nan], "other/d0": [3, nan, 4], "other/d1": [5, nan, 0]},
@@ -401,7 +401,7 @@ def test_several_stand_side_by_side(tmp_path):
     )
     pd.testing.assert_frame_equal(found, expected)
     write_embedding(found, tmp_path / "several.parquet")
-    assert list(known_genes(tmp_path / "several.parquet")) == ["A", "B", "C"]
+    assert list(list_known_genes(tmp_path / "several.parquet")) == ["A", "B", "C"]
     read = contract.read_sources(tmp_path / "several.parquet")
     assert list(read) == ["one", "other"]
     for name, table in (("one", one), ("other", other)):
@@ -415,7 +415,7 @@ def test_a_plain_embedding_is_one_source(tmp_path):
     read = contract.read_sources(tmp_path / "embedding.parquet")
     assert list(read) == ["embedding"]
     pd.testing.assert_frame_equal(read["embedding"], table)
-    assert list(known_genes(tmp_path / "embedding.parquet")) == ["B", "A"]
+    assert list(list_known_genes(tmp_path / "embedding.parquet")) == ["B", "A"]
 
 
 def test_a_graph_is_read_in_one_order(tmp_path):
@@ -423,7 +423,7 @@ def test_a_graph_is_read_in_one_order(tmp_path):
     pd.DataFrame(edges, columns=["gene", "neighbour", "weight"]).to_parquet(tmp_path / "graph.parquet")
     read = contract.read_graph(tmp_path / "graph.parquet")
     assert read.to_numpy().tolist() == [["A", "D", 1.0], ["A", "B", 0.5], ["A", "C", 0.5], ["B", "A", 0.5]]
-    assert set(known_genes(tmp_path / "graph.parquet")) == {"A", "B"}
+    assert set(list_known_genes(tmp_path / "graph.parquet")) == {"A", "B"}
 
 
 @pytest.mark.parametrize(
@@ -439,14 +439,14 @@ def test_what_is_no_graph_is_refused(tmp_path, columns, fault):
 
 
 def test_coverage_tells_apart_what_an_embedding_has(gmt):
-    table = pathway_embedding(gmt(GMT), 2)
-    assert coverage(table.index, ["TP53", "NONE", "ATM", "TP53"]) == (["ATM", "TP53"], ["NONE"])
+    table = embed_pathways(gmt(GMT), 2)
+    assert split_by_coverage(table.index, ["TP53", "NONE", "ATM", "TP53"]) == (["ATM", "TP53"], ["NONE"])
     assert require_coverage("mine", table.index, ["NONE", "ATM"]) == (["ATM"], ["NONE"])
-    assert coverage(table.index, []) == ([], [])
+    assert split_by_coverage(table.index, []) == ([], [])
 
 
 def test_an_embedding_without_any_perturbed_gene_is_refused(gmt):
-    table = pathway_embedding(gmt(GMT), 2)
+    table = embed_pathways(gmt(GMT), 2)
     with pytest.raises(UserError, match=r"none of the 2 perturbed genes \(G0001, G0002\)") as error:
         require_coverage("reactome", table.index, ["G0002", "G0001"])
     assert error.value.where == "embedding reactome"
@@ -461,7 +461,7 @@ def test_the_coexpression_of_a_fold_comes_from_its_train_cells_alone(tmp_path: P
     obs = pd.DataFrame({"split": split}, index=[f"c{number}" for number in range(60)])
     cells = ad.AnnData(X, obs=obs, var=pd.DataFrame(index=genes))
     cells.write_h5ad(tmp_path / "train.h5ad")
-    pd.testing.assert_frame_equal(fold_coexpression(tmp_path, 4), coexpression_embedding(X[:40], genes, 4))
+    pd.testing.assert_frame_equal(embed_fold(tmp_path, 4), embed_coexpression(X[:40], genes, 4))
 
 
 TABLE = {"gene": ["B", "A"], "x": [1.0, 2.0], "y": [3, 4]}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from core.io.external_sort import Spill
-from core.io.panels import spans
+from core.io.panels import split_rows
 
 
 def filled(folder: Path, dense: np.ndarray, order: np.ndarray, cuts: list[int]) -> Spill:
@@ -30,14 +30,14 @@ def matrix(n: int, width: int = 7, seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("rows", [1, 4, 30, 100])
 def test_rows_come_back_in_order(rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("core.io.external_sort.spans", partial(spans, rows=rows))
+    monkeypatch.setattr("core.io.external_sort.split_rows", partial(split_rows, rows=rows))
     dense = matrix(30)
     dense[[0, 5, 29]] = 0
     spill = filled(tmp_path, dense, np.random.default_rng(1).permutation(30), [3, 4, 18])
     assert len(spill) == 30
     for _ in range(2):  # as often as wanted
         found = list(spill.panels())
-        assert [span for span, _ in found] == spans(30, rows)
+        assert [span for span, _ in found] == split_rows(30, rows)
         for span, block in found:
             assert block.dtype == np.float32
             assert block.has_sorted_indices

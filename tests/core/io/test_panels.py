@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from core.io.panels import PANEL, ahead, float_panels, panels, spans
+from core.io.panels import PANEL, read_ahead, read_float_panels, read_panels, split_rows
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def no_thread_left() -> Iterator[None]:
     [(0, 3, []), (2, 3, [(0, 2)]), (3, 3, [(0, 3)]), (7, 3, [(0, 3), (3, 6), (6, 7)])],
 )
 def test_spans(n: int, rows: int, expected: list[tuple[int, int]]) -> None:
-    assert spans(n, rows) == [slice(a, b) for a, b in expected]
+    assert split_rows(n, rows) == [slice(a, b) for a, b in expected]
 
 
 def test_results_come_in_order_from_another_thread() -> None:
@@ -38,10 +38,10 @@ def test_results_come_in_order_from_another_thread() -> None:
         readers.add(threading.get_ident())
         return item * item
 
-    assert list(ahead(read, range(20))) == [i * i for i in range(20)]
+    assert list(read_ahead(read, range(20))) == [i * i for i in range(20)]
     assert len(readers) == 1
     assert threading.get_ident() not in readers
-    assert list(ahead(read, [])) == []
+    assert list(read_ahead(read, [])) == []
 
 
 def test_the_next_is_read_while_the_consumer_works_and_no_more() -> None:
@@ -51,7 +51,7 @@ def test_the_next_is_read_while_the_consumer_works_and_no_more() -> None:
         began[item].set()
         return item
 
-    results = ahead(read, range(4))
+    results = read_ahead(read, range(4))
     assert next(results) == 0
     # The consumer is at work on the first now.
     assert began[1].wait(10)
@@ -65,7 +65,7 @@ def test_an_error_of_the_reader_reaches_the_consumer_after_what_came_before() ->
             raise OSError("torn")
         return item
 
-    results = ahead(read, range(5))
+    results = read_ahead(read, range(5))
     assert [next(results), next(results)] == [0, 1]
     with pytest.raises(OSError, match="torn"):
         next(results)
@@ -78,22 +78,22 @@ def test_an_error_of_the_items_reaches_the_consumer() -> None:
         raise KeyError("no more")
 
     with pytest.raises(KeyError, match="no more"):
-        list(ahead(lambda item: item, items()))
+        list(read_ahead(lambda item: item, items()))
 
 
 def test_a_consumer_that_stops_early_ends_the_thread() -> None:
-    for value in ahead(lambda item: item, range(100)):
+    for value in read_ahead(lambda item: item, range(100)):
         if value == 3:
             break
     matrix = sparse.random(3 * PANEL, 2, density=0.1, format="csr")
-    for span, _ in panels(matrix):
+    for span, _ in read_panels(matrix):
         assert span == slice(0, PANEL)
         break
 
 
 def test_a_consumer_that_fails_ends_the_thread() -> None:
     def consume() -> None:
-        for value in ahead(lambda item: item, range(100)):
+        for value in read_ahead(lambda item: item, range(100)):
             raise RuntimeError(f"failed at {value}")
 
     with pytest.raises(RuntimeError, match="failed at 0"):
@@ -108,9 +108,9 @@ def test_panels_are_the_matrix_in_memory_and_on_disk(tmp_path: Path) -> None:
     some = np.r_[0:10, 500 : 500 + PANEL, n - 1]
     for X in (matrix, backed.X):
         for rows in (None, some):
-            found = list(float_panels(X, rows))
+            found = list(read_float_panels(X, rows))
             expected = matrix if rows is None else matrix[rows]
-            assert [span for span, _ in found] == spans(expected.shape[0])
+            assert [span for span, _ in found] == split_rows(expected.shape[0])
             assert all(block.dtype == np.float64 for _, block in found)
             np.testing.assert_array_equal(sparse.vstack([block for _, block in found]).toarray(), expected.toarray())
     backed.file.close()

@@ -20,17 +20,17 @@ from core.catalog.registry import Catalog
 from core.catalog.schema import DatasetSpec
 from core.errors import UserError
 from core.io.h5ad import open_h5ad
-from core.io.panels import spans
+from core.io.panels import split_rows
 from core.io.raw_matrix import Rows
 from core.prepare.cells import (
-    cap,
-    normalise,
+    cap_conditions,
+    count_genes_and_cells,
+    mask_small_conditions,
+    normalise_counts,
     read_cells,
-    small_conditions,
-    survey,
     write_cells,
 )
-from core.prepare.labels import Plan
+from core.prepare.plan import Plan
 from core.simulate import SimulationSettings, simulate
 
 Entry = Callable[..., DatasetSpec]
@@ -190,7 +190,7 @@ def test_memory_changes_no_bit(prepared: Prepare, pairs_raw: ad.AnnData, entry: 
 def test_panels_are_summed_in_their_order(prepared: Prepare, single_raw: ad.AnnData, entry: Entry, monkeypatch) -> None:
     """A panel smaller than the data: the moments behind the choice of genes are the same to rounding."""
     cells = prepared(single_raw, entry(n_variable_genes=60))
-    monkeypatch.setattr("core.io.external_sort.spans", partial(spans, rows=37))
+    monkeypatch.setattr("core.io.external_sort.split_rows", partial(split_rows, rows=37))
     assert same(prepared(single_raw, entry(n_variable_genes=60)), cells)
 
 
@@ -234,7 +234,7 @@ def surveyed(counts: np.ndarray | sparse.csr_matrix, min_genes: int, at_once: in
     n, width = stored.shape
     matrix = Rows(width, [slice(i, min(i + at_once, n)) for i in range(0, n, at_once)], lambda span: stored[span])
     names = Plan(np.arange(n), pd.DataFrame(index=range(n)), np.arange(width), pd.Index(range(width)), {})
-    n_genes, n_cells = survey(matrix, names, min_genes, "x")
+    n_genes, n_cells = count_genes_and_cells(matrix, names, min_genes, "x")
     return n_genes.tolist(), n_cells.tolist()
 
 
@@ -270,7 +270,7 @@ def test_normalisation_equals_scanpy(single_raw: ad.AnnData) -> None:
     expected = single_raw.copy()
     sc.pp.normalize_total(expected, target_sum=5000)
     sc.pp.log1p(expected)
-    np.testing.assert_allclose(normalise(single_raw.X, None, 5000).toarray(), expected.X.toarray(), rtol=1e-6)
+    np.testing.assert_allclose(normalise_counts(single_raw.X, None, 5000).toarray(), expected.X.toarray(), rtol=1e-6)
 
 
 def test_normalisation_by_library_size(prepared: Prepare, single_raw: ad.AnnData, entry: Entry) -> None:
@@ -285,7 +285,7 @@ def test_normalisation_by_library_size(prepared: Prepare, single_raw: ad.AnnData
 
 
 def test_a_cell_without_counts_stays_zero() -> None:
-    assert normalise(sparse.csr_matrix((2, 3), dtype=np.float32), None, 1e4).nnz == 0
+    assert normalise_counts(sparse.csr_matrix((2, 3), dtype=np.float32), None, 1e4).nnz == 0
 
 
 # Step 4: small conditions and cap
@@ -294,7 +294,7 @@ def test_a_cell_without_counts_stays_zero() -> None:
 def test_small_conditions_go_by_covariate_and_control_stays() -> None:
     sizes = {("x", "A"): 12, ("x", "B"): 11, ("x", "control"): 2, ("y", "A"): 11, ("y", "B"): 12, ("y", "control"): 12}
     obs = pd.DataFrame([key for key, n in sizes.items() for _ in range(n)], columns=["covariate", "condition"])
-    left = obs[~small_conditions(obs, 12)].groupby(["covariate", "condition"]).size().to_dict()
+    left = obs[~mask_small_conditions(obs, 12)].groupby(["covariate", "condition"]).size().to_dict()
     assert left == {("x", "A"): 12, ("x", "control"): 2, ("y", "B"): 12, ("y", "control"): 12}
 
 
@@ -312,7 +312,7 @@ def test_cap(sizes: list[int], most: int, kept: list[int]) -> None:
     names = ["A", "B", "C", "control"]
     obs = pd.DataFrame({"condition": np.repeat(names, sizes), "covariate": "x"})
     obs.index = obs.index.astype(str)
-    left = obs[cap(obs, most, 42)]["condition"].value_counts()
+    left = obs[cap_conditions(obs, most, 42)]["condition"].value_counts()
     assert [left[name] for name in names] == kept
 
 
@@ -320,19 +320,19 @@ def test_cap_counts_each_covariate_for_itself() -> None:
     obs = pd.DataFrame({"condition": ["A"] * 30 + ["control"] * 10 + ["A"] * 4 + ["control"] * 2})
     obs["covariate"] = ["x"] * 40 + ["y"] * 6
     obs.index = [f"{i:02d}" for i in range(len(obs))]
-    left = obs[cap(obs, 100, 42)].groupby(["covariate", "condition"]).size()
+    left = obs[cap_conditions(obs, 100, 42)].groupby(["covariate", "condition"]).size()
     assert left.to_dict() == {("x", "A"): 20, ("x", "control"): 10, ("y", "A"): 3, ("y", "control"): 2}
 
 
 def test_cap_draws_by_name() -> None:
     obs = pd.DataFrame({"condition": ["A"] * 30 + ["B"] * 10 + ["control"] * 8, "covariate": "x"})
     obs.index = np.random.default_rng(2).permutation([f"c{i:03d}" for i in range(len(obs))])
-    kept = set(obs.index[cap(obs, 100, 42)])
+    kept = set(obs.index[cap_conditions(obs, 100, 42)])
     names = np.array(sorted(obs.index[obs["condition"] == "A"]))
     assert kept & set(names) == set(names[draw("cap", "x", "A", 30, 16)])
     shuffled = obs.iloc[np.random.default_rng(3).permutation(len(obs))]
-    assert set(shuffled.index[cap(shuffled, 100, 42)]) == kept
-    assert set(obs.index[cap(obs, 100, 43)]) != kept
+    assert set(shuffled.index[cap_conditions(shuffled, 100, 42)]) == kept
+    assert set(obs.index[cap_conditions(obs, 100, 43)]) != kept
 
 
 def test_conditions_below_four_cells_go_whatever_is_asked(

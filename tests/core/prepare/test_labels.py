@@ -22,7 +22,8 @@ from core.conditions import CONTROL, genes_of
 from core.errors import UserError, shown
 from core.io.h5ad import open_h5ad
 from core.prepare.cells import write_cells
-from core.prepare.labels import condition_labels, plan, sample_conditions
+from core.prepare.labels import harmonise_labels
+from core.prepare.plan import plan_preparation, sample_conditions
 from core.prepare.settings import Labels, Sampling
 
 Entry = Callable[..., DatasetSpec]
@@ -30,7 +31,7 @@ GENES = st.text("ABCXYZ0123-.", min_size=1, max_size=6)
 
 
 def read(labels: list[Any], **rules: Any) -> list[Any]:
-    found = condition_labels(pd.Series(labels), Labels(column="label", **rules), "file.h5ad")
+    found = harmonise_labels(pd.Series(labels), Labels(column="label", **rules), "file.h5ad")
     return [None if pd.isna(condition) else condition for condition in found]
 
 
@@ -67,10 +68,10 @@ def test_labels(rules: dict[str, Any], labels: list[Any], conditions: list[Any])
 def test_categories_read_as_text_does() -> None:
     labels = pd.Series(["B+A", None, "control", "C", "B+A"], index=list("vwxyz"))
     rules = Labels(column="label")
-    text = condition_labels(labels, rules, "file")
+    text = harmonise_labels(labels, rules, "file")
     assert list(text.index) == list("vwxyz")
     categories = pd.Categorical(labels, categories=["never seen +", "C", "control", "B+A"])
-    found = condition_labels(pd.Series(categories, labels.index), rules, "file")
+    found = harmonise_labels(pd.Series(categories, labels.index), rules, "file")
     pd.testing.assert_series_equal(found.fillna("none"), text.fillna("none"))
     assert found.isna().tolist() == [False, True, False, False, False]
 
@@ -136,7 +137,7 @@ def test_what_the_names_decide(entry: Entry) -> None:
         symbol_column="symbol",
         library_size="total",
     )
-    names = plan(raw.obs, raw.var, spec, "file.h5ad")
+    names = plan_preparation(raw.obs, raw.var, spec, "file.h5ad")
     assert list(names.obs.index) == ["f", "e", "c", "b", "a"]
     assert list(names.obs["condition"]) == ["control", "a+b", "a", "control", "c"]
     assert list(names.obs["covariate"]) == ["x", "x", "y", "y", "y"]
@@ -172,7 +173,7 @@ def test_filters(filters: list[dict[str, Any]], left: str, entry: Entry) -> None
     raw = published()
     raw.obs["label"] = raw.obs["label"].cat.add_categories("d").fillna("d")
     spec = entry(labels={"column": "label", "separator": "_", "control": ["ctrl", "c"]}, filters=filters)
-    names = plan(raw.obs, raw.var, spec, "file.h5ad")
+    names = plan_preparation(raw.obs, raw.var, spec, "file.h5ad")
     assert "".join(names.obs.index) == left
     assert names.report["cells dropped by the entry's filters"] == 6 - len(left)
     assert set(names.obs["covariate"]) == {"all"}
@@ -184,7 +185,7 @@ def test_what_the_filters_drop_need_not_be_right(entry: Entry) -> None:
     raw.obs["label"] = ["ctrl", "b", "a", "x_y+z", "ctrl", "c"]
     labels = {"column": "label", "separator": "_", "control": ["ctrl"]}
     filters = [{"column": "share", "op": ">=", "value": 0.1}]
-    names = plan(raw.obs, raw.var, entry(labels=labels, filters=filters), "file.h5ad")
+    names = plan_preparation(raw.obs, raw.var, entry(labels=labels, filters=filters), "file.h5ad")
     assert "".join(names.obs.index) == "fedba"
 
 
@@ -310,8 +311,8 @@ REFUSED: dict[str, tuple[Callable[[ad.AnnData], None], dict[str, Any], str, str,
         "4 negative values (first: -1)",
         "give raw counts, not scaled or corrected",
     ),
-    "NaN": (change("X", (3, 4), np.nan), {}, "X", "1 NaN or infinite values (first: nan)", "remove or mend"),
-    "infinite": (change("X", (3, 4), np.inf), {}, "X", "1 NaN or infinite values (first: inf)", "remove or mend"),
+    "NaN": (change("X", (3, 4), np.nan), {}, "X", "1 NaN or infinite values (first: nan)", "remove or correct"),
+    "infinite": (change("X", (3, 4), np.inf), {}, "X", "1 NaN or infinite values (first: inf)", "remove or correct"),
     "fractions": (
         change("X", ([3, 5], [4, 4]), 0.5),
         {},
@@ -339,14 +340,14 @@ REFUSED: dict[str, tuple[Callable[[ad.AnnData], None], dict[str, Any], str, str,
         {},
         "obs['perturbation']",
         "the label 'A++B' names no gene, or an empty one",
-        "mend the label",
+        "correct the label",
     ),
     "an empty label": (
         change("perturbation", [0, 1], "A+ "),
         {},
         "obs['perturbation']",
         "the label 'A+ ' names no gene, or an empty one",
-        "mend the label",
+        "correct the label",
     ),
     "missing covariates": (
         change("cell_line", [0, 1, 2], None),
@@ -465,7 +466,7 @@ def test_a_file_too_large_for_the_memory_is_not_called_damaged(tmp_path: Path, m
 
 def test_a_file_without_cells_is_refused(entry: Entry) -> None:
     with pytest.raises(UserError, match="0 cells x 6 genes") as error:
-        plan(published().obs[:0], published().var, entry(), "empty.h5ad")
+        plan_preparation(published().obs[:0], published().var, entry(), "empty.h5ad")
     assert (error.value.where, error.value.field) == ("empty.h5ad", "shape")
 
 
@@ -497,14 +498,14 @@ def test_a_file_without_gene_symbols_is_refused(entry: Entry) -> None:
     raw.var["symbol"] = "G"
     labels = {"column": "label", "separator": "_", "control": ["ctrl"]}
     with pytest.raises(UserError, match="no gene with a symbol of its own among 6") as error:
-        plan(raw.obs, raw.var, entry(labels=labels, symbol_column="symbol"), "x")
+        plan_preparation(raw.obs, raw.var, entry(labels=labels, symbol_column="symbol"), "x")
     assert error.value.field == "var['symbol']"
 
 
 def test_dropped_labels_are_those_of_no_condition(entry: Entry) -> None:
     assert read(["A", "*", " * ", "B"], dropped=("*",)) == ["A", None, None, "B"]
     raw = published()
-    names = plan(
+    names = plan_preparation(
         raw.obs,
         raw.var,
         entry(labels={"column": "label", "separator": "_", "control": ["ctrl"], "dropped": ["c"]}),
@@ -535,11 +536,11 @@ def test_conditions_are_sampled_before_any_filter_and_control_stays(entry: Entry
     raw = published()
     rules = {"column": "label", "separator": "_", "control": ["ctrl"]}
     sample = {"conditions": 1, "priority": ["c"]}
-    names = plan(raw.obs, raw.var, entry(labels=rules, sample=sample), "file.h5ad")
+    names = plan_preparation(raw.obs, raw.var, entry(labels=rules, sample=sample), "file.h5ad")
     assert "".join(names.obs.index) == "fba"
     assert names.report["cells of conditions that were not sampled"] == 2
     assert names.report["cells without a label"] == 1
     without_c = [{"column": "total", "op": "<=", "value": 50}]
-    names = plan(raw.obs, raw.var, entry(labels=rules, sample=sample, filters=without_c), "file.h5ad")
+    names = plan_preparation(raw.obs, raw.var, entry(labels=rules, sample=sample, filters=without_c), "file.h5ad")
     assert "".join(names.obs.index) == "fb"
     assert names.report["cells dropped by the entry's filters"] == 1

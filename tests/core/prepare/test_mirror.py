@@ -14,7 +14,7 @@ import pytest
 
 from core.errors import UserError
 from core.prepare.cells import read_cells, write_cells
-from core.prepare.mirror import has_mirror_layout, is_mirror, mirror_cells
+from core.prepare.mirror import has_mirror_layout, is_mirror, take_mirror_cells
 
 
 def test_a_mirror_is_known_by_its_columns(mirror: ad.AnnData, pairs_cells: ad.AnnData) -> None:
@@ -27,7 +27,7 @@ def test_a_mirror_is_known_by_its_columns(mirror: ad.AnnData, pairs_cells: ad.An
 
 
 def test_cells_are_ours_again(mirror: ad.AnnData, pairs_cells: ad.AnnData) -> None:
-    cells = mirror_cells(mirror, "mirror.h5ad")
+    cells = take_mirror_cells(mirror, "mirror.h5ad")
     assert not cells.obs["condition"].str.startswith("ctrl").any()
     pd.testing.assert_index_equal(cells.obs_names, pairs_cells.obs_names)
     pd.testing.assert_index_equal(cells.var_names, pairs_cells.var_names, check_names=False)
@@ -45,7 +45,7 @@ def test_conditions_that_only_look_like_controls_stay(mirror: ad.AnnData) -> Non
     mirror.obs["condition"] = labels.replace(
         {"ctrl_synthetic_mean": "CTRL1", labels[labels != "control"].iloc[0]: "CTR9"}
     )
-    found = set(mirror_cells(mirror, "mirror.h5ad").obs["condition"])
+    found = set(take_mirror_cells(mirror, "mirror.h5ad").obs["condition"])
     assert {"control", "CTRL1", "CTR9"} <= found
 
 
@@ -61,7 +61,7 @@ def test_a_mirror_that_contradicts_itself_is_refused(mirror: ad.AnnData, column:
     labels = mirror.obs[column].astype(str)
     mirror.obs[column] = labels.where(~_first_training_cell(mirror), value)
     with pytest.raises(UserError) as error:
-        mirror_cells(mirror, "mirror.h5ad")
+        take_mirror_cells(mirror, "mirror.h5ad")
     assert found in error.value.found
     assert column in error.value.field
 
@@ -71,7 +71,7 @@ def test_a_condition_with_cells_in_one_half_only_is_refused(mirror: ad.AnnData) 
     half = mirror.obs["tech_dup_split"].astype(str)
     mirror.obs["tech_dup_split"] = half.where(mirror.obs["condition"] != condition, "second_half")
     with pytest.raises(UserError, match=f"no cell of .*{condition}.* in one of the halves"):
-        mirror_cells(mirror, "mirror.h5ad")
+        take_mirror_cells(mirror, "mirror.h5ad")
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_the_layout_is_said_and_told_from_the_columns_alone(
 
 def test_a_mirror_without_control_is_refused(mirror: ad.AnnData) -> None:
     with pytest.raises(UserError, match="no 'control' cell in all"):
-        mirror_cells(mirror[mirror.obs["condition"] != "control"].copy(), "mirror.h5ad")
+        take_mirror_cells(mirror[mirror.obs["condition"] != "control"].copy(), "mirror.h5ad")
 
 
 def _first_training_cell(mirror: ad.AnnData) -> pd.Series:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.errors import UserError
-from core.prepare.splits import draw_folds, draw_halves, fold_columns, sorted_groups
+from core.prepare.splits import draw_folds, draw_halves, iterate_groups, list_fold_columns
 
 LOO: Literal["leave-one-out"] = "leave-one-out"
 
@@ -94,7 +94,7 @@ def test_another_seed_and_another_covariate_draw_other_halves() -> None:
 
 def test_groups_come_sorted_with_sorted_names() -> None:
     obs = cells_of({("y", "B"): 3, ("x", "control"): 4, ("x", "A+B"): 2, ("x", "A"): 5})
-    groups = list(sorted_groups(obs))
+    groups = list(iterate_groups(obs))
     assert [g[:2] for g in groups] == [("x", "A"), ("x", "A+B"), ("x", "control"), ("y", "B")]
     for covariate, condition, names in groups:
         mine = obs.index[(obs["covariate"] == covariate) & (obs["condition"] == condition)]
@@ -222,7 +222,7 @@ def test_control_folds_do_not_hang_on_the_conditions() -> None:
 
 def test_fold_columns_are_in_the_order_of_their_numbers() -> None:
     obs = draw_folds(screen_of(12), "single", LOO, 42).assign(half="first_half")
-    assert fold_columns(obs[obs.columns[::-1]]) == [f"fold_{i}" for i in range(12)]
+    assert list_fold_columns(obs[obs.columns[::-1]]) == [f"fold_{i}" for i in range(12)]
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_impossible_splits_are_refused(
 
 def test_prepared_cells_hold_these_halves_and_folds(screen: ad.AnnData) -> None:
     obs = screen.obs
-    columns = fold_columns(obs)
+    columns = list_fold_columns(obs)
     task: Literal["single", "combination"] = "combination" if len(columns) == 2 else "single"
     plain = obs[["covariate", "condition"]].astype(str)
     assert (draw_halves(plain, 42) == obs["half"].astype(str)).all()

@@ -14,8 +14,8 @@ import pandas as pd
 import pytest
 
 from core.errors import UserError
-from core.io.panels import spans
-from core.prepare.splits import fold_columns
+from core.io.panels import split_rows
+from core.prepare.splits import list_fold_columns
 from core.prepare.training_data import write_fold
 
 
@@ -49,7 +49,7 @@ def annotated(screen: ad.AnnData) -> ad.AnnData:
 
 def test_the_folder_holds_no_test_cell_and_nothing_else_in_any_fold(annotated: ad.AnnData, tmp_path: Path) -> None:
     obs = annotated.obs
-    for fold, column in enumerate(fold_columns(obs)):
+    for fold, column in enumerate(list_fold_columns(obs)):
         folder = tmp_path / str(fold)
         folder.mkdir()
         write_fold(annotated, fold, folder)
@@ -78,7 +78,14 @@ def test_the_folder_holds_no_test_cell_and_nothing_else_in_any_fold(annotated: a
             tested = obs[(split == "test").to_numpy()]
             secret = set(tested.index) | (set(tested["condition"].astype(str)) - {"control"} - set(annotated.var_names))
             assert not texts & secret
-            assert not texts & {"half", "first_half", "second_half", *fold_columns(obs), "provenance", "preparation"}
+            assert not texts & {
+                "half",
+                "first_half",
+                "second_half",
+                *list_fold_columns(obs),
+                "provenance",
+                "preparation",
+            }
         trained = ad.read_h5ad(folder / "train.h5ad")
         assert set(trained.obs["split"]) == {"train", "val"}
         assert set(trained.obs.loc[trained.obs["condition"] == "control", "split"]) == {"train", "val"}
@@ -93,7 +100,7 @@ def written_fold(cells: ad.AnnData, fold: int, folder: Path) -> tuple[ad.AnnData
 
 def test_a_test_condition_is_in_no_split_of_its_fold(screen: ad.AnnData, tmp_path: Path) -> None:
     obs = screen.obs
-    for fold, column in enumerate(fold_columns(obs)):
+    for fold, column in enumerate(list_fold_columns(obs)):
         training, controls = written_fold(screen, fold, tmp_path / str(fold))
         perturbed = obs[obs["condition"] != "control"]
         tested = set(perturbed.loc[perturbed[column] == "test", "condition"])
@@ -105,7 +112,7 @@ def test_a_test_condition_is_in_no_split_of_its_fold(screen: ad.AnnData, tmp_pat
 def test_cells_on_disk_and_panels_give_the_same(screen: ad.AnnData, tmp_path: Path, monkeypatch) -> None:
     screen.write_h5ad(tmp_path / "cells.h5ad")
     whole = written_fold(screen, 1, tmp_path / "whole")
-    monkeypatch.setattr("core.prepare.training_data.spans", partial(spans, rows=31))
+    monkeypatch.setattr("core.prepare.training_data.split_rows", partial(split_rows, rows=31))
     pieces = written_fold(ad.read_h5ad(tmp_path / "cells.h5ad", backed="r"), 1, tmp_path / "pieces")
     for a, b in zip(whole, pieces, strict=True):
         pd.testing.assert_frame_equal(a.obs, b.obs)

@@ -16,14 +16,14 @@ from scipy import sparse
 from core.catalog.registry import Catalog
 from core.errors import UserError
 from core.io.h5ad import open_h5ad
-from core.prepare.mirror import mirror_cells
-from core.prepare.splits import draw_halves, fold_columns
+from core.prepare.mirror import take_mirror_cells
+from core.prepare.splits import draw_halves, list_fold_columns
 from core.reference.build import build_half_split, build_negatives, build_reference, write_reference
 from core.reference.cell_sums import CellSums
 from core.reference.files import find_control_means, find_dataset_means, find_half_splits, read_keys, read_reference
 from core.reference.linear_baseline import predict_linear
-from core.reference.stored_profiles import stored_reference
-from core.stats.differential_expression import against_rest
+from core.reference.stored_profiles import read_stored_reference
+from core.stats.differential_expression import compare_with_rest
 from core.stats.moments import Moments
 
 Sums = Callable[..., CellSums]
@@ -88,7 +88,7 @@ def test_rows_are_all_perturbed_conditions_in_sorted_order(built: Built) -> None
     assert list(obs["n_degs"]) == (built.reference.layers["padj_first"] < 0.05).sum(axis=1).tolist()
     assert obs["n_degs"].sum() > 0
     for (_, group), fold in zip(groups, obs["test_fold"], strict=True):
-        tested = [k for k, column in enumerate(fold_columns(built.obs)) if (group[column] == "test").all()]
+        tested = [k for k, column in enumerate(list_fold_columns(built.obs)) if (group[column] == "test").all()]
         assert tested == ([fold] if fold >= 0 else [])
     assert list(built.reference.var_names) == list(built.cells.var_names)
 
@@ -142,7 +142,7 @@ def test_differential_expression_of_each_half_within_its_covariate(built: Built)
                 np.array([g.sum(axis=0) for g in groups]),
                 np.array([(g**2).sum(axis=0) for g in groups]),
             )
-            t, padj = against_rest(moments)
+            t, padj = compare_with_rest(moments)
             np.testing.assert_allclose(built.reference.layers[f"t_{suffix}"][rows], t, rtol=1e-7, atol=1e-9)
             np.testing.assert_allclose(built.reference.layers[f"padj_{suffix}"][rows], padj, rtol=1e-7)
 
@@ -165,7 +165,7 @@ def test_interpolated_duplicate(built: Built) -> None:
 def test_negatives(built: Built) -> None:
     """Every training perturbation weighs the same; no control, no val or test condition takes part."""
     obs = built.negatives.obs
-    folds = range(len(fold_columns(built.obs)))
+    folds = range(len(list_fold_columns(built.obs)))
     covariates = sorted(set(built.obs["covariate"]))
     expected = [(c, "control_mean", -1) for c in covariates] + [
         (c, "dataset_mean", f) for c in covariates for f in folds
@@ -327,8 +327,8 @@ def test_one_half_seed_means_no_further_split(single_cells: ad.AnnData, tmp_path
 def test_golden_halves_control_and_first_differential_expression(sums: Sums, shared: Path) -> None:
     """Recomputed from the cells of the mirror file these agree with the stored ones, to float32."""
     data = open_h5ad(shared / "golden" / "combo_mirror.h5ad")
-    cells = mirror_cells(data, "mirror.h5ad")
-    stored, stored_negatives = stored_reference(data, cells, "combo_mirror.h5ad")
+    cells = take_mirror_cells(data, "mirror.h5ad")
+    stored, stored_negatives = read_stored_reference(data, cells, "combo_mirror.h5ad")
     negatives = build_negatives(sums(cells))
     reference = build_reference(sums(cells), negatives, 42)
     assert list(reference.obs_names) == list(stored.obs_names)

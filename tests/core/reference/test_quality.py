@@ -12,9 +12,9 @@ import pytest
 
 from core.reference.build import build_negatives, build_reference
 from core.reference.cell_sums import CellSums
-from core.reference.quality import energy_by_covariate, quality, write_quality
+from core.reference.quality import measure_covariates, summarise_quality, write_quality
 from core.reference.quality_files import read_edistances
-from core.stats.edistance import edistances, principal_coordinates
+from core.stats.edistance import measure_edistances, project_cells
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def reference(screen: ad.AnnData, sums: Callable[..., CellSums]) -> ad.AnnData:
 
 def test_distances_within_each_covariate(screen: ad.AnnData) -> None:
     """Of its own cells, control included, in principal components of their own."""
-    tables = energy_by_covariate(screen)
+    tables = measure_covariates(screen)
     assert list(tables) == sorted(screen.obs["covariate"].unique())
     for covariate, table in tables.items():
         own = screen[(screen.obs["covariate"] == covariate).to_numpy()].copy()
@@ -32,13 +32,13 @@ def test_distances_within_each_covariate(screen: ad.AnnData) -> None:
         names = ["control", *sorted(set(labels) - {"control"})]
         assert list(table.index) == list(table.columns) == names
         codes = labels.map({name: i for i, name in enumerate(names)}).to_numpy()
-        expected = edistances(principal_coordinates(own.X), codes, names)
+        expected = measure_edistances(project_cells(own.X), codes, names)
         np.testing.assert_allclose(table, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_one_row_per_condition(screen: ad.AnnData, reference: ad.AnnData) -> None:
-    energy = energy_by_covariate(screen)
-    table = quality(reference.obs, energy)
+    energy = measure_covariates(screen)
+    table = summarise_quality(reference.obs, energy)
     assert list(table.columns) == ["covariate", "condition", "n_cells", "n_degs", "edistance_to_control"]
     assert list(zip(table["covariate"], table["condition"], strict=True)) == list(
         zip(reference.obs["covariate"], reference.obs["condition"], strict=True)
@@ -53,8 +53,10 @@ def test_one_row_per_condition(screen: ad.AnnData, reference: ad.AnnData) -> Non
 
 def test_written_tables_are_read_back(screen: ad.AnnData, reference: ad.AnnData, tmp_path: Path) -> None:
     write_quality(screen, reference.obs, tmp_path)
-    energy = energy_by_covariate(screen)
-    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "quality.parquet"), quality(reference.obs, energy))
+    energy = measure_covariates(screen)
+    pd.testing.assert_frame_equal(
+        pd.read_parquet(tmp_path / "quality.parquet"), summarise_quality(reference.obs, energy)
+    )
     read = read_edistances(tmp_path)
     assert list(read) == list(energy)
     for covariate, table in energy.items():

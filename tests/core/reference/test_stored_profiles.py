@@ -10,17 +10,17 @@ import pandas as pd
 import pytest
 
 from core.errors import UserError
-from core.prepare.mirror import mirror_cells
+from core.prepare.mirror import take_mirror_cells
 from core.reference.build import build_negatives, build_reference
 from core.reference.cell_sums import CellSums
 from core.reference.files import find_control_means, find_dataset_means
-from core.reference.stored_profiles import stored_reference
+from core.reference.stored_profiles import read_stored_reference
 
 Sums = Callable[..., CellSums]
 
 
 def reference_of(mirror: ad.AnnData) -> tuple[ad.AnnData, ad.AnnData]:
-    return stored_reference(mirror, mirror_cells(mirror, "mirror.h5ad"), "mirror.h5ad")
+    return read_stored_reference(mirror, take_mirror_cells(mirror, "mirror.h5ad"), "mirror.h5ad")
 
 
 def test_stored_tables_are_taken_as_they_are(mirror: ad.AnnData) -> None:
@@ -95,7 +95,7 @@ def test_sizes_and_folds_are_those_of_the_cells(sums: Sums, mirror: ad.AnnData, 
 def test_stored_and_recomputed_agree_where_they_should(sums: Sums, mirror: ad.AnnData) -> None:
     # Not the second half's DE, which has control in its rest, and what hangs on it (docs/science.md, section 7).
     reference, negatives = reference_of(mirror)
-    own = sums(mirror_cells(mirror, "mirror.h5ad"))
+    own = sums(take_mirror_cells(mirror, "mirror.h5ad"))
     recomputed_negatives = build_negatives(own)
     recomputed = build_reference(own, recomputed_negatives, 42)
     np.testing.assert_allclose(recomputed_negatives.X, negatives.X, rtol=1e-6)

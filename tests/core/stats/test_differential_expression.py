@@ -19,8 +19,8 @@ from statsmodels.stats.multitest import multipletests
 
 from core.catalog.registry import Catalog
 from core.io.h5ad import open_h5ad
-from core.stats.differential_expression import against_rest, benjamini_hochberg, deg_mask, effect_weights
-from core.stats.moments import Moments, group_moments
+from core.stats.differential_expression import adjust_p_values, compare_with_rest, mask_degs, weigh_effects
+from core.stats.moments import Moments, sum_groups
 
 Prepare = Callable[..., ad.AnnData]
 
@@ -46,7 +46,7 @@ def by_scanpy(x: np.ndarray, labels: np.ndarray) -> tuple[pd.DataFrame, pd.DataF
 def ours(x: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     codes = np.unique(labels, return_inverse=True)[1]
     matrix = sparse.csr_matrix(x.astype(np.float32))
-    return against_rest(group_moments(matrix, codes.astype(np.int64), codes.max() + 1))
+    return compare_with_rest(sum_groups(matrix, codes.astype(np.int64), codes.max() + 1))
 
 
 def screen(sizes: list[int], genes: int = 60, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -103,7 +103,7 @@ def test_a_difference_without_any_variance() -> None:
     assert padj[1, 0] == 0
     assert_equal_to_scanpy(x[labels != "c"], labels[labels != "c"])
     # No other gene can be weighed against an infinite one: no weight is defined.
-    assert not effect_weights(t)[1].any()
+    assert not weigh_effects(t)[1].any()
 
 
 @given(low=st.floats(1, 4, width=32), high=st.floats(5, 9, width=32), n=st.integers(4, 60))
@@ -135,8 +135,8 @@ def test_small_groups_are_not_tested_and_are_in_no_rest() -> None:
     np.testing.assert_array_equal(t[[1, 2, 4]], alone[0])
     np.testing.assert_array_equal(padj[[1, 2, 4]], alone[1])
     assert_equal_to_scanpy(x[large], labels[large])
-    assert not deg_mask(padj)[[0, 3]].any()
-    assert not effect_weights(t)[[0, 3]].any()
+    assert not mask_degs(padj)[[0, 3]].any()
+    assert not weigh_effects(t)[[0, 3]].any()
 
 
 def test_one_group_has_no_rest() -> None:
@@ -148,18 +148,18 @@ def test_one_group_has_no_rest() -> None:
 @settings(max_examples=50)
 def test_adjusted_p_equals_statsmodels(p: np.ndarray) -> None:
     expected = np.array([multipletests(row, method="fdr_bh")[1] for row in p])
-    np.testing.assert_allclose(benjamini_hochberg(p), expected, rtol=1e-12, atol=1e-300)
-    np.testing.assert_allclose(benjamini_hochberg(p[0]), expected[0], rtol=1e-12, atol=1e-300)
+    np.testing.assert_allclose(adjust_p_values(p), expected, rtol=1e-12, atol=1e-300)
+    np.testing.assert_allclose(adjust_p_values(p[0]), expected[0], rtol=1e-12, atol=1e-300)
 
 
 def test_degs_are_below_five_per_cent() -> None:
-    assert deg_mask(np.array([0.0, 0.049, 0.05, 1.0, np.nan])).tolist() == [True, True, False, False, False]
+    assert mask_degs(np.array([0.0, 0.049, 0.05, 1.0, np.nan])).tolist() == [True, True, False, False, False]
 
 
 def test_effect_weights_by_hand() -> None:
     t = np.array([[-4.0, 0.0, 2.0], [1.0, -3.0, 5.0], [2.0, -2.0, 2.0], [np.nan] * 3, [0.0, 0.0, 0.0]])
     expected = np.array([[1, 0, 0.25], [0, 0.25, 1], [0, 0, 0], [0, 0, 0], [0, 0, 0]])
-    np.testing.assert_allclose(effect_weights(t), expected, rtol=1e-15)
+    np.testing.assert_allclose(weigh_effects(t), expected, rtol=1e-15)
 
 
 @pytest.mark.shared
@@ -176,11 +176,11 @@ def test_blocks_and_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> No
     n = rng.integers(2, 9, 40)
     total = rng.gamma(2.0, 1.0, (40, 30)) * n[:, None]
     groups = Moments(n, total, total**2 / n[:, None] + rng.gamma(1.0, 1.0, (40, 30)))
-    whole = against_rest(groups)
+    whole = compare_with_rest(groups)
     assert np.isnan(whole[0]).any()
     assert not np.isnan(whole[0]).all()
     for block, workers in ((1, 3), (7, 1), (1000, 2)):
         monkeypatch.setattr("core.stats.differential_expression.BLOCK", block)
         monkeypatch.setattr("core.arrays.cpu_count", partial(int, workers))
-        for found, expected in zip(against_rest(groups), whole, strict=True):
+        for found, expected in zip(compare_with_rest(groups), whole, strict=True):
             np.testing.assert_array_equal(found, expected)

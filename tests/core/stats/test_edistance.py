@@ -13,8 +13,8 @@ from scipy import sparse
 from scipy.sparse.linalg import ArpackNoConvergence
 from sklearn.decomposition import PCA
 
-from core.io.panels import spans
-from core.stats.edistance import COMPONENTS, SMALL, _leading, edistances, principal_coordinates
+from core.io.panels import split_rows
+from core.stats.edistance import COMPONENTS, SMALL, _leading, measure_edistances, project_cells
 
 
 def by_pairs(x: np.ndarray, codes: np.ndarray, n_groups: int) -> np.ndarray:
@@ -42,23 +42,25 @@ NAMES = ["control", "A", "A+B", "B"]
 
 
 def test_equal_to_the_sum_over_pairs(expression: sparse.csr_matrix) -> None:
-    coordinates = principal_coordinates(expression)
+    coordinates = project_cells(expression)
     order = np.random.default_rng(1).permutation(90)
-    table = edistances(coordinates[order], CODES[order], NAMES)
+    table = measure_edistances(coordinates[order], CODES[order], NAMES)
     assert list(table.index) == list(table.columns) == NAMES
     np.testing.assert_allclose(table.to_numpy(), by_pairs(coordinates, CODES, 4), rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(table.to_numpy(), table.to_numpy().T, rtol=1e-12)
 
 
 def test_far_from_the_origin_nothing_is_lost(expression: sparse.csr_matrix) -> None:
-    coordinates = principal_coordinates(expression)
-    expected = edistances(coordinates, CODES, NAMES).to_numpy()
-    np.testing.assert_allclose(edistances(coordinates + 50, CODES, NAMES).to_numpy(), expected, rtol=1e-6, atol=1e-8)
+    coordinates = project_cells(expression)
+    expected = measure_edistances(coordinates, CODES, NAMES).to_numpy()
+    np.testing.assert_allclose(
+        measure_edistances(coordinates + 50, CODES, NAMES).to_numpy(), expected, rtol=1e-6, atol=1e-8
+    )
 
 
 def test_groups_of_one_cell_or_none_have_no_distance() -> None:
     x = np.random.default_rng(0).standard_normal((7, 3))
-    table = edistances(x, np.array([0, 0, 0, 1, 2, 2, 2]), ["a", "one", "b", "none"])
+    table = measure_edistances(x, np.array([0, 0, 0, 1, 2, 2, 2]), ["a", "one", "b", "none"])
     assert table.loc[["a", "b"], ["a", "b"]].notna().all(axis=None)
     assert table.loc[["one", "none"]].isna().all(axis=None)
     assert table[["one", "none"]].isna().all(axis=None)
@@ -66,7 +68,7 @@ def test_groups_of_one_cell_or_none_have_no_distance() -> None:
 
 @pytest.mark.parametrize("components", [50, 5])
 def test_coordinates_equal_scikit_learn(components: int, expression: sparse.csr_matrix) -> None:
-    found = principal_coordinates(expression, components)
+    found = project_cells(expression, components)
     model = PCA(components, svd_solver="full").fit(expression.toarray().astype(np.float64))
     expected = model.transform(expression.toarray().astype(np.float64))
     largest = model.components_[np.arange(components), np.abs(model.components_).argmax(axis=1)]
@@ -75,10 +77,10 @@ def test_coordinates_equal_scikit_learn(components: int, expression: sparse.csr_
 
 
 def test_there_are_no_more_components_than_the_data_have(expression: sparse.csr_matrix) -> None:
-    assert principal_coordinates(expression).shape == (90, COMPONENTS)
-    few_cells = principal_coordinates(expression[:8])
+    assert project_cells(expression).shape == (90, COMPONENTS)
+    few_cells = project_cells(expression[:8])
     assert few_cells.shape == (8, 7)
-    few_genes = principal_coordinates(expression[:, :6])
+    few_genes = project_cells(expression[:, :6])
     assert few_genes.shape == (90, 6)
     for x, found in ((expression[:8], few_cells), (expression[:, :6], few_genes)):
         dense = x.toarray().astype(np.float64)
@@ -96,7 +98,7 @@ def wide() -> sparse.csr_matrix:
 
 def test_many_genes_equal_scikit_learn(wide: sparse.csr_matrix) -> None:
     dense = wide.toarray().astype(np.float64)
-    found = principal_coordinates(wide, 20)
+    found = project_cells(wide, 20)
     expected = PCA(20, svd_solver="full").fit_transform(dense)
     np.testing.assert_allclose(found * np.sign((found * expected).sum(axis=0)), expected, rtol=1e-7, atol=1e-9)
 
@@ -105,9 +107,9 @@ def test_equal_eigenvalues_end_in_the_whole_decomposition(wide: sparse.csr_matri
     def never(*_: object, **__: object) -> None:
         raise ArpackNoConvergence("no convergence", np.zeros(0), np.zeros((0, 0)))
 
-    expected = principal_coordinates(wide, 20)
+    expected = project_cells(wide, 20)
     monkeypatch.setattr("core.stats.edistance.eigsh", never)
-    np.testing.assert_allclose(principal_coordinates(wide, 20), expected, rtol=1e-7, atol=1e-9)
+    np.testing.assert_allclose(project_cells(wide, 20), expected, rtol=1e-7, atol=1e-9)
 
 
 def test_an_eigenvalue_that_occurs_many_times_is_found_as_often() -> None:
@@ -121,21 +123,21 @@ def test_an_eigenvalue_that_occurs_many_times_is_found_as_often() -> None:
 
 
 def test_threads_strips_and_disk_change_nothing(wide: sparse.csr_matrix, monkeypatch, tmp_path: Path) -> None:
-    expected = principal_coordinates(wide, 20)
+    expected = project_cells(wide, 20)
     ad.AnnData(wide).write_h5ad(tmp_path / "cells.h5ad")
     on_disk = ad.read_h5ad(tmp_path / "cells.h5ad", backed="r").X
-    np.testing.assert_array_equal(principal_coordinates(on_disk, 20), expected)
+    np.testing.assert_array_equal(project_cells(on_disk, 20), expected)
     with monkeypatch.context() as one:
         one.setattr("core.arrays.cpu_count", partial(int, 1))
-        np.testing.assert_array_equal(principal_coordinates(wide, 20), expected)
-    monkeypatch.setattr("core.io.panels.spans", partial(spans, rows=50))
-    np.testing.assert_allclose(principal_coordinates(wide, 20), expected, rtol=1e-9, atol=1e-11)
+        np.testing.assert_array_equal(project_cells(wide, 20), expected)
+    monkeypatch.setattr("core.io.panels.split_rows", partial(split_rows, rows=50))
+    np.testing.assert_allclose(project_cells(wide, 20), expected, rtol=1e-9, atol=1e-11)
     some = np.concatenate([np.arange(50, 200), np.arange(210, 300)])
-    np.testing.assert_array_equal(principal_coordinates(on_disk, 20, some), principal_coordinates(wide[some], 20))
+    np.testing.assert_array_equal(project_cells(on_disk, 20, some), project_cells(wide[some], 20))
 
 
 def test_the_order_of_cells_and_genes_does_not_matter(expression: sparse.csr_matrix) -> None:
     rng = np.random.default_rng(2)
     rows, genes = rng.permutation(90), rng.permutation(70)
-    found = principal_coordinates(expression[rows][:, genes])
-    np.testing.assert_allclose(found, principal_coordinates(expression)[rows], atol=1e-8)
+    found = project_cells(expression[rows][:, genes])
+    np.testing.assert_allclose(found, project_cells(expression)[rows], atol=1e-8)

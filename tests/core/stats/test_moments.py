@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from core.io.panels import spans
-from core.stats.moments import add_group_sums, add_sums, group_codes, group_moments, square
+from core.io.panels import split_rows
+from core.stats.moments import add_group_sums, add_sums, code_groups, square_values, sum_groups
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ CODES = np.random.default_rng(1).integers(-1, 4, 60)  # the last of 5 groups is 
 
 
 def test_sums_means_and_squares(expression: sparse.csr_matrix) -> None:
-    moments = group_moments(expression, CODES, 5)
+    moments = sum_groups(expression, CODES, 5)
     x = expression.toarray().astype(np.float64)
     for group in range(5):
         own = x[group == CODES]
@@ -42,13 +42,13 @@ def test_sums_means_and_squares(expression: sparse.csr_matrix) -> None:
 def test_the_matrix_stays_as_it_is(dtype: type, expression: sparse.csr_matrix) -> None:
     x = expression.astype(dtype)
     before = x.data.copy()
-    group_moments(x, CODES, 5)
+    sum_groups(x, CODES, 5)
     np.testing.assert_array_equal(x.data, before)
     assert x.dtype == dtype
 
 
 def test_some_of_the_groups(expression: sparse.csr_matrix) -> None:
-    moments = group_moments(expression, CODES, 5)
+    moments = sum_groups(expression, CODES, 5)
     for chosen in (np.array([3, 0]), np.array([True, False, True, False, False])):
         some = moments.of(chosen)
         np.testing.assert_array_equal(some.n, moments.n[chosen])
@@ -59,18 +59,18 @@ def test_some_of_the_groups(expression: sparse.csr_matrix) -> None:
 def test_codes_are_positions_among_the_keys() -> None:
     frame = pd.DataFrame({"covariate": list("xyyxz"), "half": 1, "condition": ["A", "A", "B", "B", "A"]})
     keys = pd.DataFrame({"covariate": ["x", "y", "y"], "condition": ["A", "B", "A"]})
-    assert group_codes(frame, keys).tolist() == [0, 2, 1, -1, -1]
-    assert group_codes(frame.astype("category"), keys.astype("category")).tolist() == [0, 2, 1, -1, -1]
-    assert group_codes(frame, pd.DataFrame({"condition": ["B"]})).tolist() == [-1, -1, 0, 0, -1]
+    assert code_groups(frame, keys).tolist() == [0, 2, 1, -1, -1]
+    assert code_groups(frame.astype("category"), keys.astype("category")).tolist() == [0, 2, 1, -1, -1]
+    assert code_groups(frame, pd.DataFrame({"condition": ["B"]})).tolist() == [-1, -1, 0, 0, -1]
 
 
 def test_one_pass_in_panels_on_disk(expression: sparse.csr_matrix, tmp_path: Path, monkeypatch) -> None:
     """Of a matrix and into arrays in files, 7 rows at a time."""
     ad.AnnData(expression).write_h5ad(tmp_path / "cells.h5ad")
     X = ad.read_h5ad(tmp_path / "cells.h5ad", backed="r").X
-    whole = group_moments(expression, CODES, 5)
-    monkeypatch.setattr("core.io.panels.spans", partial(spans, rows=7))
-    pieces = group_moments(X, CODES, 5)
+    whole = sum_groups(expression, CODES, 5)
+    monkeypatch.setattr("core.io.panels.split_rows", partial(split_rows, rows=7))
+    pieces = sum_groups(X, CODES, 5)
     np.testing.assert_allclose(pieces.total, whole.total, rtol=1e-13)
     np.testing.assert_allclose(pieces.squares, whole.squares, rtol=1e-13)
     np.testing.assert_array_equal(pieces.n, whole.n)
@@ -80,7 +80,7 @@ def test_one_pass_in_panels_on_disk(expression: sparse.csr_matrix, tmp_path: Pat
             rows = slice(start, start + 7)
             values = expression[rows].astype(np.float64)
             add_group_sums(total, CODES[rows], values)
-            add_group_sums(squares, CODES[rows], square(values))
+            add_group_sums(squares, CODES[rows], square_values(values))
         np.testing.assert_array_equal(total[:], pieces.total)
         np.testing.assert_array_equal(squares[:], pieces.squares)
 

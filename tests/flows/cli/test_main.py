@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from core.catalog.registry import Kind
-from flows.cli.listing import listing
+from flows.cli.listing import make_listing
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -125,7 +125,7 @@ def test_the_list_says_what_an_entry_needs(
     monkeypatch.setenv("CALIPERT_CATALOG", own_entries(tmp_path, OWN))
     console = Console(width=400)
     with console.capture() as shown:
-        console.print(listing(kind))
+        console.print(make_listing(kind))
     (line,) = (line for line in shown.get().splitlines() if line.split()[:1] == [name])
     found = [part.strip() for part in line.split("  ") if part.strip()][2:]
     assert found == ([needs] if needs else [])

@@ -8,15 +8,15 @@ import re
 import runpy
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from blocks.engines.process import ModelFailed, Usage, described, event_of
+from blocks.engines.base import Engine, ModelFailed, StageRun, Usage
+from blocks.engines.lines import read_event
 from core.errors import UserError
 from flows.cli import model as model_cli
 from flows.cli.main import app
@@ -62,10 +62,11 @@ def average(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-class InThisProcess:
+class InThisProcess(Engine):
     """An engine that imports what a process would import once only."""
 
-    def run(self, stage: str, model_folder: Path, spec: Mapping[str, Any], *, on_event: Any, **_: Any) -> Usage:
+    def run_stage(self, run: StageRun) -> Usage:
+        stage, model_folder, spec, on_event = run.stage, run.model_folder, run.spec, run.on_event
         file, printed, said = model_folder.parent / "spec.json", io.StringIO(), io.StringIO()
         file.write_text(json.dumps(spec))
         try:
@@ -77,11 +78,8 @@ class InThisProcess:
             code = error.code if isinstance(error, SystemExit) else 1
             raise ModelFailed(model_folder.name, stage, f"ended: {error}", code, (said.getvalue(),)) from error
         for line in printed.getvalue().splitlines():
-            on_event(event_of(line))
+            on_event(read_event(line))
         return Usage(0.0, None, None, "cpu")
-
-    def describe(self, model_folder: Path) -> contract.Description:
-        return described(self.run, model_folder, 1.0)
 
     def identity(self, model_folder: Path) -> str:
         return "here"
@@ -153,7 +151,7 @@ def test_packages_that_are_missing_are_refused_with_the_remedy(average, imports)
 
 
 def test_the_list_has_models_and_embeddings():
-    users = model_cli._users()
+    users = model_cli._list_users()
     assert users["scgpt"] == ["scgpt", "embedding scgpt"]
     assert users["geneformer"] == ["embedding geneformer"]
     assert "knn_geneformer" in users["knn"]

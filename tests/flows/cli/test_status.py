@@ -16,8 +16,8 @@ from rich.console import Console
 
 from blocks.services.stack import ServiceStatus
 from flows.cli import status as module
-from flows.cli.status import FlowRun, Pool, Snapshot, one_line, snapshot
-from flows.cli.status_screen import MOST, screen
+from flows.cli.status import FlowRun, Pool, Snapshot, shorten_reason, take_snapshot
+from flows.cli.status_screen import MOST, make_screen
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -36,7 +36,7 @@ REASON = (
 
 def printed(shown: Snapshot, width: int = 100) -> str:
     console = Console(width=width, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
-    console.print(screen(shown, NOW))
+    console.print(make_screen(shown, NOW))
     return console.export_text()
 
 
@@ -69,8 +69,8 @@ def flow_run(kind: str, name: str = "benchmark-demo", **changes: Any) -> FlowRun
         ("x" * 1000, "x" * 300 + " …"),
     ],
 )
-def test_a_reason_is_one_line(message: str, line: str | None) -> None:
-    assert one_line(message) == (message if line is None else line)
+def test_a_reason_is_shorten_reason(message: str, line: str | None) -> None:
+    assert shorten_reason(message) == (message if line is None else line)
 
 
 def test_every_state_says_what_matters() -> None:
@@ -103,14 +103,14 @@ def test_every_state_says_what_matters() -> None:
     assert f"embed-esm2 completed {(NOW - timedelta(days=2)).astimezone():%b %d %H:%M}, 12 s" in lines
     assert "GPU GPU-1 demo, ridge, fold 1 (process 7)" in lines
     assert "store 12 artifacts, 3.4 MB; 5 TB free" in text
-    assert "nobody goes on with them: ridge seed 42." in text
+    assert "but their flow run or process has ended: ridge seed 42." in text
     assert "Prefect: slow" in lines
     assert "make up" not in text
 
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_a_busy_week_fits_on_one_screen(width: int) -> None:
-    reason = one_line("where, what: " + "found " * 30)
+    reason = shorten_reason("where, what: " + "found " * 30)
     runs = {
         kind: [flow_run(state, f"benchmark-{state.lower()}-{i}", reason=reason, ended=NOW) for i in range(200)]
         for kind, state in zip(MOST, ("RUNNING", "SCHEDULED", "FAILED", "COMPLETED"), strict=True)
@@ -137,8 +137,9 @@ def test_without_servers_it_says_how_to_start_and_starts_nothing(calipert: Run, 
 
 def test_neither_prefect_nor_mlflow_is_imported() -> None:
     code = (
-        "import sys; from datetime import UTC, datetime; import flows.cli.main; from flows.cli.status import snapshot;"
-        "from flows.cli.status_screen import screen; now = datetime.now(UTC); screen(snapshot(now), now);"
+        "import sys; from datetime import UTC, datetime; import flows.cli.main; now = datetime.now(UTC);"
+        "from flows.cli.status import take_snapshot; from flows.cli.status_screen import make_screen;"
+        "make_screen(take_snapshot(now), now);"
         "sys.exit(str({'prefect', 'mlflow', 'pandas', 'numpy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -172,7 +173,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
 
 
 def test_servers_that_fail_are_troubles_not_errors(broken: str) -> None:
-    shown = snapshot(NOW)
+    shown = take_snapshot(NOW)
     prefect, mlflow = shown.troubles
     assert prefect.startswith(f"Prefect: {broken}/api")
     assert "500" in prefect
@@ -185,7 +186,7 @@ def test_the_store_is_measured_and_scratch_is_not(tmp_path: Path) -> None:
         folder = tmp_path / "store" / place
         folder.mkdir(parents=True)
         (folder / "file").write_bytes(b"x" * size)
-    count, size, free = module._size(tmp_path / "store")
+    count, size, free = module._measure_store(tmp_path / "store")
     assert (count, size) == (3, 3500)
     assert free > 0
-    assert module._size(tmp_path / "nothing" / "here")[:2] == (0, 0)
+    assert module._measure_store(tmp_path / "nothing" / "here")[:2] == (0, 0)

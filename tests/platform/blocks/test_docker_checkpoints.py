@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 from blocks.config.paths import PROJECT_ROOT
+from blocks.engines.base import ModelFailed
 from blocks.engines.docker import checkpoints as docker_checkpoints
 from blocks.engines.docker.checkpoints import FILE
 from blocks.engines.docker.engine import DockerEngine
 from blocks.engines.docker.limits import Limits
-from blocks.engines.process import ModelFailed
 from core.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -184,7 +184,7 @@ def test_a_copy_that_cannot_be_taken_is_named(model, kept):
         big = tarfile.TarInfo("big")
         big.size = 2**22
         archive.addfile(big, io.BytesIO(bytes(big.size)))
-    with pytest.raises(UserError, match=r"(?s)checkpoint\.tar.*the stage then begins anew"):
+    with pytest.raises(UserError, match=r"(?s)checkpoint\.tar.*the stage then starts from the beginning"):
         run(model, kept, "", output=2**20)
 
 

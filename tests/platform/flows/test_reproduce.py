@@ -91,7 +91,7 @@ class TestWithServers:
         rows = {row["data set"]: row for row in table(servers)}
         assert list(rows) == ["absent", "damaged", "tiny"]
         assert {name: row["outcome"] for name, row in rows.items()} == {
-            "absent": "could not be got",
+            "absent": "could not be fetched",
             "damaged": "could not be prepared",
             "tiny": "done",
         }
@@ -109,7 +109,7 @@ class TestWithServers:
             "done",
         ]
         assert wanted in printed
-        assert any(line[:5] == ["absent", "could", "not", "be", "got:"] for line in printed)
+        assert any(line[:5] == ["absent", "could", "not", "be", "fetched:"] for line in printed)
         assert any(line[:5] == ["damaged", "could", "not", "be", "prepared:"] for line in printed)
         assert state(servers) == "COMPLETED"
 
@@ -178,7 +178,7 @@ class TestWithServers:
         done = subprocess.run(
             [sys.executable, "-c", HOOK],
             cwd=PROJECT_ROOT,
-            env=child_environment.child_environment(servers),
+            env=child_environment.build_child_environment(servers),
             capture_output=True,
             text=True,
             check=False,

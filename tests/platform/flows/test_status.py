@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from blocks.config import child_environment
-from flows.cli.status import snapshot
+from flows.cli.status import take_snapshot
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -71,7 +71,7 @@ class TestWithServers:
             )
             tracking.finish(runs[model].folds[0])
 
-        shown = snapshot(datetime.now(UTC))
+        shown = take_snapshot(datetime.now(UTC))
         assert shown.troubles == []
         found = {run.name: run for kind in shown.runs.values() for run in kind}
         assert "a fold of its own" not in found
@@ -91,6 +91,6 @@ class TestWithServers:
         assert servers.prefect in flat
         assert "knn seed 42" in flat
         tracking.end_stale("status", lambda ids: {running})
-        assert snapshot(datetime.now(UTC)).stale == []
+        assert take_snapshot(datetime.now(UTC)).stale == []
         tracking.finish(*(run.run_id for run in runs.values()))
         tracking.end_interrupted(running, "the test is over")

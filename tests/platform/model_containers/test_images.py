@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from blocks.engines.docker import checkpoints as docker_checkpoints
 from blocks.engines.docker.engine import DockerEngine
-from blocks.engines.docker.images import build_image, usable_image
+from blocks.engines.docker.images import build_image, find_image
 from blocks.engines.process import ProcessEngine
 from core.errors import UserError
 from flows.cli.model_check import check_model
@@ -74,7 +74,7 @@ def built(docker_client, base_image, request, monkeypatch) -> Callable[[str], Pa
         if "torch==" in (folder / "requirements.txt").read_text():
             arguments["TORCH_INDEX"] = request.getfixturevalue("torch_index")
         try:
-            usable_image(docker_client, folder)
+            find_image(docker_client, folder)
         except UserError:
             build_image(docker_client, folder, arguments, print)
         return folder

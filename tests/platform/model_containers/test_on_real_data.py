@@ -11,15 +11,15 @@ import pytest
 
 from core.catalog.registry import Catalog
 from core.conditions import CONTROL
-from core.embeddings.gene_graph import gene_graph, gene_terms
-from core.embeddings.tables import pathway_embedding
+from core.embeddings.gene_graph import build_gene_graph, read_gene_terms
+from core.embeddings.tables import embed_pathways
 from core.io.h5ad import open_h5ad
 from core.prepare.splits import draw_halves
 from core.prepare.training_data import write_fold
 from core.reference.build import build_half_split, build_negatives
 from core.reference.cell_sums import CellSums
 from core.scoring.metrics import squared_error
-from core.stats.differential_expression import effect_weights
+from core.stats.differential_expression import weigh_effects
 from model_containers import contract
 
 Sums = Callable[..., CellSums]
@@ -41,13 +41,13 @@ def relative(sums: Sums, prepared: Prepare, shared, load, tmp_path_factory) -> R
     of_cells = sums(cells, {seed: draw_halves(cells.obs, seed) for seed in HALF_SEEDS})
     negatives = build_negatives(of_cells)
     splits = [build_half_split(of_cells, seed, negatives) for seed in HALF_SEEDS]
-    pathway_embedding(shared / "data" / "ReactomePathways.gmt", 128).to_parquet(folder / "embedding.parquet")
+    embed_pathways(shared / "data" / "ReactomePathways.gmt", 128).to_parquet(folder / "embedding.parquet")
 
     def graph() -> Path:
         path = folder / "graph.parquet"
         if not path.exists():
             screen = sorted(set(cells.obs["condition"]) - {CONTROL})
-            gene_graph(gene_terms(shared / "data" / "ReactomePathways.gmt"), 100, screen).to_parquet(path)
+            build_gene_graph(read_gene_terms(shared / "data" / "ReactomePathways.gmt"), 100, screen).to_parquet(path)
         return path
 
     def run(name: str, gene: str, hyperparameters: dict[str, object], output: Path) -> float:
@@ -65,7 +65,7 @@ def relative(sums: Sums, prepared: Prepare, shared, load, tmp_path_factory) -> R
         ratios = []
         for split in splits:
             row = (split.obs["condition"] == gene).to_numpy()
-            truth, weights = split.layers["truth"][row], effect_weights(split.layers["t_first"][row])
+            truth, weights = split.layers["truth"][row], weigh_effects(split.layers["t_first"][row])
             errors = [squared_error(profile, truth, weights)[0] for profile in (predicted, dataset_mean)]
             ratios.append(errors[0] / errors[1])
         return float(np.median(ratios))

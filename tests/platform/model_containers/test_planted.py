@@ -14,8 +14,8 @@ import pandas as pd
 import pytest
 import torch
 
-from core.scoring.comparison import compare
-from flows.cli.model_panel import similarity_graph
+from core.scoring.comparison import compare_models
+from flows.cli.model_panel import make_similarity_graph
 
 # Defaults but for three models: the screens have 2,250 cells, which make few steps an epoch.
 # * gears: by default the rate is halved after each epoch, and gone before anything is learned (with 13,000 cells it
@@ -74,13 +74,13 @@ def least_gain(load, tmp_path) -> Gain:
         else:
             known = programs.loc[genes]
             told["embedding"] = tmp_path / "told.parquet"
-            (similarity_graph(known) if name == "gears" else known).to_parquet(told["embedding"])
+            (make_similarity_graph(known) if name == "gears" else known).to_parquet(told["embedding"])
         errors = screen.errors(load(name), tmp_path, SETTINGS[name], **told)
         errors = errors[errors.index.str.contains("+", regex=False) == pairs]
         assert len(errors) >= 20
         scores = errors.rename_axis("condition").melt(var_name="model", ignore_index=False).reset_index()
         n_degs = pd.Series(0.0, index=pd.MultiIndex.from_product([["line"], errors.index]))  # one stratum is enough
-        found = compare(scores.assign(covariate="line", metric="wmse"), n_degs, seed=1)
+        found = compare_models(scores.assign(covariate="line", metric="wmse"), n_degs, seed=1)
         return float(found.set_index("stratum").loc["all", "low"])
 
     return of

@@ -13,7 +13,7 @@ import pytest
 from blocks.config.paths import MODEL_CONTAINERS
 from blocks.engines.docker import checkpoints as docker_checkpoints
 from blocks.engines.docker.engine import DockerEngine
-from blocks.engines.docker.images import usable_image
+from blocks.engines.docker.images import find_image
 from core.errors import UserError
 from flows.cli.model_check import check_model
 
@@ -35,7 +35,7 @@ def folder(docker_client, nothing_left, monkeypatch) -> Path:
     """Skips without the image: it takes gigabytes, under a licence that its user has to accept."""
     monkeypatch.setenv("CALIPERT_GPUS", "none")
     try:
-        usable_image(docker_client, MODEL_CONTAINERS / "state")
+        find_image(docker_client, MODEL_CONTAINERS / "state")
     except UserError as error:
         pytest.skip(str(error))
     return MODEL_CONTAINERS / "state"

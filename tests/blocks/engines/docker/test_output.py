@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from blocks.engines.docker.output import RefusedOutput, members, move_into, repack, unpack
+from blocks.engines.docker.output import RefusedOutput, move_into, read_members, repack, unpack
 
 
 def member(name: str, content: bytes = b"", **fields: object) -> tuple[tarfile.TarInfo, bytes]:
@@ -33,7 +33,7 @@ def archived(*given: tuple[tarfile.TarInfo, bytes]) -> list[bytes]:
 
 
 def unpacked(folder: Path, *given: tuple[tarfile.TarInfo, bytes], most_bytes: int = 1000, most_files: int = 3) -> None:
-    unpack(members(archived(*given), "/output", most_bytes, most_files), folder)
+    unpack(read_members(archived(*given), "/output", most_bytes, most_files), folder)
 
 
 def test_plain_files_and_folders_come_with_their_content_alone(tmp_path):
@@ -94,14 +94,14 @@ def test_a_file_twice_is_an_error(tmp_path):
 
 def test_what_is_no_archive_is_refused(tmp_path):
     with pytest.raises(RefusedOutput, match="no readable archive"):
-        unpack(members([b"x" * 1000], "/output", 1000, 3), tmp_path)
+        unpack(read_members([b"x" * 1000], "/output", 1000, 3), tmp_path)
 
 
 @pytest.mark.parametrize("again", [unpack, lambda found, folder: repack(found, folder / "tar", 1, 1)])
 def test_what_breaks_off_in_the_midst_of_a_file_is_refused(tmp_path, again):
     broken = archived(OUTPUT, member("output/a", b"x" * 900))[:2]
     with pytest.raises(RefusedOutput, match="no readable archive"):
-        again(members(broken, "/output", 1000, 3), tmp_path)
+        again(read_members(broken, "/output", 1000, 3), tmp_path)
 
 
 def test_what_is_packed_again_is_a_users_and_nothing_but_content(tmp_path):
@@ -111,7 +111,7 @@ def test_what_is_packed_again_is_a_users_and_nothing_but_content(tmp_path):
         member("place/deep", type=tarfile.DIRTYPE, mode=0),
         member(strange, b"weights", mode=0o6777, mtime=1, uid=0, uname="root"),
     ]
-    repack(members(archived(*given), "/place", 1000, 3), tmp_path / "tar", 7, 8)
+    repack(read_members(archived(*given), "/place", 1000, 3), tmp_path / "tar", 7, 8)
     with tarfile.open(tmp_path / "tar") as archive:
         found = archive.getmembers()
         assert [(one.name, one.uid, one.gid, one.uname) for one in found] == [

@@ -27,14 +27,16 @@ import pytest
 import yaml
 from kubernetes.config import incluster_config
 
+from blocks.engines.base import LAST_LINES, ModelFailed, Usage
 from blocks.engines.kubernetes import api as kubernetes_api
 from blocks.engines.kubernetes import engine as kubernetes_engine
 from blocks.engines.kubernetes import logs as kubernetes_logs
 from blocks.engines.kubernetes import transfer
 from blocks.engines.kubernetes.engine import KubernetesEngine
-from blocks.engines.kubernetes.job import Cluster, ModelPod, StageJob, ending, inside, read_cluster
-from blocks.engines.process import LAST_LINES, ModelFailed, ProcessEngine, Usage
-from blocks.local.cancellation import Stopped, models_end_with
+from blocks.engines.kubernetes.job import Cluster, ModelPod, StageJob, read_cluster, translate_spec
+from blocks.engines.kubernetes.status import read_ending
+from blocks.engines.process import ProcessEngine
+from blocks.local.cancellation import Stopped, end_models_with
 from blocks.local.gpus import Gpu
 from blocks.store import artifacts as store
 from blocks.store import bucket as object_store
@@ -225,7 +227,7 @@ def test_events_come_while_the_model_runs(model, output, tmp_path):
 
 def test_usage_is_the_time_of_the_models_container():
     terminated = {"startedAt": "2026-01-01T00:00:00Z", "finishedAt": "2026-01-01T01:00:05Z"}
-    usage = kubernetes_engine._usage(terminated, "cpu")
+    usage = kubernetes_engine._read_usage(terminated, "cpu")
     assert usage == Usage(seconds=3605.0, cpu_seconds=None, peak_memory_bytes=None, device="cpu")
 
 
@@ -372,7 +374,7 @@ def test_eviction_is_told_in_the_nodes_words(model, cluster, output):
 
 def test_image_that_cannot_be_had(model, cluster, output, monkeypatch, caplog):
     caplog.set_level(logging.INFO, "calipert")
-    monkeypatch.setattr(kubernetes_engine, "TROUBLE_LIMIT_S", 0)
+    monkeypatch.setattr(kubernetes_engine, "START_PROBLEM_LIMIT_S", 0)
     cluster.troubles["model"] = ("ErrImagePull", "manifest unknown")
     error = failure(model(""), output)
     assert error.ending == "could not start within 0 s: model: ErrImagePull: manifest unknown"
@@ -467,7 +469,7 @@ def test_a_job_that_somebody_deletes(model, cluster, output):
         cluster.delete(name, {"preconditions": {"uid": job["metadata"]["uid"]}})
 
     error = failure(model(SLEEPER), output, on_event=delete)
-    assert error.ending == "lost its Job, which somebody else deleted"
+    assert error.ending == "lost its Job, which was deleted from outside"
     assert error.last_lines == ("asleep",)
 
 
@@ -511,7 +513,7 @@ def test_a_pod_that_ends_between_two_containers(ended, reason, words):
     status = {"phase": "Failed", "initContainerStatuses": inits} | (
         {"reason": reason, "message": "gone"} if reason else {}
     )
-    found = ending({"status": status}, stage_job())
+    found = read_ending({"status": status}, stage_job())
     assert found is not None
     assert words in str(found.words)
     assert found.exit_code is None
@@ -585,7 +587,7 @@ def test_lines_of_any_length(monkeypatch):
     log = b"T1 abc\nT2 " + b"x" * 30 + b"\nT3 \nT4 end"
     chunks = [log[start : start + 7] for start in range(0, len(log), 7)]
     for over in (True, False):
-        pieces = list(kubernetes_logs._pieces(chunks, over))
+        pieces = list(kubernetes_logs._read_pieces(chunks, over))
         text: dict[bytes, bytes] = {}
         for piece in pieces:
             text[piece.stamp] = text.get(piece.stamp, b"") + piece.text
@@ -631,7 +633,7 @@ def training(
         except Stopped as error:
             errors.append(error)
 
-    with suppress(InterruptedError), models_end_with("benchmark"):
+    with suppress(InterruptedError), end_models_with("benchmark"):
         thread = threading.Thread(target=copy_context().run, args=(train,))
         thread.start()
         yield errors
@@ -658,7 +660,7 @@ def test_a_stop_is_heard_while_the_api_is_away(model, cluster, output):
 def leave_a_job(cluster: Any, folder: Path, output: Path) -> str:
     """What a killed run of the same stage leaves: a Job whose model runs, and its folders in the bucket."""
     job = KubernetesEngine()._cluster(folder.name)
-    left = replace(stage_job(), cluster=job, inputs=inside({"output": str(output)}, output), attempt="killed")
+    left = replace(stage_job(), cluster=job, inputs=translate_spec({"output": str(output)}, output), attempt="killed")
     bucket = ObjectStore(BUCKET)
     (output / "spec.json").write_text(json.dumps(left.inputs.spec))
     bucket.put(output, left.specification)
@@ -720,7 +722,7 @@ def stage_job(**changes: Any) -> StageJob:
     cluster = Cluster.model_validate(given | changes.pop("cluster", {}))
     whole = {"model": "toy", "stage": "train", "store": BUCKET, "timeout_s": 5.5, "flow_run": "f" * 36, "attempt": "1"}
     whole |= {"owner": None}
-    return StageJob(cluster=cluster, inputs=inside(spec | changes.pop("spec", {}), store), **(whole | changes))
+    return StageJob(cluster=cluster, inputs=translate_spec(spec | changes.pop("spec", {}), store), **(whole | changes))
 
 
 def containers(job: StageJob) -> dict[str, dict[str, Any]]:
@@ -821,7 +823,7 @@ def test_a_name_follows_from_the_work():
 def test_paths_that_are_in_no_artifact_are_refused():
     for path in ("/etc/passwd", "/data/store", "/data/store/fold"):
         with pytest.raises(ValueError, match="is no artifact of the store"):
-            inside({"cells": path}, Path("/data/store"))
+            translate_spec({"cells": path}, Path("/data/store"))
 
 
 # ---- settings

@@ -19,9 +19,9 @@ import pandas as pd
 import psutil
 import pytest
 
+from blocks.engines.base import ModelFailed
 from blocks.engines.docker.engine import DockerEngine
 from blocks.engines.docker.limits import Limits
-from blocks.engines.process import ModelFailed
 from core.errors import UserError
 from core.scoring.predictions import check_model_output
 
@@ -244,7 +244,7 @@ def test_values_that_are_no_predictions(handed_in, value):
 
 @pytest.mark.parametrize("key", [("line", "C"), ("line", "control"), ("other", "A")])
 def test_conditions_of_others(handed_in, key):
-    with pytest.raises(UserError, match=r"(?s)output of hostile.*(no test condition|which the data set lacks)"):
+    with pytest.raises(UserError, match=r"(?s)output of hostile.*(not test conditions|which the data set lacks)"):
         handed_in(predictions([*ASKED, dict(zip(("covariate", "condition"), key, strict=True))]))
 
 

@@ -14,8 +14,8 @@ from scipy import sparse
 
 from core.catalog.registry import Catalog
 from core.io.h5ad import open_h5ad
-from core.prepare.cells import normalise
-from core.prepare.variable_genes import expression_moments, highly_variable
+from core.prepare.cells import normalise_counts
+from core.prepare.genes import choose_variable_genes, measure_expression
 
 Prepare = Callable[..., ad.AnnData]
 
@@ -27,12 +27,12 @@ def by_scanpy(log_expression: sparse.csr_matrix, genes: pd.Index, n_top: int) ->
 
 
 def ours(log_expression: sparse.csr_matrix, genes: pd.Index, n_top: int) -> set[str]:
-    return set(genes[highly_variable(*expression_moments([log_expression], len(genes)), genes, n_top)])
+    return set(genes[choose_variable_genes(*measure_expression([log_expression], len(genes)), genes, n_top)])
 
 
 @pytest.fixture(scope="module")
 def simulated(single_raw: ad.AnnData) -> tuple[sparse.csr_matrix, pd.Index]:
-    return normalise(single_raw.X, None, 1e4), single_raw.var_names
+    return normalise_counts(single_raw.X, None, 1e4), single_raw.var_names
 
 
 @pytest.mark.parametrize("n_top", [1, 10, 50, 130, 200, 248])
@@ -44,7 +44,7 @@ def test_equal_to_scanpy(n_top: int, simulated: tuple[sparse.csr_matrix, pd.Inde
 
 def test_moments_are_those_of_the_expression(simulated: tuple[sparse.csr_matrix, pd.Index]) -> None:
     x = np.expm1(simulated[0].toarray()).astype(np.float64)
-    mean, variance = expression_moments([simulated[0]], simulated[0].shape[1])
+    mean, variance = measure_expression([simulated[0]], simulated[0].shape[1])
     np.testing.assert_allclose(mean, x.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(variance, x.var(axis=0, ddof=1), rtol=1e-9)
 
