@@ -86,7 +86,7 @@ COMPARED = [shared for shared in METRICS if shared.differs != "test"]
 
 
 def screen(conditions: int, cells: int, genes: int) -> ad.AnnData:
-    """A simulated screen in log1p of counts per 10,000, X float64; obs `condition`."""
+    """Simulate a screen in log1p of counts per 10,000, X float64; obs `condition`."""
     settings = SimulationSettings(
         singles=conditions, cells_per_condition=cells, genes=genes, control_cells=10 * cells, cells_per_condition_sd=0.1
     )
@@ -99,7 +99,7 @@ def screen(conditions: int, cells: int, genes: int) -> ad.AnnData:
 
 
 def first_conditions(data: ad.AnnData) -> ad.AnnData:
-    """The cells whose values are compared: of a fold for each condition there cannot be many."""
+    """Choose the cells whose values are compared; with one fold per condition there cannot be many."""
     labels = data.obs["condition"].astype(str)
     chosen = sorted(set(labels) - {"control"})[:CHECKED]
     return data[labels.isin([*chosen, "control"]).to_numpy()].copy()
@@ -133,7 +133,7 @@ def run(command: Sequence[str | Path]) -> None:
 
 
 def run_peer(peer: Path, file: Path, folder: Path, protocols: str, positive: str) -> pd.DataFrame:
-    """The peer's table: one row per condition and protocol, with the values of both controls and the DRF."""
+    """Compute the peer's table: one row per condition and protocol, with the values of both controls and the DRF."""
     options = {
         "--protocols": protocols,
         "--positive": positive,

@@ -39,6 +39,7 @@ class Agreement(NamedTuple):
     kind: str
 
     def holds(self) -> bool:
+        """Return whether the claim holds."""
         return self.largest <= self.tolerance
 
 
@@ -53,7 +54,7 @@ def timed(work: Callable[[], T], repeats: int = 1) -> tuple[float, T]:
 
 
 def agreement(what: str, ours: npt.ArrayLike, theirs: npt.ArrayLike, tolerance: float, kind: str) -> Agreement:
-    """The largest difference between two results of one shape.
+    """Find the largest difference between two results of one shape.
 
     NaN against NaN, and equal infinities, are no difference; NaN against a number is an infinite one. relative:
     divided by the size of theirs; 0 against 0 is no difference.
@@ -67,7 +68,7 @@ def agreement(what: str, ours: npt.ArrayLike, theirs: npt.ArrayLike, tolerance: 
 
 
 def machine(*packages: str) -> str:
-    """The number of cores, the threads of BLAS that a peer in this process may use, and versions."""
+    """Describe the number of cores, the threads of BLAS that a peer in this process may use, and versions."""
     blas = max((library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"), default=1)
     versions = [f"{name} {version(name)}" for name in ("numpy", "scipy", *packages)]
     return f"{os.cpu_count()} cores, BLAS threads {blas}, Python {platform.python_version()}, {', '.join(versions)}"

@@ -50,7 +50,7 @@ def ours(X: Any, codes: Ints, conditions: int) -> tuple[Floats, Floats]:
 
 
 def ours_from_disk(path: Path, codes: Ints, conditions: int) -> tuple[Floats, Floats]:
-    """The same from a file."""
+    """Compute the same from a file."""
     cells = ad.read_h5ad(path, backed="r")
     result = ours(cells.X, codes, conditions)
     cells.file.close()
@@ -58,7 +58,7 @@ def ours_from_disk(path: Path, codes: Ints, conditions: int) -> tuple[Floats, Fl
 
 
 def scanpys(cells: ad.AnnData, groups: list[str]) -> dict[str, np.ndarray]:
-    """scanpy's table of results of some conditions, by field."""
+    """Compute scanpy's table of results of some conditions, by field."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scanpy's own, of how it fills its table
         sc.tl.rank_genes_groups(
@@ -69,7 +69,7 @@ def scanpys(cells: ad.AnnData, groups: list[str]) -> dict[str, np.ndarray]:
 
 
 def as_cells(X: sparse.csr_matrix, codes: Ints) -> ad.AnnData:
-    """The cells as scanpy takes them."""
+    """Prepare the cells as scanpy takes them."""
     names = [f"c{number:04d}" for number in range(codes.max() + 1)]
     obs = pd.DataFrame(
         {"condition": pd.Categorical.from_codes(codes, names)}, index=[f"cell{i}" for i in range(len(codes))]
@@ -79,7 +79,7 @@ def as_cells(X: sparse.csr_matrix, codes: Ints) -> ad.AnnData:
 
 
 def in_order(table: dict[str, np.ndarray], field: str, groups: list[str], genes: pd.Index) -> Floats:
-    """A field of scanpy's results, conditions x genes: scanpy sorts the genes of each condition by score."""
+    """Read a field of scanpy's results, conditions x genes: scanpy sorts the genes of each condition by score."""
     values = np.empty((len(groups), len(genes)))
     for row, group in enumerate(groups):
         values[row, genes.get_indexer(table["names"][group])] = table[field][group]
@@ -143,7 +143,7 @@ def main(
 
 
 def _reading(X: sparse.csr_matrix, conditions: int) -> tuple[str, str, str]:
-    """The same cells in other groups, as neighbours: how many rows are read, and how long it takes."""
+    """Time the same cells in other groups, as neighbours, and count the rows that are read."""
     counted = CountedRows(X)
     codes = np.arange(X.shape[0]) * conditions // X.shape[0]
     seconds, _ = timed(lambda: ours(counted, codes, conditions))

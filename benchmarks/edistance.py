@@ -38,7 +38,7 @@ def coordinates(conditions: int, cells: int) -> tuple[Floats, Ints]:
 
 
 def peers(x: Floats, codes: Ints, names: list[str]) -> Floats:
-    """The peer's E-distances, in the order of `names`."""
+    """Compute the peer's E-distances, in the order of `names`."""
     obs = pd.DataFrame({"perturbation": np.array(names)[codes]}, index=[f"cell{i}" for i in range(len(codes))])
     cells = ad.AnnData(obs=obs, obsm={"X_pca": x})
     table: pd.DataFrame = scperturb.edist(cells, obs_key="perturbation", verbose=False)

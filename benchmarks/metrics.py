@@ -31,7 +31,7 @@ from core.arrays import Bools, Floats
 from core.reference.build import frame_by_condition
 from core.reference.files import read_reference
 from core.rng import generator
-from core.scoring.evaluation import Evaluation, evaluated_set, score
+from core.scoring.evaluation import Evaluation, score_profiles, select_evaluated
 from core.scoring.metrics import CONSTANT, FEWEST_DEGS, METRICS
 from core.scoring.scores import write_model_scores
 from core.stats.differential_expression import adjust_p_values, mask_degs
@@ -68,7 +68,7 @@ class Candidates(NamedTuple):
 
 
 def write_files(folder: Path, conditions: int, genes: int) -> list[Path]:
-    """reference/ and a folder of predictions for each fold, in `folder`; returns the latter.
+    """Write reference/ and a folder of predictions for each fold, in `folder`; returns the latter.
 
     The first condition was not tested for differential expression, the last has no DEG; predictions are the truth,
     shrunk towards the mean, with noise.
@@ -146,7 +146,7 @@ def _weighted_pearson(x: Floats, t: Floats, w: Floats) -> float:
 
 
 def plain_rankings(case: Case, candidates: Candidates) -> Values:
-    """nir and pds of one condition, with scipy's distances to all truths."""
+    """Compute nir and pds of one condition, with scipy's distances to all truths."""
     euclidean = cdist(case.x[None], candidates.truths)[0]
     cosine = cdist((case.x - case.c)[None, candidates.kept], candidates.changes, "cosine")[0]
     ties = np.abs(cosine - cosine[case.own]) <= CONSTANT
@@ -159,7 +159,7 @@ def plain_rankings(case: Case, candidates: Candidates) -> Values:
 
 
 def plain_weights(t: Floats) -> Floats:
-    """The DEG weights of one condition; 0 throughout where it was not tested."""
+    """Compute the DEG weights of one condition; 0 throughout where it was not tested."""
     if np.isnan(t).any():
         return np.zeros(len(t))
     size = np.abs(t)
@@ -187,7 +187,7 @@ def plain_loop(
 
 
 def candidates_of(evaluation: Evaluation) -> Candidates:
-    """The truths of all conditions, centred once for all."""
+    """Centre the truths of all conditions, once."""
     targets = {gene for label in evaluation.keys["condition"] for gene in label.split("+")}
     kept = ~evaluation.genes.isin(targets)
     return Candidates(evaluation.truth, (evaluation.truth - evaluation.control_mean)[:, kept], kept)
@@ -208,15 +208,15 @@ def main(
         reference = folder / "reference"
         from_files, _ = timed(lambda: write_model_scores(folds, "model", 0, reference, HALF_SEED, folder), repeats)
         written = pd.read_parquet(folder / "scores.parquet")
-        evaluation = evaluated_set(*read_reference(reference))
+        evaluation = select_evaluated(*read_reference(reference))
         predictions = ad.concat([ad.read_h5ad(fold / "predictions.h5ad") for fold in folds])
     order = predictions.obs["condition"].argsort().to_numpy()
     profiles, keys = np.asarray(predictions.X)[order], predictions.obs.iloc[order]
     del predictions
     rankings = [metric for metric in METRICS if metric.ranking]
     others = [metric for metric in METRICS if not metric.ranking]
-    of_profiles, _ = timed(lambda: score(profiles, keys, evaluation, others), repeats)
-    of_rankings, _ = timed(lambda: score(profiles, keys, evaluation, rankings), repeats)
+    of_profiles, _ = timed(lambda: score_profiles(profiles, keys, evaluation, others), repeats)
+    of_rankings, _ = timed(lambda: score_profiles(profiles, keys, evaluation, rankings), repeats)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
     rows = [int(row) for row in np.unique(np.linspace(0, conditions - 1, sample).astype(int))]

@@ -72,7 +72,7 @@ def _stack(folder: Path, dataset: str) -> Iterator[child_environment.Services]:
     with mock.patch.dict(os.environ, CALIPERT_DATA=str(folder)):
         try:
             running = services.ensure_servers()
-            with mock.patch.dict(os.environ, child_environment.child_environment(running), clear=True):
+            with mock.patch.dict(os.environ, child_environment.build_child_environment(running), clear=True):
                 os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
                 _in_fresh_process(_register, [f"benchmark/{dataset}", "train-fold/any"])
                 ensure_workers(running)
@@ -82,7 +82,7 @@ def _stack(folder: Path, dataset: str) -> Iterator[child_environment.Services]:
 
 
 def _in_fresh_process(work: Callable[..., None], argument: object) -> Any:
-    """What `work` sends: in a process that has imported nothing yet, for Prefect reads its settings when imported."""
+    """Receive what `work` sends, from a new process, because Prefect reads its settings when imported."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=work, args=(argument, sender))
@@ -98,18 +98,18 @@ def _in_fresh_process(work: Callable[..., None], argument: object) -> Any:
 
 def _register(names: Sequence[str], sender: Connection) -> None:
     """Create the work pools, and of the deployments those of these names."""
-    from deployments.local import trainings_at_once
-    from deployments.register import create_pool, register
-    from deployments.table import table
+    from deployments.local import count_trainings_at_once
+    from deployments.register import create_work_pool, register
+    from deployments.table import build_table
 
-    create_pool(CPU)
-    create_pool(GPU, trainings_at_once())
-    register(row for row in table() if row.full_name in names)
+    create_work_pool(CPU)
+    create_work_pool(GPU, count_trainings_at_once())
+    register(row for row in build_table() if row.full_name in names)
     sender.send(None)
 
 
 def _benchmark(parameters: dict[str, Any], sender: Connection) -> None:
-    """Sends the seconds that importing the flow took, and those of the flow."""
+    """Send the seconds that importing the flow took, and those of the flow."""
     start = time.perf_counter()
     from flows.benchmark import benchmark
 
@@ -119,7 +119,7 @@ def _benchmark(parameters: dict[str, Any], sender: Connection) -> None:
 
 
 def _tasks(number: int, sender: Connection) -> None:
-    """Sends the seconds of one task that does nothing, among so many in a flow."""
+    """Send the seconds of one task that does nothing, among so many in a flow."""
     from prefect import flow, task
     from prefect.cache_policies import NO_CACHE
 

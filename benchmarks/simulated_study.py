@@ -21,10 +21,10 @@ from core.prepare.cells import read_cells, write_cells
 from core.reference.build import build_negatives, build_reference
 from core.reference.cell_sums import sum_cells
 from core.rng import generator
-from core.scoring.calibration import calibrate, dynamic_range_fraction
-from core.scoring.evaluation import control_scores, evaluated_set, score
+from core.scoring.calibration import build_calibration, dynamic_range_fraction
+from core.scoring.evaluation import score_controls, score_profiles, select_evaluated
 from core.scoring.metrics import BY_NAME, METRICS, Metric
-from core.simulate import Simulation, SimulationSettings, planted_profiles, simulate
+from core.simulate import Simulation, SimulationSettings, compute_planted_profiles, simulate
 
 SEEDS = (0, 1, 2, 3, 4)
 CELLS = (8, 16, 30, 100, 300)
@@ -77,39 +77,40 @@ def screen(settings: SimulationSettings) -> Screen:
 
 def planted(of: Screen, model: Model, rows: Sequence[str], genes: pd.Index) -> np.ndarray:
     """Profiles of a planted model: rows (named as in the simulation's truth) x genes, log1p."""
-    perfect, kept = (planted_profiles(of.simulation, effect).to_df().loc[rows, genes] for effect in (1.0, model.effect))
+    profiles = (compute_planted_profiles(of.simulation, effect).to_df() for effect in (1.0, model.effect))
+    perfect, kept = (table.loc[rows, genes] for table in profiles)
     noise = generator(of.seed, "study noise", "", str(model)).standard_normal(perfect.shape)
     return np.asarray(kept + model.noise * perfect.to_numpy().std(axis=0) * noise)
 
 
 def model_means(of: Screen, metrics: Sequence[Metric] = METRICS) -> pd.DataFrame:
     """Mean of each metric over the test conditions, as in the leaderboard: metric x planted model."""
-    evaluation = evaluated_set(of.reference, of.negatives)
+    evaluation = select_evaluated(of.reference, of.negatives)
     rows = list(evaluation.keys["covariate"] + "|" + evaluation.keys["condition"])
     means = {}
     for name, model in MODELS.items():
-        scores = score(planted(of, model, rows, evaluation.genes), evaluation.keys, evaluation, metrics)
+        scores = score_profiles(planted(of, model, rows, evaluation.genes), evaluation.keys, evaluation, metrics)
         means[name] = scores.groupby("metric", sort=False)["value"].mean()
     return pd.DataFrame(means)
 
 
 def right_order(means: pd.DataFrame) -> pd.DataFrame:
-    """metric x pair: 1 where the better model has the better mean, 0 where not, NaN where there is none."""
+    """Compare by metric x pair: 1 where the better model has the better mean, 0 where not, NaN where there is none."""
     direction = means.index.map(lambda name: 1.0 if BY_NAME[name].higher_is_better else -1.0)
     margins = {f"{a} > {b}": direction * (means[a] - means[b]) for a, b in PAIRS}
     return pd.DataFrame({pair: (margin > 0).where(margin.notna()).astype(float) for pair, margin in margins.items()})
 
 
 def calibration(of: Screen, metrics: Sequence[Metric] = METRICS) -> pd.DataFrame:
-    """The quoted rows of the calibration table (interpolated duplicate against the metric's negative control)."""
-    scores = control_scores(of.reference, of.negatives).assign(half_seed=of.seed)
-    table = calibrate(scores[scores["metric"].isin([metric.name for metric in metrics])], of.seed)
+    """Select the quoted calibration rows (interpolated duplicate against the metric's negative control)."""
+    scores = score_controls(of.reference, of.negatives).assign(half_seed=of.seed)
+    table = build_calibration(scores[scores["metric"].isin([metric.name for metric in metrics])], of.seed)
     return table[table["variant"] == "drf_interpolated"].set_index("metric")
 
 
 def range_by_effect(of: Screen, metrics: Iterable[str]) -> pd.DataFrame:
     """Mean DRF (interpolated) of the conditions with and without a planted effect: metric x (`effect`, `none`)."""
-    wide = control_scores(of.reference, of.negatives).pivot_table(
+    wide = score_controls(of.reference, of.negatives).pivot_table(
         index=["metric", "covariate", "condition"], columns="model", values="value", dropna=False
     )
     strength = of.simulation.truth.obs.set_index(["covariate", "condition"])["strength"]
@@ -136,14 +137,14 @@ def study(settings: SimulationSettings) -> tuple[pd.DataFrame, pd.DataFrame, pd.
 
 
 def markdown(cells: pd.DataFrame, head: str) -> str:
-    """A table of text; the index is its first column."""
+    """Write a table of text; the index is its first column."""
     lines = [[head, *map(str, cells.columns)], ["---"] * (1 + cells.shape[1])]
     lines += [[f"`{name}`", *row] for name, row in zip(cells.index, cells.to_numpy(), strict=True)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def by_cells(table: pd.DataFrame, column: str, text: Callable[[pd.Series], str]) -> pd.DataFrame:
-    """metric x cells of `text` of each cell's five values."""
+    """Arrange metric x cells of `text` of each cell's five values."""
     wide = table[column].groupby(level=["metric", "cells"]).agg(text).unstack("cells")
     return wide.reindex(index=list(BY_NAME), columns=list(CELLS))
 
@@ -155,15 +156,18 @@ def seeds_right(values: pd.Series) -> str:
 
 
 def mean_of_seeds(values: pd.Series) -> str:
+    """Write the mean over seeds."""
     return "–" if values.isna().all() else f"{values.mean():.2f}".replace("-", "−")
 
 
 def verdicts(values: pd.Series) -> str:
+    """Write the verdicts of the seeds."""
     counts = values.map(LETTERS).value_counts()
     return " ".join(f"{counts[letter]}{letter}" for letter in LETTERS.values() if letter in counts)
 
 
 def main() -> None:
+    """Run the study and print its tables."""
     orders, calibrations, effects = study(SimulationSettings())
     print(f"Planted models: seeds of {len(SEEDS)} in which the better one has the better mean, at {CELLS} cells\n")
     ordered = pd.DataFrame({pair: by_cells(orders, pair, seeds_right).agg(" ".join, axis=1) for pair in orders})

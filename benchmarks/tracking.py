@@ -24,7 +24,7 @@ import pandas as pd
 import typer
 
 from benchmarks.comparison import CONSOLE, Timing, agreement, machine, show_agreement, show_times, timed
-from blocks.config.child_environment import environment
+from blocks.config.child_environment import build_environment
 from blocks.engines.base import Usage
 from blocks.services import stack as services
 from blocks.tracking import curves as mlflow_curves
@@ -88,12 +88,12 @@ def main(
 
 @contextmanager
 def _private_server(folder: Path) -> Iterator[str]:
-    """The address of an MLflow server of its own, which is gone afterwards."""
+    """Yield the address of an MLflow server of its own, which is gone afterwards."""
     with mock.patch.dict(os.environ, CALIPERT_DATA=str(folder)):
         try:
             running = services.ensure_servers()
             quiet = {"MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
-            with mock.patch.dict(os.environ, environment(running) | quiet):
+            with mock.patch.dict(os.environ, build_environment(running) | quiet):
                 yield running.mlflow
         finally:
             services.stop()
@@ -135,8 +135,11 @@ def _events(values: np.ndarray) -> Iterator[dict[str, object]]:
 
 
 def write(block: MLflowTracking, results: Results, folds: int, steps: list[Timing], *, trained: bool = True) -> None:
-    """All that a benchmark writes, in its order. steps: receives the time of each. trained: false where all models
-    are in the store already."""
+    """Write all that a benchmark writes, in its order.
+
+    steps: receives the time of each. trained: false where all models
+    are in the store already.
+    """
 
     def step(what: str, work: Callable[[], Any]) -> Any:
         seconds, done = timed(work)
@@ -167,7 +170,7 @@ def write(block: MLflowTracking, results: Results, folds: int, steps: list[Timin
 
 
 def _train(block: MLflowTracking, run_id: str, training: Path, trained: bool) -> None:
-    """What is written of one fold, at the start, during and at the end of its training."""
+    """Write what is written of one fold, at the start, during and at the end of its training."""
     live = block.follow_curve(run_id)
     if trained:
         with training.open(encoding="utf-8") as lines:
@@ -179,7 +182,7 @@ def _train(block: MLflowTracking, run_id: str, training: Path, trained: bool) ->
 
 
 def write_with_fluent_functions(uri: str, results: Results, models: list[str], folds: int) -> None:
-    """The same for some models, one call per value, and with each the whole scores.parquet."""
+    """Write the same for some models, one call per value, and with each the whole scores.parquet."""
     import mlflow
 
     mlflow.set_tracking_uri(uri)

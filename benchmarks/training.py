@@ -39,7 +39,7 @@ from blocks.config.paths import MODEL_CONTAINERS
 from blocks.engines.base import Usage
 from blocks.engines.lines import Event
 from blocks.engines.process import ProcessEngine
-from blocks.local.gpus import Gpu, lease
+from blocks.local.gpus import Gpu, lease_gpu
 from core.prepare.splits import VALIDATION_SHARE
 from core.rng import generator
 from model_containers.contract import CONTROL
@@ -95,7 +95,7 @@ class Training(NamedTuple):
     told: list[float]
 
     def rate(self, samples: int) -> float:
-        """Samples per second, from the end of the first epoch to that of the last, of two at least."""
+        """Compute samples per second, from the end of the first epoch to that of the last, of two at least."""
         return samples * (len(self.told) - 1) / (self.told[-1] - self.told[0])
 
 
@@ -209,7 +209,7 @@ def main(
     with (
         TemporaryDirectory() as folder,
         mock.patch.dict(os.environ, CALIPERT_DATA=f"{folder}/data"),
-        lease("benchmarks.training") as gpu,
+        lease_gpu("benchmarks.training") as gpu,
     ):
         is_whole = gpu is not None if whole is None else whole
         part = 1 if is_whole else 10
@@ -263,7 +263,7 @@ def runs_of(name: str, fold: Fold, is_whole: bool, gpu: Gpu | None) -> dict[str,
 
 
 def timings_of(name: str, runs: dict[str, Training], is_whole: bool) -> list[Timing]:
-    """The model's row, after that of what it is compared with."""
+    """Write the model's row, after that of what it is compared with."""
     plan, seconds = PLANS[name], runs["calipert"].usage.seconds
     other = {who: run.usage.seconds for who, run in runs.items() if who != "calipert"}
     if is_whole and plan.published is not None:
@@ -274,7 +274,7 @@ def timings_of(name: str, runs: dict[str, Training], is_whole: bool) -> list[Tim
 
 
 def row_of(name: str, who: str, fold: Fold, run: Training, base: float, is_whole: bool) -> list[str]:
-    """A row of the second table. base: GB of what all models import."""
+    """Write a row of the second table. base: GB of what all models import."""
     plan, most, cpu = PLANS[name], peak(run.usage), run.usage.cpu_seconds
     row = [f"{name}, {who}", f"{len(run.told):,}", plan.sample, f"{run.rate(fold.samples[plan.sample]):,.1f}"]
     row += ["" if cpu is None else f"{cpu:,.1f}"]

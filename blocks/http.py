@@ -49,7 +49,7 @@ def retry(
     report: Callable[[BaseException], None] = lambda error: None,
     sleep: Callable[[float], object] = time.sleep,
 ) -> T:
-    """The result of some work, which is tried again while it fails with what may pass.
+    """Return the result of some work, which is tried again while it fails with what may pass.
 
     seconds: after which the last error is raised; with 0 there is one try. The pauses grow from 0.2 s to a fifteenth of
     `seconds`, and are as long as a `Retry-After` of the answer asks for.
@@ -89,7 +89,7 @@ def read_retry_after(answer: httpx.Response) -> float:
 
 
 def open_client(url: str = "", **options: Any) -> httpx.Client:
-    """A client for the server at `url`; options as httpx.Client takes them.
+    """Open a client for the server at `url`; options as httpx.Client takes them.
 
     For plain http no certificates are read, which takes longer than ten requests.
     """

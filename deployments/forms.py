@@ -16,8 +16,8 @@ from deployments.table import Deployment
 FIELDS = 12  # up to so many keys of a mapping have a field each in the form; more are written as JSON
 
 
-def form(flow: Flow[..., Any], row: Deployment) -> dict[str, Any]:
-    """The schema of a flow's parameters with titles and descriptions, and with what the row says: defaults, choices.
+def build_form(flow: Flow[..., Any], row: Deployment) -> dict[str, Any]:
+    """Build the schema of a flow's parameters with titles, descriptions, and the row's defaults and choices.
 
     Raises ValueError where the row has a default, hint or choices for a parameter that the flow does not take.
     """
@@ -53,7 +53,7 @@ def _offer(schema: dict[str, Any], values: Sequence[str]) -> None:
 
 @cache
 def _schema(flow: Flow[..., Any]) -> str:
-    """As JSON, so that nobody changes what is kept."""
+    """Build the schema as JSON, so that no caller changes what is cached."""
     schema = parameter_schema(flow).model_dump_for_openapi()
     for name, hint in get_type_hints(flow.fn, include_extras=True).items():
         # Prefect names a parameter after its variable and leaves descriptions out.

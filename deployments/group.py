@@ -1,7 +1,7 @@
 """What the servers of a group need before workers start: `python -m deployments.group`, which compose.yaml runs.
 
 Buckets in the S3 store, the workers' account in MLflow, work pools, all deployments, and the automation that marks
-runs without a sign of life. All of it may be done again: what is there stays, and the account gets the password that
+runs without a sign of life. All of it may be repeated: what exists stays, and the account gets the password that
 the environment names. Addresses and passwords come from the environment alone.
 """
 
@@ -13,26 +13,26 @@ import sys
 from blocks.config.pools import CPU, GPU
 from blocks.services.stack import SILENT_RUNS
 from core.errors import UserError
-from deployments.table import table
+from deployments.table import build_table
 
 BUCKETS = ("calipert", "mlflow")
 
 
 def prepare() -> None:
-    """Does all of it. Raises UserError for a catalog entry that does not fit, or a variable that is not set."""
-    rows = table()
+    """Prepare the servers. Raises UserError for a catalog entry that does not fit, or a variable that is not set."""
+    rows = build_table()
     make_buckets()
     make_account()
     watch_runs()
-    from deployments.register import create_pool, register
+    from deployments.register import create_work_pool, register
 
     for pool in (CPU, GPU):
-        create_pool(pool)
+        create_work_pool(pool)
     register(rows)
 
 
 def make_buckets() -> None:
-    """Makes the buckets of the artifacts and of MLflow's files in the S3 store that AWS_ENDPOINT_URL names."""
+    """Make the buckets of the artifacts and of MLflow's files in the S3 store that AWS_ENDPOINT_URL names."""
     from s3fs import S3FileSystem
 
     store = S3FileSystem()
@@ -42,7 +42,7 @@ def make_buckets() -> None:
 
 
 def make_account() -> None:
-    """Makes the MLflow account MLFLOW_TRACKING_USERNAME, which administers nothing, or gives it its password anew."""
+    """Make the MLflow account MLFLOW_TRACKING_USERNAME, without rights to administer, or set its password again."""
     from mlflow.exceptions import MlflowException
     from mlflow.server.auth.client import AuthServiceClient
 
@@ -62,7 +62,7 @@ def make_account() -> None:
 
 
 def watch_runs() -> None:
-    """Makes the automation that ends runs of killed processes, unless it is there."""
+    """Make the automation that ends runs of killed processes, unless it exists."""
     from prefect.client.orchestration import get_client
     from prefect.events.schemas.automations import AutomationCore
 
@@ -73,7 +73,7 @@ def watch_runs() -> None:
 
 
 def main() -> None:
-    """Prepares the servers; an error that the user can mend ends it with status 1."""
+    """Prepare the servers; an error that the user can fix ends it with status 1."""
     try:
         prepare()
     except UserError as error:

@@ -16,30 +16,30 @@ from blocks.config import child_environment
 from blocks.config.paths import data_folder
 from blocks.config.pools import CPU, GPU
 from blocks.config.settings import DEFAULT_DATA
-from blocks.local.gpus import devices
+from blocks.local.gpus import list_gpus
 from blocks.services import stack as services
 from blocks.services.workers import ensure_workers
 from core.errors import UserError
-from deployments.table import table
+from deployments.table import build_table
 
 if TYPE_CHECKING:
     from deployments.register import Registered
 
 
 def up() -> None:
-    """Starts what does not run yet and registers all deployments; a second `up` starts nothing twice.
+    """Start what does not run yet and register all deployments; a second `up` starts nothing twice.
 
     Raises UserError if a service does not start, a catalog entry does not fit, or nvidia-smi fails.
     """
-    rows, at_once = table(), trainings_at_once()
+    rows, at_once = build_table(), count_trainings_at_once()
     Console().print("starting what does not run yet of Prefect, MLflow and the workers (up to a minute)", style="dim")
     running = services.ensure_servers()
-    child_environment.adopt(running)
+    child_environment.use_servers(running)
     # Only now: prefect reads its settings when it is imported.
-    from deployments.register import create_pool, register
+    from deployments.register import create_work_pool, register
 
-    create_pool(CPU)
-    create_pool(GPU, at_once)
+    create_work_pool(CPU)
+    create_work_pool(GPU, at_once)
     registered = register(rows)
     ensure_workers(running)
     Console().print(_welcome(running))
@@ -47,26 +47,26 @@ def up() -> None:
         Console(highlight=False).print(line, soft_wrap=True)
 
 
-def trainings_at_once() -> int:
-    """How many trainings a new work pool `gpu` runs at the same time here: one per GPU.
+def count_trainings_at_once() -> int:
+    """Return how many trainings a new work pool `gpu` runs at the same time here: one per GPU.
 
     Without a GPU half as many as there are cores, but two where there are two: each training computes on one core, and
     the other half is for what scores and serves meanwhile. `prefect work-pool update gpu --concurrency-limit N` changes
     it, and `up` keeps it. Raises UserError if nvidia-smi is installed and fails.
     """
     cores = os.cpu_count() or 1
-    return len(devices()) or min(cores, max(2, cores // 2))
+    return len(list_gpus()) or min(cores, max(2, cores // 2))
 
 
 def down() -> None:
-    """Stops the workers and the servers that were started here, and nothing else."""
+    """Stop the workers and the servers that were started here, and nothing else."""
     stopped = services.stop()
     nothing = f"nothing was running with its data in {data_folder()} (CALIPERT_DATA)"
     Console().print(f"stopped: {', '.join(stopped)}" if stopped else nothing, soft_wrap=True)
 
 
 def status() -> None:
-    """Prints the state of both servers and of the workers."""
+    """Print the state of both servers and of the workers."""
     shown = Table("service", "state", "address", "process")
     shown.add_column("log", overflow="fold")
     for one in services.status():
@@ -78,7 +78,7 @@ COMMANDS = {"up": up, "down": down, "status": status}
 
 
 def main() -> None:
-    """Runs one of the commands; an error that the user can mend ends it with status 1."""
+    """Run one of the commands; an error that the user can fix ends it with status 1."""
     parser = argparse.ArgumentParser(prog="python -m deployments.local", description=__doc__)
     parser.add_argument("command", choices=COMMANDS)
     command = parser.parse_args().command
@@ -103,7 +103,7 @@ def _welcome(running: child_environment.Services) -> Panel:
 
 
 def _news(registered: Registered, rows: int) -> Iterator[str]:
-    """What registering has changed, line by line."""
+    """Say what registering has changed, line by line."""
     new, changed, left = registered
     yield f"{rows} deployments: {len(new)} new, {len(changed)} changed"
     if left:

@@ -22,22 +22,22 @@ from prefect.workers.process import ProcessWorker
 from blocks.config.paths import PROJECT_ROOT
 from blocks.config.pools import CPU, GPU
 from blocks.services.pages import read_pages
-from deployments.forms import form
+from deployments.forms import build_form
 from deployments.table import Deployment
 
 DESCRIPTIONS = {CPU: "Whole flows: preparing, scoring, gathering.", GPU: "Trainings: one model on one fold each."}
 
 
 class Registered(NamedTuple):
-    """Full names of the deployments that were new, that had changed, and that are ours but in the table no more."""
+    """Full names of the deployments that were new, that had changed, and that are ours but no longer in the table."""
 
     new: list[str]
     changed: list[str]
     left: list[str]
 
 
-def create_pool(name: str, concurrency_limit: int | None = None) -> None:
-    """Creates a work pool whose runs are processes on the worker's machine; one that exists stays as it is.
+def create_work_pool(name: str, concurrency_limit: int | None = None) -> None:
+    """Create a work pool whose runs are processes on the worker's machine; one that exists stays as it is.
 
     concurrency_limit: how many of its runs may run at the same time, on all its machines together; None: any number.
     """
@@ -56,7 +56,7 @@ def create_pool(name: str, concurrency_limit: int | None = None) -> None:
 
 
 def register(rows: Iterable[Deployment]) -> Registered:
-    """Creates the deployments, or changes what differs from the table where they exist; their work pools must exist.
+    """Create the deployments, or change what differs from the table where they exist; their work pools must exist.
 
     What an operator makes of a deployment is kept: schedules (added, changed, switched on or deleted), a pause, a
     concurrency limit. So is a deployment whose row is gone, with its schedules and the record of its runs: the row may
@@ -82,7 +82,7 @@ def register(rows: Iterable[Deployment]) -> Registered:
 
 
 def _known(client: SyncPrefectClient, flow: str) -> dict[str, DeploymentResponse]:
-    """The server's deployments of a flow, by full name."""
+    """Read the server's deployments of a flow, by full name."""
     of_flow = FlowFilter(name=FlowFilterName(any_=[flow]))
     # Names differ within a flow only: sorted across flows, one might fall between two pages.
     found = read_pages(client.read_deployments, flow_filter=of_flow, sort=DeploymentSort.NAME_ASC)
@@ -90,7 +90,7 @@ def _known(client: SyncPrefectClient, flow: str) -> dict[str, DeploymentResponse
 
 
 def _settings(row: Deployment) -> dict[str, Any]:
-    """What the table decides, as the server gives it back."""
+    """Build what the table decides, as the server gives it back."""
     flow = _flow(row.entrypoint)
     if flow.name != row.flow:
         raise ValueError(f"the flow {row.entrypoint} is named {flow.name}, not {row.flow}")
@@ -100,7 +100,7 @@ def _settings(row: Deployment) -> dict[str, Any]:
         "parameters": row.parameters,
         "tags": row.tags,
         "description": row.description,
-        "parameter_openapi_schema": form(flow, row),
+        "parameter_openapi_schema": build_form(flow, row),
         "enforce_parameter_schema": True,
         "pull_steps": [{"prefect.deployments.steps.set_working_directory": {"directory": str(PROJECT_ROOT)}}],
     }

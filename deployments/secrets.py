@@ -1,4 +1,4 @@
-"""Makes the passwords of compose.yaml: `python3 -m deployments.secrets deployments/.env`, in the project's root.
+"""Make the passwords of compose.yaml: `python3 -m deployments.secrets deployments/.env`, in the project's root.
 
 Uses the standard library alone, so that a server needs no environment of the project's.
 """
@@ -20,13 +20,13 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 LENGTH = 32
 
 
-def filled(example: str) -> str:
-    """The text of an .env file: every variable that stands empty gets a random value of its own, of 190 bits."""
+def fill_example(example: str) -> str:
+    """Return the text of an .env file: every empty variable gets a random value of its own, of 190 bits."""
     return re.sub(r"^(\w+)=$", lambda found: f"{found[1]}={_random()}", example, flags=re.MULTILINE)
 
 
 def write(path: Path) -> None:
-    """Writes .env.example, filled, into a new file that its owner alone may read.
+    """Write .env.example, filled, into a new file that its owner alone may read.
 
     Raises UserError where the file exists: databases keep the passwords with which they were made.
     """
@@ -38,11 +38,11 @@ def write(path: Path) -> None:
     except FileNotFoundError:
         raise UserError(path, "the file's folder", "it does not exist", "name a file in an existing folder") from None
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(filled(EXAMPLE.read_text(encoding="utf-8")))
+        file.write(fill_example(EXAMPLE.read_text(encoding="utf-8")))
 
 
 def main() -> None:
-    """Writes the file that the command line names."""
+    """Write the file that the command line names."""
     parser = argparse.ArgumentParser(prog="python3 -m deployments.secrets", description=__doc__)
     parser.add_argument("file", type=Path, help="the new file, deployments/.env")
     path = parser.parse_args().file

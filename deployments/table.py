@@ -81,9 +81,11 @@ class _Training(NamedTuple):
     groups: str
 
 
-def table() -> list[Deployment]:
-    """All deployments: every flow with every data set of the catalog, the user's own included, every embedding that
-    data sets share, `reproduce/all`, and `train-fold/any`, into which a benchmark fans out.
+def build_table() -> list[Deployment]:
+    """Build all deployments.
+
+    They are every flow with every data set of the catalog, the user's own included, every embedding that data sets
+    share, `reproduce/all`, and `train-fold/any`, which a benchmark starts for its folds.
 
     Raises UserError for a catalog entry that does not fit the schema.
     """
@@ -145,7 +147,7 @@ def _whole_study() -> Deployment:
         parameters={"datasets": list_study()},
         tags=("calipert", "study"),
         description="Prepares and calibrates the data sets of the study one after the other, and benchmarks the models "
-        "that are named. What one data set lacks does not stop the others; a second run goes on from the store."
+        "that are named. What one data set lacks does not stop the others; a second run continues from the store."
         "\n\nIts schedule is an example, and off.",
         choices={
             "datasets": tuple(open_catalog().names("dataset")),
@@ -177,13 +179,13 @@ def _shared_embeddings() -> tuple[str, ...]:
 
 
 def _inputs() -> tuple[str, ...]:
-    """What models need beside the data, and a user may have as a file."""
+    """List what models need beside the data, and a user may have as a file."""
     needed = list_inputs(open_catalog().models(open_catalog().names("model")))
     return tuple(sorted(one.name for one in needed if not (isinstance(one, EmbeddingSpec) and one.per_fold)))
 
 
 def _models_and_groups() -> tuple[str, ...]:
-    """Groups first: they are what most people want."""
+    """List groups, which most people want, then models."""
     return (*open_catalog().names("group"), *open_catalog().names("model"))
 
 

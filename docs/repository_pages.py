@@ -19,6 +19,7 @@ LINK = re.compile(r"(\]\()(?:\.\./(?=\w)|((?:\.\./)*)docs/)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that lie outside docs/."""
     for path in sorted(path for pattern in SHOWN for path in ROOT.glob(pattern)):
         name = path.relative_to(ROOT).as_posix()
         # The models' pages are reached from docs/models.md, not from the navigation.
@@ -28,4 +29,5 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Rewrite the links of a page."""
     return LINK.sub(r"\1\2", markdown)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prefect.futures import as_completed
 
-from blocks.local.cancellation import models_end_with
+from blocks.local.cancellation import end_models_with
 from core.catalog.schema import ResolvedModel
 from core.errors import UserError
 from flows.remote_folds import has_workers, train_remotely
@@ -79,7 +79,7 @@ def train_folds(jobs: Iterable[FoldJob], runs: Runs) -> dict[str, list[Path]]:
     count = make_training_counter(len(missing))
     failures: dict[str, BaseException | str] = {}
     predictions: dict[str, Path] = {}
-    with models_end_with("the training of folds"):
+    with end_models_with("the training of folds"):
         futures = {train_fold.submit(job, stored[job.name]): job for job in opened if job.name not in remote}
         if remote:
             failures |= train_remotely(list(remote.values()), count)

@@ -132,10 +132,10 @@ def _describe_success(name: str, cells: Path, calibration: Path) -> Outcome:
     from core.conditions import CONTROL
     from core.io.h5ad import read_names
     from core.prepare.files import CELLS
-    from core.report.tables import verdicts
+    from core.report.tables import tabulate_verdicts
     from core.scoring.files import CALIBRATION
 
-    table = verdicts(pd.read_parquet(calibration / CALIBRATION))
+    table = tabulate_verdicts(pd.read_parquet(calibration / CALIBRATION))
     obs, var = read_names(cells / CELLS)
     conditions = set(obs["condition"]) - {CONTROL}
     calibrated = int((table["verdict"] == "calibrated").sum())

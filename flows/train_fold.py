@@ -6,7 +6,7 @@ from typing import Any
 
 from prefect import flow
 
-from blocks.local.cancellation import Stopped, models_end_with
+from blocks.local.cancellation import Stopped, end_models_with
 from core.errors import UserError
 from tasks.record import end_training
 from tasks.train import FoldJob, find_trained_fold, predictions_recipe
@@ -34,5 +34,5 @@ def train_fold(job: FoldJob, expected: str) -> None:
             f"its predictions of {job.name} would have the key {own[:12]}, not {expected[:12]}",
             "install the same version of calipert and of the model's packages here, and restart the worker",
         )
-    with models_end_with(job.name):
+    with end_models_with(job.name):
         train_fold_task(job, find_trained_fold(job))

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from blocks.config.secrets import S3_KEY, S3_SECRET, s3_credentials
+from blocks.config.secrets import S3_KEY, S3_SECRET, read_s3_credentials
 from blocks.http import is_transient, is_transient_status, open_client
 from blocks.local.files import replace_file
 from core.catalog.schema import HttpsSource, S3Source
@@ -48,7 +48,7 @@ def download(source: HttpsSource | S3Source, target: Path) -> None:
     from core.io.h5ad import require_space
 
     part, state = target.with_name(f"{target.name}.part"), target.with_name(f"{target.name}.part.json")
-    version = _version(state)
+    version = _read_version(state)
     start = part.stat().st_size if part.exists() and version else 0
     with OPEN[source.kind](source, start, version) as stream:
         if stream.total is not None:
@@ -84,7 +84,7 @@ def is_download_transient(error: BaseException) -> bool:
     return is_transient(error) or isinstance(error, s3.ConnectionError | s3.HTTPClientError | ClientError)
 
 
-def _version(state: Path) -> str | None:
+def _read_version(state: Path) -> str | None:
     """Return the version of the file that the kept bytes belong to; None if it is not known."""
     try:
         version = json.loads(state.read_text(encoding="utf-8"))["version"]
@@ -120,7 +120,7 @@ def _require_hdf5(part: Path, url: str) -> None:
 
 
 @contextmanager
-def _https(source: HttpsSource, start: int, version: str | None) -> Iterator[Stream]:
+def _open_https(source: HttpsSource, start: int, version: str | None) -> Iterator[Stream]:
     # Unpacked on the way, the bytes would not be those that ranges count.
     headers = {"Accept-Encoding": "identity"}
     if start and version:
@@ -135,7 +135,7 @@ def _https(source: HttpsSource, start: int, version: str | None) -> Iterator[Str
             total = answer.headers.get("content-range", "").rpartition("/")[2]
             if not total.isdigit() or int(total) != start:
                 # Without a version the next try begins at the first byte.
-                yield Stream(0, None, None, _broken(f"{source.url}: the server has no bytes from {start:,} on"))
+                yield Stream(0, None, None, _break_off(f"{source.url}: the server has no bytes from {start:,} on"))
             else:
                 yield Stream(start, start, version, iter(()))
             return
@@ -151,13 +151,13 @@ def _https(source: HttpsSource, start: int, version: str | None) -> Iterator[Str
             begin = start
             if found and found != version:
                 # A server, or a cache on the way, that does not understand If-Range.
-                yield Stream(0, None, None, _broken(f"{source.url}: the file has changed since its first part came"))
+                yield Stream(0, None, None, _break_off(f"{source.url}: the file has changed since its first part came"))
                 return
         total_size = begin + int(length) if length is not None else None
         yield Stream(begin, total_size, found, answer.iter_raw())
 
 
-def _broken(why: str) -> Iterator[bytes]:
+def _break_off(why: str) -> Iterator[bytes]:
     """Give no bytes, but a failure after which the next try begins at the first byte."""
     raise ConnectionError(why)
     yield b""
@@ -177,7 +177,7 @@ def _require_success(answer: httpx.Response, url: str) -> None:
 
 
 @contextmanager
-def _s3(source: S3Source, start: int, version: str | None) -> Iterator[Stream]:
+def _open_s3(source: S3Source, start: int, version: str | None) -> Iterator[Stream]:
     import s3fs
     from botocore.exceptions import NoCredentialsError, PartialCredentialsError  # type: ignore[import-untyped]
 
@@ -186,7 +186,7 @@ def _s3(source: S3Source, start: int, version: str | None) -> Iterator[Stream]:
         endpoint_url=source.endpoint,
         skip_instance_cache=True,
         use_listings_cache=False,
-        **({} if source.anonymous else s3_credentials()),
+        **({} if source.anonymous else read_s3_credentials()),
     )
     try:
         found = bucket.info(source.url)
@@ -208,4 +208,7 @@ def _s3(source: S3Source, start: int, version: str | None) -> Iterator[Stream]:
     yield Stream(begin, total, etag, chunks())
 
 
-OPEN: dict[str, Callable[[Any, int, str | None], AbstractContextManager[Stream]]] = {"https": _https, "s3": _s3}
+OPEN: dict[str, Callable[[Any, int, str | None], AbstractContextManager[Stream]]] = {
+    "https": _open_https,
+    "s3": _open_s3,
+}

@@ -11,10 +11,10 @@ from prefect.cache_policies import NO_CACHE
 
 from blocks.config.catalog import open_catalog
 from blocks.config.paths import vectors_folder
-from blocks.config.secrets import secret
+from blocks.config.secrets import read_secret
 from blocks.http import TASK_RETRY_DELAYS, ConnectionLost
-from blocks.services.text_service import service_key, text_vectors
-from blocks.services.vectors import Vector, address, keep_vectors, kept_vector, vector_name
+from blocks.services.text_service import read_service_key, request_vectors
+from blocks.services.vectors import Vector, build_address, name_vector, read_vector, write_vectors
 from blocks.store.code import code_hash
 from core.catalog.schema import GENE_FILES, EmbeddingSpec, TextService
 from core.embeddings.files import EMBEDDING
@@ -59,9 +59,9 @@ def check_services(specs: Iterable[EmbeddingSpec], files: Mapping[str, Path]) ->
     parts = {part.name: part for spec in specs for part in open_catalog().parts(spec)}
     errors: list[UserError] = []
     for part in parts.values():
-        if part.service and secret(part.service.secret) is None and _must_ask(part, files):
+        if part.service and read_secret(part.service.secret) is None and _must_ask(part, files):
             with collect_error(errors):
-                service_key(part.service)
+                read_service_key(part.service)
     raise_collected(errors)
 
 
@@ -86,7 +86,7 @@ def _recipe(spec: EmbeddingSpec, files: Mapping[str, Path]) -> Recipe:
         {name: checksum_file(files[name]) for name in (SUMMARIES, GENES)},
         {
             "kind": spec.kind,
-            "service": {"address": address(service), "model": service.model},
+            "service": {"address": build_address(service), "model": service.model},
             "dimensions": spec.dimensions,
         },
         code_hash("core.embeddings.gene_texts") + code_hash("core.embeddings.tables"),
@@ -111,7 +111,7 @@ def _collect_vectors(spec: EmbeddingSpec, texts: list[str]) -> dict[str, Vector]
     found = {text: _find_vector(spec, text) for text in texts}
     unknown = [text for text, vector in found.items() if vector is None]
     if unknown:
-        service_key(service)
+        read_service_key(service)
         tokens = sum(len(text.encode()) for text in unknown) // BYTES_OF_A_TOKEN
         LOG.info(
             "embedding %s: %s of %s texts are asked of %s (model %s), about %s tokens; it may charge for them",
@@ -133,7 +133,7 @@ def _collect_vectors(spec: EmbeddingSpec, texts: list[str]) -> dict[str, Vector]
 
 
 def _find_vector(spec: EmbeddingSpec, text: str) -> Vector | None:
-    return kept_vector(vector_name(_service(spec), spec.dimensions, text), spec.dimensions)
+    return read_vector(name_vector(_service(spec), spec.dimensions, text), spec.dimensions)
 
 
 @task(
@@ -147,15 +147,15 @@ def _find_vector(spec: EmbeddingSpec, text: str) -> Vector | None:
 def ask_for_vectors(spec: EmbeddingSpec, texts: list[str]) -> None:
     """Ask for the vectors of texts, by one request, and keep them.
 
-    Raises UserError as `text_vectors` does, and ConnectionLost if another try may help: if one is to come, after as
+    Raises UserError as `request_vectors` does, and ConnectionLost if another try may help: if one is to come, after as
     long a wait as the service asks for.
     """
     service = _service(spec)
     try:
-        vectors = text_vectors(service, spec.dimensions, texts)
+        vectors = request_vectors(service, spec.dimensions, texts)
     except ConnectionLost as busy:
         if runtime.task_run.run_count <= RETRIES:
             sleep(min(busy.wait, LONGEST_WAIT))
         raise
-    names = [vector_name(service, spec.dimensions, text) for text in texts]
-    keep_vectors(dict(zip(names, vectors, strict=True)))
+    names = [name_vector(service, spec.dimensions, text) for text in texts]
+    write_vectors(dict(zip(names, vectors, strict=True)))

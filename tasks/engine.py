@@ -14,7 +14,7 @@ from blocks.config.settings import read_settings
 from blocks.engines.base import Engine
 from blocks.engines.checkpoints import checkpoint
 from blocks.engines.process import ProcessEngine
-from blocks.local.gpus import Gpu, lease
+from blocks.local.gpus import Gpu, lease_gpu
 from core.catalog.schema import EmbeddingSpec, ResolvedModel
 from core.errors import UserError
 from tasks.artifacts import Recipe, build_or_get
@@ -91,7 +91,7 @@ def lease_device(container: Path, name: str) -> AbstractContextManager[Gpu | Non
 
     name: what the lease is for; others who wait for a GPU see it.
     """
-    return nullcontext() if runs_elsewhere() or not _uses_gpu(container) else lease(name)
+    return nullcontext() if runs_elsewhere() or not _uses_gpu(container) else lease_gpu(name)
 
 
 @contextmanager

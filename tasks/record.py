@@ -20,7 +20,7 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowR
 from prefect.client.schemas.objects import StateType
 from prefect.exceptions import TerminationSignal
 
-from blocks.config.secrets import mlflow_credentials
+from blocks.config.secrets import read_mlflow_credentials
 from blocks.local.cancellation import Stopped
 from blocks.services.pages import read_pages
 from blocks.store.code import code_hash
@@ -29,7 +29,7 @@ from core.catalog.schema import DatasetSpec, EmbeddingSpec, ResolvedModel
 from core.errors import UserError
 from core.reference.controls import CONTROLS
 from core.report.files import LEADERBOARD, REPORT
-from core.report.tables import entries
+from core.report.tables import list_entries
 from core.scoring.files import CALIBRATION, SCORES
 from tasks.artifacts import LOG, key_of
 from tasks.engine import find_container_of, identify_container
@@ -87,7 +87,7 @@ def open_tracking() -> MLflowTracking:
             "not set",
             "use `calipert run` or `make up`, which start a server and set it",
         )
-    os.environ.update(mlflow_credentials())
+    os.environ.update(read_mlflow_credentials())
     return MLflowTracking(tracking_uri=uri)
 
 
@@ -175,7 +175,7 @@ def end_runs_on_error(runs: Runs) -> Iterator[None]:
 def end_failed(run_ids: Iterable[str], error: BaseException) -> None:
     """End MLflow runs as FAILED with the reason, or as KILLED if the flow was ended from outside.
 
-    What MLflow refuses is only logged: it must not hide the error.
+    An error of MLflow is only logged: it must not hide this one.
     """
     status, reason = "FAILED", f"{type(error).__name__}: {error}"
     if isinstance(error, Stopped):
@@ -246,7 +246,7 @@ def show_results(spec: DatasetSpec, runs: Runs, results: Path, page: Path) -> No
     """Prefect artifacts of the run: the leaderboard, and links to the report and to MLflow."""
     board = pd.read_parquet(results / LEADERBOARD)
     table = board[board["calibrated"]].pivot(index=["model", "kind"], columns="metric", values="mean")
-    table = table.reindex(pd.MultiIndex.from_frame(entries(board)[["model", "kind"]])).reset_index()
+    table = table.reindex(pd.MultiIndex.from_frame(list_entries(board)[["model", "kind"]])).reset_index()
     name = spec.name.replace("_", "-")
     create_table_artifact(
         key=f"leaderboard-{name}",
@@ -257,11 +257,11 @@ def show_results(spec: DatasetSpec, runs: Runs, results: Path, page: Path) -> No
     # Browsers do not follow links from a server's pages to files, so MLflow serves the report.
     create_link_artifact(
         key=f"report-{name}",
-        link=server.report_url(spec.name, next(iter(runs.models.values()))),
+        link=server.build_report_url(spec.name, next(iter(runs.models.values()))),
         link_text=f"Report of {spec.name}",
         description=f"Every MLflow run of the benchmark keeps it; the worker has it as `{page}`.",
     )
-    url = server.benchmark_url(spec.name, runs.benchmark_id)
+    url = server.build_benchmark_url(spec.name, runs.benchmark_id)
     create_link_artifact(key=f"mlflow-{name}", link=url, link_text="Compare the models in MLflow")
 
 

@@ -50,9 +50,11 @@ def make_results(
 
     def build(folder: Path) -> None:
         # Imported only here: it takes seconds, and mostly the results are in the store.
+        from core.report.page import Dataset
         from core.report.results import write_results
 
-        write_results(spec, spec.seed, scores, calibration, quality, provenance, folder)
+        dataset = Dataset(spec.name, spec.title, spec.task, spec.citation, spec.licence)
+        write_results(dataset, spec.seed, scores, calibration, quality, provenance, folder)
 
     provenance = {
         "data set": spec.name,

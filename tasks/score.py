@@ -44,11 +44,11 @@ def score_model(spec: DatasetSpec, reference: Path, model: str, seed: int, predi
 @task(name="calibrate-metrics", cache_policy=NO_CACHE)
 def calibrate_metrics(spec: DatasetSpec, control_scores: Path) -> Path:
     """Write calibration.parquet: the dynamic range and the verdict of every metric."""
-    from core.scoring.calibration import calibrate
+    from core.scoring.calibration import build_calibration
 
     def build(folder: Path) -> None:
         scores = pd.read_parquet(control_scores / SCORES)
-        calibrate(scores, spec.seed).to_parquet(folder / CALIBRATION, index=False)
+        build_calibration(scores, spec.seed).to_parquet(folder / CALIBRATION, index=False)
 
     code = code_hash("core.scoring.calibration")
     return build_or_get(Recipe("calibration", {"scores": control_scores}, {"seed": spec.seed}, code), build)
@@ -60,7 +60,7 @@ def accept_predictions(spec: DatasetSpec, file: Path, reference: Path) -> Path:
 
     Raises UserError if the file cannot be used.
     """
-    from core.scoring.predictions import write_accepted
+    from core.scoring.predictions import write_aligned_predictions
 
     recipe = Recipe(
         "predictions",
@@ -68,4 +68,4 @@ def accept_predictions(spec: DatasetSpec, file: Path, reference: Path) -> Path:
         {"target_sum": spec.target_sum},
         code_hash("core.scoring.predictions"),
     )
-    return build_or_get(recipe, lambda folder: write_accepted(file, reference, spec.target_sum, folder))
+    return build_or_get(recipe, lambda folder: write_aligned_predictions(file, reference, spec.target_sum, folder))

@@ -49,12 +49,12 @@ def train(task: contract.TrainTask) -> None:
 
 
 def predict(task: contract.PredictTask) -> None:
-    """It is made to be timed."""
+    """Refuse: this model is for timing only."""
     raise contract.ContractError("dense_rows: does not predict")
 
 
 def loaded(name: str) -> ModuleType:
-    """The module of a model's folder."""
+    """Import the module of a model's folder."""
     path = Path(contract.__file__).parent / name / "model.py"
     spec = importlib.util.spec_from_file_location(f"{name}_model", path)
     if spec is None or spec.loader is None:

@@ -7,5 +7,5 @@ from core.catalog.registry import Catalog
 
 
 def open_catalog() -> Catalog:
-    """The built-in entries, and those in the folder that CALIPERT_CATALOG names."""
+    """Return the built-in entries, and those in the folder that CALIPERT_CATALOG names."""
     return Catalog(read_settings().catalog)

@@ -1,4 +1,4 @@
-"""The settings that make Prefect and MLflow use the private local servers, and nobody else's.
+"""Variables that make Prefect and MLflow use the private local servers, and no others.
 
 Imports neither prefect nor mlflow, which take seconds and read these settings when they are imported.
 """
@@ -32,11 +32,12 @@ class Services:
 
     @property
     def prefect_api(self) -> str:
+        """Address of Prefect's API."""
         return f"{self.prefect}/api"
 
 
-def environment(services: Services) -> dict[str, str]:
-    """Variables that make Prefect and MLflow use these servers, keep to the data folder and report to nobody."""
+def build_environment(services: Services) -> dict[str, str]:
+    """Build the variables that make Prefect and MLflow use these servers and this data folder, without statistics."""
     home = prefect_folder()
     lease_storage = "prefect.server.concurrency.lease_storage.filesystem"
     return {
@@ -51,7 +52,7 @@ def environment(services: Services) -> dict[str, str]:
         "PREFECT_API_URL": services.prefect_api,
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
         "PREFECT_HOME": str(home),
-        # What core, tasks and blocks report stands among the logs of the run.
+        # What core, tasks and blocks log is among the logs of the run.
         "PREFECT_LOGGING_EXTRA_LOGGERS": "calipert",
         "PREFECT_PROFILES_PATH": str(home / "profiles.toml"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -68,19 +69,21 @@ def environment(services: Services) -> dict[str, str]:
     }
 
 
-def child_environment(services: Services) -> dict[str, str]:
-    """The whole environment for a child process: this one's, without the user's own PREFECT_ and MLFLOW_
-    settings, and with `environment(services)`."""
+def build_child_environment(services: Services) -> dict[str, str]:
+    """Build the environment of a child process that uses these servers.
+
+    It is this one's, without the user's own PREFECT_ and MLFLOW_ settings, and with `build_environment(services)`.
+    """
     kept = {name: value for name, value in os.environ.items() if not _is_users_own(name)}
-    return kept | environment(services)
+    return kept | build_environment(services)
 
 
-def adopt(services: Services) -> None:
-    """Makes this process use the servers. Call it before prefect is imported, which reads its settings then.
+def use_servers(services: Services) -> None:
+    """Make this process use the servers. Call it before prefect is imported, which reads its settings then.
 
     Raises RuntimeError if prefect has been imported with other settings.
     """
-    ours = environment(services)
+    ours = build_environment(services)
     foreign = [name for name in os.environ if _is_users_own(name) and name not in ours]
     differing = [*foreign, *(name for name, value in ours.items() if os.environ.get(name) != value)]
     if "prefect" in sys.modules and any(name.startswith("PREFECT_") for name in differing):
@@ -90,9 +93,9 @@ def adopt(services: Services) -> None:
     os.environ.update(ours)
 
 
-def exports(services: Services) -> str:
-    """Shell lines that make a shell use the servers: `eval` them to type `prefect` and `mlflow` anywhere."""
-    ours = environment(services)
+def format_exports(services: Services) -> str:
+    """Format lines that make a shell use the servers: `eval` them to type `prefect` and `mlflow` anywhere."""
+    ours = build_environment(services)
     foreign = sorted(name for name in os.environ if _is_users_own(name) and name not in ours)
     lines = [f"unset {name}" for name in foreign]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in sorted(ours.items())]
@@ -113,7 +116,7 @@ def require_own_toml() -> None:
 
 
 def remove_toml() -> None:
-    """Take away the prefect.toml that was written for servers which no longer run; one of the user's own stays."""
+    """Remove the prefect.toml of servers that no longer run; one that the user wrote stays."""
     if data_folder() != DEFAULT_DATA or not PREFECT_TOML.exists():
         return
     if PREFECT_TOML.read_text(encoding="utf-8").startswith(TOML_HEADER):
@@ -121,8 +124,10 @@ def remove_toml() -> None:
 
 
 def write_toml(services: Services) -> None:
-    """So that `prefect deployment run ...` works as typed in the project's folder. Another data folder than the
-    project's own leaves it alone: which of several servers is meant cannot be known."""
+    """Write prefect.toml, so that `prefect deployment run ...` works as typed in the project's folder.
+
+    Does nothing with another data folder than the project's own: which of several servers is meant cannot be known.
+    """
     if data_folder() != DEFAULT_DATA:
         return
     home = prefect_folder()

@@ -11,9 +11,9 @@ MODEL_CONTAINERS = PROJECT_ROOT / "model_containers"
 
 
 def data_folder() -> Path:
-    """The data folder, absolute: the environment variable CALIPERT_DATA, else `data` in the project's root.
+    """Return the data folder, absolute: CALIPERT_DATA, else `data` in the project's root.
 
-    None of the functions here creates a folder; who writes does.
+    None of the functions here creates a folder; the caller that writes does.
     """
     return read_settings().data
 
@@ -54,20 +54,20 @@ def services_file() -> Path:
 
 
 def logs_folder() -> Path:
-    """Logs of the local services."""
+    """Folder of the logs of the local services."""
     return data_folder() / "logs"
 
 
 def reports_folder(dataset: str) -> Path:
-    """Where a copy of the latest report of one data set lies."""
+    """Folder with a copy of the latest report of one data set."""
     return data_folder() / "reports" / dataset
 
 
 def checkpoints_folder() -> Path:
-    """Parent of the folders that let killed stages go on (blocks.engines.checkpoints)."""
+    """Parent of the folders from which killed stages continue (blocks.engines.checkpoints)."""
     return data_folder() / "checkpoints"
 
 
 def scratch_folder() -> Path:
-    """Parent of the folders that live no longer than the process that made them (blocks.local.scratch)."""
+    """Parent of the folders that end with the process that made them (blocks.local.scratch)."""
     return data_folder() / "scratch"

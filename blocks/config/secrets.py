@@ -1,4 +1,4 @@
-"""Passwords and keys, from Prefect's Secret blocks. docs/secrets.md says which there are and how one is made.
+"""Passwords and keys, from Prefect's Secret blocks. docs/secrets.md lists them and says how to make one.
 
 A value goes from here into the client that needs it and nowhere else: never into a parameter, a log, an error, an
 artifact or MLflow.
@@ -15,7 +15,7 @@ from core.errors import UserError
 
 S3_KEY = "calipert-s3-key"
 S3_SECRET = "calipert-s3-secret"  # noqa: S105 - the name of a block
-# The variables that MLflow's client reads, and the blocks that stand in for them.
+# The variables that MLflow's client reads, and the blocks that replace them.
 MLFLOW = {
     "MLFLOW_TRACKING_USERNAME": "calipert-mlflow-username",
     "MLFLOW_TRACKING_PASSWORD": "calipert-mlflow-password",
@@ -24,25 +24,30 @@ MLFLOW = {
 _NAME = re.compile(r"[a-z0-9-]+")
 
 
-def secret(name: str) -> str | None:
-    """The value of the Secret block of that name (a-z, 0-9, dash); None where there is none, or no Prefect API is set.
+def read_secret(name: str) -> str | None:
+    """Read the Secret block of that name (a-z, 0-9, dash); None if there is none, or no Prefect API is set.
 
-    Asked for once in a process: a block that is made later is for the next one. Never starts a server. Callable from
-    any thread, and inside an event loop, which it blocks meanwhile. Raises UserError where the API is out of reach or
-    refuses, and where the block is of another type or holds no text.
+    It is read once in a process: a block that is made later counts for the next process. Never starts a server.
+    Callable from any thread, and inside an event loop, which it blocks meanwhile. Raises UserError if the API is out of
+    reach or refuses, and if the block is of another type or holds no text.
     """
     return _values((name,))[0]
 
 
-def s3_credentials() -> dict[str, str]:
-    """{"key", "secret"} for s3fs, from the blocks S3_KEY and S3_SECRET; {} where neither is there, which leaves it to
-    the AWS chain (environment, files, the role of the machine). Raises UserError for one without the other."""
+def read_s3_credentials() -> dict[str, str]:
+    """Read {"key", "secret"} for s3fs from the blocks S3_KEY and S3_SECRET; {} if there is neither.
+
+    Without them s3fs uses the AWS chain (environment, files, the role of the machine). Raises UserError for one block
+    without the other.
+    """
     return _pair({"key": S3_KEY, "secret": S3_SECRET})
 
 
-def mlflow_credentials() -> dict[str, str]:
-    """What MLflow's client must find in the environment, from the blocks of MLFLOW; {} where they are not there, or
-    where one of the variables is already set. Raises UserError for one block without the other."""
+def read_mlflow_credentials() -> dict[str, str]:
+    """Read what MLflow's client must find in the environment from the blocks of MLFLOW.
+
+    {} if there are none, or if one of the variables is already set. Raises UserError for one block without the other.
+    """
     if any(name in os.environ for name in MLFLOW):
         return {}
     return _pair(MLFLOW)
@@ -72,7 +77,7 @@ def _values(names: tuple[str, ...]) -> tuple[str | None, ...]:
 
 @cache
 def _read(api: str, names: tuple[str, ...]) -> tuple[str | None, ...]:
-    """The values of Secret blocks by one request to the API. api: its address, part of what the cache goes by."""
+    """Read Secret blocks by one request to the API. api: its address, a part of the cache's key."""
     import httpx
     from prefect.client.orchestration import get_client
 
@@ -98,7 +103,7 @@ def _read(api: str, names: tuple[str, ...]) -> tuple[str | None, ...]:
 
 
 def _value(name: str, documents: list[dict[str, object]]) -> str | None:
-    """The text of the Secret block among the blocks of this name, which may be one of each type."""
+    """Return the text of the Secret block among the blocks of this name, of which there may be one of each type."""
     # Not by `Secret.get`, which makes a number of a password of digits.
     types = {str(document["block_type_name"]): document["data"] for document in documents}
     if not types:

@@ -23,7 +23,7 @@ AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().res
 
 
 def variable(field: str) -> str:
-    """The variable of the environment that holds a setting."""
+    """Return the variable of the environment that holds a setting."""
     return PREFIX + field.upper()
 
 
@@ -55,7 +55,7 @@ class Settings(BaseSettings):
     mlflow_url: str | None = None
     """Address of MLflow's pages for browsers, where it is not the one that workers use."""
     commit: str | None = None
-    """Git commit of the code, where there is no checkout."""
+    """Git commit of the code, if there is no checkout."""
     pod_name: str | None = None
     """Name of the pod that this process runs in; its work pool sets it."""
     pod_uid: str | None = None
@@ -78,12 +78,12 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """The environment alone: no `.env` file and no folder of secrets."""
+        """Read the environment alone: no `.env` file and no folder of secrets."""
         return (env_settings,)
 
 
 def read_settings() -> Settings:
-    """The settings as the environment has them now. Raises UserError for a value that is wrong."""
+    """Read the settings as the environment has them now. Raises UserError for a value that is wrong."""
     try:
         return Settings()
     except ValidationError as error:
@@ -95,22 +95,22 @@ def read_settings() -> Settings:
 
 
 def source_variable(name: str) -> str:
-    """The variable that names the file of a data set or embedding, or the folder of published files."""
+    """Return the variable that names the file of a data set or embedding, or the folder of published files."""
     return SOURCE + name.upper()
 
 
 def read_source(name: str) -> str | None:
-    """What that variable says; None where it is not set."""
+    """Read that variable; None if it is not set."""
     return os.environ.get(source_variable(name))
 
 
 def list_sources() -> dict[str, str]:
-    """The variables that name files of data sets, embeddings and published files, with their values."""
+    """List the variables that name files of data sets, embeddings and published files, with their values."""
     return _list_variables(SOURCE)
 
 
 def list_library_variables() -> dict[str, str]:
-    """The variables that Prefect, MLflow, clients of S3 and Docker, and CUDA read, with their values."""
+    """List the variables that Prefect, MLflow, clients of S3 and Docker, and CUDA read, with their values."""
     return _list_variables(*LIBRARIES)
 
 

@@ -32,7 +32,7 @@ from blocks.engines.base import (
 )
 from blocks.engines.lines import read_event, split_lines
 from blocks.engines.sources import find_sources, hash_sources
-from blocks.local.cancellation import killed_by_stop, raise_if_stopped
+from blocks.local.cancellation import kill_on_stop, raise_if_stopped
 from blocks.local.gpus import VISIBLE
 from blocks.local.scratch import scratch
 from core.errors import UserError
@@ -74,7 +74,7 @@ class ProcessEngine(Engine):
                 start_new_session=True,
             ) as process:
                 try:
-                    with killed_by_stop(run.name, partial(_kill_group, process)):
+                    with kill_on_stop(run.name, partial(_kill_group, process)):
                         for stream, line in _read_lines(process, deadline):
                             raise_if_stopped(run.name)
                             if stream is process.stdout:

@@ -1,4 +1,4 @@
-"""Ends the models of a flow together with it, although they run in threads that no signal reaches."""
+"""End the models of a flow together with it, although they run in threads that no signal reaches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LOG = logging.getLogger("calipert.cancellation")
 
 
 class Stopped(Exception):
-    """Something was ended, or never begun, because its flow ended or was cancelled. what: it; reason: in words."""
+    """Something was ended, or not started, because its flow ended or was cancelled. what: it; reason: in words."""
 
     def __init__(self, what: str, reason: str) -> None:
         self.what = what
@@ -21,6 +21,7 @@ class Stopped(Exception):
         super().__init__(what, reason)
 
     def __str__(self) -> str:
+        """Say what was stopped, and why."""
         return f"{self.what} was stopped: {self.reason}"
 
 
@@ -52,12 +53,12 @@ _LOCK = RLock()
 
 
 @contextmanager
-def models_end_with(what: str) -> Iterator[None]:
+def end_models_with(what: str) -> Iterator[None]:
     """Whatever the block starts, in this thread or in threads that run in copies of its context, ends with its error.
 
     what: the flow, in words. When the block is left by an exception, a cancellation included, its running models are
-    killed, and whoever waits for them or starts another on its behalf gets `Stopped`, however late. Blocks may stand
-    in each other: the inner ends with the outer. A block that comes after is not touched.
+    killed, and a caller that waits for them or starts another in its name gets `Stopped`, however late. Blocks may be
+    nested: the inner ends with the outer. A block that comes after is not touched.
     """
     current = _SCOPE.get()
     scope = _Scope(None if current is _PROCESS else current)
@@ -75,8 +76,8 @@ def models_end_with(what: str) -> Iterator[None]:
 def stop_all(reason: str) -> None:
     """Kill all models that this process runs, in any thread; may be called by a signal's handler.
 
-    Whoever waits for one of them, for a GPU, or starts another gets `Stopped` with the reason. Only what begins in a
-    new block of `models_end_with` that stands in none of the stopped ones may run models again.
+    A caller that waits for one of them or for a GPU, or starts another, gets `Stopped` with the reason. Only a new
+    block of `end_models_with`, outside of the stopped ones, may run models again.
     """
     _STOPS.append(reason)
     _kill(lambda running: True)
@@ -90,7 +91,7 @@ def raise_if_stopped(what: str) -> None:
 
 
 @contextmanager
-def killed_by_stop(what: str, kill: Callable[[], None]) -> Iterator[None]:
+def kill_on_stop(what: str, kill: Callable[[], None]) -> Iterator[None]:
     """While the block runs, a stop calls `kill`, once and from the thread that stops. Raises Stopped after a stop.
 
     The error comes before the block if the stop came before it, and instead of its natural end or its own error

@@ -1,8 +1,8 @@
-"""The GPUs of this host, and leases of them that the kernel takes back from the dead.
+"""The GPUs of this host, and leases of them that the kernel ends with the processes that hold them.
 
 A lease is an exclusive lock (`flock`) on one file per GPU. It belongs to the open file, not to the process that asked
 for it: the flow, the supervisor and the model hold the same open file, and the GPU is free once the last of them is
-gone, however they died. It is given back by closing the file and never by unlocking, which would take the lock from
+gone, however they ended. It is given back by closing the file and never by unlocking, which would take the lock from
 all of them: a flow that ends must not free a GPU that its dying model still uses. That is why filelock is not used,
 whose release unlocks.
 """
@@ -37,7 +37,7 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 NONE = "none"
 # Not the temporary folder of tempfile, which TMPDIR makes another one for each user or job.
 SHARED_FOLDERS = (Path("/run/lock/calipert-gpus"), Path("/tmp/calipert-gpus"))  # noqa: S108
-# For all users; sticky: nobody deletes another's file.
+# For all users; sticky: no user deletes another's file.
 FOLDER_MODE = 0o1777
 # For all users; sticky, which tells systemd-tmpfiles to leave the file alone, however old it is.
 FILE_MODE = 0o1666
@@ -59,15 +59,18 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Holder:
-    """Who took a lease. pid: the process that asked (those that inherited it may outlive it), or None where it has
-    not said so yet. what: what it is for."""
+    """Who took a lease.
+
+    pid: the process that asked (those that inherited the lease may outlive it); None if it has not written it yet.
+    what: what the lease is for.
+    """
 
     pid: int | None
     what: str
 
 
-def devices() -> list[str]:
-    """Ids of the GPUs that this process may lease, as CUDA_VISIBLE_DEVICES takes them; empty without a GPU.
+def list_gpus() -> list[str]:
+    """List the GPUs that this process may lease, as CUDA_VISIBLE_DEVICES takes them; empty without a GPU.
 
     CALIPERT_GPUS names them (`0,1`; `none` or nothing for none), else nvidia-smi does: the UUID of each GPU, or of each
     of its MIG instances where it is divided. CUDA_VISIBLE_DEVICES restricts them, where it is set. A number or the
@@ -95,15 +98,15 @@ def devices() -> list[str]:
 
 
 @contextmanager
-def lease(name: str) -> Iterator[Gpu | None]:
-    """A GPU of this host that nobody else leases while the block runs; None, with a message, if the host has none.
+def lease_gpu(name: str) -> Iterator[Gpu | None]:
+    """Lease a GPU of this host for the time of the block; None, with a message, if the host has none.
 
     name: who asks, for messages and for `holders`. Waits while all are taken. Each call excludes all others, those of
     other threads of this process too. Raises Stopped if the caller's flow ends meanwhile, and UserError if the locks
     cannot be used.
     """
     raise_if_stopped(name)
-    gpus = devices()
+    gpus = list_gpus()
     if not gpus:
         LOG.info("%s runs on the CPU: %s", name, _why_none())
         yield None
@@ -118,17 +121,17 @@ def lease(name: str) -> Iterator[Gpu | None]:
         file.close()
 
 
-def holders() -> list[tuple[str, Holder | None]]:
-    """Every GPU that this process may lease, with who holds it, or None where it is free."""
-    gpus = devices()
+def list_holders() -> list[tuple[str, Holder | None]]:
+    """List the GPUs that this process may lease, each with its holder, or None if it is free."""
+    gpus = list_gpus()
     if not gpus:
         return []
-    folder = lock_folder()
+    folder = open_lock_folder()
     return [(gpu, _holder(_lock_file(folder, gpu))) for gpu in gpus]
 
 
-def lock_folder() -> Path:
-    """The folder of the lock files, the same for all users of the host; made if it is missing.
+def open_lock_folder() -> Path:
+    """Return the folder of the lock files, the same for all users of the host; it is made if it is missing.
 
     CALIPERT_LOCKS, else /run/lock/calipert-gpus, else (where that cannot be made) /tmp/calipert-gpus.
     Raises UserError if it cannot be used.
@@ -169,7 +172,7 @@ os.register_at_fork(after_in_child=_forget_leases)
 
 
 def _wait(gpus: list[str], name: str) -> tuple[str, FileIO]:
-    folder = lock_folder()
+    folder = open_lock_folder()
     said = False
     while True:
         for gpu in gpus:
@@ -184,7 +187,7 @@ def _wait(gpus: list[str], name: str) -> tuple[str, FileIO]:
 
 
 def _take(path: Path, name: str) -> FileIO | None:
-    """The lock file, locked by this call alone; None while another holds it."""
+    """Open and lock a lock file; None while another holds it."""
     try:
         file = _opened(path)
         try:
@@ -227,7 +230,7 @@ def _holder(path: Path) -> Holder | None:
 
 
 def _opened(path: Path) -> FileIO:
-    """The file, opened by this call alone and for no other program; made if it is missing, for all users."""
+    """Open a lock file, which no child process inherits by itself; made for all users if it is missing."""
     flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         # Not with O_CREAT: in a folder like this Linux refuses that for another user's file (fs.protected_regular).
@@ -238,7 +241,7 @@ def _opened(path: Path) -> FileIO:
         file = FileIO(os.open(path, flags), "r+")
     try:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError("it is no file")
+            raise OSError("not a regular file")
         _for_all(file.fileno(), FILE_MODE)
     except BaseException:
         file.close()
@@ -247,14 +250,14 @@ def _opened(path: Path) -> FileIO:
 
 
 def _for_all(descriptor: int, mode: int) -> None:
-    """Give a file or folder of this user's the mode, which the umask has cut; another's is its owner's to mend."""
+    """Set the mode, which the umask has cut, of a file or folder of this user; another user's stays as it is."""
     found = os.fstat(descriptor)
     if found.st_uid == os.geteuid() and stat.S_IMODE(found.st_mode) != mode:
         os.fchmod(descriptor, mode)
 
 
 def _is_still(file: FileIO, path: Path) -> bool:
-    """Whether the open file is the one under that name. Somebody may have deleted it: its lock excludes nobody then."""
+    """Whether the open file is still the one under that name; if it was deleted, its lock excludes no other process."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
     except FileNotFoundError:
@@ -277,11 +280,11 @@ def _split(names: str) -> list[str]:
 
 
 def _known() -> dict[str, list[str]]:
-    """What nvidia-smi lists: the number and the UUID of each GPU, each with what can be leased of it."""
+    """Ask nvidia-smi for the number and the UUID of each GPU, each with what can be leased of it."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return {}
-    remedy = f"mend the driver (`nvidia-smi -L` shows its state), or set {GPUS}={NONE} to train on the CPU"
+    remedy = f"repair the driver (`nvidia-smi -L` shows its state), or set {GPUS}={NONE} to train on the CPU"
     try:
         answer = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=LIST_LIMIT_S, check=False)
     except (subprocess.TimeoutExpired, OSError) as error:
@@ -305,16 +308,16 @@ def _known() -> dict[str, list[str]]:
 
 
 def _unlisted(name: str, known: Mapping[str, list[str]]) -> str:
-    """A name of CALIPERT_GPUS that nvidia-smi does not list: taken as it stands where there is no nvidia-smi."""
+    """Return a name of CALIPERT_GPUS as it is if there is no nvidia-smi that could list it, else raise UserError."""
     if known or not re.fullmatch(r"\d+|(GPU|MIG)-\S+", name):
         listed = ", ".join(number for number in known if number.isdigit()) or "0, 1, ..."
         remedy = f"set it to numbers ({listed}) or UUIDs as `nvidia-smi -L` shows them, or to `{NONE}`"
-        raise UserError("environment", GPUS, f"{name!r}, which is no GPU of this host", remedy)
+        raise UserError("environment", GPUS, f"{name!r}, which is not a GPU of this host", remedy)
     return name
 
 
 def _ids(name: str, known: Mapping[str, list[str]]) -> list[str] | None:
-    """What nvidia-smi knows under a number, a UUID or the start of one; None for anything else."""
+    """Find what nvidia-smi lists under a number, a UUID or the start of one; None for anything else."""
     if name in known:
         return known[name]
     fitting = [whole for whole in known if whole.startswith(name)] if re.match("GPU-|MIG-", name) else []

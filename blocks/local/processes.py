@@ -1,4 +1,4 @@
-"""Names of processes that stay good after the process is gone: to know of what was left behind that nobody goes on."""
+"""Names of processes that stay valid after the process has ended, to find what an ended process left behind."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 
 import psutil
 
-# The start of a process is reckoned from the time of boot, which can move by a second when the clock is set.
+# The start of a process is computed from the time of boot, which can move by a second when the clock is set.
 _TOLERANCE = 2.0
 
 
-def this_process() -> str:
-    """The name of this process: its machine, its number there, and when it started (seconds since 1970)."""
+def name_this_process() -> str:
+    """Return the name of this process: its machine, its number there, and its start (seconds since 1970)."""
     return f"{_machine()} {os.getpid()} {psutil.Process().create_time():.1f}"
 
 
-def known_dead(name: str) -> bool:
-    """Whether that process has certainly ended; False where it runs, and where nobody here can know."""
+def is_dead(name: str) -> bool:
+    """Whether that process has certainly ended; False if it runs, and if this machine cannot know."""
     words = name.split()
     if len(words) != 3 or words[0] != _machine():
         return False
@@ -36,7 +36,7 @@ def known_dead(name: str) -> bool:
 
 @cache
 def _machine() -> str:
-    """Tells this machine, since it was last started, from any other, and containers on it from each other."""
+    """Return a name that differs between machines, between starts of one, and between containers on one."""
     parts = [socket.gethostname().replace(" ", "")]
     with suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())

@@ -1,4 +1,4 @@
-"""Folders that end with the process that made them, be it by `kill -9`: whoever comes next removes what is left."""
+"""Folders that end with the process that made them; the next one removes what a killed process left."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
 
-_LOG = logging.getLogger("calipert.scratch")
+LOG = logging.getLogger("calipert.scratch")
 
 
 @contextmanager
 def scratch(parent: Path, prefix: str) -> Iterator[Path]:
-    """An empty folder `<parent>/<prefix>.<host>.<random>` that is removed at the end of the block.
+    """Make an empty folder `<parent>/<prefix>.<host>.<random>` that is removed at the end of the block.
 
     A lock on the file `<folder>.lock` says that its process lives; the kernel frees it with the process. Entering
-    makes `parent` where it is not there and first removes, as `sweep` does, what nobody holds any more.
+    makes `parent` if it is missing and first removes, as `sweep` does, what no process holds any more.
     Raises OSError if the folder cannot be made, or not be removed at the end.
     """
     sweep(parent, prefix)
@@ -37,10 +37,10 @@ def scratch(parent: Path, prefix: str) -> Iterator[Path]:
 
 
 def sweep(parent: Path, prefix: str) -> None:
-    """Remove the folders of `scratch` under a parent whose process is gone; those in use, of another prefix or of
-    another host stay: a lock on a shared disk need not reach another host.
+    """Remove the folders of `scratch` under a parent whose process has ended.
 
-    What cannot be removed is said in a warning, and stays.
+    Those in use, of another prefix or of another host stay: a lock on a shared disk need not reach another host. A
+    folder that cannot be removed stays, with a warning.
     """
     start = f"{prefix}.{platform.node()}."
     for path in parent.glob("*.lock") if parent.is_dir() else ():
@@ -50,12 +50,14 @@ def sweep(parent: Path, prefix: str) -> None:
         try:
             _remove_unless_held(path)
         except OSError as error:
-            _LOG.warning("what a killed process left cannot be removed: %s (%s)", path.with_suffix(""), error)
+            LOG.warning("what a killed process left cannot be removed: %s (%s)", path.with_suffix(""), error)
 
 
 def _held(parent: Path, prefix: str) -> tuple[Path, int]:
-    """A new folder's path, and the descriptor that holds its lock. The lock comes before the folder: there is no
-    moment at which a folder in use looks left."""
+    """Return a new folder's path, and the descriptor that holds its lock.
+
+    The lock comes before the folder: at no moment does a folder in use look abandoned.
+    """
     while True:
         folder = parent / f"{prefix}.{platform.node()}.{token_hex(6)}"
         path = folder.with_name(f"{folder.name}.lock")
@@ -67,7 +69,7 @@ def _held(parent: Path, prefix: str) -> tuple[Path, int]:
         except BaseException:
             os.close(lock)
             raise
-        os.close(lock)  # a sweep came between the two steps and took the file for one that was left
+        os.close(lock)  # a sweep came between the two steps and took the file for an abandoned one
 
 
 def _remove_unless_held(path: Path) -> None:
@@ -96,7 +98,7 @@ def _names(path: Path, descriptor: int) -> bool:
 
 
 def _remove(folder: Path) -> None:
-    """The folder first: killed in between, the lock file still leads the next sweep to it."""
+    """Remove a folder, then its lock file, which leads the next sweep to a folder that is left in between."""
     if folder.exists():
         shutil.rmtree(folder)
     folder.with_name(f"{folder.name}.lock").unlink()

@@ -1,7 +1,7 @@
 """Services: processes that outlive the one which started them. How they are started, recorded, found again and ended.
 
-Each belongs to one data folder. What runs is recorded there in services.json; a mark in the environment tells the
-processes of a service even where that record is lost.
+Each belongs to one data folder. What runs is recorded there in services.json; a mark in the environment identifies
+the processes of a service even if that record is lost.
 """
 
 from __future__ import annotations
@@ -27,19 +27,22 @@ START_TIMEOUT = 180.0
 # A worker first ends its flow runs, and a server the requests it serves; then they are killed.
 STOP_TIMEOUT = 20.0
 LAST_TIMEOUT = 5.0
-# Inherited by every process that a service starts. Tells them from any other's, even where their parent or the
-# record of services is gone.
+# Inherited by every process that a service starts; it identifies them even if their parent or the record of services
+# is gone. Not a setting.
 MARK = "CALIPERT_SERVICE"
 
-_LOG = logging.getLogger("calipert.services")
+LOG = logging.getLogger("calipert.services")
 _children: dict[int, subprocess.Popen[bytes]] = {}
 
 
 @dataclass(frozen=True)
 class Record:
-    """One started service. A recycled pid is told by its start time (seconds since 1970).
+    """One started service.
+
+    created: its start (seconds since 1970), which identifies a pid that was used again.
     port: where a server listens; for a worker, where its server does.
-    naming: for a worker, a hash of the variables in which it found the user's files and devices named."""
+    naming: for a worker, a hash of the variables in which it found the user's files and devices named.
+    """
 
     name: str
     pid: int
@@ -55,8 +58,8 @@ Records = dict[str, Record]  # by name
 # Starting
 
 
-def launch(name: str, arguments: list[str], port: int, environment: dict[str, str], folder: Path) -> Record:
-    """Starts a detached session that survives this process and its terminal, and writes into its own log."""
+def start_service(name: str, arguments: list[str], port: int, environment: dict[str, str], folder: Path) -> Record:
+    """Start a detached session that survives this process and its terminal, and writes into its own log."""
     command = [sys.executable, *arguments]
     log = log_file(name)
     if log.exists():
@@ -75,19 +78,19 @@ def launch(name: str, arguments: list[str], port: int, environment: dict[str, st
     return Record(name, child.pid, psutil.Process(child.pid).create_time(), port, command)
 
 
-def failure(record: Record, timeout: float) -> UserError:
-    """The error for a service that ended or gave no answer within `timeout` seconds: the last lines of its log."""
+def describe_failure(record: Record, timeout: float) -> UserError:
+    """Return the error for a service that ended or did not answer within `timeout` seconds, with the end of its log."""
     log = log_file(record.name)
-    found = f"no answer within {timeout:.0f} s" if alive(record) else "the process has ended"
+    found = f"no answer within {timeout:.0f} s" if is_alive(record) else "the process has ended"
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:]
     text = "\n    ".join([f"{found}; the last lines of its log:", *lines])
-    return UserError(log, f"{record.name} service", text, "mend what the log complains of and start again")
+    return UserError(log, f"{record.name} service", text, "fix what the log reports and start again")
 
 
 # Checking
 
 
-def alive(record: Record | None) -> bool:
+def is_alive(record: Record | None) -> bool:
     """Whether the recorded process runs; False without a record."""
     return record is not None and _root(record) is not None
 
@@ -97,13 +100,13 @@ def _root(record: Record) -> psutil.Process | None:
         _children[record.pid].poll()
     with suppress(psutil.Error):
         process = psutil.Process(record.pid)
-        # The start time is reckoned from the time of boot, which can move by a second when the clock is set.
+        # The start time is computed from the time of boot, which can move by a second when the clock is set.
         if process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - record.created) < 2:
             return process
     return None
 
 
-def listens(record: Record) -> bool:
+def is_listening(record: Record) -> bool:
     """Whether the recorded process, or one that it started, listens on its port."""
     root = _root(record)
     if root is None:
@@ -117,9 +120,9 @@ def listens(record: Record) -> bool:
     return False
 
 
-def pid(record: Record | None) -> int | None:
-    """The number of the recorded process, None if it does not run."""
-    return record.pid if record is not None and alive(record) else None
+def find_pid(record: Record | None) -> int | None:
+    """Return the number of the recorded process, None if it does not run."""
+    return record.pid if record is not None and is_alive(record) else None
 
 
 def log_file(name: str) -> Path:
@@ -131,13 +134,13 @@ def log_file(name: str) -> Path:
 
 
 def end_children(records: Records, *names: str) -> None:
-    """Asks what these services have started to end, and waits for it; nothing is killed."""
+    """Ask what these services have started to end, and wait for it; nothing is killed."""
     children = [child for root in _roots(names, records).values() for child in _children_of(root)]
     _signal(children, psutil.Process.terminate, STOP_TIMEOUT)
 
 
-def processes(name: str, records: Records) -> list[psutil.Process]:
-    """All processes of a service, recorded or not, those too whose parent is gone."""
+def list_processes(name: str, records: Records) -> list[psutil.Process]:
+    """List all processes of a service, recorded or not, also those whose parent is gone."""
     found = {process.pid: process for process in _marked(name)}
     root = _root(records[name]) if name in records else None
     if root is not None:
@@ -159,18 +162,18 @@ def _mark(name: str) -> str:
 
 
 def _end(names: Sequence[str], records: Records) -> None:
-    """Asks each service to end, then what is left of its processes; kills what does neither."""
+    """Ask each service to end, then what is left of its processes; kill what does not."""
     roots = _roots(names, records)
     _signal(list(roots.values()), psutil.Process.terminate, STOP_TIMEOUT)
     for signal in (psutil.Process.terminate, psutil.Process.kill):
-        _signal([one for name in names for one in processes(name, records)], signal, LAST_TIMEOUT)
+        _signal([one for name in names for one in list_processes(name, records)], signal, LAST_TIMEOUT)
     for name in roots:
         if records[name].pid in _children:
             _children.pop(records[name].pid).poll()
 
 
 def _roots(names: Sequence[str], records: Records) -> dict[str, psutil.Process]:
-    """The recorded processes that run, by name."""
+    """Return the recorded processes that run, by name."""
     return {name: root for name in names if name in records and (root := _root(records[name])) is not None}
 
 
@@ -192,23 +195,23 @@ def _signal(processes: list[psutil.Process], signal: Callable[[psutil.Process], 
 
 
 @contextmanager
-def lock() -> Iterator[None]:
-    """Held by whoever starts or ends services of this data folder; waits for it."""
+def lock_services() -> Iterator[None]:
+    """Wait for the lock that excludes others from starting or ending services of this data folder, and hold it."""
     path = services_file().with_suffix(".lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock_file(path, "another command starts or ends the services of this data folder"):
         yield
 
 
-def read() -> Records:
-    """What is on record; nothing, with a warning, where the record is unreadable."""
+def read_records() -> Records:
+    """Read the record; it is empty, with a warning, if its file is unreadable."""
     path = services_file()
     if not path.exists():
         return {}
     try:
         return {row["name"]: Record(**row) for row in json.loads(path.read_text(encoding="utf-8"))}
     except (ValueError, TypeError, KeyError):
-        _LOG.warning("%s is unreadable: services that still run are started again", path)
+        LOG.warning("%s is unreadable: services that still run are started again", path)
         return {}
 
 
@@ -217,14 +220,14 @@ def _write(records: Records) -> None:
     replace_text(services_file(), json.dumps(rows, indent=1) + "\n")
 
 
-def remember(records: Records, record: Record) -> None:
-    """Puts a started service on record."""
+def add_record(records: Records, record: Record) -> None:
+    """Add a started service to the record."""
     records[record.name] = record
     _write(records)
 
 
-def forget(records: Records, *names: str) -> None:
-    """Ends services and strikes them off. Written last: what is still being ended stays on record."""
+def end_services(records: Records, *names: str) -> None:
+    """End services and then remove them from the record, which lists them until they have ended."""
     _end(names, records)
     recorded = [name for name in names if name in records]
     for name in recorded:

@@ -14,16 +14,16 @@ BUSY_SECONDS = 30.0
 TIMEOUT = 30.0
 
 
-def free_port(wanted: int) -> int:
+def find_free_port(wanted: int) -> int:
     """`wanted` if it is free, else any free port."""
-    if wanted and bindable(wanted):
+    if wanted and is_free_port(wanted):
         return wanted
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])
 
 
-def bindable(port: int) -> bool:
+def is_free_port(port: int) -> bool:
     """Whether a server could listen on this port."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -34,7 +34,7 @@ def bindable(port: int) -> bool:
     return True
 
 
-def answers(url: str) -> bool:
+def is_answering(url: str) -> bool:
     """Whether GET is answered with success."""
     try:
         ask_once(url)
@@ -44,12 +44,15 @@ def answers(url: str) -> bool:
 
 
 def ask(url: str, body: object = None) -> bytes:
-    """The answer as of `ask_once`, by a server that may be busy (Prefect's is, while its database is written to)."""
+    """Return the answer as `ask_once` does; a server that is busy (Prefect writes to its database) is asked again."""
     return retry(lambda: ask_once(url, body), BUSY_SECONDS)
 
 
 def ask_once(url: str, body: object = None) -> bytes:
-    """The answer to GET, or to POST with a JSON body; never through a proxy. Raises httpx.HTTPError without success."""
+    """Return the answer to GET, or to POST with a JSON body; never through a proxy.
+
+    Raises httpx.HTTPError without success.
+    """
     method = "GET" if body is None else "POST"
     with open_client(url, trust_env=False, timeout=TIMEOUT) as client:
         return client.request(method, url, json=body).raise_for_status().content

@@ -14,11 +14,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from blocks.config.child_environment import HOST, Services, child_environment, remove_toml, require_own_toml, write_toml
+from blocks.config.child_environment import (
+    HOST,
+    Services,
+    build_child_environment,
+    remove_toml,
+    require_own_toml,
+    write_toml,
+)
 from blocks.config.paths import logs_folder, mlflow_folder, prefect_folder, temporary_folder
 from blocks.services import daemons
 from blocks.services.daemons import START_TIMEOUT, Record, Records
-from blocks.services.loopback import answers, ask, bindable, free_port
+from blocks.services.loopback import ask, find_free_port, is_answering, is_free_port
 from blocks.services.workers import WORKERS, end_workers
 
 
@@ -93,16 +100,16 @@ SILENT_RUNS = {
 
 
 def ensure_servers(timeout: float = START_TIMEOUT) -> Services:
-    """Starts what does not run yet, both at once, and returns when both answer.
+    """Start the servers that do not run yet, both at once, and return when both answer.
 
-    Servers outlive the process that started them. Simultaneous callers start nothing twice.
+    Servers outlive the process that started them. Callers at the same time start nothing twice.
     timeout: seconds to wait for an answer. Raises UserError, with the last lines of the log, if a server ends or
-    does not answer in time; it is stopped then, so that the next call starts afresh.
+    does not answer in time; it is stopped then, so that the next call starts it again.
     """
-    records = daemons.read()
+    records = daemons.read_records()
     if not all(_healthy(records.get(server.name), server) for server in SERVERS):
-        with daemons.lock():
-            records = daemons.read()
+        with daemons.lock_services():
+            records = daemons.read_records()
             require_own_toml()
             _start(records, timeout)
             _watch_runs(_services(records))
@@ -112,36 +119,37 @@ def ensure_servers(timeout: float = START_TIMEOUT) -> Services:
 
 
 def stop() -> list[str]:
-    """Ends the services of this data folder, the workers before the servers, and returns the names of those that
-    ran. Nothing else is ended.
+    """End the services of this data folder, the workers first; return the names of those that ran.
 
     Each gets some time to finish in order; what is left of its processes is killed.
     """
     servers = [server.name for server in SERVERS]
-    with daemons.lock():
-        records = daemons.read()
-        # Whatever else is on record is a worker too, of a pool that there is no more.
+    with daemons.lock_services():
+        records = daemons.read_records()
+        # All others on record are workers too, of pools that no longer exist.
         workers = list(dict.fromkeys(name for name in (*WORKERS, *records) if name not in servers))
-        running = [name for name in (*workers, *servers) if daemons.processes(name, records)]
+        running = [name for name in (*workers, *servers) if daemons.list_processes(name, records)]
         end_workers(records, *workers)
         shutil.rmtree(temporary_folder(), ignore_errors=True)
-        daemons.forget(records, *servers)
+        daemons.end_services(records, *servers)
         remove_toml()
     return running
 
 
 def status() -> list[ServiceStatus]:
-    """The state of both servers and of the workers."""
-    records = daemons.read()
+    """Return the state of both servers and of the workers."""
+    records = daemons.read_records()
     found = []
     for server in SERVERS:
         record = records.get(server.name)
-        state = "running" if _healthy(record, server) else "not answering" if daemons.alive(record) else "stopped"
+        state = "running" if _healthy(record, server) else "not answering" if daemons.is_alive(record) else "stopped"
         url = _url(record) if record and state == "running" else None
-        found.append(ServiceStatus(server.name, state, url, daemons.pid(record), daemons.log_file(server.name)))
+        found.append(ServiceStatus(server.name, state, url, daemons.find_pid(record), daemons.log_file(server.name)))
     for worker in WORKERS:
-        state = "running" if daemons.alive(records.get(worker)) else "stopped"
-        found.append(ServiceStatus(worker, state, None, daemons.pid(records.get(worker)), daemons.log_file(worker)))
+        state = "running" if daemons.is_alive(records.get(worker)) else "stopped"
+        found.append(
+            ServiceStatus(worker, state, None, daemons.find_pid(records.get(worker)), daemons.log_file(worker))
+        )
     return found
 
 
@@ -155,22 +163,22 @@ def _start(records: Records, timeout: float) -> None:
     deadline = time.monotonic() + timeout
     for server in waiting:
         # One that another process was starting when it was killed may be on its way.
-        if not daemons.alive(records.get(server.name)):
+        if not daemons.is_alive(records.get(server.name)):
             before = records.get(server.name)
-            daemons.forget(records, server.name)
-            _launch_server(records, server, free_port(before.port if before else server.port))
+            daemons.end_services(records, server.name)
+            _launch_server(records, server, find_free_port(before.port if before else server.port))
     while waiting:
         for server in list(waiting):
             record = records[server.name]
             if _healthy(record, server):
                 waiting.remove(server)
-            elif not daemons.alive(record) and not bindable(record.port):
+            elif not daemons.is_alive(record) and not is_free_port(record.port):
                 # Another program took the port in the meantime.
-                daemons.forget(records, server.name)
-                _launch_server(records, server, free_port(0))
-            elif not daemons.alive(record) or time.monotonic() > deadline:
-                error = daemons.failure(record, timeout)
-                daemons.forget(records, *(one.name for one in waiting))
+                daemons.end_services(records, server.name)
+                _launch_server(records, server, find_free_port(0))
+            elif not daemons.is_alive(record) or time.monotonic() > deadline:
+                error = daemons.describe_failure(record, timeout)
+                daemons.end_services(records, *(one.name for one in waiting))
                 raise error
         time.sleep(0.1)
 
@@ -185,13 +193,15 @@ def _watch_runs(services: Services) -> None:
 def _launch_server(records: Records, server: _Server, port: int) -> None:
     ports = {one.name: records[one.name].port if one.name in records else 0 for one in SERVERS}
     addresses = {name: f"http://{HOST}:{number}" for name, number in (ports | {server.name: port}).items()}
-    environment = child_environment(Services(**addresses))
-    # Each server is told of itself only: the other's port may not be known yet, and MLflow's must not call itself.
+    environment = build_child_environment(Services(**addresses))
+    # Each server gets its own address only: the other's port may not be known yet, and MLflow's must not call itself.
     del environment["MLFLOW_TRACKING_URI"]
     if server.name != "prefect":
         del environment["PREFECT_API_URL"]
     # In a folder where no prefect.toml, .env or module of the user's is picked up.
-    daemons.remember(records, daemons.launch(server.name, server.command(port), port, environment, logs_folder()))
+    daemons.add_record(
+        records, daemons.start_service(server.name, server.command(port), port, environment, logs_folder())
+    )
 
 
 # Checking
@@ -199,7 +209,7 @@ def _launch_server(records: Records, server: _Server, port: int) -> None:
 
 def _healthy(record: Record | None, server: _Server) -> bool:
     """Whether the recorded process itself, not some other program on its port, answers."""
-    return record is not None and daemons.listens(record) and answers(f"{_url(record)}{server.health}")
+    return record is not None and daemons.is_listening(record) and is_answering(f"{_url(record)}{server.health}")
 
 
 def _services(records: Records) -> Services:

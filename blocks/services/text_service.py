@@ -11,21 +11,21 @@ from collections.abc import Sequence
 import httpx
 import numpy as np
 
-from blocks.config.secrets import secret
+from blocks.config.secrets import read_secret
 from blocks.http import ConnectionLost, is_transient_status, open_client, read_retry_after
-from blocks.services.vectors import Vector, address, fault
+from blocks.services.vectors import Vector, build_address, find_fault
 from core.catalog.schema import TextService
 from core.errors import UserError
 
 TIMEOUT = 120.0  # seconds without a byte, after which a request counts as lost
 LONGEST = 200  # letters of the service's words that a message repeats
 REFUSED = (401, 403)
-RETRY_REMEDY = "run again later: it goes on with the texts that are missing"
+RETRY_REMEDY = "run again later: it continues with the texts that are missing"
 
 
-def service_key(service: TextService) -> str:
-    """The service's key, from its Secret block. Raises UserError where there is none, or it can be no key."""
-    key = secret(service.secret)
+def read_service_key(service: TextService) -> str:
+    """Read the service's key from its Secret block. Raises UserError if there is none, or it cannot be a key."""
+    key = read_secret(service.secret)
     if key is None:
         remedy = f"make the Secret block {service.secret} with a key of the service (docs/secrets.md)"
         raise UserError("Prefect blocks", service.secret, f"no such block; {service.url} asks for a key", remedy)
@@ -35,34 +35,34 @@ def service_key(service: TextService) -> str:
     return key
 
 
-def text_vectors(service: TextService, dimensions: int | None, texts: Sequence[str]) -> list[Vector]:
-    """The vectors of texts (float32), in their order, by one request.
+def request_vectors(service: TextService, dimensions: int | None, texts: Sequence[str]) -> list[Vector]:
+    """Request the vectors of texts (float32), in their order.
 
-    dimensions: how long they must be, which the service is told; None leaves it to the service. Each text has
+    dimensions: how long they must be, which the request says; None leaves it to the service. Each text has
     one, which is finite and not all zero.
     Raises ConnectionLost where another try may help, and UserError where the key is missing or refused, the address is
     none, the request is refused, or the answer is not what was asked for.
     """
-    key = service_key(service)
-    where = address(service)
+    key = read_service_key(service)
+    where = build_address(service)
     wanted = {"model": service.model, "input": list(texts)} | ({"dimensions": dimensions} if dimensions else {})
     try:
         with open_client(headers={"Authorization": f"Bearer {key}"}, timeout=TIMEOUT) as client:
             answer = client.post(where, json=wanted)
     except httpx.RequestError as error:
-        found = f"{type(error).__name__}: {_without(key, str(error))}"
+        found = f"{type(error).__name__}: {_hide_key(key, str(error))}"
         # Not from the error: it holds the request, and with it the key.
         raise ConnectionLost(service.url, "connection", found, RETRY_REMEDY) from None
-    except (httpx.InvalidURL, UnicodeError) as error:  # a port that is none, a name that no host can have
-        found = f"no address that can be asked ({_without(key, str(error))})"
+    except (httpx.InvalidURL, UnicodeError) as error:  # such as a wrong port, or a name that no host can have
+        found = f"no address that can be asked ({_hide_key(key, str(error))})"
         raise UserError(where, "service.url", found, "correct `url` of the entry (docs/catalog.md)") from None
     if not answer.is_success:
-        raise _refusal(service, where, answer, _without(key, _words(answer)))
-    return _read(answer, len(texts), dimensions, where)
+        raise _explain_refusal(service, where, answer, _hide_key(key, _read_words(answer)))
+    return _parse_vectors(answer, len(texts), dimensions, where)
 
 
-def _refusal(service: TextService, where: str, answer: httpx.Response, words: str) -> Exception:
-    """What an answer other than success means. words: the service's own, without the key."""
+def _explain_refusal(service: TextService, where: str, answer: httpx.Response, words: str) -> Exception:
+    """Return what an answer other than success means. words: the service's own, without the key."""
     status = answer.status_code
     said = f"HTTP {status} {httpx.codes.get_reason_phrase(status)}".strip()
     if status in REFUSED:
@@ -81,8 +81,8 @@ def _refusal(service: TextService, where: str, answer: httpx.Response, words: st
     return UserError(where, "request", said, "check `service` and `dimensions` of the entry (docs/catalog.md)")
 
 
-def _words(answer: httpx.Response) -> str:
-    """The service's explanation, where it gives one in its form, else nothing."""
+def _read_words(answer: httpx.Response) -> str:
+    """Return the service's explanation, if it gives one in its form, else nothing."""
     try:
         words = answer.json()["error"]["message"]
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -90,11 +90,11 @@ def _words(answer: httpx.Response) -> str:
     return words if isinstance(words, str) else ""
 
 
-def _without(key: str, words: str) -> str:
+def _hide_key(key: str, words: str) -> str:
     return words.replace(key, "...")[:LONGEST]
 
 
-def _read(answer: httpx.Response, n: int, dimensions: int | None, where: str) -> list[Vector]:
+def _parse_vectors(answer: httpx.Response, n: int, dimensions: int | None, where: str) -> list[Vector]:
     try:
         data = answer.json()["data"]
         rows = {row["index"]: np.asarray(row["embedding"], dtype=np.float32) for row in data}
@@ -102,15 +102,15 @@ def _read(answer: httpx.Response, n: int, dimensions: int | None, where: str) ->
     except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         data, in_order = [], []
     if len(data) != n:
-        raise _useless(where, f"not one vector for each of the {n} texts")
+        raise _reject_answer(where, f"not one vector for each of the {n} texts")
     for vector in in_order:
         # Of one answer, all are equally long.
-        why = fault(vector, dimensions or in_order[0].size)
+        why = find_fault(vector, dimensions or in_order[0].size)
         if why:
-            raise _useless(where, f"a vector with {why}")
+            raise _reject_answer(where, f"a vector with {why}")
     return in_order
 
 
-def _useless(where: str, found: str) -> UserError:
-    remedy = "run again: what was answered well is kept. If it stays so, check `service` and `dimensions` of the entry"
+def _reject_answer(where: str, found: str) -> UserError:
+    remedy = "run again: good answers are kept. If it happens again, check `service` and `dimensions` of the entry"
     return UserError(where, "answer", found, remedy)

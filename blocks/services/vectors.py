@@ -1,7 +1,7 @@
-"""Vectors of texts that a service was paid for, each kept in a file of its own until somebody deletes the folder.
+"""Vectors of texts that a service was paid for, each kept in a file of its own until the folder is deleted.
 
 A file is named by the SHA-256 of what its vector follows from, and holds the SHA-256 of its numbers before them
-(float32, little-endian). It appears by one rename; one that is damaged all the same counts as not there.
+(float32, little-endian). It appears by one rename; one that is damaged all the same is ignored.
 """
 
 from __future__ import annotations
@@ -22,25 +22,28 @@ from core.catalog.schema import TextService
 
 Vector: TypeAlias = npt.NDArray[np.float32]
 
-_LOG = logging.getLogger("calipert.vectors")
+LOG = logging.getLogger("calipert.vectors")
 _SCRATCH = "vectors"
 _DIGEST = sha256().digest_size  # bytes
 _NUMBER = np.dtype("<f4")
 
 
-def address(service: TextService) -> str:
-    """Where a service is asked. A slash at the end of its `url` makes no other service."""
+def build_address(service: TextService) -> str:
+    """Return the address of a service. A slash at the end of its `url` makes no difference."""
     return f"{service.url.rstrip('/')}/embeddings"
 
 
-def vector_name(service: TextService, dimensions: int | None, text: str) -> str:
+def name_vector(service: TextService, dimensions: int | None, text: str) -> str:
     """SHA-256 (hex) of what a vector follows from. The service counts: two may call different models the same."""
-    recipe = [address(service), service.model, dimensions, text]
+    recipe = [build_address(service), service.model, dimensions, text]
     return sha256(json.dumps(recipe).encode()).hexdigest()
 
 
-def fault(vector: Vector, dimensions: int | None) -> str | None:
-    """Why this is no vector of a text, None if it is one. dimensions: how long it must be, None for any length."""
+def find_fault(vector: Vector, dimensions: int | None) -> str | None:
+    """Say why this is not a vector of a text, None if it is one.
+
+    dimensions: how long it must be, None for any length.
+    """
     if vector.ndim != 1 or len(vector) != (dimensions or max(1, len(vector))):
         wanted = f"{dimensions} numbers" if dimensions else "a list of numbers"
         return f"shape {vector.shape} instead of {wanted}"
@@ -49,10 +52,10 @@ def fault(vector: Vector, dimensions: int | None) -> str | None:
     return None if vector.any() else "nothing but zeros"
 
 
-def kept_vector(name: str, dimensions: int | None) -> Vector | None:
-    """The vector of that name, None where none is kept or its file is damaged, which is said in a warning.
+def read_vector(name: str, dimensions: int | None) -> Vector | None:
+    """Read the vector of that name; None if none is kept, or, with a warning, if its file is damaged.
 
-    Raises OSError for a file that is there and cannot be read: to ask for it again would cost.
+    Raises OSError for a file that exists and cannot be read: to ask for it again would cost.
     """
     path = _path(name)
     try:
@@ -63,15 +66,15 @@ def kept_vector(name: str, dimensions: int | None) -> Vector | None:
     why: str | None = "its checksum does not fit"
     if sha256(numbers).digest() == digest and len(numbers) % _NUMBER.itemsize == 0:
         vector = np.frombuffer(numbers, _NUMBER).astype(np.float32)
-        why = fault(vector, dimensions)
+        why = find_fault(vector, dimensions)
         if why is None:
             return vector
-    _LOG.warning("%s is damaged (%s): it counts as not there", path, why)
+    LOG.warning("%s is damaged (%s): it is ignored", path, why)
     return None
 
 
-def keep_vectors(vectors: Mapping[str, Vector]) -> None:
-    """Keep vectors under their names; those that stand there are replaced."""
+def write_vectors(vectors: Mapping[str, Vector]) -> None:
+    """Write vectors under their names; those that exist are replaced."""
     with scratch(vectors_folder(), _SCRATCH) as temporary:
         for name, vector in vectors.items():
             path = _path(name)

@@ -17,7 +17,7 @@ from hashlib import sha256
 
 import httpx
 
-from blocks.config.child_environment import Services, child_environment
+from blocks.config.child_environment import Services, build_child_environment
 from blocks.config.paths import PROJECT_ROOT, temporary_folder
 from blocks.config.pools import CPU, GPU
 from blocks.config.settings import SOURCE, Settings, variable
@@ -37,19 +37,19 @@ NAMING = (
 WORKER = "worker-"  # how the names of workers begin; the work pool follows
 WORKERS = tuple(f"{WORKER}{pool}" for pool in (CPU, GPU))
 
-_LOG = logging.getLogger("calipert.services")
+LOG = logging.getLogger("calipert.services")
 
 
 def ensure_workers(services: Services, pools: Sequence[str] = (CPU, GPU), timeout: float = START_TIMEOUT) -> None:
-    """Starts a worker for each process work pool that has none here, and returns when the server has heard from all.
+    """Start a worker for each process work pool that has none here, and return when the server lists all.
 
-    One that was started with other variables of NAMING than this process has is ended first, and its flow runs with
-    it. The pools must exist. Raises UserError, with the last lines of the log, if a worker ends or is not heard of
-    within `timeout` seconds; those that started well go on.
+    One that was started with other variables of NAMING than this process has is ended first, together with its flow
+    runs. The pools must exist. Raises UserError, with the last lines of the log, if a worker ends or is not listed
+    within `timeout` seconds; those that started well stay.
     """
     port = int(services.prefect.rpartition(":")[2])
-    with daemons.lock():
-        records = daemons.read()
+    with daemons.lock_services():
+        records = daemons.read_records()
         names = [f"{WORKER}{pool}" for pool in pools]
         end_workers(records, *(name for name in names if _is_outdated(records.get(name), port)))
         for pool in pools:
@@ -61,18 +61,20 @@ def ensure_workers(services: Services, pools: Sequence[str] = (CPU, GPU), timeou
             record = records[f"{WORKER}{pool}"]
             name = record.command[record.command.index("--name") + 1]
             while not _heard_of(services, pool, name):
-                if not daemons.alive(record) or time.monotonic() > deadline:
-                    error = daemons.failure(record, timeout)
+                if not daemons.is_alive(record) or time.monotonic() > deadline:
+                    error = daemons.describe_failure(record, timeout)
                     end_workers(records, record.name)
                     raise error
                 time.sleep(0.2)
 
 
 def end_workers(records: Records, *names: str) -> None:
-    """Ends workers and strikes them off, after their flow runs: a worker kills those that have not yet reported how
-    they ended."""
+    """End the flow runs of workers, then the workers, and remove them from the record.
+
+    In this order, because a worker kills flow runs that have not yet reported how they ended.
+    """
     daemons.end_children(records, *names)
-    daemons.forget(records, *names)
+    daemons.end_services(records, *names)
 
 
 def _launch_worker(records: Records, services: Services, pool: str, port: int) -> None:
@@ -83,15 +85,15 @@ def _launch_worker(records: Records, services: Services, pool: str, port: int) -
     temporary = temporary_folder() / f"{WORKER}{pool}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    environment = child_environment(services) | {"TMPDIR": str(temporary)}
-    started = daemons.launch(f"{WORKER}{pool}", command, port, environment, PROJECT_ROOT)
-    daemons.remember(records, replace(started, naming=_naming()))
+    environment = build_child_environment(services) | {"TMPDIR": str(temporary)}
+    started = daemons.start_service(f"{WORKER}{pool}", command, port, environment, PROJECT_ROOT)
+    daemons.add_record(records, replace(started, naming=_naming()))
 
 
 def _end_lost_runs(services: Services, pool: str) -> None:
-    """Tells the server that the flow runs of a worker which was killed have ended: they would hold the pool's slots
-    until their silence is noticed, and those that were about to start for ever.
+    """Tell the server that the flow runs of a killed worker have ended.
 
+    They would hold the pool's slots until their silence is noticed, and those that were about to start for ever.
     Called while this data folder has no worker for the pool. Where workers of others are online, the runs may be theirs
     and are left alone.
     """
@@ -109,20 +111,20 @@ def _end_lost_runs(services: Services, pool: str) -> None:
             state = {"type": ends[run["state_type"]], "message": "Its worker was killed."}
             ask(f"{api}/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
     except httpx.HTTPError as error:
-        _LOG.warning("flow runs of a killed worker could not be ended; they will be, minutes from now: %s", error)
+        LOG.warning("flow runs of a killed worker could not be ended; they will be, minutes from now: %s", error)
 
 
 def _worker_names(pool: str) -> str:
-    """How the names begin of the workers that are started here."""
+    """Return how the names of the workers begin that are started here."""
     return f"local-{pool}-"
 
 
 def _is_outdated(record: Record | None, port: int) -> bool:
-    """Whether a worker is to be ended, or what is left of it, and another one started in its place."""
-    if record is None or not daemons.alive(record) or record.port != port:
+    """Whether another worker must replace this one, or what is left of it."""
+    if record is None or not daemons.is_alive(record) or record.port != port:
         return True
     if record.naming != _naming():
-        _LOG.warning(
+        LOG.warning(
             "the variables that name files or GPUs have changed since %s was started: starting another", record.name
         )
         return True
@@ -130,7 +132,7 @@ def _is_outdated(record: Record | None, port: int) -> bool:
 
 
 def _naming() -> str:
-    """A hash of the variables of NAMING: they may hold what is nobody's business."""
+    """Return a hash of the variables of NAMING, which may hold secrets."""
     named = sorted((name, value) for name, value in os.environ.items() if name.startswith(NAMING))
     return sha256(json.dumps(named).encode()).hexdigest()
 

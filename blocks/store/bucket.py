@@ -295,7 +295,7 @@ def _filesystem(process: int) -> Any:
     """Return the client of a process, given by its id: a forked child must not use its parent's."""
     import s3fs
 
-    from blocks.config.secrets import s3_credentials
+    from blocks.config.secrets import read_s3_credentials
 
     _require_plain_endpoint()
     files = s3fs.S3FileSystem(
@@ -307,7 +307,7 @@ def _filesystem(process: int) -> Any:
             "max_pool_connections": PARTS + FILES,
             "retries": {"mode": "standard", "total_max_attempts": TRIES},
         },
-        **s3_credentials(),
+        **read_s3_credentials(),
     )
     # botocore's retries are enough: s3fs would repeat all of them.
     files.retries = 1

@@ -1,4 +1,4 @@
-"""MLflow's own client with the project's patience and errors; imported at the first request, for that takes seconds."""
+"""MLflow's own client with the project's patience and errors; imported at the first request, as that takes seconds."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Server:
     patience: float = PATIENCE
 
     def ask(self, work: Callable[[MlflowClient], T]) -> T:
-        """What `work` returns, which is given MLflow's client, and repeated as long as the server may come back."""
+        """Return what `work` returns: it is given MLflow's client, and repeated as long as the server may come back."""
         self._require_answer()
         client = _connect(self.uri)
 
@@ -87,7 +87,7 @@ class Server:
             raise explained from error
 
     def find_or_create_experiment(self, name: str) -> str:
-        """The id of an experiment. Raises UserError for one that was deleted."""
+        """Return the id of an experiment. Raises UserError for one that was deleted."""
         found = self.ask(lambda client: client.get_experiment_by_name(name))
         if found is None:
             try:
@@ -109,19 +109,20 @@ class Server:
         return number
 
     def find_experiments(self, prefix: str) -> list[str]:
-        """The ids of the experiments whose name begins so."""
+        """Return the ids of the experiments whose name begins so."""
         found = self._read_pages(
             lambda client, **page: client.search_experiments(filter_string=f"name LIKE '{prefix}%'", **page)
         )
         return [experiment.experiment_id for experiment in found]
 
     def find_runs(self, experiments: list[str], chosen: str) -> list[Run]:
-        """All active runs of some experiments for a filter."""
+        """Return all active runs of some experiments for a filter."""
         if not experiments:
             return []
         return self._read_pages(lambda client, **page: client.search_runs(experiments, chosen, **page))
 
     def get_run(self, run_id: str) -> Run:
+        """Return a run as it is now."""
         return self.ask(lambda client: client.get_run(run_id))
 
     def log(
@@ -131,7 +132,7 @@ class Server:
         params: Mapping[str, str] | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> None:
-        """Write metrics, params and tags, the tags last, for what they say holds only once all the rest is there."""
+        """Write metrics, params and tags, the tags last: what they say is true only once all the rest is written."""
         entities = load_mlflow().entities
         param_list = [entities.Param(*item) for item in (params or {}).items()]
         tag_list = [entities.RunTag(*item) for item in (tags or {}).items()]
@@ -147,7 +148,7 @@ class Server:
         self.ask(lambda client: client.log_artifact(run_id, str(file)))
 
     def _read_pages(self, read: Callable[..., Any]) -> list[Any]:
-        """All that a search finds. read: takes MLflow's client, and which page by `max_results` and `page_token`."""
+        """Return all that a search finds. read: takes the client, and which page by `max_results` and `page_token`."""
         found: list[Any] = []
         token = None
         while True:
@@ -172,7 +173,7 @@ class Server:
 
 @cache
 def load_mlflow() -> ModuleType:
-    """MLflow, imported so that it sends nothing elsewhere."""
+    """Import MLflow so that it sends nothing elsewhere."""
     for name, value in CLIENT_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     # Two threads that import it at once may each find half of it.
@@ -184,7 +185,7 @@ def load_mlflow() -> ModuleType:
 
 @cache
 def _connect(uri: str) -> MlflowClient:
-    """MLflow's client of a server: it keeps its connections, and any thread may use it."""
+    """Create MLflow's client of a server, which keeps its connections; any thread may use it."""
     client: MlflowClient = load_mlflow().MlflowClient(tracking_uri=uri)
     return client
 
@@ -198,7 +199,7 @@ def _is_transient(error: BaseException) -> bool:
 
 
 def _explain_error(uri: str, error: Exception) -> UserError | None:
-    """What an error of MLflow's client means for the user; None for an error that comes from elsewhere."""
+    """Return what an error of MLflow's client means for the user; None for an error that comes from elsewhere."""
     from mlflow.exceptions import MlflowException, RestException
     from requests import RequestException
 
@@ -223,7 +224,7 @@ def _explain_error(uri: str, error: Exception) -> UserError | None:
 
 
 def _no_answer(uri: str, error: BaseException) -> ServerLost:
-    """The error for a server that is out of reach, or stays busy."""
+    """Return the error for a server that is out of reach, or stays busy."""
     from requests import RequestException
     from requests.exceptions import RetryError
 

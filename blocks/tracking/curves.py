@@ -30,7 +30,7 @@ _log = logging.getLogger("calipert.tracking")
 
 
 def follow_curve(server: Server, run_id: str) -> Callable[[Mapping[str, object]], None]:
-    """A function that takes the events of a training while it runs and writes its metrics, some at a time.
+    """Return a function that takes the events of a training while it runs and writes its metrics, some at a time.
 
     Events other than {"event": "metric", "name", "step", "value"} are ignored. When the server is lost, which a
     warning says once, training goes on, and what was not written is tried again every half a minute, and by

@@ -23,7 +23,7 @@ class TrackedRun(NamedTuple):
 
 
 def find_running_runs(uri: str, prefix: str) -> dict[str, list[TrackedRun]]:
-    """Flow run -> its runs in MLflow, of all flow runs that have one that is RUNNING; "" for those without a flow run.
+    """Return flow run -> its runs in MLflow, if one of them is RUNNING; "" for those without a flow run.
 
     prefix: how the names of the experiments begin. Raises httpx.HTTPError, and ValueError for an answer that is not
     MLflow's.
@@ -42,7 +42,7 @@ def find_running_runs(uri: str, prefix: str) -> dict[str, list[TrackedRun]]:
 
 
 def _open_client(uri: str) -> httpx.Client:
-    """A client that takes the credentials and certificates that MLflow's own takes from the environment."""
+    """Open a client with the credentials and certificates that MLflow's own client takes from the environment."""
     variables = ("USERNAME", "PASSWORD", "TOKEN", "INSECURE_TLS", "SERVER_CERT_PATH")
     user, password, token, insecure, certificate = (os.environ.get(f"MLFLOW_TRACKING_{name}") for name in variables)
     options: dict[str, Any] = {"timeout": _TIMEOUT}

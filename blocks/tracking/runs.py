@@ -51,7 +51,7 @@ class WantedRun(NamedTuple):
 
 
 def map_threads(work: Callable[[T], R], many: Iterable[T]) -> list[R]:
-    """The results of some work on each, in their order, a few at a time. Raises the first error."""
+    """Return the results of some work on each, in their order, a few at a time. Raises the first error."""
     things = list(many)
     if len(things) < 2:
         return [work(thing) for thing in things]
@@ -62,7 +62,7 @@ def map_threads(work: Callable[[T], R], many: Iterable[T]) -> list[R]:
 def open_or_create_runs(
     server: Server, experiment: str, chosen: str, wanted: list[WantedRun], found: list[Run]
 ) -> dict[str, Run]:
-    """Key -> the run with that key as it was before, which has the wanted tags and params now.
+    """Return key -> the run with that key as it was before; now it has the wanted tags and params.
 
     found: what the filter `chosen` has found in the experiment; runs that are missing are created. Of several with one
     key (a request repeated after a lost answer creates two) the finished one, else the oldest, is kept. Raises
@@ -125,7 +125,7 @@ def end_run(server: Server, run: Run, status: str, reason: str | None = None) ->
 
 
 def find_with_running_children(server: Server, run_ids: Sequence[str]) -> list[Run]:
-    """Some runs of one experiment, each after those of its children that are still running."""
+    """Return some runs of one experiment, each after those of its children that are still running."""
     if not run_ids:
         return []
     first = server.get_run(run_ids[0])
@@ -160,7 +160,7 @@ def write_points(server: Server, run: Run, points: Points, tags: Mapping[str, st
 
 
 def read_points(server: Server, run: Run, names: Iterable[str]) -> Shown:
-    """All points that the run shows of these metrics: of several at one step, the last, and of those the greatest."""
+    """Return all points that the run shows of these metrics: of several at one step the last, then the greatest."""
     known = sorted(set(names) & run.data.metrics.keys())
     histories = map_threads(
         lambda name: server.ask(lambda client: client.get_metric_history(run.info.run_id, name)), known
@@ -171,7 +171,7 @@ def read_points(server: Server, run: Run, names: Iterable[str]) -> Shown:
 
 
 def list_changes(run: Run, points: Points, shown: Shown) -> list[Metric]:
-    """What has to be written so that the run shows these points.
+    """Return what has to be written so that the run shows these points.
 
     MLflow cannot take a value back, but of several at one step it shows the one with the latest time (and then the
     greatest): a value that differs from the shown one gets the next millisecond. One that is not finite is written
@@ -192,7 +192,7 @@ def _is_same(one: float, other: float) -> bool:
 
 
 def fit_name(name: str) -> str:
-    """A name that MLflow takes: letters, digits and `_-. :/`, at most 250 of them; a changed one ends in its hash."""
+    """Return a name that MLflow takes: at most 250 letters, digits and `_-. :/`; a changed one ends in its hash."""
     fitted = re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII)
     if fitted == name and len(name) <= LONGEST_NAME:
         return name
@@ -200,7 +200,7 @@ def fit_name(name: str) -> str:
 
 
 def fit_param(text: str) -> str:
-    """A value that MLflow takes; a cut one ends in the hash of the whole."""
+    """Return a value that MLflow takes; a cut one ends in the hash of the whole."""
     if len(text) <= LONGEST_PARAM:
         return text
     ending = f"... sha256 {sha256(text.encode()).hexdigest()[:16]}, see params.json"
@@ -208,7 +208,7 @@ def fit_param(text: str) -> str:
 
 
 def format_param(value: object) -> str:
-    """The text of a param's value."""
+    """Return the text of a param's value."""
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
 
 

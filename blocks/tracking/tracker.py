@@ -18,7 +18,7 @@ import pandas as pd
 
 from blocks.config.paths import scratch_folder
 from blocks.config.settings import read_settings
-from blocks.local.processes import known_dead, this_process
+from blocks.local.processes import is_dead, name_this_process
 from blocks.local.scratch import scratch
 from blocks.tracking.client import Refused, Server, ServerLost, load_mlflow
 from blocks.tracking.curves import follow_curve, log_curve
@@ -97,6 +97,7 @@ class MLflowTracking:
     tracking_uri: str
 
     def __post_init__(self) -> None:
+        """Raise UserError for an address that is not a server's, or holds a password."""
         parts = urlsplit(self.tracking_uri)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             found = self.tracking_uri
@@ -125,20 +126,20 @@ class MLflowTracking:
         source: str,
         flow_run_id: str | None = None,
     ) -> dict[str, OpenRun]:
-        """Model -> its run and those of its folds, RUNNING (folds that have finished before stay FINISHED); created
-        unless their keys are already there.
+        """Return model -> its run and those of its folds, RUNNING; those whose keys no run has yet are created.
 
+        Folds that have finished before stay FINISHED.
         benchmark_id: ties these runs together; runs are looked for among those that have it.
         digest:  identifies what the runs are scored against; source: where the raw file comes from, an https URL or
                  any other name. Both become the data set input.
 
-        Call it before any fan-out: two simultaneous callers may each create runs (the next call would heal that).
+        Call it before any fan-out: two simultaneous callers may each create runs (the next call deletes one of them).
         """
         server = self._server
         experiment = self._find_experiment(dataset)
         chosen = f"tags.benchmark_id = '{benchmark_id}'"
         found = server.find_runs([experiment], chosen)
-        shared = {"benchmark_id": benchmark_id, "dataset": dataset, **_origin(flow_run_id)}
+        shared = {"benchmark_id": benchmark_id, "dataset": dataset, **_describe_process(flow_run_id)}
         params = {m.key: {"model": m.model, "dataset": dataset, "seed": m.seed, **m.params} for m in models}
         wanted = [_describe_run(model, shared, params[model.key]) for model in models]
         runs = open_or_create_runs(server, experiment, chosen, wanted, found)
@@ -167,13 +168,15 @@ class MLflowTracking:
         self._server.log(run_id, tags={_TRAINED_BY: flow_run_id})
 
     def kill_training(self, run_id: str, flow_run_id: str, reason: str) -> None:
-        """End a fold's run as KILLED, as `fail` does, if this flow run was the last that began to train it: the end of
-        an earlier one may be told late."""
+        """End a fold's run as KILLED, as `fail` does, if this flow run was the last that began to train it.
+
+        The end of an earlier one may be reported late.
+        """
         if self._server.get_run(run_id).data.tags.get(_TRAINED_BY) == flow_run_id:
             self.fail(run_id, reason, "KILLED")
 
     def follow_curve(self, run_id: str) -> Callable[[Mapping[str, object]], None]:
-        """A function that takes the events of a training while it runs and writes its metrics (blocks.tracking.curves).
+        """Return a function that takes the events of a training while it runs and writes its metrics.
 
         The training waits meanwhile: a lost server is not asked again at once.
         """
@@ -184,8 +187,11 @@ class MLflowTracking:
         log_curve(self._server, run_id, training)
 
     def log_usage(self, run_id: str, usage: Usage) -> None:
-        """Write what a training took to its run: `system.seconds` (wall clock), `system.cpu_seconds` and
-        `system.peak_memory_mb` (millions of bytes), and the tag `device`."""
+        """Write what a training took to its run.
+
+        Metrics: `system.seconds` (wall clock), `system.cpu_seconds` and `system.peak_memory_mb` (millions of bytes).
+        Tag: `device`.
+        """
         took = {
             "system.seconds": usage.seconds,
             "system.cpu_seconds": usage.cpu_seconds,
@@ -196,9 +202,9 @@ class MLflowTracking:
         write_values(server, server.get_run(run_id), values, {"device": usage.device})
 
     def log_leaderboard(self, leaderboard: pd.DataFrame, run_ids: Mapping[str, str]) -> None:
-        """Write each model's rows of the leaderboard as metrics `<metric>.<column>` of its run (columns:
-        blocks.tracking.tables.SUMMARY_COLUMNS, in the metrics' own units, shares in [0, 1]).
+        """Write each model's rows of the leaderboard as metrics `<metric>.<column>` of its run.
 
+        Columns: blocks.tracking.tables.SUMMARY_COLUMNS, in the metrics' own units, shares in [0, 1].
         run_ids: the run of each model to be written; a model without rows raises KeyError.
         NaN and infinite values are left out and named in the tag `not_finite` (a rank that a metric without a
         calibrated verdict cannot have is not named). Tags: `calibrated` lists the calibrated metrics,
@@ -210,13 +216,15 @@ class MLflowTracking:
         map_threads(lambda row: write_values(server, server.get_run(row[0]), *summarise_model(row[1])), rows)
 
     def log_scores(self, scores: Path, run_ids: Mapping[str, str]) -> None:
-        """Keep with each model's run its own rows of scores.parquet, as a file of that name; of a model without rows
-        an empty table."""
+        """Keep with each model's run its own rows of scores.parquet, as a file of that name.
+
+        Of a model without rows it is an empty table.
+        """
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
         schema = pq.read_schema(scores).remove_metadata()
-        # As words and their numbers: the same few words stand in millions of rows.
+        # As words and their numbers: millions of rows hold the same few words.
         words = [field.name for field in schema if str(field.type) in ("string", "large_string")]
         table = pq.read_table(scores, read_dictionary=words)
         server = self._server
@@ -261,7 +269,7 @@ class MLflowTracking:
         experiment = self._find_experiment(dataset)
         chosen = f"tags.`{KEY}` = '{key}'"
         whole = {"dataset": dataset, **params}
-        tags = {"kind": "calibration", "dataset": dataset, **_origin(flow_run_id)}
+        tags = {"kind": "calibration", "dataset": dataset, **_describe_process(flow_run_id)}
         wanted = WantedRun(key, "calibration", tags, {name: format_param(value) for name, value in whole.items()})
         run = open_or_create_runs(server, experiment, chosen, [wanted], server.find_runs([experiment], chosen))[key]
         try:
@@ -289,14 +297,15 @@ class MLflowTracking:
         map_threads(lambda run: end_run(server, run, "FINISHED"), find_with_running_children(server, run_ids))
 
     def fail(self, run_id: str, reason: str, status: str = "FAILED") -> None:
-        """End a run, and those of its folds that are still running, as FAILED, or KILLED, with the reason in the tag
-        `failure`, which stays until the run finishes."""
+        """End a run, and those of its folds that are still running, as FAILED, or KILLED.
+
+        The tag `failure` holds the reason until the run finishes.
+        """
         server = self._server
         map_threads(lambda run: end_run(server, run, status, reason), find_with_running_children(server, [run_id]))
 
     def end_interrupted(self, flow_run_id: str, reason: str) -> list[str]:
-        """End as KILLED every run that this flow run left running, and return their ids: for what is done when a flow
-        run was cancelled or has crashed."""
+        """End as KILLED every run that a flow run left running which was cancelled or has crashed; return their ids."""
         server = self._server
         left = server.find_runs(
             server.find_experiments(EXPERIMENT_PREFIX), f"{_RUNNING} and tags.`{_FLOW_RUN}` = '{flow_run_id}'"
@@ -305,16 +314,16 @@ class MLflowTracking:
         return sorted(run.info.run_id for run in left)
 
     def end_stale(self, dataset: str, alive: Callable[[list[str]], set[str]]) -> list[str]:
-        """End as KILLED the runs of a data set that nobody goes on with, and return their ids.
+        """End as KILLED the runs of a data set that no process goes on with, and return their ids.
 
         These are RUNNING, and the process that opened them is known to be dead, or their flow run is not alive.
-        alive: which of these flow runs (by id) may still be at work; asked once, with all of them, or not at all.
-        Runs without a flow run and of a process that nobody here can know are left alone.
+        alive: returns which of these flow runs (by id) may still be at work; called once, with all of them, or not at
+        all. Runs without a flow run and of a process that cannot be checked from here are left alone.
         """
         server = self._server
         experiment = self._find_experiment(dataset)
         running = server.find_runs([experiment], _RUNNING)
-        left = [run for run in running if known_dead(run.data.tags.get(_PROCESS, ""))]
+        left = [run for run in running if is_dead(run.data.tags.get(_PROCESS, ""))]
         unsure = [run for run in running if run not in left and _FLOW_RUN in run.data.tags]
         flows = {run.data.tags[_FLOW_RUN] for run in unsure}
         ended = flows - alive(sorted(flows)) if flows else set()
@@ -331,16 +340,16 @@ class MLflowTracking:
 
         return sorted(run.info.run_id for run in map_threads(end_unless_taken, left) if run)
 
-    def benchmark_url(self, dataset: str, benchmark_id: str) -> str:
-        """The page that compares the models of one benchmark in charts, in the UI's mode for model training."""
+    def build_benchmark_url(self, dataset: str, benchmark_id: str) -> str:
+        """Return the page that compares the models of one benchmark in charts, in the UI's mode for model training."""
         chosen = quote(f"tags.benchmark_id = '{benchmark_id}'")
         return (
             f"{self._experiment_url(dataset)}/runs"
             f"?workflowType=machine_learning&compareRunsMode=CHART&searchFilter={chosen}"
         )
 
-    def report_url(self, dataset: str, run_id: str) -> str:
-        """The page that shows the report that a run keeps."""
+    def build_report_url(self, dataset: str, run_id: str) -> str:
+        """Return the page that shows the report that a run keeps."""
         return f"{self._experiment_url(dataset)}/runs/{run_id}/artifacts/{REPORT}?workflowType=machine_learning"
 
     def _experiment_url(self, dataset: str) -> str:
@@ -352,8 +361,8 @@ class MLflowTracking:
         return self._server.find_or_create_experiment(f"{EXPERIMENT_PREFIX}{dataset}")
 
 
-def git_commit(root: Path) -> str | None:
-    """The commit that is checked out at `root`; None where it is not the top of a git checkout, or git is absent."""
+def read_git_commit(root: Path) -> str | None:
+    """Return the commit checked out at `root`; None if that is not the top of a git checkout, or git is absent."""
     try:
         told = subprocess.run(
             ["git", "-C", str(root), "rev-parse", "--show-toplevel", "HEAD"],
@@ -370,11 +379,11 @@ def git_commit(root: Path) -> str | None:
     return lines[1]
 
 
-def _origin(flow_run_id: str | None) -> dict[str, str | None]:
-    """Tags that say by what a run was opened."""
+def _describe_process(flow_run_id: str | None) -> dict[str, str | None]:
+    """Return tags that say by what a run was opened."""
     # An image has no checkout: it is told when it is built.
-    commit = read_settings().commit or git_commit(Path(__file__).resolve().parents[2])
-    return {"git_commit": commit, _FLOW_RUN: flow_run_id, _PROCESS: this_process()}
+    commit = read_settings().commit or read_git_commit(Path(__file__).resolve().parents[2])
+    return {"git_commit": commit, _FLOW_RUN: flow_run_id, _PROCESS: name_this_process()}
 
 
 def _describe_run(model: ModelRun, shared: Mapping[str, str | None], params: Mapping[str, object]) -> WantedRun:
@@ -396,7 +405,7 @@ def _describe_fold(model: WantedRun, parent: str, fold: int) -> WantedRun:
 
 
 def _log_params(server: Server, run: Run, params: Mapping[str, object]) -> None:
-    """Where MLflow's limits change a param, all of them whole are in params.json."""
+    """Keep all params whole in params.json if MLflow's limits change one of them."""
     whole = {name: format_param(value) for name, value in params.items()}
     if all(fit_name(name) == name and fit_param(text) == text for name, text in whole.items()):
         return
@@ -407,7 +416,7 @@ def _log_params(server: Server, run: Run, params: Mapping[str, object]) -> None:
 
 
 def _log_dataset(server: Server, run: Run, name: str, digest: str, source: str) -> None:
-    """The data set as the run's input; MLflow keeps 36 characters of the digest."""
+    """Write the data set as the run's input; MLflow keeps 36 characters of the digest."""
     if run.inputs and run.inputs.dataset_inputs:
         return
     entities = load_mlflow().entities

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pandas as pd
 
+from core.conditions import KEYS
 from core.errors import shown
 from core.reference.quality_files import QUALITY, read_edistances
 from core.report.files import COMPARISON, LEADERBOARD, REPORT
 from core.report.page import Dataset, write_report
-from core.scoring.comparison import compare
+from core.scoring.comparison import compare_models
 from core.scoring.files import CALIBRATION, MATCHED_CONTROLS, MISSING_GENES, SCORES, UNPREDICTED
-from core.scoring.leaderboard import leaderboard
+from core.scoring.leaderboard import build_leaderboard
 
-# What every model shares by the study's design, and what it does not.
+# What all models share by the study's design, and what they do not.
 DECLARED = (
     "The genes and the cap on cells per condition were chosen with all cells, test cells included.",
     "Everything else that a model received came from the train and val cells of its fold; test cells were not in "
@@ -34,33 +35,40 @@ def write_results(
     provenance: Mapping[str, str],
     folder: Path,
 ) -> None:
-    """Write the tables and the report of a benchmark into `folder`.
+    """Write the tables and the report of a benchmark.
 
-    dataset: what the report says about it. seed: the data set's, with which its cells were halved. scores: folders with
-    scores.parquet (the controls' first) and, for models, unpredicted.parquet. calibration, quality: folders of these
-    tables. Files: scores.parquet, calibration.parquet, leaderboard.parquet,
-    comparison.parquet, quality.parquet, unpredicted.parquet, report.html, figures/ (`docs/outputs.md`).
+    Parameters
+    ----------
+    dataset
+        What the report says about the data set.
+    seed
+        Of the data set: of its own half split, and of all resamples.
+    scores
+        Folders with scores.parquet (the controls' first) and, for models, unpredicted.parquet.
+    calibration, quality
+        Folders of these tables.
+    provenance
+        What the results were made from, in the order of display.
+    folder
+        Where scores.parquet, calibration.parquet, leaderboard.parquet, comparison.parquet, quality.parquet,
+        unpredicted.parquet, report.html and figures/ are written (`docs/outputs.md`).
     """
-    everything = pd.concat([pd.read_parquet(path / SCORES) for path in scores], ignore_index=True)
-    reasons = [path / UNPREDICTED for path in scores if (path / UNPREDICTED).exists()]
-    unpredicted = (
-        pd.concat([pd.read_parquet(path) for path in reasons], ignore_index=True)
-        if reasons
-        else pd.DataFrame(columns=["model", "covariate", "condition", "reason"])
-    )
+    everything = pd.concat(_read_tables(scores, SCORES), ignore_index=True)
+    reasons = _read_tables(scores, UNPREDICTED)
+    unpredicted = pd.concat(reasons, ignore_index=True) if reasons else pd.DataFrame(columns=["model", *KEYS, "reason"])
+    on_their_genes = _read_tables(scores, MATCHED_CONTROLS)
+    matched = pd.concat(on_their_genes, ignore_index=True) if on_their_genes else None
     calibrated = pd.read_parquet(calibration / CALIBRATION)
     conditions = pd.read_parquet(quality / QUALITY)
-    matched = [pd.read_parquet(file) for path in scores if (file := path / MATCHED_CONTROLS).exists()]
-    on_their_genes = pd.concat(matched, ignore_index=True) if matched else None
-    board = leaderboard(everything, calibrated, seed, on_their_genes)
-    main = everything[everything["half_seed"] == seed]
-    matched_main = None if on_their_genes is None else on_their_genes[on_their_genes["half_seed"] == seed]
-    n_degs = conditions.set_index(["covariate", "condition"])["n_degs"]
-    comparison = compare(main, n_degs, seed, matched_main)
+    leaderboard = build_leaderboard(everything, calibrated, seed, matched)
+    n_degs = conditions.set_index(KEYS)["n_degs"]
+    own = everything[everything["half_seed"] == seed]
+    matched_own = None if matched is None else matched[matched["half_seed"] == seed]
+    comparison = compare_models(own, n_degs, seed, matched_own)
     tables = {
         SCORES: everything,
         CALIBRATION: calibrated,
-        LEADERBOARD: board,
+        LEADERBOARD: leaderboard,
         COMPARISON: comparison,
         QUALITY: conditions,
         UNPREDICTED: unpredicted,
@@ -70,20 +78,26 @@ def write_results(
     write_report(
         folder / REPORT,
         dataset=dataset,
-        provenance=dict(provenance),
-        quality=conditions,
+        provenance=provenance,
         edistance=read_edistances(quality),
-        calibration=calibrated,
-        leaderboard=board,
-        comparison=comparison,
+        declared=[*DECLARED, *_describe_missing_genes(scores), *_describe_silent(everything, unpredicted)],
         scores=everything,
-        declared=[*DECLARED, *_missing_genes(scores), *_silent(everything, unpredicted)],
+        calibration=calibrated,
+        leaderboard=leaderboard,
+        comparison=comparison,
+        quality=conditions,
         unpredicted=unpredicted,
     )
 
 
-def _missing_genes(scores: list[Path]) -> list[str]:
-    """A sentence for each model that lacks genes of the reference."""
+def _read_tables(folders: list[Path], name: str) -> list[pd.DataFrame]:
+    """Read a table from each of the folders that has it."""
+    files = [folder / name for folder in folders]
+    return [pd.read_parquet(file) for file in files if file.exists()]
+
+
+def _describe_missing_genes(scores: list[Path]) -> list[str]:
+    """Write a sentence for each model that lacks genes of the reference."""
     sentences = []
     for path in scores:
         if (path / MISSING_GENES).exists():
@@ -96,7 +110,7 @@ def _missing_genes(scores: list[Path]) -> list[str]:
     return sentences
 
 
-def _silent(scores: pd.DataFrame, unpredicted: pd.DataFrame) -> list[str]:
-    """A sentence for each model that predicted no condition at all."""
+def _describe_silent(scores: pd.DataFrame, unpredicted: pd.DataFrame) -> list[str]:
+    """Write a sentence for each model that predicted no condition at all."""
     silent = sorted(set(unpredicted["model"]) - set(scores["model"]))
     return [f"{model} predicted none of the conditions and has no score." for model in silent]

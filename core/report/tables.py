@@ -1,6 +1,6 @@
-"""The tables that people read, in the terminal and in the report, from the tables that the stages write.
+"""The tables that people read, in the terminal and in the report, from those that a benchmark writes.
 
-Pure functions; the columns of the tables that come in are those of docs/science.md sections 5 and 6.
+Pure functions; `docs/outputs.md` describes the columns of the tables that come in.
 """
 
 from __future__ import annotations
@@ -17,75 +17,73 @@ from core.scoring.leaderboard import RANKED
 
 VARIANT_NAMES = [variant.name for variant in VARIANTS]
 STRATUM_NAMES = [name for name, _, _ in STRATA if name != "all"]
-DASH = "–"
 
 
-# Words and numbers
+def list_records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """List the rows of a table as dictionaries by column.
 
+    Parameters
+    ----------
+    table
+        Any table.
 
-def records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """The rows of a table as dictionaries by column."""
+    Returns
+    -------
+    list of dict
+        One for each row, in their order.
+    """
     return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
 
 
-def number(value: float, decimals: int) -> str:
-    """A fixed-point number with a true minus sign; an en dash for NaN; whole thousands without decimals."""
-    if np.isnan(value):
-        return DASH
-    text = f"{value:,.0f}" if abs(value) >= 10000 else f"{value:.{decimals}f}"
-    return "0" + text[2:] if text.startswith("-0") and float(text) == 0 else text.replace("-", "−")
+def find_stratum(n_degs: float) -> str:
+    """Find the stratum of effect size that a number of DEGs belongs to (docs/science.md, section 6).
 
+    Parameters
+    ----------
+    n_degs
+        NaN, where differential expression was not tested, counts as 0.
 
-def decimals(values: pd.Series[float]) -> int:
-    """Decimals that give the largest of these values three significant digits, between 2 and 7."""
-    largest = values.abs().replace(np.inf, np.nan).max()
-    if np.isnan(largest) or largest == 0:
-        return 2
-    return int(np.clip(2 - np.floor(np.log10(largest)), 2, 7))
-
-
-def share(value: float) -> str:
-    """A share as per cent, never rounded to 0 % or 100 % unless it is that; an en dash for NaN."""
-    if np.isnan(value):
-        return DASH
-    if 0 < value < 0.01:
-        return "< 1 %"
-    if 0.99 < value < 1:
-        return "> 99 %"
-    return f"{100 * value:.0f} %"
-
-
-def listed(names: list[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""
-
-
-def counted(n: int, noun: str) -> str:
-    """`1 metric`, `2 metrics`."""
-    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
-
-
-def worded(control: str) -> str:
-    """The name of a control as words: `dataset_mean` is the dataset mean."""
-    return control.replace("_", " ")
-
-
-def stratum(n_degs: float) -> str:
-    """The stratum of effect size for a number of DEGs (docs/science.md section 6); NaN, not tested, counts as 0."""
+    Returns
+    -------
+    str
+        `0`, `1-9`, `10-99` or `>=100`.
+    """
     return next((name for name, low, high in STRATA if name != "all" and low <= n_degs <= high), STRATUM_NAMES[0])
 
 
 # Calibration
 
 
-def verdicts(calibration: pd.DataFrame) -> pd.DataFrame:
-    """The quoted variant (`drf_interpolated`), one row per metric, in the calibration table's order of metrics."""
+def tabulate_verdicts(calibration: pd.DataFrame) -> pd.DataFrame:
+    """Tabulate the quoted variant of the dynamic range (`drf_interpolated`), which carries the verdict.
+
+    Parameters
+    ----------
+    calibration
+        Of all metrics and variants.
+
+    Returns
+    -------
+    DataFrame
+        One row per metric in the order of the calibration; a missing verdict is "none".
+    """
     table = calibration[calibration["variant"] == VARIANT_NAMES[0]].drop(columns="variant")
     return table.assign(verdict=table["verdict"].fillna("none")).reset_index(drop=True)
 
 
-def variants(calibration: pd.DataFrame) -> pd.DataFrame:
-    """Mean DRF of the three variants: one row per metric, columns `<variant>`, `<variant>_low`, `<variant>_high`."""
+def tabulate_variants(calibration: pd.DataFrame) -> pd.DataFrame:
+    """Tabulate the mean Dynamic Range Fraction in all its variants.
+
+    Parameters
+    ----------
+    calibration
+        Of all metrics and variants.
+
+    Returns
+    -------
+    DataFrame
+        One row per metric with the columns `<variant>`, `<variant>_low` and `<variant>_high`.
+    """
     wide = calibration.pivot(index="metric", columns="variant", values=["drf", "drf_low", "drf_high"])
     wide = wide.reindex(columns=pd.MultiIndex.from_product([["drf", "drf_low", "drf_high"], VARIANT_NAMES]))
     wide.columns = [variant + value.removeprefix("drf") for value, variant in wide.columns]
@@ -95,22 +93,54 @@ def variants(calibration: pd.DataFrame) -> pd.DataFrame:
 # Leaderboard
 
 
-def ranked_metrics(leaderboard: pd.DataFrame) -> list[str]:
-    """Metrics by which models are ranked, in the table's order."""
+def list_ranked_metrics(leaderboard: pd.DataFrame) -> list[str]:
+    """List the metrics by which models are ranked.
+
+    Parameters
+    ----------
+    leaderboard
+        Of all metrics.
+
+    Returns
+    -------
+    list of str
+        The calibrated ones, in the table's order.
+    """
     return list(leaderboard.loc[leaderboard["calibrated"].astype(bool), "metric"].unique())
 
 
-def ordered_metrics(leaderboard: pd.DataFrame) -> list[str]:
-    """All metrics, calibrated ones first, otherwise in the table's order."""
-    first = ranked_metrics(leaderboard)
+def order_metrics(leaderboard: pd.DataFrame) -> list[str]:
+    """Order all metrics as they are shown: calibrated ones first.
+
+    Parameters
+    ----------
+    leaderboard
+        Of all metrics.
+
+    Returns
+    -------
+    list of str
+        Otherwise in the table's order.
+    """
+    first = list_ranked_metrics(leaderboard)
     return first + [metric for metric in leaderboard["metric"].unique() if metric not in first]
 
 
-def entries(leaderboard: pd.DataFrame) -> pd.DataFrame:
-    """One row per model or control in the order of display: model, kind, coverage, in_panel, mean_rank.
+def list_entries(leaderboard: pd.DataFrame) -> pd.DataFrame:
+    """List models and controls in the order in which they are shown.
 
-    Models and baselines by mean rank over the calibrated metrics, then by name; then positive, then negative
-    controls; predictors below the coverage limit last. mean_rank is NaN for those that have no rank.
+    Models and baselines by mean rank over the calibrated metrics, then by name; then positive, then negative controls;
+    models and baselines below the coverage limit last.
+
+    Parameters
+    ----------
+    leaderboard
+        Of all metrics.
+
+    Returns
+    -------
+    DataFrame
+        One row for each: model, kind, coverage, in_panel, mean_rank (NaN for those that have no rank).
     """
     groups = leaderboard.groupby("model", sort=False)
     table = pd.DataFrame(
@@ -128,29 +158,65 @@ def entries(leaderboard: pd.DataFrame) -> pd.DataFrame:
     return table.drop(columns="group").reset_index(drop=True)
 
 
-def panel_models(leaderboard: pd.DataFrame) -> list[str]:
-    """Models and baselines of sufficient coverage, best mean rank first."""
-    table = entries(leaderboard)
+def list_panel_models(leaderboard: pd.DataFrame) -> list[str]:
+    """List models and baselines of sufficient coverage.
+
+    Parameters
+    ----------
+    leaderboard
+        Of all metrics.
+
+    Returns
+    -------
+    list of str
+        Best mean rank first.
+    """
+    table = list_entries(leaderboard)
     return list(table.loc[table["kind"].isin(RANKED) & table["in_panel"].astype(bool), "model"])
 
 
-def wide(leaderboard: pd.DataFrame, value: str) -> pd.DataFrame:
-    """One column of the leaderboard (`mean`, `rank`, `headroom`, ...): entries x metrics, in the order of display."""
+def pivot_metrics(leaderboard: pd.DataFrame, value: str) -> pd.DataFrame:
+    """Spread one column of the leaderboard over the metrics.
+
+    Parameters
+    ----------
+    leaderboard
+        Of all metrics.
+    value
+        The column: `mean`, `rank`, `headroom`, ...
+
+    Returns
+    -------
+    DataFrame
+        Models and controls x metrics, both in the order in which they are shown.
+    """
     table = leaderboard.pivot(index="model", columns="metric", values=value)
-    return table.reindex(index=entries(leaderboard)["model"], columns=ordered_metrics(leaderboard)).astype(float)
+    return table.reindex(index=list_entries(leaderboard)["model"], columns=order_metrics(leaderboard)).astype(float)
 
 
 # Comparison
 
 
-def outcomes(comparison: pd.DataFrame, calibration: pd.DataFrame, control: str | None = None) -> pd.DataFrame:
-    """Who beats a control: models x calibrated metrics, in the order of the tables.
+def tabulate_outcomes(comparison: pd.DataFrame, calibration: pd.DataFrame, control: str | None = None) -> pd.DataFrame:
+    """Tabulate which models beat a control by which calibrated metrics.
 
-    control: a name; None for each metric's own negative control. Values: "better" and "worse" where the 95 % interval
-    of the mean difference over all conditions is clear of zero, "better, Holm" where moreover the one-sided paired
-    t-test has p < 0.05 after Holm's correction, else "undecided"; "" where the two share fewer than 10 conditions.
+    Parameters
+    ----------
+    comparison
+        Of models with controls.
+    calibration
+        Of all metrics.
+    control
+        Its name; None: each metric's own negative control.
+
+    Returns
+    -------
+    DataFrame
+        Models x calibrated metrics. "better" and "worse" where the whole 95 % interval of the mean difference over all
+        conditions lies above or below zero; "better, Holm" where moreover the one-sided paired t-test has p < 0.05
+        after Holm's correction; else "undecided"; "" where the two share fewer than 10 conditions.
     """
-    table = verdicts(calibration)
+    table = tabulate_verdicts(calibration)
     negative = table.loc[table["verdict"] == "calibrated"].set_index("metric")["negative"]
     rows = comparison[(comparison["stratum"] == "all") & comparison["metric"].isin(negative.index)]
     rows = rows[rows["n"] >= FEWEST_CONDITIONS]
@@ -158,99 +224,24 @@ def outcomes(comparison: pd.DataFrame, calibration: pd.DataFrame, control: str |
     better = rows["low"] > 0
     choices = [better & (rows["t_holm"] < ALPHA), better, rows["high"] < 0]
     outcome = np.select(choices, ["better, Holm", "better", "worse"], "undecided")
-    wide = rows.assign(outcome=outcome).pivot(index="model", columns="metric", values="outcome")
-    return wide.reindex(index=rows["model"].unique(), columns=negative.index).fillna("")
+    table = rows.assign(outcome=outcome).pivot(index="model", columns="metric", values="outcome")
+    return table.reindex(index=rows["model"].unique(), columns=negative.index).fillna("")
 
 
-def headline(name: str, calibration: pd.DataFrame, leaderboard: pd.DataFrame, comparison: pd.DataFrame) -> list[str]:
-    """The result for a data set in a few sentences: which metrics are calibrated, and which models beat the controls.
+def pivot_strata(comparison: pd.DataFrame) -> pd.DataFrame:
+    """Put the strata of effect size beside the comparison over all conditions.
 
-    A model beats a control on a metric where the 95 % interval of the mean difference lies above zero (`outcomes`).
-    """
-    sentences = [_metrics_sentence(name, calibration)]
-    kinds = leaderboard.drop_duplicates("model").set_index("model")["kind"]
-    if not (kinds == "model").any():
-        return [*sentences, "No model was scored: this is a calibration of the metrics alone."]
-    if not ranked_metrics(leaderboard):
-        return [
-            *sentences,
-            "Without a calibrated metric no model is ranked, and none can be said to beat the controls.",
-        ]
-    own = outcomes(comparison, calibration)
-    negatives = verdicts(calibration).set_index("metric")["negative"].loc[own.columns].unique()
-    names = " or ".join(f"the {worded(control)}" for control in negatives)
-    opponent = names if len(negatives) == 1 else f"the negative control of a metric ({names})"
-    sentences += _winners_sentences(own, f"{opponent}, with the 95 % interval of the difference clear of zero,")
-    losers = own.eq("worse").sum(axis=1)
-    if losers.any():
-        sentences.append(f"Worse than it, with the interval clear of zero: {_counts(losers, own.shape[1])}.")
-    for baseline in kinds.index[kinds == "baseline"]:
-        sentences += _winners_sentences(outcomes(comparison, calibration, baseline), f"the {worded(baseline)} baseline")
-    return sentences + _first_sentence(leaderboard)
+    Parameters
+    ----------
+    comparison
+        Of models with controls, in all strata.
 
-
-def _metrics_sentence(name: str, calibration: pd.DataFrame) -> str:
-    table = verdicts(calibration)
-    groups = {str(verdict): list(part["metric"]) for verdict, part in table.groupby("verdict")}
-    total, good = counted(len(table), "metric"), groups.pop("calibrated", [])
-    if not groups:
-        return f"{'The one metric is' if len(good) == 1 else f'All {total} are'} calibrated on {name}: {listed(good)}."
-    words = {
-        "inconclusive": "inconclusive",
-        "miscalibrated": "miscalibrated",
-        "none": f"without a verdict for want of {FEWEST_CONDITIONS} usable conditions",
-    }
-    others = listed(
-        [f"{len(groups[key])} {word} ({', '.join(groups[key])})" for key, word in words.items() if key in groups]
-    )
-    if not good:
-        return f"None of the {total} is calibrated on {name}: {others}."
-    verb = "is" if len(good) == 1 else "are"
-    return f"{len(good)} of {total} {verb} calibrated on {name}: {listed(good)}. The others: {others}."
-
-
-def _winners_sentences(table: pd.DataFrame, opponent: str) -> list[str]:
-    """One sentence on the models (rows of `outcomes`) that beat an opponent; none where nothing was compared."""
-    if table.empty:
-        return []
-    wins = table.isin(["better", "better, Holm"]).sum(axis=1)
-    if not wins.any():
-        return [f"No model beats {opponent} on any calibrated metric."]
-    n = int((wins > 0).sum())
-    which = ("Both" if n == 2 else f"All {n}") if n == len(table) else f"{n} of {len(table)}"
-    subject = "The model beats" if len(table) == 1 else f"{which} models {'beats' if n == 1 else 'beat'}"
-    return [f"{subject} {opponent} on at least one calibrated metric: {_counts(wins, table.shape[1])}."]
-
-
-def _counts(counts: pd.Series[int], of: int) -> str:
-    """`a on all 3 metrics, b on 2 and c on 1`, most first; models with 0 are left out."""
-    ordered = counts[counts > 0].sort_values(ascending=False, kind="stable")
-    texts = [f"{model} on {f'all {of}' if n == of and of > 1 else n}" for model, n in ordered.items()]
-    return listed([f"{texts[0]}{f' of {of}' if ordered.iloc[0] < of else ''}", *texts[1:]])
-
-
-def _first_sentence(leaderboard: pd.DataFrame) -> list[str]:
-    first = leaderboard[leaderboard["rank"] == 1]
-    if first.empty:
-        return []
-    metrics = (
-        first.groupby("model", sort=False)["metric"]
-        .agg(list)
-        .sort_values(key=lambda lists: -lists.map(len), kind="stable")
-    )
-    total = len(ranked_metrics(leaderboard))
-    texts = [
-        f"{model} by {f'all {total} calibrated metrics' if len(names) == total > 1 else listed(names)}"
-        for model, names in metrics.items()
-    ]
-    return [f"Ranked first: {'; '.join(texts)}."]
-
-
-def strata_columns(comparison: pd.DataFrame) -> pd.DataFrame:
-    """One row per (model, control, metric), the strata beside the whole.
-
-    Columns of the stratum "all" under their own names; for each stratum `difference_<stratum>`, `n_<stratum>` and
-    `low_<stratum>`, NaN where it has no condition. Rows keep the comparison's order.
+    Returns
+    -------
+    DataFrame
+        One row per (model, control, metric) in the comparison's order. The columns of the stratum "all" keep their
+        names; for each other stratum there are `difference_<stratum>`, `n_<stratum>` and `low_<stratum>`, NaN where it
+        has no condition.
     """
     key = ["model", "control", "metric"]
     whole = comparison[comparison["stratum"] == "all"].drop(columns="stratum")
@@ -264,19 +255,39 @@ def strata_columns(comparison: pd.DataFrame) -> pd.DataFrame:
 # Conditions
 
 
-def perturbed(quality: pd.DataFrame) -> pd.DataFrame:
-    """Quality table without the unperturbed cells."""
+def drop_control(quality: pd.DataFrame) -> pd.DataFrame:
+    """Leave the unperturbed cells out of a table.
+
+    Parameters
+    ----------
+    quality
+        One row per (covariate, condition).
+
+    Returns
+    -------
+    DataFrame
+        The rows of perturbed conditions.
+    """
     return quality[quality["condition"] != CONTROL]
 
 
-def quality_summary(quality: pd.DataFrame) -> pd.DataFrame:
-    """One row per covariate, control left out: conditions, cells, mean and CV of cells and of DEGs, median E-distance.
+def summarise_quality(quality: pd.DataFrame) -> pd.DataFrame:
+    """Summarise the quality of a data set, control left out.
 
-    CV is the sample standard deviation (n-1) over the mean; NaN for fewer than two conditions or a mean of 0.
-    without_degs: share of conditions with 0 DEGs.
+    Parameters
+    ----------
+    quality
+        One row per (covariate, condition).
+
+    Returns
+    -------
+    DataFrame
+        One row per covariate: conditions, cells, mean and coefficient of variation (CV) of cells and of DEGs,
+        without_degs (share of conditions with 0 DEGs), median_edistance. CV is the sample standard deviation (n - 1)
+        over the mean; NaN for fewer than two conditions or a mean of 0.
     """
     rows = []
-    for covariate, rest in perturbed(quality).groupby("covariate", sort=False):
+    for covariate, rest in drop_control(quality).groupby("covariate", sort=False):
         rows.append(
             {
                 "covariate": covariate,
@@ -298,11 +309,23 @@ def _cv(values: pd.Series[float]) -> float:
     return float(values.std() / mean) if mean > 0 else float("nan")
 
 
-def wmse_ratios(scores: pd.DataFrame, leaderboard: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
-    """wMSE of a model over the dataset mean's, per condition: model, covariate, condition, n_degs, stratum, ratio.
+def compute_wmse_ratios(scores: pd.DataFrame, leaderboard: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
+    """Divide the wMSE of each model by the dataset mean's, per condition.
 
-    Scores are those of the quoted half split (the lowest half_seed), as in the leaderboard. Models and baselines of
-    its panel in its order; conditions where either wMSE is NaN (no DEG weights) or 0 are left out.
+    Parameters
+    ----------
+    scores
+        Of models and controls; those of the quoted half split (the lowest half_seed) are taken, as in the leaderboard.
+    leaderboard
+        Its models and baselines of sufficient coverage are shown, in its order.
+    quality
+        One row per (covariate, condition), with n_degs.
+
+    Returns
+    -------
+    DataFrame
+        model, covariate, condition, n_degs, stratum, ratio. Conditions where either wMSE is NaN (no DEG weights) or 0
+        are left out.
     """
     key = ["covariate", "condition"]
     table = scores[(scores["metric"] == "wmse") & (scores["half_seed"] == scores["half_seed"].min())]
@@ -310,17 +333,28 @@ def wmse_ratios(scores: pd.DataFrame, leaderboard: pd.DataFrame, quality: pd.Dat
     table = table.merge(mean[[*key, "value"]], on=key, suffixes=("", "_mean"))
     table = table[(table["value"] > 0) & (table["value_mean"] > 0)]
     table = table.merge(quality[[*key, "n_degs"]], on=key, how="left")
-    table = table.assign(ratio=table["value"] / table["value_mean"], stratum=table["n_degs"].map(stratum))
-    place = {name: i for i, name in enumerate(panel_models(leaderboard))}
+    table = table.assign(ratio=table["value"] / table["value_mean"], stratum=table["n_degs"].map(find_stratum))
+    place = {name: i for i, name in enumerate(list_panel_models(leaderboard))}
     table = table[table["model"].isin(place)].assign(place=lambda rows: rows["model"].map(place))
     table = table.sort_values(["place", *key], kind="stable")
     return table[["model", *key, "n_degs", "stratum", "ratio"]].reset_index(drop=True)
 
 
-def extremes(ratios: pd.DataFrame, most: int = 5) -> pd.DataFrame:
-    """Per model the conditions with the smallest and the largest ratio: model, won, lost (tables of conditions).
+def find_extremes(ratios: pd.DataFrame, most: int = 5) -> pd.DataFrame:
+    """Find the conditions where each model gains and loses most against the dataset mean.
 
-    won holds rows with a ratio below 1, smallest first; lost those above 1, largest first; `most` of each.
+    Parameters
+    ----------
+    ratios
+        As `compute_wmse_ratios` gives them.
+    most
+        How many of each.
+
+    Returns
+    -------
+    DataFrame
+        model, won, lost. won holds a table of conditions with a ratio below 1, smallest first; lost of those above 1,
+        largest first.
     """
     rows = []
     for model, part in ratios.groupby("model", sort=False):
@@ -335,7 +369,18 @@ def extremes(ratios: pd.DataFrame, most: int = 5) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["model", "won", "lost"])
 
 
-def reasons(unpredicted: pd.DataFrame) -> pd.DataFrame:
-    """What models could not predict: one row per (model, covariate, reason) with n and the sorted conditions."""
+def group_reasons(unpredicted: pd.DataFrame) -> pd.DataFrame:
+    """Group what models could not predict by the reason.
+
+    Parameters
+    ----------
+    unpredicted
+        model, covariate, condition, reason.
+
+    Returns
+    -------
+    DataFrame
+        One row per (model, covariate, reason) with n and the sorted conditions.
+    """
     groups = unpredicted.groupby(["model", "covariate", "reason"], sort=True, observed=True)["condition"]
     return groups.agg(n="size", conditions=lambda names: sorted(names)).reset_index()

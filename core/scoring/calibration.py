@@ -1,4 +1,7 @@
-"""Calibration: can a metric tell a replicate from an uninformative average (`docs/science.md`, section 5)."""
+"""Calibration of the metrics: how well each distinguishes a replicate from an uninformative average.
+
+Definitions are in `docs/science.md`, section 5.
+"""
 
 from __future__ import annotations
 
@@ -40,9 +43,21 @@ CALIBRATING = (
 
 
 def dynamic_range_fraction(positive: Floats, negative: Floats, metric: Metric) -> Floats:
-    """DRF of each condition, clipped to [-1, 1]; NaN where either control's value is NaN.
+    """Dynamic Range Fraction (DRF): how much of the range from the negative control to perfect the positive covers.
 
     Higher is better: (pos - neg) / (perfect - neg + 1e-6); lower is better: (neg - pos) / (neg + 1e-6).
+
+    Parameters
+    ----------
+    positive, negative
+        The metric's values for the two controls, one per condition.
+    metric
+        Its direction and perfect value.
+
+    Returns
+    -------
+    Floats
+        One value per condition, clipped to [-1, 1]; NaN where either control's value is NaN.
     """
     if metric.higher_is_better:
         fraction = (positive - negative) / (metric.perfect - negative + EPSILON)
@@ -52,20 +67,40 @@ def dynamic_range_fraction(positive: Floats, negative: Floats, metric: Metric) -
 
 
 def discrimination(positive: Floats, negative: Floats, metric: Metric) -> Floats:
-    """1 where the positive control beats the negative one, 1/2 at a tie, else 0; NaN where either is NaN.
+    """Discrimination: whether the positive control beats the negative one; its mean is the Bound Discrimination Score.
 
-    Its mean over conditions is the Bound Discrimination Score.
+    Parameters
+    ----------
+    positive, negative
+        The metric's values for the two controls, one per condition.
+    metric
+        Its direction.
+
+    Returns
+    -------
+    Floats
+        One value per condition: 1 where it does, 1/2 at a tie, else 0; NaN where either control's value is NaN.
     """
     margin = positive - negative if metric.higher_is_better else negative - positive
     return np.where(np.isnan(margin), np.nan, (np.sign(margin) + 1.0) / 2.0)
 
 
-def calibrate(scores: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """The calibration table: one row per metric and variant.
+def build_calibration(scores: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """Calibrate every metric by the scores of the controls.
 
-    scores: long table of the controls (model, covariate, condition, half_seed, metric, value); the half split of
-    the lowest half_seed is the quoted one, the others give the spread. Columns of the result: `docs/outputs.md`.
-    Values are over the usable conditions (both controls defined); without any they are NaN.
+    Parameters
+    ----------
+    scores
+        Long table of the controls (model, covariate, condition, half_seed, metric, value). The half split of the lowest
+        half_seed is the quoted one, the others give the spread.
+    seed
+        Of the resamples.
+
+    Returns
+    -------
+    DataFrame
+        One row per metric and variant; its columns are in `docs/outputs.md`. Values are over the usable conditions
+        (both controls defined); without any they are NaN.
     """
     index = ["half_seed", "metric", "covariate", "condition"]
     wide = scores.set_index([*index, "model"])["value"].unstack("model")
@@ -80,18 +115,42 @@ def calibrate(scores: pd.DataFrame, seed: int) -> pd.DataFrame:
             pairs.columns = pd.Index(["positive", "negative"])
             rows.append(
                 {"metric": name, "variant": variant.name, "positive": variant.positive, "negative": negative}
-                | _summary(pairs, metric, main, seed, quoted=variant is VARIANTS[0])
+                | _summarise(pairs, metric, main, seed, quoted=variant is VARIANTS[0])
             )
     return pd.DataFrame(rows)
 
 
-def calibrated_metrics(calibration: pd.DataFrame) -> list[str]:
-    """The metrics whose verdict is `calibrated`, in the table's order."""
+def list_calibrated_metrics(calibration: pd.DataFrame) -> list[str]:
+    """List the metrics whose verdict is `calibrated`.
+
+    Parameters
+    ----------
+    calibration
+        As `build_calibration` gives it.
+
+    Returns
+    -------
+    list of str
+        In the table's order.
+    """
     return list(calibration.loc[calibration["verdict"] == "calibrated", "metric"])
 
 
-def verdict(n: int, low: float, high: float) -> str:
-    """The verdict of a metric on a data set from the 95 % interval of its mean DRF over n usable conditions."""
+def decide_verdict(n: int, low: float, high: float) -> str:
+    """Decide whether a metric is calibrated on a data set.
+
+    Parameters
+    ----------
+    n
+        Number of usable conditions.
+    low, high
+        The 95 % interval of the mean DRF over them.
+
+    Returns
+    -------
+    str
+        `calibrated`, `miscalibrated`, `inconclusive`, or `none` for fewer than 10 conditions.
+    """
     if n < FEWEST_CONDITIONS:
         return "none"
     if low > THRESHOLD:
@@ -99,7 +158,7 @@ def verdict(n: int, low: float, high: float) -> str:
     return "miscalibrated" if high < THRESHOLD else "inconclusive"
 
 
-def _summary(pairs: pd.DataFrame, metric: Metric, main: int, seed: int, *, quoted: bool) -> dict[str, object]:
+def _summarise(pairs: pd.DataFrame, metric: Metric, main: int, seed: int, *, quoted: bool) -> dict[str, object]:
     pairs = pairs.where(pairs.notna().all(axis=1))
     positive, negative = pairs["positive"].to_numpy(np.float64), pairs["negative"].to_numpy(np.float64)
     values = pd.DataFrame(
@@ -130,5 +189,5 @@ def _summary(pairs: pd.DataFrame, metric: Metric, main: int, seed: int, *, quote
         "bds_low": low[1],
         "bds_high": high[1],
         "bds_half_sd": spread["bds"],
-        "verdict": verdict(n, low[0], high[0]) if quoted else None,
+        "verdict": decide_verdict(n, low[0], high[0]) if quoted else None,
     }

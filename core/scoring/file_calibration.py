@@ -1,4 +1,4 @@
-"""Calibrate the metrics on one file: our cells.h5ad, the preprocessed mirror's layout, or any log1p h5ad."""
+"""Calibration of the metrics on one file: our cells.h5ad, the layout of the preprocessed mirror, or any log1p h5ad."""
 
 from __future__ import annotations
 
@@ -23,14 +23,26 @@ from core.prepare.splits import Task, draw_folds, draw_halves
 from core.reference.build import build_half_split, build_negatives, build_reference
 from core.reference.cell_sums import sum_cells
 from core.reference.stored_profiles import read_stored_reference
-from core.scoring.calibration import CALIBRATING, calibrate
-from core.scoring.evaluation import control_scores
+from core.scoring.calibration import CALIBRATING, build_calibration
+from core.scoring.evaluation import score_controls
 
 FOLDS: dict[Task, int] = {"single": 5, "combination": 2}
 
 
 class FileOptions(NamedTuple):
-    """How to read a file that is neither our cells.h5ad nor a mirror file."""
+    """How to read a file that is neither our cells.h5ad nor a mirror file.
+
+    Attributes
+    ----------
+    column, covariate
+        Columns of obs with the labels of the conditions and, where there is one, with the covariate.
+    control
+        The label of unperturbed cells.
+    seed
+        Of every draw.
+    half_seeds
+        How many half splits to draw.
+    """
 
     column: str = "condition"
     control: str = CONTROL
@@ -40,11 +52,29 @@ class FileOptions(NamedTuple):
 
 
 def calibrate_file(path: Path, options: FileOptions, *, recompute: bool = False) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Scores of the controls of the file's own (or first drawn) halves, and the calibration of the metrics.
+    """Score the controls of a file's own (or first drawn) halves, and calibrate the metrics by them.
 
-    Of a mirror file the stored profiles and DE results are taken as they are, unless `recompute`; the spread over
-    half splits always comes from the file's cells. Returns (scores: model, covariate, condition, fold, metric, value;
-    calibration table). Raises UserError for a file that cannot be used.
+    Parameters
+    ----------
+    path
+        An h5ad file.
+    options
+        How to read it.
+    recompute
+        Recompute the profiles and the differential expression that a mirror file stores. The spread over half splits
+        always comes from the file's cells.
+
+    Returns
+    -------
+    scores : DataFrame
+        model, covariate, condition, fold, metric, value.
+    calibration : DataFrame
+        As `core.scoring.calibration.build_calibration` gives it.
+
+    Raises
+    ------
+    UserError
+        For a file that cannot be used.
     """
     data = open_h5ad(path)
     where = str(path)
@@ -55,7 +85,7 @@ def calibrate_file(path: Path, options: FileOptions, *, recompute: bool = False)
         cells = data
         cells.X = sparse.csr_matrix(cells.X)
     else:
-        cells = any_cells(data, options, where)
+        cells = arrange_cells(data, options, where)
     check_log_expression(cells, where)
     further = range(options.seed + 1, options.seed + options.half_seeds)
     halves = {options.seed: cells.obs["half"], **{seed: draw_halves(cells.obs, seed) for seed in further}}
@@ -65,39 +95,56 @@ def calibrate_file(path: Path, options: FileOptions, *, recompute: bool = False)
     else:
         negatives = build_negatives(sums)
         reference = build_reference(sums, negatives, options.seed)
-    own = control_scores(reference, negatives)
+    own = score_controls(reference, negatives)
     tables = [own.assign(half_seed=options.seed)]
     for seed in further:
         split = build_half_split(sums, seed, negatives)
-        tables.append(control_scores(reference, negatives, split, controls=CALIBRATING).assign(half_seed=seed))
-    return own, calibrate(pd.concat(tables, ignore_index=True), options.seed)
+        tables.append(score_controls(reference, negatives, split, controls=CALIBRATING).assign(half_seed=seed))
+    return own, build_calibration(pd.concat(tables, ignore_index=True), options.seed)
 
 
-def any_cells(data: ad.AnnData, options: FileOptions, where: str) -> ad.AnnData:
-    """Cells in our layout from any h5ad with log1p X and a condition column; halves and folds are drawn.
+def arrange_cells(data: ad.AnnData, options: FileOptions, where: str) -> ad.AnnData:
+    """Arrange the cells of any file as our cells.h5ad has them; draw halves and folds.
 
-    Combination data are those with conditions that hold `+`. Conditions below 4 cells are left out.
-    Raises UserError for missing columns, cells without a covariate, no control, a lone combination, fewer than 10
-    conditions.
+    Data with conditions that hold `+` are combination data. Conditions below 4 cells are left out.
+
+    Parameters
+    ----------
+    data
+        Cells x genes, X log1p of normalised counts.
+    options
+        The columns of obs.
+    where
+        What errors call the file.
+
+    Returns
+    -------
+    AnnData
+        Sorted cells with condition, covariate, half and folds.
+
+    Raises
+    ------
+    UserError
+        For missing columns, cells without a covariate, no control, a single combination, fewer than 10 conditions.
     """
     wanted = [options.column] + ([options.covariate] if options.covariate else [])
     for column in wanted:
         if column not in data.obs:
-            there = ", ".join(map(str, data.obs.columns)) or "none"
+            columns = ", ".join(map(str, data.obs.columns)) or "none"
             raise UserError(
                 where,
                 f"obs[{column!r}]",
-                f"no such column; there are: {there}",
+                f"no such column; there are: {columns}",
                 "name it with --column or --covariate",
             )
     rules = Labels(column=options.column, control=(options.control,))
     labels = harmonise_labels(data.obs[options.column], rules, where)
-    lost = int(data.obs.loc[labels.notna(), options.covariate].isna().sum()) if options.covariate else 0
-    if lost:
+    unknown = int(data.obs.loc[labels.notna(), options.covariate].isna().sum()) if options.covariate else 0
+    if unknown:
         raise UserError(
             where,
             f"obs[{options.covariate!r}]",
-            f"{lost:,} cells without a covariate",
+            f"{unknown:,} cells without a covariate",
             "fill the column, or leave them out",
         )
     covariate = data.obs[options.covariate].astype(str) if options.covariate else "all"
@@ -132,7 +179,20 @@ def any_cells(data: ad.AnnData, options: FileOptions, where: str) -> ad.AnnData:
 
 
 def check_file(data: ad.AnnData, where: str) -> None:
-    """Raise UserError unless there is a matrix and cells and genes have names of their own."""
+    """Check that a file has a matrix, and that no two cells or genes have the same name.
+
+    Parameters
+    ----------
+    data
+        Its content.
+    where
+        What the error calls it.
+
+    Raises
+    ------
+    UserError
+        If not.
+    """
     if data.X is None or 0 in data.shape:
         raise UserError(where, "X", "no matrix, or an empty one", "put log1p of normalised counts into X")
     for field, names in (("obs_names", data.obs_names), ("var_names", data.var_names)):
@@ -142,10 +202,23 @@ def check_file(data: ad.AnnData, where: str) -> None:
 
 
 def check_log_expression(cells: ad.AnnData, where: str) -> None:
-    """Raise UserError unless X is finite, not negative, and not counts."""
+    """Check that X is finite, not negative, and not counts.
+
+    Parameters
+    ----------
+    cells
+        Cells x genes.
+    where
+        What the error calls the file.
+
+    Raises
+    ------
+    UserError
+        If not.
+    """
     values = sparse.csr_matrix(cells.X).data
     if not np.isfinite(values).all():
-        raise UserError(where, "X", "NaN or infinite values", "remove or mend these cells")
+        raise UserError(where, "X", "NaN or infinite values", "remove or correct these cells")
     if (values < 0).any():
         raise UserError(where, "X", "negative values", "give log1p of normalised counts, not scaled or centred values")
     require_log_expression(are_whole(values), values.max(initial=0.0), where)

@@ -13,7 +13,7 @@ import pandas as pd
 from core.conditions import KEYS
 from core.reference.controls import CONTROLS, name_matched_control
 from core.reference.files import find_half_splits, read_layers, read_reference
-from core.scoring.evaluation import SCORED_LAYERS, control_scores, evaluated_set, score
+from core.scoring.evaluation import SCORED_LAYERS, score_controls, score_profiles, select_evaluated
 from core.scoring.files import MATCHED_CONTROLS, MISSING_GENES, PREDICTIONS, REASONS, SCORES, UNPREDICTED
 from core.scoring.predictions import require_shared_genes
 
@@ -22,38 +22,64 @@ UNPREDICTED_COLUMNS = ["model", *KEYS, "reason"]
 
 
 def write_control_scores(reference: Path, folder: Path, seed: int) -> None:
-    """Write scores.parquet of all controls, for every half split in the folder `reference`, into `folder`.
+    """Write scores.parquet of all controls, for every half split of a reference.
 
-    seed: the half seed of the reference itself. Columns as in `docs/outputs.md`; controls have the training seed -1.
+    Parameters
+    ----------
+    reference
+        Its folder.
+    folder
+        Where the file is written. Its columns are in `docs/outputs.md`; controls have the training seed -1.
+    seed
+        The half seed of the reference itself.
     """
-    _write(_control_scores(reference, seed), folder / SCORES)
+    _write(_score_controls(reference, seed), folder / SCORES)
 
 
 def write_model_scores(
     folds: Sequence[Path], model: str, seed: int, reference: Path, half_seed: int, folder: Path
 ) -> None:
-    """Write scores.parquet and unpredicted.parquet of a model, for every half split in the folder `reference`.
+    """Write scores.parquet and unpredicted.parquet of a model, for every half split of a reference.
 
-    folds: folders with predictions.h5ad and unpredicted.json. seed: the training seed. half_seed: that of the
-    reference itself. A model that lacks some of the reference's genes in any fold is scored on the others, and with it
-    go, in matched_controls.parquet, the scores of the controls on the same genes (named by `name_matched_control`) and,
-    in missing_genes.json, the names of those that it lacks. Raises UserError where it shares less than 95 %.
+    A model that lacks some of the reference's genes in any fold is scored on the others. Then matched_controls.parquet
+    has the scores of the controls on the same genes (named by `core.reference.controls.name_matched_control`), and
+    missing_genes.json the names of the genes that it lacks.
+
+    Parameters
+    ----------
+    folds
+        Folders with predictions.h5ad and unpredicted.json.
+    model
+        Its name.
+    seed
+        The training seed.
+    reference
+        The folder of the reference.
+    half_seed
+        That of the reference itself.
+    folder
+        Where the files are written.
+
+    Raises
+    ------
+    UserError
+        Where the model shares less than 95 % of the reference's genes.
     """
     of_folds = [ad.read_h5ad(fold / PREDICTIONS) for fold in folds]
-    # Without those of a fold in which nothing could be predicted, which pandas will not join much longer.
+    # Without those of a fold in which nothing could be predicted: pandas will soon refuse to join empty tables.
     predictions = ad.concat([some for some in of_folds if some.n_obs] or of_folds, join="inner")
     own, negatives = read_reference(reference, SCORED_LAYERS)
     require_shared_genes(predictions.var_names, own.var_names, f"predictions of {model}")
     tables = []
     for split_seed, split in _splits(reference, own, half_seed, SCORED_LAYERS):
-        evaluation = evaluated_set(split, negatives)
+        evaluation = select_evaluated(split, negatives)
         evaluation = evaluation.with_genes(evaluation.genes.isin(predictions.var_names))
         profiles = np.asarray(predictions[:, evaluation.genes].X, dtype=np.float64)
-        tables.append(score(profiles, predictions.obs, evaluation).assign(half_seed=split_seed))
+        tables.append(score_profiles(profiles, predictions.obs, evaluation).assign(half_seed=split_seed))
     _write(pd.concat(tables, ignore_index=True).assign(model=model, seed=seed), folder / SCORES)
     missing = own.var_names.difference(predictions.var_names)
     if len(missing):
-        matched = _control_scores(reference, half_seed, predictions.var_names)
+        matched = _score_controls(reference, half_seed, predictions.var_names)
         matched["model"] = [name_matched_control(control, model) for control in matched["model"]]
         _write(matched, folder / MATCHED_CONTROLS)
         (folder / MISSING_GENES).write_text(json.dumps(sorted(missing)), encoding="utf-8")
@@ -62,11 +88,11 @@ def write_model_scores(
     table.to_parquet(folder / UNPREDICTED, index=False)
 
 
-def _control_scores(reference: Path, half_seed: int, genes: pd.Index | None = None) -> pd.DataFrame:
+def _score_controls(reference: Path, half_seed: int, genes: pd.Index | None = None) -> pd.DataFrame:
     layers = {*SCORED_LAYERS, *(control.name for control in CONTROLS)}
     own, negatives = read_reference(reference, layers)
     tables = [
-        control_scores(own, negatives, split, genes).assign(half_seed=split_seed, seed=-1)
+        score_controls(own, negatives, split, genes).assign(half_seed=split_seed, seed=-1)
         for split_seed, split in _splits(reference, own, half_seed, layers)
     ]
     return pd.concat(tables, ignore_index=True)
@@ -75,7 +101,7 @@ def _control_scores(reference: Path, half_seed: int, genes: pd.Index | None = No
 def _splits(
     reference: Path, own: ad.AnnData, half_seed: int, layers: Collection[str]
 ) -> Iterator[tuple[int, ad.AnnData]]:
-    """(half seed, split) of all half splits, the reference's own first; one further split in memory at a time."""
+    """Give (half seed, split) of all half splits, the reference's own first; one further split in memory at a time."""
     yield half_seed, own
     for seed, file in find_half_splits(reference).items():
         yield seed, read_layers(file, layers)

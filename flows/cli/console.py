@@ -41,15 +41,16 @@ def make_result_table(leaderboard: pd.DataFrame, width: int = 100) -> Renderable
     """
     # Imported here, so that an error panel does not wait for them.
     from core.report import tables as views
+    from core.report.text import format_share
     from core.scoring.leaderboard import RANKED
 
-    means, ranks = views.wide(leaderboard, "mean"), views.wide(leaderboard, "rank")
-    ranked = views.ranked_metrics(leaderboard)
-    rows = views.entries(leaderboard)
+    means, ranks = views.pivot_metrics(leaderboard, "mean"), views.pivot_metrics(leaderboard, "rank")
+    ranked = views.list_ranked_metrics(leaderboard)
+    rows = views.list_entries(leaderboard)
     rows = rows.assign(
         # What the gaps between rows separate, and predictors of too little coverage with it.
         group=rows["kind"].replace("baseline", "model").where(rows["in_panel"], "below"),
-        name=rows["model"].where(rows["in_panel"], rows["model"] + " (" + rows["coverage"].map(views.share) + ")"),
+        name=rows["model"].where(rows["in_panel"], rows["model"] + " (" + rows["coverage"].map(format_share) + ")"),
     )
     names, groups = list(rows["name"]), list(rows["group"])
     room = width - max(map(len, names), default=0)
@@ -79,27 +80,28 @@ def make_verdict_table(calibration: pd.DataFrame, width: int = 100) -> Renderabl
     The other two variants of the DRF and the share of NaN are left out where the terminal is narrow.
     """
     from core.report import tables as views
+    from core.report.text import DASH, format_number, format_share
     from core.scoring.calibration import FEWEST_CONDITIONS, THRESHOLD
 
-    variants = views.variants(calibration)
+    variants = views.tabulate_variants(calibration)
     rows: list[dict[str, Text | str]] = []
-    for row in views.records(views.verdicts(calibration)):
+    for row in views.list_records(views.tabulate_verdicts(calibration)):
         known = row["drf"] == row["drf"]
         style = _VERDICT_STYLES[row["verdict"]]
         rows.append(
             {
                 "metric": Text(row["metric"]),
                 "verdict": Text("no verdict" if row["verdict"] == "none" else row["verdict"], style=style),
-                "DRF": Text(views.number(row["drf"], 2), style=style),
-                "95 % interval": f"{views.number(row['drf_low'], 2)} to {views.number(row['drf_high'], 2)}"
+                "DRF": Text(format_number(row["drf"], 2), style=style),
+                "95 % interval": f"{format_number(row['drf_low'], 2)} to {format_number(row['drf_high'], 2)}"
                 if known
-                else views.DASH,
-                "halves\n±": views.number(row["drf_half_sd"], 2),
-                "BDS": views.number(row["bds"], 2),
+                else DASH,
+                "halves\n±": format_number(row["drf_half_sd"], 2),
+                "BDS": format_number(row["bds"], 2),
                 "n": f"{row['n_conditions']:,.0f}",
-                "NaN": views.share(row["nan_share"]),
-                "DRF\nmean": views.number(variants["drf_mean"][row["metric"]], 2),
-                "DRF\nctrl": views.number(variants["drf_ctrl"][row["metric"]], 2),
+                "NaN": format_share(row["nan_share"]),
+                "DRF\nmean": format_number(variants["drf_mean"][row["metric"]], 2),
+                "DRF\nctrl": format_number(variants["drf_ctrl"][row["metric"]], 2),
             }
         )
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
@@ -187,7 +189,7 @@ class Column(NamedTuple):
 
 def _format_column(metric: str, values: list[float], ranks: list[float], calibrated: bool, decimals: int) -> Column:
     """Format one metric: errors of which one is below 0.1 in thousandths, large values with fewer decimals."""
-    from core.report.tables import number
+    from core.report.text import format_number
     from core.scoring.metrics import BY_NAME
 
     smallest = min((value for value in values if value == value), default=0.0)
@@ -197,7 +199,7 @@ def _format_column(metric: str, values: list[float], ranks: list[float], calibra
     for value, first in zip(values, best, strict=True):
         scaled = value * 10**exponent
         places = max(0, decimals - sum(abs(scaled) >= limit for limit in (10, 100, 1000)))
-        cells.append(("*" if first else "") + number(scaled, places))
+        cells.append(("*" if first else "") + format_number(scaled, places))
     return Column(
         [*_abbreviate(metric), *(["10⁻³"] if exponent else []), "●" if calibrated else "○"], cells, best, calibrated
     )

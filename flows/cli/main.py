@@ -208,10 +208,10 @@ def settings() -> None:
 @app.command()
 def env() -> None:
     """Start the local servers if need be, and print the shell lines for using them: eval "$(calipert env)"."""
-    from blocks.config.child_environment import exports
+    from blocks.config.child_environment import format_exports
     from blocks.services.stack import ensure_servers
 
-    typer.echo(exports(ensure_servers()), nl=False)
+    typer.echo(format_exports(ensure_servers()), nl=False)
 
 
 def main() -> None:

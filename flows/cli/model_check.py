@@ -15,7 +15,7 @@ import pandas as pd
 
 from blocks.engines.base import Engine, ModelFailed, Stage
 from blocks.engines.lines import Event
-from blocks.local.gpus import Gpu, lease
+from blocks.local.gpus import Gpu, lease_gpu
 from core.catalog.schema import Form
 from core.conditions import genes_of
 from core.errors import UserError, shown
@@ -140,7 +140,7 @@ class _Check:
 
 
 def _lease_device(description: Description, name: str) -> AbstractContextManager[Gpu | None]:
-    return lease(f"check of {name}") if description.gpu else nullcontext()
+    return lease_gpu(f"check of {name}") if description.gpu else nullcontext()
 
 
 def _find_unfinished(events: list[Event]) -> str | None:

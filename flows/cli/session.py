@@ -20,12 +20,12 @@ CONSOLE = Console(highlight=False)
 
 def start_servers() -> Services:
     """Start the local servers if they do not run, and use them in this process."""
-    from blocks.config.child_environment import adopt
+    from blocks.config.child_environment import use_servers
     from blocks.services.stack import ensure_servers
 
     with CONSOLE.status("starting the local Prefect and MLflow servers (about ten seconds, once)"):
         services = ensure_servers()
-    adopt(services)
+    use_servers(services)
     # The console shows our own progress, and a failure once; Prefect's whole log is in its UI.
     os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
     return services

@@ -19,7 +19,7 @@ import httpx
 
 from blocks.config.paths import store_folder
 from blocks.http import open_client
-from blocks.local.processes import known_dead
+from blocks.local.processes import is_dead
 from blocks.services.stack import ServiceStatus
 from blocks.services.stack import status as services_status
 from blocks.tracking.running import TrackedRun, find_running_runs
@@ -269,16 +269,16 @@ def _list_stale_runs(ended: set[str], tracked: dict[str, list[TrackedRun]]) -> l
         for flow_run, runs in tracked.items()
         for run in runs
         if run.status == "RUNNING" and "fold" not in run.tags
-        if flow_run in ended or known_dead(run.tags.get("process", ""))
+        if flow_run in ended or is_dead(run.tags.get("process", ""))
     )
 
 
 def _gpus() -> tuple[list[tuple[str, str]], list[str]]:
     """List (GPU, its holder), and what hinders."""
-    from blocks.local.gpus import holders
+    from blocks.local.gpus import list_holders
 
     try:
-        held = holders()
+        held = list_holders()
     except UserError as error:
         return [], [f"GPUs: {shorten_reason(str(error))}"]
     return [

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from scipy import sparse, stats
 
 from core.errors import UserError
-from core.simulate import Simulation, SimulationSettings, planted_profiles, simulate
+from core.simulate import Simulation, SimulationSettings, compute_planted_profiles, simulate
 
 SMALL = SimulationSettings(genes=300, singles=8, combinations=6, cells_per_condition=20, control_cells=60)
 # No programs at work and no spread of library sizes: every count is one negative binomial, of known mean and phi.
@@ -382,7 +382,7 @@ def test_planted_profiles_are_what_many_cells_average_to() -> None:
     simulation = simulate(
         SimulationSettings(singles=3, null_share=0, cells_per_condition=4000, cells_per_condition_sd=0)
     )
-    profiles = planted_profiles(simulation)
+    profiles = compute_planted_profiles(simulation)
     assert list(profiles.obs_names) == list(simulation.truth.obs_names)
     for row, condition in enumerate(profiles.obs["condition"]):
         if condition == "control":
@@ -396,7 +396,7 @@ def test_planted_profiles_are_what_many_cells_average_to() -> None:
 
 
 def test_planted_profiles_beat_the_control_mean_and_a_degraded_model_lies_between(small: Simulation) -> None:
-    perfect, half, none = (planted_profiles(small, effect).X for effect in (1.0, 0.5, 0.0))
+    perfect, half, none = (compute_planted_profiles(small, effect).X for effect in (1.0, 0.5, 0.0))
     control = perfect[list(small.truth.obs["condition"]).index("control")]
     np.testing.assert_array_equal(none, np.broadcast_to(control, none.shape))
     strong = small.truth.obs["strength"].to_numpy() > 0
@@ -408,7 +408,7 @@ def test_planted_profiles_beat_the_control_mean_and_a_degraded_model_lies_betwee
 def test_planted_profiles_of_counts_without_spread_match_the_poisson_sum() -> None:
     settings = changed(PLAIN, control_cells=1, dispersion=1e-6, dispersion_of_rare_genes=0)
     simulation = simulate(settings)
-    profile = planted_profiles(simulation)["line_1|control"].X[0]
+    profile = compute_planted_profiles(simulation)["line_1|control"].X[0]
     size = 1.6 * 200
     mean = size * simulation.truth["line_1|control"].layers["expected"][0]
     k = np.arange(400)

@@ -21,7 +21,7 @@ from blocks.config import child_environment
 from blocks.config.paths import PROJECT_ROOT
 from blocks.config.pools import CPU, GPU
 from core.errors import UserError
-from deployments.secrets import EXAMPLE, filled, write
+from deployments.secrets import EXAMPLE, fill_example, write
 
 DEPLOYMENTS = PROJECT_ROOT / "deployments"
 TEXT = (DEPLOYMENTS / "compose.yaml").read_text(encoding="utf-8")
@@ -167,7 +167,7 @@ def test_the_settings_are_those_of_the_local_stack(services: dict[str, Any]) -> 
     elsewhere = {"CALIPERT_DATA", "MLFLOW_TRACKING_URI", "NO_PROXY", "no_proxy"} | {
         f"PREFECT_{name}" for name in ("API_URL", "HOME", "PROFILES_PATH")
     }
-    local = child_environment.environment(child_environment.Services("http://a", "http://b"))
+    local = child_environment.build_environment(child_environment.Services("http://a", "http://b"))
     for name in PYTHON:
         environment = services[name]["environment"]
         for variable in local.keys() - elsewhere:
@@ -202,7 +202,7 @@ def test_passwords_are_random_and_private(tmp_path: Path) -> None:
     values = re.findall(r"^\w*(?:PASSWORD|KEY)=(.*)$", text, re.MULTILINE)
     assert len(values) == len(set(values)) == 9
     assert all(re.fullmatch(r"[A-Za-z0-9]{32}", value) for value in values)
-    assert not set(values) & set(re.findall(r"=(.+)$", filled(EXAMPLE.read_text(encoding="utf-8")), re.MULTILINE))
+    assert not set(values) & set(re.findall(r"=(.+)$", fill_example(EXAMPLE.read_text(encoding="utf-8")), re.MULTILINE))
 
 
 def test_passwords_are_never_overwritten(tmp_path: Path) -> None:

@@ -11,12 +11,12 @@ from deployments import local
 def test_without_a_gpu_half_of_the_cores_train(
     monkeypatch: pytest.MonkeyPatch, cores: int | None, trainings: int
 ) -> None:
-    monkeypatch.setattr(local, "devices", list)
+    monkeypatch.setattr(local, "list_gpus", list)
     monkeypatch.setattr("os.cpu_count", lambda: cores)
-    assert local.trainings_at_once() == trainings
+    assert local.count_trainings_at_once() == trainings
 
 
 def test_each_gpu_trains_one_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "devices", lambda: [f"GPU-{number}" for number in range(3)])
+    monkeypatch.setattr(local, "list_gpus", lambda: [f"GPU-{number}" for number in range(3)])
     monkeypatch.setattr("os.cpu_count", lambda: 96)
-    assert local.trainings_at_once() == 3
+    assert local.count_trainings_at_once() == 3

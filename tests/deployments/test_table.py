@@ -12,8 +12,8 @@ from prefect.utilities.callables import parameter_schema
 from prefect.utilities.schema_tools.validation import ValidationError, is_valid_schema, validate
 
 from blocks.config.catalog import open_catalog
-from deployments.forms import form
-from deployments.table import Deployment, table
+from deployments.forms import build_form
+from deployments.table import Deployment, build_table
 from tasks.train import FoldJob
 
 STUDY = [
@@ -40,7 +40,7 @@ OF_DATASETS = ["benchmark", "calibrate", "prepare", "train"]
 
 
 def row(full_name: str) -> Deployment:
-    return next(one for one in table() if one.full_name == full_name)
+    return next(one for one in build_table() if one.full_name == full_name)
 
 
 def flow(one: Deployment) -> Flow[..., Any]:
@@ -50,7 +50,7 @@ def flow(one: Deployment) -> Flow[..., Any]:
 
 def schema(full_name: str) -> dict[str, Any]:
     one = row(full_name)
-    return form(flow(one), one)
+    return build_form(flow(one), one)
 
 
 def refusal(full_name: str, **parameters: object) -> str:
@@ -66,7 +66,7 @@ def refusal(full_name: str, **parameters: object) -> str:
 
 
 def test_every_flow_has_a_deployment_for_every_data_set_and_every_shared_embedding_has_one() -> None:
-    names = [one.full_name for one in table()]
+    names = [one.full_name for one in build_table()]
     assert len(names) == len(set(names))
     assert set(names) == {f"{flow}/{name}" for flow in OF_DATASETS for name in [*STUDY, *BESIDE]} | {
         "embed/genept",
@@ -81,7 +81,7 @@ def test_every_flow_has_a_deployment_for_every_data_set_and_every_shared_embeddi
 
 
 def test_trainings_have_a_pool_of_their_own() -> None:
-    pools = {one.full_name: one.pool for one in table()}
+    pools = {one.full_name: one.pool for one in build_table()}
     assert pools.pop("train-fold/any") == "gpu"
     assert set(pools.values()) == {"cpu"}
 
@@ -90,7 +90,7 @@ def test_the_whole_study_has_one_deployment_with_an_example_of_a_schedule() -> N
     one = row("reproduce/all")
     assert one.parameters == {"datasets": STUDY}
     assert one.at_once == 1
-    assert [other.full_name for other in table() if other.schedule] == ["reproduce/all"]
+    assert [other.full_name for other in build_table() if other.schedule] == ["reproduce/all"]
 
 
 def test_a_row_says_what_its_runs_do_with_which_data() -> None:
@@ -113,13 +113,13 @@ def test_a_users_own_data_set_has_deployments_too(tmp_path: Path, monkeypatch: p
     (tmp_path / "datasets").mkdir()
     (tmp_path / "datasets" / "mine.yaml").write_text(yaml.safe_dump(entry), encoding="utf-8")
     monkeypatch.setenv("CALIPERT_CATALOG", str(tmp_path))
-    assert "calibrate/mine" in {one.full_name for one in table()}
+    assert "calibrate/mine" in {one.full_name for one in build_table()}
     assert schema("benchmark/mine")["properties"]["dataset"]["enum"] == ["mine"]
 
 
 @pytest.mark.parametrize("name", FLOWS)
 def test_every_entrypoint_is_a_flow_that_takes_the_parameters(name: str) -> None:
-    rows = [one for one in table() if one.flow == name]
+    rows = [one for one in build_table() if one.flow == name]
     for one in rows:
         assert flow(one).name == name
         inspect.signature(flow(one).fn).bind_partial(**one.parameters)
@@ -131,8 +131,8 @@ def test_every_entrypoint_is_a_flow_that_takes_the_parameters(name: str) -> None
 
 @pytest.mark.parametrize("name", FLOWS)
 def test_a_form_is_a_schema_that_takes_the_rows_own_parameters(name: str) -> None:
-    for one in (one for one in table() if one.flow == name):
-        found = form(flow(one), one)
+    for one in (one for one in build_table() if one.flow == name):
+        found = build_form(flow(one), one)
         is_valid_schema(found)
         assert validate(one.parameters, found, ignore_required=True) == []
         for parameter, value in one.parameters.items():
@@ -141,8 +141,8 @@ def test_a_form_is_a_schema_that_takes_the_rows_own_parameters(name: str) -> Non
 
 @pytest.mark.parametrize("name", [name for name in FLOWS if name != "train-fold"])
 def test_every_parameter_of_a_form_has_a_title_and_an_explanation(name: str) -> None:
-    one = next(one for one in table() if one.flow == name)
-    found = form(flow(one), one)["properties"]
+    one = next(one for one in build_table() if one.flow == name)
+    found = build_form(flow(one), one)["properties"]
     for parameter, property_ in found.items():
         assert property_["title"] != parameter, parameter
         assert property_["description"].endswith("."), parameter
@@ -251,11 +251,11 @@ def test_a_row_that_speaks_of_what_its_flow_does_not_take_is_an_error() -> None:
     one = row("prepare/demo")
     wrong = Deployment(one.flow, one.name, one.entrypoint, one.pool, {}, (), "", choices={"models": ("demo",)})
     with pytest.raises(ValueError, match="prepare/demo: the flow does not take models"):
-        form(flow(one), wrong)
+        build_form(flow(one), wrong)
 
 
 @pytest.mark.parametrize("name", ["benchmark", "prepare", "calibrate", "reproduce", "train"])
 def test_every_flow_takes_both_origins(name: str) -> None:
-    one = next(one for one in table() if one.flow == name)
+    one = next(one for one in build_table() if one.flow == name)
     origin = parameter_schema(flow(one)).model_dump_for_openapi()["properties"]["origin"]
     assert (origin["enum"], origin["default"]) == (["raw", "mirror"], "raw")

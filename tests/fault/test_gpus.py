@@ -15,7 +15,7 @@ import pytest
 
 from blocks.config.paths import PROJECT_ROOT
 from blocks.local import cancellation, gpus
-from blocks.local.gpus import holders
+from blocks.local.gpus import list_holders
 
 ROUNDS = int(os.environ.get("CALIPERT_FAULT_ROUNDS", "1"))
 SEED = int(os.environ.get("CALIPERT_FAULT_SEED", "1"))
@@ -49,7 +49,7 @@ def is_alive(pid: int) -> bool:
 
 
 def free() -> list[str]:
-    return [gpu for gpu, holder in holders() if holder is None]
+    return [gpu for gpu, holder in list_holders() if holder is None]
 
 
 # A model that claims its GPU for itself: by a lock of the test's own, which it holds until it is dead. Whoever finds
@@ -99,7 +99,7 @@ FLOWS = """
 import json, os, random, signal, sys, time, traceback
 from pathlib import Path
 from blocks.engines.process import ProcessEngine
-from blocks.local.gpus import lease
+from blocks.local.gpus import lease_gpu
 
 folder, model, seed = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 FOLDS, AT_ONCE, KILLS = 40, 12, 40
@@ -107,7 +107,7 @@ draw = random.Random(seed)
 
 def flow(fold, seconds):
     spec = {"folder": str(folder), "flow": os.getpid(), "seconds": seconds, "runs_away": fold % 4 == 0}
-    with lease(f"fold {fold}") as gpu:
+    with lease_gpu(f"fold {fold}") as gpu:
         ProcessEngine().run("train", model, spec, on_event=print, gpu=gpu)
     (folder / f"done {fold}").touch()
 
@@ -177,7 +177,7 @@ def test_eight_gpus_forty_folds_and_random_kills(host, tmp_path, seed):
         check=False,
     )
     assert flows.returncode == 0, flows.stderr
-    assert wait_for(lambda: free() == names), (seed, holders())
+    assert wait_for(lambda: free() == names), (seed, list_holders())
     log = [line.split() for line in (folder / "log").read_text().splitlines()]
     overlaps = [line for line in log if line[0] == "overlap"]
     assert not overlaps, (seed, log)

@@ -37,7 +37,7 @@ def compose() -> Callable[[Mapping[str, str]], dict[str, Any]]:
 @pytest.fixture(scope="session")
 def passwords() -> dict[str, str]:
     """What deployments.secrets writes, by name."""
-    from deployments.secrets import EXAMPLE, filled
+    from deployments.secrets import EXAMPLE, fill_example
 
-    lines = filled(EXAMPLE.read_text(encoding="utf-8")).splitlines()
+    lines = fill_example(EXAMPLE.read_text(encoding="utf-8")).splitlines()
     return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))

@@ -9,12 +9,12 @@ import sys
 from unittest import mock
 
 from deployments import local
-from deployments.table import table
+from deployments.table import build_table
 
 
 def main(command: str, *names: str) -> None:
     """Run a command of `deployments.local` as if the table had the rows of these names alone."""
-    rows = [row for row in table() if row.full_name in names]
+    rows = [row for row in build_table() if row.full_name in names]
     if missing := set(names) - {row.full_name for row in rows}:
         raise SystemExit(f"not in the table of deployments: {sorted(missing)}")
     with mock.patch.object(local, "table", return_value=rows):

@@ -17,7 +17,7 @@ import pytest
 from scipy import sparse
 
 from core.scoring.metrics import squared_error
-from core.simulate import SimulationSettings, planted_profiles, simulate
+from core.simulate import SimulationSettings, compute_planted_profiles, simulate
 from core.stats.differential_expression import compare_with_rest, weigh_effects
 from core.stats.moments import sum_groups
 from flows.cli.model_panel import Panel, write_panel
@@ -145,7 +145,7 @@ def plant(folder: Path, combinations: int) -> Planted:
     cells[~obs["condition"].isin(held_out).to_numpy()].copy().write_h5ad(folder / "train.h5ad")
     cells[(obs["condition"] == contract.CONTROL).to_numpy()].copy().write_h5ad(folder / "control.h5ad")
     t, _ = compare_with_rest(sum_groups(X, pd.Index(names).get_indexer(obs["condition"]), len(names)))
-    truth = planted_profiles(screen)
+    truth = compute_planted_profiles(screen)
     truth = truth[(truth.obs["condition"] != contract.CONTROL).to_numpy()].copy()
     assert truth.obs["condition"].tolist() == names
     truth.layers["weights"] = weigh_effects(t)

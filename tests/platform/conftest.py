@@ -70,7 +70,7 @@ def run_benchmark(servers: child_environment.Services, tmp_path_factory: pytest.
         )
         done = subprocess.run(
             [sys.executable, "-c", code, json.dumps(parameters)],
-            env=child_environment.child_environment(servers) | {"CALIPERT_DATA": str(data)} | environment,
+            env=child_environment.build_child_environment(servers) | {"CALIPERT_DATA": str(data)} | environment,
             capture_output=True,
             text=True,
             check=False,

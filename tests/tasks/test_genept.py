@@ -23,7 +23,7 @@ from prefect.states import Failed
 from blocks.config.catalog import open_catalog
 from blocks.http import ConnectionLost
 from blocks.services import text_service
-from blocks.services.vectors import Vector, kept_vector
+from blocks.services.vectors import Vector, read_vector
 from core.errors import UserError
 from flows.benchmark import benchmark
 from flows.embed import embed as flow
@@ -320,7 +320,7 @@ def test_what_can_be_no_address_is_named_and_not_tried_again(service: Any, key: 
     assert known is not None
     about = known.model_copy(update={"url": url})
     with pytest.raises(UserError, match="no address that can be asked") as error:
-        text_service.text_vectors(about, 4, ["a text"])
+        text_service.request_vectors(about, 4, ["a text"])
     assert (error.value.where, error.value.field) == (f"{url}/embeddings", "service.url")
     assert not is_worth_a_retry(None, None, Failed(data=error.value))
     assert KEY not in "".join(traceback.format_exception(error.value))
@@ -452,11 +452,11 @@ def test_each_kept_vector_is_read_once(
     make()
     read: list[str] = []
 
-    def counted(name: str, dimensions: int) -> Vector | None:
+    def counted(name: str, dimensions: int | None) -> Vector | None:
         read.append(name)
-        return kept_vector(name, dimensions)
+        return read_vector(name, dimensions)
 
-    monkeypatch.setattr(embed_texts, "kept_vector", counted)
+    monkeypatch.setattr(embed_texts, "read_vector", counted)
     make(TEXTS | {"NEW": "What the new gene does."})
     # The one that is asked for: before, and after.
     assert (len(read), len(set(read))) == (9, 8)

@@ -55,9 +55,9 @@ from blocks.engines.docker.stage import (
     write_spec,
 )
 from blocks.engines.lines import read_event, split_lines
-from blocks.local.cancellation import killed_by_stop, raise_if_stopped
+from blocks.local.cancellation import kill_on_stop, raise_if_stopped
 from blocks.local.gpus import GPUS, NONE, Gpu
-from blocks.local.processes import known_dead, this_process
+from blocks.local.processes import is_dead, name_this_process
 from blocks.local.scratch import scratch
 from core.errors import UserError
 
@@ -98,7 +98,7 @@ class DockerEngine(Engine):
             container = _StageContainer(client, str(image.id), run, self.limits, deadline)
             with scratch(scratch_folder(), "stage") as folder, _Guard(client, container.id, run.gpu) as guard:
                 container.guard = guard
-                with killed_by_stop(run.name, guard.remove):
+                with kill_on_stop(run.name, guard.remove):
                     return container.run_to_end(folder)
 
     def identity(self, model_folder: Path) -> str:
@@ -131,7 +131,7 @@ class _StageContainer:
         info = self.client.info()
         machine, user = Machine(info["NCPU"], info["MemTotal"]), User.of_container()
         named = f"calipert-{run.model}-{run.stage}-{self.id[:12]}"
-        labels = {STAGE: self.id, OWNER: this_process(), DATA: str(data_folder())}
+        labels = {STAGE: self.id, OWNER: name_this_process(), DATA: str(data_folder())}
         labels |= {} if run.gpu is None else {GPU: run.gpu.id}
         mounts = write_spec(spec, folder / "spec.json", user)
         create = self.client.containers.create
@@ -328,7 +328,7 @@ def _remove_leftovers(client: docker.DockerClient) -> None:
     """
     label = {"label": f"{DATA}={data_folder()}"}
     found = [*client.api.containers(all=True, filters=label), *(client.api.volumes(filters=label)["Volumes"] or [])]
-    for stage_id in {thing["Labels"][STAGE] for thing in found if known_dead(thing["Labels"][OWNER])}:
+    for stage_id in {thing["Labels"][STAGE] for thing in found if is_dead(thing["Labels"][OWNER])}:
         LOG.warning("removing the containers of a stage that a killed process left (%s)", stage_id)
         docker_guard.remove(client, f"{STAGE}={stage_id}")
 

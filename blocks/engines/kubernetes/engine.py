@@ -33,7 +33,7 @@ from blocks.engines.kubernetes.status import (
 )
 from blocks.engines.kubernetes.transfer import download, open_bucket
 from blocks.engines.lines import Event, read_event
-from blocks.local.cancellation import killed_by_stop
+from blocks.local.cancellation import kill_on_stop
 from blocks.local.scratch import scratch
 from blocks.store.bucket import DamagedFolder, ObjectStore
 from core.errors import UserError
@@ -88,7 +88,7 @@ class KubernetesEngine(Engine):
         )
         read_digest(job.pod.image, self.settings, f"models.{job.model}.image")
         stops: list[bool] = []
-        with killed_by_stop(run.name, lambda: stops.append(True)):
+        with kill_on_stop(run.name, lambda: stops.append(True)):
             watch = _Watch(job, run.on_event, stops)
             try:
                 with _explain_errors(watch):
@@ -155,7 +155,7 @@ class _Watch:
         self.api.close()
 
     def _check(self) -> None:
-        """Raise what ends a stopped flow; `killed_by_stop` then says why it was stopped."""
+        """Raise what ends a stopped flow; `kill_on_stop` then says why it was stopped."""
         if self.stops:
             raise InterruptedError
 

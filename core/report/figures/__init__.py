@@ -1,1 +1,0 @@
-"""Figures of the report: each module makes one figure from tables."""

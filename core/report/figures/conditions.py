@@ -9,21 +9,41 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from core.arrays import Floats
-from core.report.figures.style import FAINT, GREY, INK, MUTED, STRATUM_COLOURS, bare, grid, plain, styled
-from core.report.tables import perturbed, stratum
+from core.report.figures.style import (
+    FAINT,
+    GREY,
+    INK,
+    MUTED,
+    STRATUM_COLOURS,
+    draw_grid,
+    format_tick,
+    hide_spine,
+    use_plain_ticks,
+    with_look,
+)
+from core.report.tables import drop_control, find_stratum
 
 _MOST_NAMES = 30
-_ZERO = -0.325  # where 0 DEGs stand on the logarithmic axis
+_ZERO = -0.325  # place of 0 DEGs on the logarithmic axis
 
 
-@styled
-def conditions(quality: pd.DataFrame) -> Figure:
-    """Cells per condition, DEGs per condition, and distance from control against DEGs; one row per covariate.
+@with_look
+def draw_conditions(quality: pd.DataFrame) -> Figure:
+    """Draw cells per condition, DEGs per condition, and the distance from control against DEGs.
 
-    quality: one row per (covariate, condition): n_cells, n_degs, edistance_to_control (NaN where unknown: left out).
     Up to 30 conditions are named; more are counted in histograms. Control is not shown.
+
+    Parameters
+    ----------
+    quality
+        One row per (covariate, condition): n_cells, n_degs, edistance_to_control (NaN where unknown: left out).
+
+    Returns
+    -------
+    Figure
+        One row of panels per covariate.
     """
-    table = perturbed(quality)
+    table = drop_control(quality)
     parts = [(covariate, part) for covariate, part in table.groupby("covariate", sort=False)]
     several = len(parts) > 1
     heights = [max(2.5, 0.9 + 0.16 * len(part)) if len(part) <= _MOST_NAMES else 2.5 for _, part in parts]
@@ -32,12 +52,12 @@ def conditions(quality: pd.DataFrame) -> Figure:
     for (covariate, part), (cells, degs, distance) in zip(parts, panels, strict=True):
         if len(part) <= _MOST_NAMES:
             part = part.sort_values(["n_degs", "condition"])
-            _bars(cells, part, "n_cells", named=True)
-            _bars(degs, part, "n_degs", named=False)
+            _draw_bars(cells, part, "n_cells", named=True)
+            _draw_bars(degs, part, "n_degs", named=False)
         else:
-            _cells_histogram(cells, part["n_cells"].dropna().to_numpy(float))
-            _degs_histogram(degs, part["n_degs"].dropna().to_numpy(float))
-        _distance(distance, part)
+            _draw_cells_histogram(cells, part["n_cells"].dropna().to_numpy(float))
+            _draw_degs_histogram(degs, part["n_degs"].dropna().to_numpy(float))
+        _draw_distance(distance, part)
         cells.set_xlabel("cells per condition")
         degs.set_xlabel("DEGs per condition (log scale, 0 apart)")
         distance.set_xlabel("DEGs per condition (log scale, 0 apart)")
@@ -45,83 +65,83 @@ def conditions(quality: pd.DataFrame) -> Figure:
     return figure
 
 
-def _bars(axes: Axes, table: pd.DataFrame, column: str, named: bool) -> None:
+def _draw_bars(axes: Axes, table: pd.DataFrame, column: str, named: bool) -> None:
     """One bar per condition, cells on a linear and DEGs on a logarithmic axis."""
     rows = np.arange(len(table))
     values = table[column].to_numpy(float)
     if column == "n_degs":
-        colours = [STRATUM_COLOURS[stratum(n)] for n in values]
-        axes.hlines(rows, -0.68, _position(values), color=FAINT, linewidth=1, zorder=1)
-        axes.scatter(_position(values), rows, s=20, c=colours, linewidths=0)
-        _log_axis(axes, values)
+        colours = [STRATUM_COLOURS[find_stratum(n)] for n in values]
+        axes.hlines(rows, -0.68, _place_degs(values), color=FAINT, linewidth=1, zorder=1)
+        axes.scatter(_place_degs(values), rows, s=20, c=colours, linewidths=0)
+        _set_log_axis(axes, values)
     else:
         axes.barh(rows, values, height=0.7, color=GREY)
         axes.xaxis.set_major_locator(MaxNLocator(4))
-        axes.xaxis.set_major_formatter(lambda value, _: plain(value))
+        use_plain_ticks(axes.xaxis)
     axes.set_yticks(rows, list(table["condition"]) if named else [""] * len(rows), fontsize=7.5)
     axes.set_ylim(-0.7, len(rows) - 0.3)
-    bare(axes)
-    grid(axes, "x")
+    hide_spine(axes)
+    draw_grid(axes, "x")
 
 
-def _cells_histogram(axes: Axes, values: Floats) -> None:
+def _draw_cells_histogram(axes: Axes, values: Floats) -> None:
     axes.hist(values, bins=min(30, round(2 * len(values) ** 0.5)), color=GREY, edgecolor="white", linewidth=0.5)
     axes.set_ylabel("conditions")
-    grid(axes, "y")
+    draw_grid(axes, "y")
     axes.xaxis.set_major_locator(MaxNLocator(4))
-    axes.xaxis.set_major_formatter(lambda value, _: plain(value))
+    use_plain_ticks(axes.xaxis)
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    _median(axes, values, float(np.median(values)))
+    _mark_median(axes, values, float(np.median(values)))
 
 
-def _degs_histogram(axes: Axes, values: Floats) -> None:
-    """Quarter-decade bins; zero stands apart at the left."""
+def _draw_degs_histogram(axes: Axes, values: Floats) -> None:
+    """Quarter-decade bins; zero has a bar of its own at the left."""
     axes.set_ylabel("conditions")
-    grid(axes, "y")
+    draw_grid(axes, "y")
     bins = int(np.ceil(4 * np.log10(max(100.0, values.max(initial=0.0) + 1))))
     edges = np.arange(bins + 1) / 4
     counts, _ = np.histogram(np.log10(values[values > 0]), edges)
-    colours = [STRATUM_COLOURS[stratum(10**edge + 1e-9)] for edge in edges[:-1]]
+    colours = [STRATUM_COLOURS[find_stratum(10**edge + 1e-9)] for edge in edges[:-1]]
     axes.bar(edges[:-1], counts, 0.25, align="edge", color=colours, edgecolor="white", linewidth=0.5)
     axes.bar(_ZERO, np.sum(values == 0), 0.25, color=STRATUM_COLOURS["0"], edgecolor="white", linewidth=0.5)
-    _log_axis(axes, values)
+    _set_log_axis(axes, values)
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    _median(axes, values, float(_position(np.median(values, keepdims=True))[0]))
+    _mark_median(axes, values, float(_place_degs(np.median(values, keepdims=True))[0]))
 
 
-def _distance(axes: Axes, table: pd.DataFrame) -> None:
+def _draw_distance(axes: Axes, table: pd.DataFrame) -> None:
     table = table[table["edistance_to_control"].notna() & table["n_degs"].notna()]
     degs = table["n_degs"].to_numpy(float)
-    colours = [STRATUM_COLOURS[stratum(n)] for n in degs]
+    colours = [STRATUM_COLOURS[find_stratum(n)] for n in degs]
     # An unbiased estimate of a distance near 0 can be negative.
     axes.set_yscale("function", functions=(lambda y: np.sign(y) * np.sqrt(np.abs(y)), lambda y: np.sign(y) * y**2))
     axes.scatter(
-        _position(degs),
+        _place_degs(degs),
         table["edistance_to_control"],
         s=12 if len(degs) < 300 else 6,
         c=colours,
         linewidths=0,
         rasterized=len(degs) > 3000,
     )
-    _log_axis(axes, degs)
+    _set_log_axis(axes, degs)
     axes.set_ylabel("E-distance to control\n(square-root scale)")
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.yaxis.set_major_formatter(lambda value, _: plain(value))
-    grid(axes, "y")
+    use_plain_ticks(axes.yaxis)
+    draw_grid(axes, "y")
 
 
-def _position(degs: Floats) -> Floats:
-    """Where numbers of DEGs stand: at their log10, and 0 apart; NaN stands nowhere."""
+def _place_degs(degs: Floats) -> Floats:
+    """Places of numbers of DEGs: their log10, and one of its own for 0; NaN has none."""
     return np.where(degs == 0, _ZERO, np.log10(np.maximum(degs, 1)))
 
 
-def _log_axis(axes: Axes, degs: Floats) -> None:
+def _set_log_axis(axes: Axes, degs: Floats) -> None:
     top = np.log10(max(10.0, np.nanmax(degs, initial=0.0)))
-    axes.set_xticks([_ZERO, *range(int(top) + 1)], ["0", *(plain(10.0**power) for power in range(int(top) + 1))])
+    axes.set_xticks([_ZERO, *range(int(top) + 1)], ["0", *(format_tick(10.0**power) for power in range(int(top) + 1))])
     axes.set_xlim(-0.68, np.ceil(4 * top) / 4 + 0.1)
 
 
-def _median(axes: Axes, values: Floats, position: float) -> None:
+def _mark_median(axes: Axes, values: Floats, position: float) -> None:
     axes.axvline(position, color=INK, linewidth=0.9, linestyle=(0, (3, 2)))
     axes.margins(y=0.16)
     axes.annotate(

@@ -8,27 +8,47 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from core.report.figures.style import FAINT, INK, MUTED, VERDICT_COLOURS, VERDICT_MARKERS, bare, grid, plain, styled
-from core.report.tables import share, verdicts
+from core.report.figures.style import (
+    FAINT,
+    INK,
+    MUTED,
+    VERDICT_COLOURS,
+    VERDICT_MARKERS,
+    draw_grid,
+    hide_spine,
+    use_plain_ticks,
+    with_look,
+)
+from core.report.tables import tabulate_verdicts
+from core.report.text import format_share
 from core.scoring.calibration import FEWEST_CONDITIONS, THRESHOLD
 
 _WORDS = {"none": f"no verdict (fewer than {FEWEST_CONDITIONS} conditions)"}
 
 
-@styled
-def dynamic_range(calibration: pd.DataFrame) -> Figure:
-    """Mean DRF (left) and BDS (right) of every metric, highest DRF first.
+@with_look
+def draw_dynamic_range(calibration: pd.DataFrame) -> Figure:
+    """Draw the mean DRF (left) and BDS (right) of every metric, highest DRF first.
 
-    calibration: table of docs/science.md section 5; the rows of `drf_interpolated` are drawn. Line: 95 % bootstrap
-    interval over conditions; pale bar: mean plus and minus one standard deviation over half splits. A metric
-    whose DRF is NaN stands at the bottom with a dash.
+    Line: 95 % bootstrap interval over conditions; pale bar: mean plus and minus one standard deviation over half
+    splits. A metric whose DRF is NaN is at the bottom with a dash.
+
+    Parameters
+    ----------
+    calibration
+        As `core.scoring.calibration.build_calibration` gives it; the rows of `drf_interpolated` are drawn.
+
+    Returns
+    -------
+    Figure
+        One row per metric.
     """
-    table = verdicts(calibration)
+    table = tabulate_verdicts(calibration)
     table = table.sort_values("drf", ascending=False, na_position="last", kind="stable")
     figure = Figure(figsize=(9.2, 1.5 + 0.27 * len(table)))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[2.1, 1])
-    _panel(left, table, "drf")
-    _panel(right, table, "bds")
+    _draw_panel(left, table, "drf")
+    _draw_panel(right, table, "bds")
 
     left.set_yticks(range(len(table)), list(table["metric"]))
     left.set_ylim(len(table) - 0.4, -0.6)
@@ -45,20 +65,20 @@ def dynamic_range(calibration: pd.DataFrame) -> Figure:
     right.set_xlim(-0.02, 1.02)
     right.set_xlabel("Bound Discrimination Score\n(share of conditions; 0.5 = chance)")
     for axes in (left, right):
-        bare(axes)
-        grid(axes, "x")
-        axes.xaxis.set_major_formatter(lambda value, _: plain(value))
+        hide_spine(axes)
+        draw_grid(axes, "x")
+        use_plain_ticks(axes.xaxis)
     for row, (n, nan_share) in enumerate(zip(table["n_conditions"], table["nan_share"], strict=True)):
-        missing = f", {share(nan_share)} NaN" if nan_share > 0 else ""
+        missing = f", {format_share(nan_share)} NaN" if nan_share > 0 else ""
         right.annotate(
             f"n = {n:,.0f}{missing}", (1.03, row), xycoords=("axes fraction", "data"), va="center", fontsize=7.5,
             color=MUTED, annotation_clip=False,
         )  # fmt: skip
-    figure.legend(handles=_legend(list(table["verdict"])), loc="outside upper left", ncols=3, columnspacing=1.6)
+    figure.legend(handles=_explain_marks(list(table["verdict"])), loc="outside upper left", ncols=3, columnspacing=1.6)
     return figure
 
 
-def _panel(axes: Axes, table: pd.DataFrame, value: str) -> None:
+def _draw_panel(axes: Axes, table: pd.DataFrame, value: str) -> None:
     """Points, intervals and half-split bars of one quantity (`drf` or `bds`), one row per metric."""
     for row, entry in enumerate(table.to_dict("records")):
         colour = VERDICT_COLOURS[entry["verdict"]]
@@ -71,8 +91,8 @@ def _panel(axes: Axes, table: pd.DataFrame, value: str) -> None:
         axes.plot(mean, row, VERDICT_MARKERS[entry["verdict"]], color=colour, markersize=5.5, clip_on=False)
 
 
-def _legend(present: list[str]) -> list[Line2D]:
-    """What colours, lines and bars mean; verdicts in their fixed order, only those present."""
+def _explain_marks(present: list[str]) -> list[Line2D]:
+    """Explain colours, lines and bars; verdicts in their fixed order, only those present."""
     handles = [
         Line2D(
             [],

@@ -10,19 +10,30 @@ from matplotlib.figure import Figure
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
-from core.report.figures.style import FAINT, plain, styled
+from core.report.figures.style import FAINT, use_plain_ticks, with_look
 
 _MOST_LABELS = 100
 
 
-@styled
-def edistance(matrix: pd.DataFrame) -> Figure:
-    """Heat map of one covariate's E-distances, conditions ordered by average-linkage clustering.
+@with_look
+def draw_edistance(matrix: pd.DataFrame) -> Figure:
+    """Draw a heat map of one covariate's E-distances, conditions ordered by average-linkage clustering.
 
-    matrix: square, index and columns the conditions including `control`; squared distances in principal components
-    (docs/science.md section 5). NaN cells are drawn grey. More than 100 conditions are not named, except control.
+    NaN cells are drawn grey. More than 100 conditions are not named, except control.
+
+    Parameters
+    ----------
+    matrix
+        Square, index and columns the conditions including `control`; squared distances in principal components
+        (docs/science.md, section 5).
+
+    Returns
+    -------
+    Figure
+        The heat map with its colour bar.
     """
-    ordered = matrix.loc[order(matrix), order(matrix)]
+    order = order_conditions(matrix)
+    ordered = matrix.loc[order, order]
     n = len(ordered)
     named = n <= _MOST_LABELS
     side = 2.6 + 0.115 * n if named else 7.4
@@ -30,8 +41,8 @@ def edistance(matrix: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(side, side * 0.92))
     axes = figure.subplots()
     values = np.clip(ordered.to_numpy(float), 0, None)
-    # A few strong perturbations dwarf the rest: the square root keeps both visible.
-    # Beyond the 99th percentile all are equally yellow, or one outlier would darken the rest.
+    # A few strong perturbations are much farther than the rest: the square root keeps both visible.
+    # Beyond the 99th percentile all are equally yellow, because one outlier would darken the rest.
     top = float(np.nanquantile(values, 0.99)) if n > 10 else float(np.nanmax(values))
     norm = PowerNorm(0.5, vmin=0, vmax=top or 1.0)
     image = axes.imshow(values, cmap=colormaps["cividis"].with_extremes(bad=FAINT), norm=norm, interpolation="nearest")
@@ -52,14 +63,23 @@ def edistance(matrix: pd.DataFrame) -> Figure:
     bar = figure.colorbar(image, ax=axes, shrink=0.7, pad=0.02, aspect=28, extend=extend)
     bar.outline.set_visible(False)
     bar.set_label("E-distance (square-root colour scale)", fontsize=8)
-    bar.ax.yaxis.set_major_formatter(lambda value, _: plain(value))
+    use_plain_ticks(bar.ax.yaxis)
     return figure
 
 
-def order(matrix: pd.DataFrame) -> list[str]:
-    """Conditions in the order of their average-linkage dendrogram, leaves ordered optimally up to 400 conditions.
+def order_conditions(matrix: pd.DataFrame) -> list[str]:
+    """Order conditions as in their average-linkage dendrogram, leaves ordered optimally up to 400 conditions.
 
-    Estimates below 0 count as 0; NaN counts as the largest distance, so that such a condition goes to an edge.
+    Parameters
+    ----------
+    matrix
+        Square table of distances. Estimates below 0 count as 0; NaN counts as the largest distance, so that such a
+        condition goes to an edge.
+
+    Returns
+    -------
+    list of str
+        The names of its rows.
     """
     names = sorted(matrix.index)
     if len(names) < 3:

@@ -1,4 +1,4 @@
-"""Figure: where each model stands between the negative and the positive control."""
+"""Figure: the place of each model between the negative and the positive control."""
 
 from __future__ import annotations
 
@@ -10,25 +10,45 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from core.report.figures.style import BLUE, FAINT, GREY, INK, MUTED, bare, broken, grid, plain, styled
-from core.report.tables import panel_models, ranked_metrics
+from core.report.figures.style import (
+    BLUE,
+    FAINT,
+    GREY,
+    INK,
+    MUTED,
+    break_name,
+    draw_grid,
+    format_tick,
+    hide_spine,
+    use_plain_ticks,
+    with_look,
+)
+from core.report.tables import list_panel_models, list_ranked_metrics
 
-# Headroom is unbounded below; what lies farther out is drawn at the edge with its value.
+# Headroom has no lower bound; values farther out are drawn at the edge, with the number.
 _WIDEST = (-1.0, 1.4)
 _LABELS = {"model": "model", "baseline": "baseline"}
 _COLOURS = {"model": BLUE, "baseline": GREY}
 _MARKERS = {"model": "o", "baseline": "s"}
 
 
-@styled
-def headroom(leaderboard: pd.DataFrame) -> Figure:
-    """Headroom of each model and baseline, one panel per calibrated metric, best mean rank on top.
+@with_look
+def draw_headroom(leaderboard: pd.DataFrame) -> Figure:
+    """Draw the headroom of each model and baseline, best mean rank on top. NaN is drawn as a dash.
 
-    leaderboard: long table (model, kind, metric, headroom, headroom_low, headroom_high, headroom_half_sd, ...).
-    Needs at least one calibrated metric and one model or baseline of sufficient coverage. NaN is drawn as a dash.
+    Parameters
+    ----------
+    leaderboard
+        Long table (model, kind, metric, headroom, headroom_low, headroom_high, headroom_half_sd, ...) with at least
+        one calibrated metric and one model or baseline of sufficient coverage.
+
+    Returns
+    -------
+    Figure
+        One panel per calibrated metric.
     """
-    metrics = ranked_metrics(leaderboard)
-    names = panel_models(leaderboard)
+    metrics = list_ranked_metrics(leaderboard)
+    names = list_panel_models(leaderboard)
     rows = leaderboard.set_index(["metric", "model"])
     columns = min(len(metrics), 4 if len(metrics) <= 12 or len(names) <= 10 else 5)
     lines = ceil(len(metrics) / columns)
@@ -44,9 +64,9 @@ def headroom(leaderboard: pd.DataFrame) -> Figure:
         if index >= len(metrics):
             axes.set_visible(False)
             continue
-        _panel(axes, rows.loc[metrics[index]].reindex(names), limits)
+        _draw_panel(axes, rows.loc[metrics[index]].reindex(names), limits)
         n = rows.loc[metrics[index]].reindex(names)["n_conditions"].max()
-        axes.set_title(broken(metrics[index]), fontsize=8.5)
+        axes.set_title(break_name(metrics[index]), fontsize=8.5)
         axes.annotate(
             f"n = {n:,.0f}", (1, 0), (0, 2), xycoords="axes fraction", textcoords="offset points", ha="right",
             va="bottom", fontsize=7, color=MUTED, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
@@ -57,17 +77,17 @@ def headroom(leaderboard: pd.DataFrame) -> Figure:
     panels[0, 0].set_ylim(len(names) + 0.3, -0.6)
     panels[0, 0].set_xlim(*limits)
     figure.supxlabel("headroom (0 = negative control, 1 = positive control)", fontsize=8.5)
-    figure.legend(handles=_legend(set(table["kind"])), loc="outside upper left", ncols=4, columnspacing=1.6)
+    figure.legend(handles=_explain_marks(set(table["kind"])), loc="outside upper left", ncols=4, columnspacing=1.6)
     return figure
 
 
-def _panel(axes: Axes, table: pd.DataFrame, limits: tuple[float, float]) -> None:
+def _draw_panel(axes: Axes, table: pd.DataFrame, limits: tuple[float, float]) -> None:
     """One metric: a row per model."""
     axes.axvline(0, color=INK, linewidth=0.8)
     axes.axvline(1, color=INK, linewidth=0.8, linestyle=(0, (3, 2)))
-    grid(axes, "x")
-    bare(axes)
-    axes.xaxis.set_major_formatter(lambda value, _: plain(value))
+    draw_grid(axes, "x")
+    hide_spine(axes)
+    use_plain_ticks(axes.xaxis)
     inner = (limits[0] + 0.05, limits[1] - 0.05)
     for row, entry in enumerate(table.to_dict("records")):
         mean, sd = entry["headroom"], entry["headroom_half_sd"]
@@ -79,7 +99,7 @@ def _panel(axes: Axes, table: pd.DataFrame, limits: tuple[float, float]) -> None
             below = mean < inner[0]
             axes.plot(inner[0] if below else inner[1], row, "<" if below else ">", color=colour, markersize=5)
             axes.annotate(
-                plain(float(f"{mean:.3g}")), (inner[0] if below else inner[1], row), (7 if below else -7, 0),
+                format_tick(float(f"{mean:.3g}")), (inner[0] if below else inner[1], row), (7 if below else -7, 0),
                 textcoords="offset points", ha="left" if below else "right", va="center", fontsize=7, color=MUTED,
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
             )  # fmt: skip
@@ -89,7 +109,7 @@ def _panel(axes: Axes, table: pd.DataFrame, limits: tuple[float, float]) -> None
         axes.plot(mean, row, _MARKERS[entry["kind"]], color=colour, markersize=4.5)
 
 
-def _legend(kinds: set[str]) -> list[Line2D]:
+def _explain_marks(kinds: set[str]) -> list[Line2D]:
     handles = [
         Line2D([], [], marker=_MARKERS[kind], color=_COLOURS[kind], linestyle="", markersize=4.5, label=label)
         for kind, label in _LABELS.items()

@@ -10,19 +10,28 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
-from core.report.figures.style import INK, MUTED, STRATUM_COLOURS, STRATUM_LABELS, grid, plain, styled
+from core.report.figures.style import INK, MUTED, STRATUM_COLOURS, STRATUM_LABELS, draw_grid, use_plain_ticks, with_look
 
 _TICKS = [2.0**power for power in range(-12, 13)]
 
 
-@styled
-def per_condition(ratios: pd.DataFrame) -> Figure:
-    """wMSE of each model divided by the dataset mean's, per condition; conditions grouped by number of DEGs.
+@with_look
+def draw_per_condition(ratios: pd.DataFrame) -> Figure:
+    """Draw the wMSE of each model divided by the dataset mean's, per condition, grouped by number of DEGs.
 
-    ratios: table of `core.report.tables.wmse_ratios` (model, covariate, condition, stratum, ratio), at least one row.
-    One panel per model in the table's order; within a stratum conditions are sorted by ratio, so that each curve
-    crosses 1 where the model stops winning. Of more than 100 ratios the 1 % farthest from 1 may lie beyond the axis:
-    they are drawn as triangles at its edge.
+    Within a stratum conditions are sorted by ratio, so that each curve crosses 1 where the model stops winning. Of more
+    than 100 ratios the 1 % farthest from 1 may lie beyond the axis: they are drawn as triangles at its edge.
+
+    Parameters
+    ----------
+    ratios
+        As `core.report.tables.compute_wmse_ratios` gives them (model, covariate, condition, stratum, ratio), at least
+        one row.
+
+    Returns
+    -------
+    Figure
+        One panel per model, in the table's order.
     """
     models = list(ratios["model"].unique())
     strata = [name for name in STRATUM_LABELS if name in set(ratios["stratum"])]
@@ -36,18 +45,18 @@ def per_condition(ratios: pd.DataFrame) -> Figure:
         if index >= len(models):
             axes.set_visible(False)
             continue
-        _panel(axes, ratios[ratios["model"] == models[index]], strata, bound, raster=len(ratios) > 3000)
+        _draw_panel(axes, ratios[ratios["model"] == models[index]], strata, bound, raster=len(ratios) > 3000)
         axes.set_title(models[index], fontsize=8.5)
         axes.tick_params(axis="x", labelbottom=index + columns >= len(models))
     first = panels[0, 0]
     first.set_yscale("log", base=2)
     reach = np.log(1.15 * bound)
-    first.set_ylim(np.exp(-reach), np.exp(1.5 * reach))  # the counts stand above the points
+    first.set_ylim(np.exp(-reach), np.exp(1.5 * reach))  # room above the points for the counts
     step = max(1, round(np.log2(bound) / 3))
-    shown = [tick for tick in _TICKS if 1 / bound <= tick <= bound and round(np.log2(tick)) % step == 0]
-    first.yaxis.set_major_locator(FixedLocator(shown))
+    ticks = [tick for tick in _TICKS if 1 / bound <= tick <= bound and round(np.log2(tick)) % step == 0]
+    first.yaxis.set_major_locator(FixedLocator(ticks))
     first.yaxis.set_minor_locator(FixedLocator([]))
-    first.yaxis.set_major_formatter(lambda value, _: plain(value))
+    use_plain_ticks(first.yaxis)
     first.set_xticks([index + 0.5 for index in range(len(strata))], [STRATUM_LABELS[name] for name in strata])
     first.set_xlim(0, len(strata))
     figure.supylabel("wMSE ratio to the dataset mean\n(log scale; below 1: model better)", fontsize=8.5)
@@ -55,10 +64,10 @@ def per_condition(ratios: pd.DataFrame) -> Figure:
     return figure
 
 
-def _panel(axes: Axes, table: pd.DataFrame, strata: list[str], bound: float, raster: bool) -> None:
+def _draw_panel(axes: Axes, table: pd.DataFrame, strata: list[str], bound: float, raster: bool) -> None:
     """One model: strata side by side, each as wide as the next whatever its number of conditions."""
     axes.axhline(1, color=INK, linewidth=0.8)
-    grid(axes, "y")
+    draw_grid(axes, "y")
     axes.tick_params(axis="x", length=0)
     for index, stratum in enumerate(strata):
         if index:

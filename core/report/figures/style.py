@@ -1,4 +1,4 @@
-"""One look for all figures, and their rendering to bytes that depend on nothing but the figure."""
+"""One look for all figures, and images of them whose bytes depend on the figure alone."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any, Literal, ParamSpec
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
 INK = "#1f2328"
@@ -21,7 +22,7 @@ FAINT = "#d9dce1"
 BLUE = "#0072b2"
 GREY = "#8a9099"
 
-# Okabe and Ito's colours, told apart by all common forms of colour blindness; shapes say the same once more.
+# Okabe and Ito's colours, which people with any common form of colour blindness can distinguish; shapes repeat them.
 VERDICT_COLOURS = {"calibrated": BLUE, "inconclusive": "#e69f00", "miscalibrated": "#d55e00", "none": GREY}
 VERDICT_MARKERS = {"calibrated": "o", "inconclusive": "s", "miscalibrated": "D", "none": "X"}
 
@@ -72,50 +73,105 @@ P = ParamSpec("P")
 
 
 @contextmanager
-def look() -> Iterator[None]:
-    """The settings of all figures, whatever the user's matplotlibrc says; one thread at a time."""
+def apply_look() -> Iterator[None]:
+    """Apply the settings of all figures, whatever the user's matplotlibrc says; one thread at a time."""
     with _RC_LOCK, mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(_RC)
         yield
 
 
-def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """A figure function that draws within `look`."""
+def with_look(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Make a function draw its figure within `apply_look`.
+
+    Parameters
+    ----------
+    draw
+        The function.
+
+    Returns
+    -------
+    Callable
+        A function of the same parameters.
+    """
 
     @wraps(draw)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> Figure:
-        with look():
+        with apply_look():
             return draw(*args, **kwargs)
 
     return wrapper
 
 
-def svg(figure: Figure) -> bytes:
-    """The figure as SVG with editable text: the same bytes for the same figure, no date, no version."""
+def render_svg(figure: Figure) -> bytes:
+    """Render a figure as SVG with editable text: the same bytes for the same figure, no date, no version.
+
+    Parameters
+    ----------
+    figure
+        As a figure function gives it.
+
+    Returns
+    -------
+    bytes
+        The file's content.
+    """
     buffer = BytesIO()
     # Ticks are made while drawing, so the settings must hold here as well.
-    with look():
+    with apply_look():
         figure.savefig(buffer, format="svg", dpi=_DPI, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue().decode()
     return text.replace("'DejaVu Sans', sans-serif", _READERS_FONTS).replace("'DejaVu Sans'", _READERS_FONTS).encode()
 
 
-def png(figure: Figure) -> bytes:
-    """The figure as PNG at 200 dots per inch, without metadata."""
+def render_png(figure: Figure) -> bytes:
+    """Render a figure as PNG at 200 dots per inch, without metadata.
+
+    Parameters
+    ----------
+    figure
+        As a figure function gives it.
+
+    Returns
+    -------
+    bytes
+        The file's content.
+    """
     buffer = BytesIO()
-    with look():
+    with apply_look():
         figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
     return buffer.getvalue()
 
 
-def data_uri(image: bytes) -> str:
-    """An SVG as a `data:` address, so that a page can carry it."""
+def encode_data_uri(image: bytes) -> str:
+    """Encode an SVG as a `data:` address, so that a page can carry it.
+
+    Parameters
+    ----------
+    image
+        The file's content.
+
+    Returns
+    -------
+    str
+        The address.
+    """
     return "data:image/svg+xml;base64," + b64encode(image).decode()
 
 
-def plain(value: float) -> str:
-    """A tick label in plain digits: 0.001, 0.5, 20, 1,000; no exponent, no needless zero."""
+def format_tick(value: float) -> str:
+    """Format a tick label in plain digits: 0.001, 0.5, 20, 1,000; no exponent, no zero at the end.
+
+    Parameters
+    ----------
+    value
+        The number, with up to three significant digits.
+
+    Returns
+    -------
+    str
+        The label.
+    """
     if value == 0:
         return "0"
     digits = max(0, 2 - floor(log10(abs(value))))
@@ -123,18 +179,56 @@ def plain(value: float) -> str:
     return (text.rstrip("0").rstrip(".") if "." in text else text).replace("-", "−")
 
 
-def broken(name: str, most: int = 22) -> str:
-    """A name of more characters than that, broken after an underscore: weighted_pearson_ over deltactrl."""
+def use_plain_ticks(axis: Axis) -> None:
+    """Label the ticks of an axis by `format_tick`.
+
+    Parameters
+    ----------
+    axis
+        Of x or y.
+    """
+    axis.set_major_formatter(lambda value, _: format_tick(value))
+
+
+def break_name(name: str, most: int = 22) -> str:
+    """Break a long name after an underscore: weighted_pearson_ over deltactrl.
+
+    Parameters
+    ----------
+    name
+        Of a metric.
+    most
+        How many characters fit on a line.
+
+    Returns
+    -------
+    str
+        One line, or two.
+    """
     place = name.rfind("_", 0, most)
     return name if len(name) <= most or place < 0 else f"{name[: place + 1]}\n{name[place + 1 :]}"
 
 
-def grid(axes: Axes, which: Literal["x", "y"]) -> None:
-    """A faint grid along one axis."""
+def draw_grid(axes: Axes, which: Literal["x", "y"]) -> None:
+    """Draw a faint grid along one axis.
+
+    Parameters
+    ----------
+    axes
+        The panel.
+    which
+        The axis.
+    """
     axes.grid(True, axis=which, color=FAINT, linewidth=0.6)
 
 
-def bare(axes: Axes) -> None:
-    """Take the left spine and the tick marks of a named axis away: the names suffice."""
+def hide_spine(axes: Axes) -> None:
+    """Hide the left spine and the tick marks of an axis that shows names.
+
+    Parameters
+    ----------
+    axes
+        The panel.
+    """
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)

@@ -74,8 +74,8 @@ def put(api: StandIn, **values: object) -> None:
 
 def test_a_secret_is_asked_for_once(api: StandIn) -> None:
     put(api, calipert_one="s3cret")
-    assert [secrets.secret("calipert-one") for _ in range(3)] == ["s3cret"] * 3
-    assert [secrets.secret("calipert-two") for _ in range(3)] == [None] * 3
+    assert [secrets.read_secret("calipert-one") for _ in range(3)] == ["s3cret"] * 3
+    assert [secrets.read_secret("calipert-two") for _ in range(3)] == [None] * 3
     assert len(api.asked) == 2
     path, question = api.asked[0]
     assert path == "/api/block_documents/filter"
@@ -85,39 +85,39 @@ def test_a_secret_is_asked_for_once(api: StandIn) -> None:
 @pytest.mark.parametrize("value", ["123456", "1e5", "true", '{"a": 1}', "0042", "ünï"])
 def test_the_text_stays_as_it_was_put_in(api: StandIn, value: str) -> None:
     put(api, calipert_one=value)
-    assert secrets.secret("calipert-one") == value
+    assert secrets.read_secret("calipert-one") == value
 
 
 @pytest.mark.parametrize("name", ["", "a_b", "Upper", "a/b", "a b", "ä", "a\n"])
 def test_a_name_that_no_block_can_have_is_refused(api: StandIn, name: str) -> None:
     with pytest.raises(ValueError, match="no name of a block"):
-        secrets.secret(name)
+        secrets.read_secret(name)
     assert not api.asked
 
 
 def test_a_block_of_another_type_is_refused_unless_a_secret_has_the_name_too(api: StandIn) -> None:
     api.blocks["calipert-one", "AWS Credentials"] = {"value": "no"}
     with pytest.raises(UserError, match="type AWS Credentials") as error:
-        secrets.secret("calipert-one")
+        secrets.read_secret("calipert-one")
     assert error.value.field == "calipert-one"
     put(api, calipert_one="yes")
-    assert secrets.secret("calipert-one") == "yes"
+    assert secrets.read_secret("calipert-one") == "yes"
 
 
 @pytest.mark.parametrize("value", ["", 12, None, {"a": "planted"}])
 def test_a_secret_that_is_no_text_is_refused_without_showing_it(api: StandIn, value: object) -> None:
     put(api, calipert_one=value)
     with pytest.raises(UserError, match="without text") as error:
-        secrets.secret("calipert-one")
+        secrets.read_secret("calipert-one")
     assert "planted" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("credentials", "names"),
     [
-        (secrets.s3_credentials, {"key": "calipert-s3-key", "secret": "calipert-s3-secret"}),
+        (secrets.read_s3_credentials, {"key": "calipert-s3-key", "secret": "calipert-s3-secret"}),
         (
-            secrets.mlflow_credentials,
+            secrets.read_mlflow_credentials,
             {
                 "MLFLOW_TRACKING_USERNAME": "calipert-mlflow-username",
                 "MLFLOW_TRACKING_PASSWORD": "calipert-mlflow-password",
@@ -150,30 +150,30 @@ def test_the_environment_comes_before_the_blocks_of_mlflow(
 ) -> None:
     put(api, **{block.replace("-", "_"): "block" for block in secrets.MLFLOW.values()})
     monkeypatch.setenv(name, "environment")
-    assert secrets.mlflow_credentials() == {}
+    assert secrets.read_mlflow_credentials() == {}
     assert not api.asked
 
 
 def test_another_server_is_asked_anew(api: StandIn) -> None:
     put(api, calipert_one="first")
-    assert secrets.secret("calipert-one") == "first"
+    assert secrets.read_secret("calipert-one") == "first"
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}), pytest.raises(UserError, match="no answer"):
-        secrets.secret("calipert-one")
+        secrets.read_secret("calipert-one")
 
 
 def test_no_answer_is_not_remembered(api: StandIn) -> None:
     put(api, calipert_one="value")
     api.status = 500
     with pytest.raises(UserError, match="HTTP 500"):
-        secrets.secret("calipert-one")
+        secrets.read_secret("calipert-one")
     api.status = 200
-    assert secrets.secret("calipert-one") == "value"
+    assert secrets.read_secret("calipert-one") == "value"
 
 
 def test_a_refusal_names_the_setting(api: StandIn) -> None:
     api.status = 401
     with pytest.raises(UserError, match="HTTP 401") as error:
-        secrets.secret("calipert-one")
+        secrets.read_secret("calipert-one")
     assert "PREFECT_API_AUTH_STRING" in error.value.remedy
 
 
@@ -182,7 +182,7 @@ def test_a_password_in_the_address_of_the_api_is_refused_and_not_shown() -> None
         temporary_settings({PREFECT_API_URL: "http://me:planted@127.0.0.1:9/api"}),
         pytest.raises(UserError, match="PREFECT_API_URL") as error,
     ):
-        secrets.secret("calipert-one")
+        secrets.read_secret("calipert-one")
     assert "planted" not in str(error.value)
 
 
@@ -192,9 +192,9 @@ def test_without_an_address_nothing_is_asked_nor_started(monkeypatch: pytest.Mon
 
     monkeypatch.setattr("prefect.client.orchestration.get_client", asked)
     with temporary_settings(restore_defaults={PREFECT_API_URL}):
-        assert secrets.secret("calipert-one") is None
-        assert secrets.s3_credentials() == {}
-        assert secrets.mlflow_credentials() == {}
+        assert secrets.read_secret("calipert-one") is None
+        assert secrets.read_s3_credentials() == {}
+        assert secrets.read_mlflow_credentials() == {}
 
 
 def test_importing_it_is_cheap() -> None:

@@ -25,8 +25,8 @@ from blocks.engines import sources
 from blocks.engines.base import LAST_LINES, ModelFailed, Usage
 from blocks.engines.process import ProcessEngine
 from blocks.local import cancellation
-from blocks.local.cancellation import Stopped, models_end_with, stop_all
-from blocks.local.gpus import lease
+from blocks.local.cancellation import Stopped, end_models_with, stop_all
+from blocks.local.gpus import lease_gpu
 from core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -226,7 +226,7 @@ def test_a_model_sees_its_gpu_alone(model, monkeypatch):
     monkeypatch.setenv("CALIPERT_GPUS", "GPU-0,GPU-1,GPU-2")
     monkeypatch.setenv("CALIPERT_LOCKS", str(folder))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1,GPU-2")
-    with lease("one") as gpu:
+    with lease_gpu("one") as gpu:
         assert [event["message"] for event in run(folder, gpu=gpu)] == ["GPU-1"]
 
 
@@ -311,11 +311,11 @@ def test_stop_all_may_be_called_by_a_signal_handler_of_the_thread_that_runs_the_
 def test_models_end_with_the_error_of_their_flow_and_no_others(model, tmp_path):
     folder = model(SLEEPER + "time.sleep(600)")
     late: list[Context] = []
-    with models_end_with("another flow"):
+    with end_models_with("another flow"):
         other = Running(folder, tmp_path / "other")
 
     def flow() -> None:
-        with models_end_with("the benchmark of norman19"), models_end_with("an inner flow"):
+        with end_models_with("the benchmark of norman19"), end_models_with("an inner flow"):
             late.append(copy_context())
             Running(folder, tmp_path / "one", on_event=lambda event: None)
             running.append(Running(folder, tmp_path / "two"))
@@ -338,8 +338,8 @@ def test_the_end_of_an_outer_flow_ends_the_models_of_an_inner_one_that_went_well
     folder = model(SLEEPER + "time.sleep(600)")
 
     def flow() -> None:
-        with models_end_with("outer"):
-            with models_end_with("inner"):
+        with end_models_with("outer"):
+            with end_models_with("inner"):
                 running.append(Running(folder, tmp_path / "one"))
             assert running[0].error is None
             raise RuntimeError
@@ -352,13 +352,13 @@ def test_the_end_of_an_outer_flow_ends_the_models_of_an_inner_one_that_went_well
 
 def test_a_flow_after_a_stopped_one_runs_its_models(model):
     folder = model("print('a')")
-    with models_end_with("first"):
+    with end_models_with("first"):
         stop_all("cancelled")
-        with pytest.raises(Stopped), models_end_with("a part of the first"):
+        with pytest.raises(Stopped), end_models_with("a part of the first"):
             run(folder)
         with pytest.raises(Stopped):
             run(folder)
-    with models_end_with("second"):
+    with end_models_with("second"):
         assert [event["message"] for event in run(folder)] == ["a"]
 
 

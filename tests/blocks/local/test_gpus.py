@@ -26,7 +26,7 @@ from blocks.engines.lines import Event
 from blocks.engines.process import ProcessEngine
 from blocks.local import cancellation, gpus
 from blocks.local.cancellation import Stopped, stop_all
-from blocks.local.gpus import Holder, devices, holders, lease, lock_folder
+from blocks.local.gpus import Holder, lease_gpu, list_gpus, list_holders, open_lock_folder
 from core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -70,7 +70,7 @@ def is_alive(pid: int) -> bool:
 
 
 def free() -> list[str]:
-    return [gpu for gpu, holder in holders() if holder is None]
+    return [gpu for gpu, holder in list_holders() if holder is None]
 
 
 # ---- which GPUs there are
@@ -92,8 +92,8 @@ def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
 
 
 def test_without_nvidia_smi_there_is_no_gpu(nvidia_smi):
-    assert devices() == []
-    assert holders() == []
+    assert list_gpus() == []
+    assert list_holders() == []
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_devices(nvidia_smi, monkeypatch, chosen, visible, expected):
     for name, value in ((gpus.GPUS, chosen), (gpus.VISIBLE, visible)):
         if value is not None:
             monkeypatch.setenv(name, value)
-    assert devices() == expected
+    assert list_gpus() == expected
 
 
 @pytest.mark.parametrize("listed", [LISTED, None])
@@ -129,28 +129,28 @@ def test_what_is_no_gpu_is_refused(nvidia_smi, monkeypatch, listed, chosen):
     if listed:
         nvidia_smi(listed)
     monkeypatch.setenv(gpus.GPUS, chosen)
-    with pytest.raises(UserError, match="no GPU of this host"):
-        devices()
+    with pytest.raises(UserError, match="not a GPU of this host"):
+        list_gpus()
 
 
 def test_a_number_that_nvidia_smi_does_not_list_is_refused(nvidia_smi, monkeypatch):
     nvidia_smi(LISTED)
     monkeypatch.setenv(gpus.GPUS, "0,7")
     with pytest.raises(UserError) as caught:
-        devices()
+        list_gpus()
     assert caught.value.found.startswith("'7'")
 
 
 def test_numbers_are_names_where_nvidia_smi_is_absent(host, monkeypatch):
     host("0,1,2")
     monkeypatch.setenv(gpus.VISIBLE, "2,0")
-    assert devices() == ["0", "2"]
+    assert list_gpus() == ["0", "2"]
 
 
 @pytest.mark.parametrize("status", [0, 6])
 def test_nvidia_smi_that_finds_none(nvidia_smi, status):
     nvidia_smi("No devices found.\n", status)
-    assert devices() == []
+    assert list_gpus() == []
 
 
 @pytest.mark.parametrize(
@@ -159,13 +159,13 @@ def test_nvidia_smi_that_finds_none(nvidia_smi, status):
 def test_nvidia_smi_that_fails_is_no_host_without_gpu(nvidia_smi, text, status):
     nvidia_smi(text, status)
     with pytest.raises(UserError, match=r"(?s)CALIPERT_GPUS=none") as caught:
-        devices()
+        list_gpus()
     assert text.strip() in caught.value.found
 
 
 def test_a_lost_gpu_does_not_hide_the_others(nvidia_smi, caplog):
     nvidia_smi(f"{LISTED}Unable to determine the device handle for GPU2: GPU is lost\n", 15)
-    assert devices() == [WHOLE, *PARTS]
+    assert list_gpus() == [WHOLE, *PARTS]
     assert "GPU is lost" in caplog.text
 
 
@@ -174,27 +174,27 @@ def test_a_lost_gpu_does_not_hide_the_others(nvidia_smi, caplog):
 
 def test_a_host_without_gpu_trains_on_the_cpu_and_says_so_once(caplog):
     caplog.set_level(logging.INFO, "calipert")
-    with lease("ridge, fold 3") as gpu:
+    with lease_gpu("ridge, fold 3") as gpu:
         assert gpu is None
     assert caplog.messages == ["ridge, fold 3 runs on the CPU: no GPU is to be used here (CALIPERT_GPUS=none)"]
-    assert list(lock_folder().iterdir()) == []
+    assert list(open_lock_folder().iterdir()) == []
 
 
 def test_a_lease_takes_the_first_free_gpu_and_gives_it_back(host):
     host("GPU-a,GPU-b")
-    with lease("one") as first:
-        with lease("two") as second:
+    with lease_gpu("one") as first:
+        with lease_gpu("two") as second:
             assert first is not None
             assert second is not None
             assert [first.id, second.id] == ["GPU-a", "GPU-b"]
-            assert holders() == [("GPU-a", Holder(os.getpid(), "one")), ("GPU-b", Holder(os.getpid(), "two"))]
+            assert list_holders() == [("GPU-a", Holder(os.getpid(), "one")), ("GPU-b", Holder(os.getpid(), "two"))]
         assert free() == ["GPU-b"]
     assert free() == ["GPU-a", "GPU-b"]
 
 
 def test_an_error_gives_the_gpu_back(host):
     host("GPU-a")
-    with pytest.raises(KeyboardInterrupt), lease("one"):
+    with pytest.raises(KeyboardInterrupt), lease_gpu("one"):
         raise KeyboardInterrupt
     assert free() == ["GPU-a"]
 
@@ -202,16 +202,16 @@ def test_an_error_gives_the_gpu_back(host):
 def test_a_longer_name_of_an_earlier_holder_leaves_nothing(host):
     host("GPU-a")
     for name in ("a name that is rather long", "short", "Schrödinger\n2"):
-        with lease(name):
-            assert holders() == [("GPU-a", Holder(os.getpid(), name))]
+        with lease_gpu(name):
+            assert list_holders() == [("GPU-a", Holder(os.getpid(), name))]
 
 
 def test_a_gpu_whose_holder_has_not_written_yet_is_held(host):
     host("GPU-a")
-    with lease("one") as gpu:
+    with lease_gpu("one") as gpu:
         assert gpu is not None
         os.ftruncate(gpu.descriptor, 0)
-        assert holders() == [("GPU-a", Holder(None, "has just taken it"))]
+        assert list_holders() == [("GPU-a", Holder(None, "has just taken it"))]
 
 
 def test_who_waits_says_so_once_and_takes_what_comes_free(host, caplog, monkeypatch):
@@ -219,8 +219,8 @@ def test_who_waits_says_so_once_and_takes_what_comes_free(host, caplog, monkeypa
     caplog.set_level(logging.INFO, "calipert")
     polls = []
     with ExitStack() as one, ExitStack() as two:
-        one.enter_context(lease("one"))
-        two.enter_context(lease("two"))
+        one.enter_context(lease_gpu("one"))
+        two.enter_context(lease_gpu("two"))
 
         def sleep(seconds: float) -> None:
             polls.append(seconds)
@@ -228,7 +228,7 @@ def test_who_waits_says_so_once_and_takes_what_comes_free(host, caplog, monkeypa
                 two.close()
 
         monkeypatch.setattr(gpus, "time", SimpleNamespace(sleep=sleep))
-        with lease("three") as gpu:
+        with lease_gpu("three") as gpu:
             assert gpu is not None
             assert gpu.id == "GPU-b"
     assert polls == [gpus.POLL_S] * 3
@@ -241,9 +241,9 @@ def test_who_waits_says_so_once_and_takes_what_comes_free(host, caplog, monkeypa
 def test_who_waits_is_ended_by_a_stop(host, monkeypatch):
     host("GPU-a")
     monkeypatch.setattr(gpus, "time", SimpleNamespace(sleep=lambda seconds: stop_all("cancelled")))
-    with lease("one"), pytest.raises(Stopped, match="two was stopped: cancelled"), lease("two"):
+    with lease_gpu("one"), pytest.raises(Stopped, match="two was stopped: cancelled"), lease_gpu("two"):
         pass
-    with pytest.raises(Stopped), lease("three"):
+    with pytest.raises(Stopped), lease_gpu("three"):
         pass
     assert free() == ["GPU-a"]
 
@@ -253,7 +253,7 @@ def test_threads_of_one_process_exclude_each_other(host):
     guard, held, seen = threading.Lock(), set(), []
 
     def use(number: int) -> bool:
-        with lease(f"thread {number}") as gpu:
+        with lease_gpu(f"thread {number}") as gpu:
             assert gpu is not None
             with guard:
                 alone = gpu.id not in held
@@ -274,7 +274,7 @@ def test_locks_are_for_all_users_whatever_the_umask(host, tmp_path):
     host("GPU-a,MIG-GPU-1/2/0")
     before = os.umask(0o077)
     try:
-        with lease("one"), lease("two"):
+        with lease_gpu("one"), lease_gpu("two"):
             pass
     finally:
         os.umask(before)
@@ -286,8 +286,8 @@ def test_locks_are_for_all_users_whatever_the_umask(host, tmp_path):
 def test_a_link_is_no_lock(host, tmp_path):
     host("GPU-a")
     (tmp_path / "precious").write_text("text")
-    (lock_folder() / "GPU-a.lock").symlink_to(tmp_path / "precious")
-    for use in (lambda: lease("one").__enter__(), holders):
+    (open_lock_folder() / "GPU-a.lock").symlink_to(tmp_path / "precious")
+    for use in (lambda: lease_gpu("one").__enter__(), list_holders):
         with pytest.raises(UserError, match=r"a\.lock"):
             use()
     assert (tmp_path / "precious").read_text() == "text"
@@ -295,8 +295,8 @@ def test_a_link_is_no_lock(host, tmp_path):
 
 def test_a_pipe_is_no_lock(host):
     host("GPU-a")
-    os.mkfifo(lock_folder() / "GPU-a.lock")
-    with pytest.raises(UserError, match=r"a\.lock"), lease("one"):
+    os.mkfifo(open_lock_folder() / "GPU-a.lock")
+    with pytest.raises(UserError, match=r"a\.lock"), lease_gpu("one"):
         pass
 
 
@@ -304,10 +304,10 @@ def test_a_folder_of_locks_that_cannot_be_used(host, tmp_path, monkeypatch):
     host("GPU-a")
     (tmp_path / "file").touch()
     monkeypatch.setenv(gpus.LOCKS, str(tmp_path / "file"))
-    with pytest.raises(UserError, match=r"(?s)file.*CALIPERT_LOCKS"), lease("one"):
+    with pytest.raises(UserError, match=r"(?s)file.*CALIPERT_LOCKS"), lease_gpu("one"):
         pass
     monkeypatch.setenv(gpus.LOCKS, str(tmp_path / "missing" / "locks"))
-    with pytest.raises(UserError, match=r"(?s)missing.*CALIPERT_LOCKS"), lease("one"):
+    with pytest.raises(UserError, match=r"(?s)missing.*CALIPERT_LOCKS"), lease_gpu("one"):
         pass
 
 
@@ -315,13 +315,13 @@ def test_the_shared_folder_is_the_first_that_can_be_made(host, tmp_path, monkeyp
     monkeypatch.delenv(gpus.LOCKS)
     first, second = tmp_path / "run" / "gpus", tmp_path / "gpus"
     monkeypatch.setattr(gpus, "SHARED_FOLDERS", (first, second))
-    assert lock_folder() == second
+    assert open_lock_folder() == second
     first.parent.mkdir()
-    assert lock_folder() == first
+    assert open_lock_folder() == first
     first.rmdir()
     first.symlink_to(second)
     with pytest.raises(UserError, match="run/gpus"):
-        lock_folder()
+        open_lock_folder()
 
 
 def test_a_lock_file_that_is_deleted_while_it_is_taken_is_no_lease(host, monkeypatch):
@@ -333,13 +333,13 @@ def test_a_lock_file_that_is_deleted_while_it_is_taken_is_no_lease(host, monkeyp
         real(file, how)
         if not removed:
             removed.append(True)
-            (lock_folder() / "GPU-a.lock").unlink()
+            (open_lock_folder() / "GPU-a.lock").unlink()
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with lease("one") as gpu:
+    with lease_gpu("one") as gpu:
         assert gpu is not None
-        assert os.path.samestat(os.fstat(gpu.descriptor), (lock_folder() / "GPU-a.lock").stat())
-        assert holders() == [("GPU-a", Holder(os.getpid(), "one"))]
+        assert os.path.samestat(os.fstat(gpu.descriptor), (open_lock_folder() / "GPU-a.lock").stat())
+        assert list_holders() == [("GPU-a", Holder(os.getpid(), "one"))]
 
 
 # ---- deaths
@@ -365,8 +365,8 @@ def test_a_fork_of_a_killed_holder_does_not_keep_the_gpu(host, tmp_path, start):
     holder = start(f"""
         import os, time
         from pathlib import Path
-        from blocks.local.gpus import lease
-        with lease("one"):
+        from blocks.local.gpus import lease_gpu
+        with lease_gpu("one"):
             child = os.fork()
             if child == 0:
                 time.sleep(600)
@@ -377,7 +377,7 @@ def test_a_fork_of_a_killed_holder_does_not_keep_the_gpu(host, tmp_path, start):
     assert wait_for((tmp_path / "child").exists)
     child = int((tmp_path / "child").read_text())
     try:
-        assert holders() == [("GPU-a", Holder(holder.pid, "one"))]
+        assert list_holders() == [("GPU-a", Holder(holder.pid, "one"))]
         holder.kill()
         holder.wait()
         assert wait_for(lambda: free() == ["GPU-a"])
@@ -409,8 +409,8 @@ def test_a_model_that_left_its_group_keeps_its_gpu_until_it_is_dead(host, tmp_pa
     flow = start(f"""
         from pathlib import Path
         from blocks.engines.process import ProcessEngine
-        from blocks.local.gpus import lease
-        with lease("one") as gpu:
+        from blocks.local.gpus import lease_gpu
+        with lease_gpu("one") as gpu:
             ProcessEngine().run("train", Path({str(runaway)!r}), {{}}, on_event=print, gpu=gpu)
     """)
     assert wait_for((tmp_path / "pids").exists)
@@ -420,7 +420,7 @@ def test_a_model_that_left_its_group_keeps_its_gpu_until_it_is_dead(host, tmp_pa
         flow.wait()
         assert wait_for(lambda: not is_alive(supervisor))
         assert is_alive(model)
-        assert holders() == [("GPU-a", Holder(flow.pid, "one"))]
+        assert list_holders() == [("GPU-a", Holder(flow.pid, "one"))]
     finally:
         os.kill(model, signal.SIGKILL)
     assert wait_for(lambda: free() == ["GPU-a"])
@@ -432,7 +432,7 @@ def test_a_lease_that_ends_before_its_model_does_not_free_the_gpu(host, tmp_path
     def refuse(event: object) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), lease("one") as gpu:
+    with pytest.raises(KeyboardInterrupt), lease_gpu("one") as gpu:
         ProcessEngine().run("train", runaway, {}, on_event=refuse, gpu=gpu)
     model, supervisor = map(int, (tmp_path / "pids").read_text().split())
     try:
@@ -452,7 +452,7 @@ def test_a_model_sees_the_leased_gpu_and_no_other(tmp_path, monkeypatch):
     if shutil.which("nvidia-smi") is None:
         pytest.skip("nvidia-smi is not installed")
     monkeypatch.delenv(gpus.GPUS)
-    if not devices():
+    if not list_gpus():
         pytest.skip("nvidia-smi lists no GPU")
     folder = tmp_path / "toy"
     folder.mkdir()
@@ -469,7 +469,7 @@ def test_a_model_sees_the_leased_gpu_and_no_other(tmp_path, monkeypatch):
         ProcessEngine().run("train", folder, {}, on_event=events.append, gpu=gpu)
         return [event["value"] for event in events]
 
-    with lease("one") as gpu:
+    with lease_gpu("one") as gpu:
         assert gpu is not None
         assert found(gpu) == [1.0, 3.0]
         assert found(None) == [0.0, 0.0]

@@ -6,36 +6,36 @@ import os
 import subprocess
 import sys
 
-from blocks.local.processes import known_dead, this_process
+from blocks.local.processes import is_dead, name_this_process
 
 
 def test_this_process_lives() -> None:
-    assert this_process() == this_process()
-    assert not known_dead(this_process())
+    assert name_this_process() == name_this_process()
+    assert not is_dead(name_this_process())
 
 
 def test_one_that_has_ended_is_dead_even_if_nobody_has_noticed() -> None:
-    code = "from blocks.local.processes import this_process; print(this_process(), flush=True); input()"
+    code = "from blocks.local.processes import name_this_process; print(name_this_process(), flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as child:
         assert child.stdout is not None
         name = child.stdout.readline().strip()
-        assert name != this_process()
-        assert not known_dead(name)
+        assert name != name_this_process()
+        assert not is_dead(name)
         child.kill()
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # a zombie now
-        assert known_dead(name)
+        assert is_dead(name)
         child.wait()
-        assert known_dead(name)
+        assert is_dead(name)
 
 
 def test_a_number_that_another_process_has_now_is_dead() -> None:
-    machine, number, _ = this_process().split()
-    assert known_dead(f"{machine} {number} 1000000000.0")
+    machine, number, _ = name_this_process().split()
+    assert is_dead(f"{machine} {number} 1000000000.0")
 
 
 def test_of_other_machines_and_of_no_process_nothing_is_known() -> None:
-    _, number, started = this_process().split()
+    _, number, started = name_this_process().split()
     for name in (f"elsewhere/1 {number} 1.0", f"elsewhere/1 999999999 {started}", "", "two words", "a b c d"):
-        assert not known_dead(name)
+        assert not is_dead(name)

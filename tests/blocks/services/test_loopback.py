@@ -51,5 +51,5 @@ def test_what_stays_busy_or_fails_is_an_error(server: Callable[[list[int]], None
 
 def test_whether_it_answers_is_said_at_once(server: Callable[[list[int]], None]) -> None:
     server([503, 200])
-    assert not loopback.answers(URL)
-    assert loopback.answers(URL)
+    assert not loopback.is_answering(URL)
+    assert loopback.is_answering(URL)

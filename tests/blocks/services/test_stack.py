@@ -19,7 +19,7 @@ from blocks.config.child_environment import Services
 from blocks.config.paths import PROJECT_ROOT
 from blocks.services import daemons
 from blocks.services import stack as services
-from blocks.services.loopback import bindable, free_port
+from blocks.services.loopback import find_free_port, is_free_port
 from core.errors import UserError
 from tests.helpers.slight_servers import FAKE, fake, recorded, running, serve_with
 
@@ -79,9 +79,9 @@ def test_another_programs_answer_on_the_port_is_not_taken_for_the_servers(
         port = probe.getsockname()[1]
     other = subprocess.Popen([sys.executable, *fake(port)])
     try:
-        wait_for(lambda: not bindable(port))
+        wait_for(lambda: not is_free_port(port))
         ports = iter([port, port])
-        monkeypatch.setattr(services, "free_port", lambda wanted: next(ports, None) or free_port(wanted))
+        monkeypatch.setattr(services, "find_free_port", lambda wanted: next(ports, None) or find_free_port(wanted))
         found = services.ensure_servers()
         assert str(port) not in found.prefect + found.mlflow
         assert other.poll() is None
@@ -138,14 +138,14 @@ def test_a_server_that_ends_at_once_is_an_error_with_its_last_words(
 
 def test_a_server_that_never_answers_is_an_error_and_is_ended(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[psutil.Process] = []
-    launch = daemons.launch
+    launch = daemons.start_service
 
     def spied(*arguments: object) -> object:
         record = launch(*arguments)  # type: ignore[arg-type]
         started.append(psutil.Process(record.pid))
         return record
 
-    monkeypatch.setattr(daemons, "launch", spied)
+    monkeypatch.setattr(daemons, "start_service", spied)
     serve_with(monkeypatch, lambda port: ["-c", "import time; time.sleep(600)"])
     with pytest.raises(UserError, match="no answer within 1 s"):
         services.ensure_servers(timeout=1)
@@ -192,7 +192,7 @@ def test_a_childs_environment_has_none_of_the_users_settings(data: Path, monkeyp
     monkeypatch.setenv("PREFECT_API_URL", "http://elsewhere/api")
     monkeypatch.setenv("NO_PROXY", "intranet,localhost")
     monkeypatch.setenv("KEPT", "yes")
-    child = child_environment.child_environment(ADDRESSES)
+    child = child_environment.build_child_environment(ADDRESSES)
     assert "secret" not in child.values()
     assert child["PREFECT_API_URL"] == "http://127.0.0.1:4321/api"
     assert child["MLFLOW_TRACKING_URI"] == "http://127.0.0.1:5432"
@@ -205,11 +205,11 @@ def test_exports_make_a_shell_use_the_servers(data: Path, monkeypatch: pytest.Mo
     awkward = data.parent / "it's a folder"
     monkeypatch.setenv("CALIPERT_DATA", str(awkward))
     monkeypatch.setenv("PREFECT_API_KEY", "secret")
-    script = f"eval {shlex.quote(child_environment.exports(ADDRESSES))}; env -0"
+    script = f"eval {shlex.quote(child_environment.format_exports(ADDRESSES))}; env -0"
     done = subprocess.run(["bash", "-c", script], check=True, capture_output=True, text=True)
     shell = dict(line.split("=", 1) for line in done.stdout.split("\0") if line)
     assert "PREFECT_API_KEY" not in shell
-    assert child_environment.environment(ADDRESSES).items() <= shell.items()
+    assert child_environment.build_environment(ADDRESSES).items() <= shell.items()
     assert shell["PREFECT_HOME"] == str(awkward / "prefect")
 
 
@@ -217,11 +217,11 @@ ADOPT = """
 from blocks.config import child_environment
 addresses = child_environment.Services("http://127.0.0.1:4321", "http://127.0.0.1:5432")
 {before}
-child_environment.adopt(addresses)
+child_environment.use_servers(addresses)
 import prefect.settings
 current = prefect.settings.get_current_settings()
 print(current.api.url, current.api.key, current.server.ephemeral.enabled, current.worker.query_seconds, current.home)
-child_environment.adopt(addresses)
+child_environment.use_servers(addresses)
 """
 
 

@@ -23,7 +23,7 @@ IDLE = "import time; time.sleep(600)"
 @pytest.fixture
 def ensured(fakes: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, psutil.Process]]:
     """Ensures workers that do nothing, of all pools or of those given, and gives their processes."""
-    launch = daemons.launch
+    launch = daemons.start_service
 
     def idle(name: str, arguments: list[str], *rest: object) -> object:
         script = ["-c", IDLE] if name.startswith("worker") else []
@@ -35,7 +35,7 @@ def ensured(fakes: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[
         workers.ensure_workers(services.ensure_servers(), **options)
         return {name: process for name, process in recorded(fakes).items() if name.startswith("worker")}
 
-    monkeypatch.setattr(daemons, "launch", idle)
+    monkeypatch.setattr(daemons, "start_service", idle)
     monkeypatch.setattr(workers, "_heard_of", lambda *_: True)
     monkeypatch.setattr(workers, "_end_lost_runs", lambda *_: None)
     return ensure

@@ -359,7 +359,7 @@ def test_no_credentials(bucket: ObjectStore, monkeypatch: pytest.MonkeyPatch, fo
 
 
 def test_the_credentials_of_secret_blocks_come_first(bucket: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("blocks.config.secrets.s3_credentials", lambda: {"key": "mine", "secret": "hidden"})
+    monkeypatch.setattr("blocks.config.secrets.read_s3_credentials", lambda: {"key": "mine", "secret": "hidden"})
     module._filesystem.cache_clear()
     bucket.files("jobs/1")
     files = module._filesystem(os.getpid())
@@ -719,7 +719,7 @@ BUILDER = """
 import os, random, sys, time
 from pathlib import Path
 import s3fs
-from blocks.config.secrets import s3_credentials
+from blocks.config.secrets import read_s3_credentials
 from blocks.store.artifacts import ArtifactStore, artifact_key
 
 def build(folder, number, seconds):

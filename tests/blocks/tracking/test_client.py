@@ -39,7 +39,7 @@ RUN = {
 }
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
@@ -143,7 +143,7 @@ def test_one_that_was_lost_and_stays_away_is_one_clear_error() -> None:
 
 
 def test_one_that_never_was_there_is_given_up_soon() -> None:
-    uri = f"http://127.0.0.1:{free_port()}"
+    uri = f"http://127.0.0.1:{find_free_port()}"
     with pytest.raises(UserError) as raised:
         Server(uri).get_run("r1")
     assert "refused" in raised.value.found

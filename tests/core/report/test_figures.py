@@ -11,12 +11,12 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from core.report.figures import style
-from core.report.figures.conditions import conditions
-from core.report.figures.dynamic_range import dynamic_range
-from core.report.figures.edistance import edistance, order
-from core.report.figures.headroom import headroom
-from core.report.figures.per_condition import per_condition
-from core.report.tables import ranked_metrics, wmse_ratios
+from core.report.figures.conditions import draw_conditions
+from core.report.figures.dynamic_range import draw_dynamic_range
+from core.report.figures.edistance import draw_edistance, order_conditions
+from core.report.figures.headroom import draw_headroom
+from core.report.figures.per_condition import draw_per_condition
+from core.report.tables import compute_wmse_ratios, list_ranked_metrics
 from tests.helpers.report_tables import build
 
 SIZES = {
@@ -27,13 +27,13 @@ SIZES = {
 
 def drawn(tables):
     """All figures of a set of tables, by name."""
-    ratios = wmse_ratios(tables["scores"], tables["leaderboard"], tables["quality"])
+    ratios = compute_wmse_ratios(tables["scores"], tables["leaderboard"], tables["quality"])
     return {
-        "dynamic_range": dynamic_range(tables["calibration"]),
-        "headroom": headroom(tables["leaderboard"]),
-        "per_condition": per_condition(ratios),
-        "conditions": conditions(tables["quality"]),
-        "edistance": edistance(next(iter(tables["edistance"].values()))),
+        "dynamic_range": draw_dynamic_range(tables["calibration"]),
+        "headroom": draw_headroom(tables["leaderboard"]),
+        "per_condition": draw_per_condition(ratios),
+        "conditions": draw_conditions(tables["quality"]),
+        "edistance": draw_edistance(next(iter(tables["edistance"].values()))),
     }
 
 
@@ -42,7 +42,7 @@ def laid_out(request):
     """Figures of one size after drawing, with a renderer that measures text: (name, figure, renderer)."""
     figures = []
     for name, figure in drawn(build(**SIZES[request.param])).items():
-        with style.look():
+        with style.apply_look():
             canvas = FigureCanvasAgg(figure)
             canvas.draw()
         figures.append((name, figure, canvas.get_renderer()))
@@ -87,8 +87,10 @@ def test_labels_of_an_axis_do_not_overlap(laid_out):
 def test_same_tables_give_the_same_bytes_and_leave_no_trace():
     before = dict(mpl.rcParams)
     tables = {"models": 1, "conditions": 12}
-    first = {name: (style.svg(figure), style.png(figure)) for name, figure in drawn(build(**tables)).items()}
-    again = {name: (style.svg(figure), style.png(figure)) for name, figure in drawn(build(**tables)).items()}
+    first, again = (
+        {name: (style.render_svg(figure), style.render_png(figure)) for name, figure in drawn(build(**tables)).items()}
+        for _ in range(2)
+    )
     assert first == again
     assert dict(mpl.rcParams) == before
     for image, pixels in first.values():
@@ -99,9 +101,9 @@ def test_same_tables_give_the_same_bytes_and_leave_no_trace():
 
 def test_rendering_does_not_depend_on_the_users_settings():
     tables = build(models=1, conditions=12)
-    plain = style.svg(dynamic_range(tables["calibration"]))
+    plain = style.render_svg(draw_dynamic_range(tables["calibration"]))
     with mpl.rc_context({"font.size": 20, "axes.grid": True, "svg.fonttype": "path", "text.color": "red"}):
-        assert style.svg(dynamic_range(tables["calibration"])) == plain
+        assert style.render_svg(draw_dynamic_range(tables["calibration"])) == plain
 
 
 def xs_of(line: Line2D) -> np.ndarray:
@@ -110,7 +112,7 @@ def xs_of(line: Line2D) -> np.ndarray:
 
 def test_dynamic_range_shows_each_mean_interval_spread_and_n():
     calibration = build(conditions=60)["calibration"]
-    figure = dynamic_range(calibration)
+    figure = draw_dynamic_range(calibration)
     left = figure.axes[0]
     quoted = calibration[calibration["variant"] == "drf_interpolated"].set_index("metric")
     names = [label.get_text() for label in left.get_yticklabels()]
@@ -125,14 +127,14 @@ def test_dynamic_range_shows_each_mean_interval_spread_and_n():
         spread = left.patches[row]
         assert isinstance(spread, Rectangle)
         assert spread.get_width() == pytest.approx(2 * entry["drf_half_sd"])
-    image = style.svg(figure).decode()
+    image = style.render_svg(figure).decode()
     assert image.count("n = 60") == len(names)
     assert "18 % NaN" in image
 
 
 def test_a_metric_without_a_value_is_a_dash_and_no_point():
     tables = build(conditions=60, all_nan=("nir",))
-    figure = dynamic_range(tables["calibration"])
+    figure = draw_dynamic_range(tables["calibration"])
     left = figure.axes[0]
     assert left.get_yticklabels()[-1].get_text() == "nir"
     assert [text.get_text() for text in left.texts if text.get_position()[1] == len(left.get_yticks()) - 1] == ["–"]
@@ -141,14 +143,14 @@ def test_a_metric_without_a_value_is_a_dash_and_no_point():
 
 def test_calibration_of_a_single_half_split_has_no_spread():
     calibration = build(conditions=60)["calibration"].assign(drf_half_sd=np.nan, bds_half_sd=np.nan)
-    assert b"wmse" in style.svg(dynamic_range(calibration))
+    assert b"wmse" in style.render_svg(draw_dynamic_range(calibration))
 
 
 def test_headroom_has_a_panel_per_calibrated_metric_and_leaves_low_coverage_out():
     board = build(models=8, low_coverage=("gears",))["leaderboard"]
-    figure = headroom(board)
+    figure = draw_headroom(board)
     panels = [axes for axes in figure.axes if axes.get_visible()]
-    assert [axes.get_title(loc="left").replace("\n", "") for axes in panels] == ranked_metrics(board)
+    assert [axes.get_title(loc="left").replace("\n", "") for axes in panels] == list_ranked_metrics(board)
     names = [label.get_text() for label in panels[0].get_yticklabels()]
     assert "gears" not in names
     assert set(names) == {*board.loc[board["kind"].isin(["model", "baseline"]), "model"]} - {"gears"}
@@ -156,7 +158,7 @@ def test_headroom_has_a_panel_per_calibrated_metric_and_leaves_low_coverage_out(
 
 def test_headroom_far_out_is_drawn_at_the_edge_with_its_value():
     board = build(models=8)["leaderboard"]
-    figure = headroom(board)
+    figure = draw_headroom(board)
     panel = next(axes for axes in figure.axes if axes.get_title(loc="left") == "weighted_r2_deltactrl")
     assert "−7.3" in [text.get_text() for text in panel.texts]
     assert panel.get_xlim()[0] > -1.2
@@ -172,7 +174,7 @@ def test_per_condition_counts_wins_by_stratum():
             "ratio": [0.5, 2.0, 0.25, 1.5, 0.9],
         }
     )
-    panel = per_condition(ratios).axes[0]
+    panel = draw_per_condition(ratios).axes[0]
     assert [text.get_text() for text in panel.texts] == ["better in\n1 of 2", "better in\n1 of 1", "better in\n1 of 2"]
     assert [label.get_text() for label in panel.get_xticklabels()] == ["0", "1–9", "≥ 100"]
     points = np.concatenate([np.asarray(part.get_offsets())[:, 1] for part in panel.collections])
@@ -181,31 +183,31 @@ def test_per_condition_counts_wins_by_stratum():
 
 def test_names_with_dollar_signs_are_no_formulas():
     quality = build(conditions=6)["quality"].replace({"GENE001": "$A_1$ & <b>"})
-    image = style.svg(conditions(quality)).decode()
+    image = style.render_svg(draw_conditions(quality)).decode()
     assert "$A_1$ &amp; &lt;b&gt;" in image
 
 
 def test_more_than_100_conditions_are_not_named_except_control():
     few, many = (next(iter(build(models=1, conditions=n)["edistance"].values())) for n in (20, 120))
-    assert len(edistance(few).axes[0].get_yticklabels()) == len(few)
-    assert [label.get_text() for label in edistance(many).axes[0].get_yticklabels()] == ["control"]
+    assert len(draw_edistance(few).axes[0].get_yticklabels()) == len(few)
+    assert [label.get_text() for label in draw_edistance(many).axes[0].get_yticklabels()] == ["control"]
 
 
 def test_clusters_stand_together_and_unknown_distances_do_not_break_the_order():
     names = list("abcdef")
     group = np.array([0, 1, 0, 1, 0, 1])
     matrix = pd.DataFrame(np.where(group[:, None] == group, 0.1, 5.0), index=names, columns=names)
-    together = order(matrix)
+    together = order_conditions(matrix)
     assert {frozenset(together[:3]), frozenset(together[3:])} == {frozenset("ace"), frozenset("bdf")}
     matrix.loc["a", :] = np.nan
     matrix.loc[:, "a"] = np.nan
-    assert sorted(order(matrix)) == names
-    assert order(matrix)[0] == "a" or order(matrix)[-1] == "a"
-    assert b"svg" in style.svg(edistance(matrix))
+    assert sorted(order_conditions(matrix)) == names
+    assert order_conditions(matrix)[0] == "a" or order_conditions(matrix)[-1] == "a"
+    assert b"svg" in style.render_svg(draw_edistance(matrix))
 
 
 def test_ticks_are_plain_numbers():
-    assert [style.plain(x) for x in (0, 0.001, 0.5, 20, 1000, -7.3, 0.0625)] == [
+    assert [style.format_tick(x) for x in (0, 0.001, 0.5, 20, 1000, -7.3, 0.0625)] == [
         "0",
         "0.001",
         "0.5",

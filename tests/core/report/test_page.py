@@ -9,6 +9,8 @@ import pandas as pd
 import pytest
 
 from core.report import tables as views
+from core.report import text as words
+from core.report.headline import compose_headline
 from core.report.page import write_report
 from tests.helpers.report_tables import build
 
@@ -59,7 +61,7 @@ class Page(HTMLParser):
 @pytest.fixture
 def no_figures(monkeypatch):
     """Pages without figures, for tests of what stands around them."""
-    monkeypatch.setattr("core.report.page._figures", lambda *_: {})
+    monkeypatch.setattr("core.report.page._draw_figures", lambda *_: {})
 
 
 def page(tmp_path, tables):
@@ -124,7 +126,7 @@ def test_nan_is_a_dash_and_zero_is_a_zero(tmp_path):
     board = tables["leaderboard"]
     board.loc[(board["model"] == "fmlp_esm2") & (board["metric"] == "nir"), "mean"] = 0.0
     result = page(tmp_path, tables)
-    metrics = views.ordered_metrics(board)
+    metrics = views.order_metrics(board)
     assert result.row("dataset_mean", "100 %")[2 + metrics.index("pearson_deltapert")] == "–"
     assert result.row("fmlp_esm2", "100 %")[2 + metrics.index("nir")].split() == ["0.000", "1"]
 
@@ -134,19 +136,19 @@ def test_leaderboard_puts_calibrated_metrics_first_and_low_coverage_last(tmp_pat
     tables = build(models=6, conditions=30, low_coverage=("gears",))
     board = tables["leaderboard"]
     result = page(tmp_path, tables)
-    metrics = views.ordered_metrics(board)
-    calibrated = views.ranked_metrics(board)
+    metrics = views.order_metrics(board)
+    calibrated = views.list_ranked_metrics(board)
     assert metrics[: len(calibrated)] == calibrated
     row = result.row("gears", "61 %")
-    wide = views.wide(board, "mean")
+    wide = views.pivot_metrics(board, "mean")
     assert float(row[2].replace("−", "-")) == pytest.approx(wide.loc["gears", metrics[0]], abs=1e-4)
     assert len(row[2].split()) == 1  # no rank
     first = board[(board["metric"] == metrics[0]) & (board["rank"] == 1)]["model"].item()
     assert result.row(first, "100 %")[2].endswith("1")
     assert "Coverage below 80 %" in result.text
-    names = list(views.entries(board)["model"])
+    names = list(views.list_entries(board)["model"])
     assert names[-1] == "gears"
-    ranks = views.entries(board).set_index("model")["mean_rank"].dropna()
+    ranks = views.list_entries(board).set_index("model")["mean_rank"].dropna()
     assert list(ranks) == sorted(ranks)
 
 
@@ -173,7 +175,7 @@ def test_what_was_not_predicted_is_listed_with_its_reason(tmp_path):
     )
     assert page(tmp_path, tables).row("gears", "no embedding") == ["gears", "no embedding", "2", "A, B"]
     tables["unpredicted"] = tables["unpredicted"].iloc[:0]
-    assert "No model declined a condition" in page(tmp_path, tables).text
+    assert "All models predicted all test conditions" in page(tmp_path, tables).text
 
 
 # The sentences at the top
@@ -232,29 +234,29 @@ def test_headline_names_verdicts_winners_losers_and_first_ranks():
         ("b", "control_mean", "r2_deltapert", -0.1, 0.1, 0.4),
         ("b", "linear", "mse", -0.1, 0.2, 0.5),
     )
-    assert views.headline("demo", calibration, board, comparison) == [
+    assert compose_headline("demo", calibration, board, comparison) == [
         "2 of 4 metrics are calibrated on demo: mse and r2_deltapert. The others: 1 miscalibrated (nir) and "
-        "1 without a verdict for want of 10 usable conditions (pds).",
-        "1 of 2 models beats the negative control of a metric (the dataset mean or the control mean), with the 95 % "
-        "interval of the difference clear of zero, on at least one calibrated metric: a on all 2.",
-        "Worse than it, with the interval clear of zero: b on 1 of 2.",
+        "1 without a verdict, with fewer than 10 usable conditions (pds).",
+        "1 of 2 models beats the negative control of a metric (the dataset mean or the control mean), with the whole "
+        "95 % interval of the difference above zero, on at least one calibrated metric: a on all 2.",
+        "Worse than it, with the whole interval below zero: b on 1 of 2.",
         "No model beats the linear baseline on any calibrated metric.",
         "Ranked first: a by mse; linear by r2_deltapert.",
     ]
-    outcomes = views.outcomes(comparison, calibration)
+    outcomes = views.tabulate_outcomes(comparison, calibration)
     assert outcomes.loc["a"].to_dict() == {"mse": "better, Holm", "r2_deltapert": "better"}
     assert outcomes.loc["b"].to_dict() == {"mse": "worse", "r2_deltapert": "undecided"}
     few = comparison.assign(n=comparison["n"].mask(comparison["model"] == "a", 9))
-    assert "a" not in views.outcomes(few, calibration).index
+    assert "a" not in views.tabulate_outcomes(few, calibration).index
 
 
 def test_headline_says_when_no_model_wins():
     calibration = calibration_table(mse="calibrated")
     board = board_table(["mse"], a="model", dataset_mean="negative_control")
     comparison = comparison_table(("a", "dataset_mean", "mse", -0.1, 0.2, 0.4))
-    assert views.headline("demo", calibration, board, comparison) == [
-        "The one metric is calibrated on demo: mse.",
-        "No model beats the dataset mean, with the 95 % interval of the difference clear of zero, on any calibrated "
+    assert compose_headline("demo", calibration, board, comparison) == [
+        "The only metric is calibrated on demo: mse.",
+        "No model beats the dataset mean, with the whole 95 % interval of the difference above zero, on any calibrated "
         "metric.",
     ]
 
@@ -262,12 +264,12 @@ def test_headline_says_when_no_model_wins():
 def test_headline_says_when_nothing_is_calibrated_or_no_model_was_scored():
     calibration = calibration_table(mse="inconclusive", nir="inconclusive")
     board = board_table([], a="model")
-    assert views.headline("demo", calibration, board, comparison_table()) == [
+    assert compose_headline("demo", calibration, board, comparison_table()) == [
         "None of the 2 metrics is calibrated on demo: 2 inconclusive (mse, nir).",
-        "Without a calibrated metric no model is ranked, and none can be said to beat the controls.",
+        "Without a calibrated metric no model is ranked or called better than a control.",
     ]
     board = board_table([], dataset_mean="negative_control")
-    assert "No model was scored" in views.headline("demo", calibration, board, comparison_table())[1]
+    assert "No model was scored" in compose_headline("demo", calibration, board, comparison_table())[1]
 
 
 # The tables beneath
@@ -288,7 +290,8 @@ def test_ratios_use_the_quoted_half_split_and_leave_undefined_conditions_out():
         columns=["model", "covariate", "condition", "half_seed", "metric", "value"],
     )
     quality = pd.DataFrame({"covariate": "x", "condition": ["A", "B", "C"], "n_degs": [0, 5, 100]})
-    ratios = views.wmse_ratios(scores, board_table(["mse"], m="model", dataset_mean="negative_control"), quality)
+    board = board_table(["mse"], m="model", dataset_mean="negative_control")
+    ratios = views.compute_wmse_ratios(scores, board, quality)
     assert ratios.to_dict("list") == {
         "model": ["m", "m"],
         "covariate": ["x", "x"],
@@ -297,7 +300,7 @@ def test_ratios_use_the_quoted_half_split_and_leave_undefined_conditions_out():
         "stratum": ["0", ">=100"],
         "ratio": [0.5, 1.5],
     }
-    both = views.extremes(ratios)
+    both = views.find_extremes(ratios)
     assert list(both["won"][0]["condition"]) == ["A"]
     assert list(both["lost"][0]["condition"]) == ["C"]
 
@@ -312,7 +315,7 @@ def test_quality_summary_leaves_control_out():
             "edistance_to_control": [1.0, 3.0, 0.0],
         }
     )
-    row = views.quality_summary(quality).iloc[0]
+    row = views.summarise_quality(quality).iloc[0]
     assert (row["conditions"], row["cells"], row["mean_cells"], row["mean_degs"]) == (2, 40, 20, 2)
     assert row["cv_cells"] == pytest.approx(np.std([10, 30], ddof=1) / 20)
     assert row["without_degs"] == 0.5
@@ -322,7 +325,7 @@ def test_quality_summary_leaves_control_out():
 def test_strata_stand_beside_the_whole():
     table = comparison_table(("a", "c", "mse", 0.1, 0.3, 0.1), ("a", "c", "mse", 1.0, 3.0, 0.1)).assign(n=[7, 3])
     table["stratum"] = ["all", "10-99"]
-    row = views.strata_columns(table).iloc[0]
+    row = views.pivot_strata(table).iloc[0]
     assert (row["mean_difference"], row["difference_10-99"], row["n_10-99"]) == (0.2, 2.0, 3)
     assert np.isnan(row["difference_0"])
 
@@ -332,21 +335,16 @@ def test_strata_stand_beside_the_whole():
     [(np.nan, 2, "–"), (-0.001, 2, "0.00"), (-1.5, 1, "−1.5"), (12345.6, 2, "12,346"), (0.0, 3, "0.000")],
 )
 def test_numbers(value, places, text):
-    assert views.number(value, places) == text
+    assert words.format_number(value, places) == text
 
 
 @pytest.mark.parametrize(
     ("value", "text"), [(0.0, "0 %"), (0.004, "< 1 %"), (0.996, "> 99 %"), (1.0, "100 %"), (0.18, "18 %")]
 )
 def test_shares_are_never_rounded_to_none_or_all(value, text):
-    assert views.share(value) == text
+    assert words.format_share(value) == text
 
 
 def test_decimals_give_three_digits():
-    assert [views.decimals(pd.Series(values, dtype=float)) for values in ([0.0123], [5.0], [0.5], [np.nan], [])] == [
-        4,
-        2,
-        3,
-        2,
-        2,
-    ]
+    columns = [[0.0123], [5.0], [0.5], [np.nan], []]
+    assert [words.choose_decimals(pd.Series(values, dtype=float)) for values in columns] == [4, 2, 3, 2, 2]

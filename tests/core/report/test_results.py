@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from hashlib import sha256
 from html import unescape
 from pathlib import Path
-from typing import Any
 
 import anndata as ad
 import pandas as pd
 import pytest
 
-from core.catalog.schema import DatasetSpec
 from core.reference.build import write_reference
 from core.reference.files import read_reference
 from core.reference.quality import write_quality
+from core.report.page import Dataset
 from core.report.results import DECLARED, write_results
-from core.scoring.calibration import calibrate
-from core.scoring.comparison import compare
-from core.scoring.leaderboard import leaderboard
+from core.scoring.calibration import build_calibration
+from core.scoring.comparison import compare_models
+from core.scoring.leaderboard import build_leaderboard
 from core.scoring.scores import write_control_scores, write_model_scores
 
+DATASET = Dataset("screen", "a small screen", "single", None, None)
 PROVENANCE = {"data set": "screen", "seed": "42"}
 
 
@@ -48,15 +47,15 @@ def parts(single_cells: ad.AnnData, tmp_path_factory: pytest.TempPathFactory) ->
     (fold / "unpredicted.json").write_text(json.dumps(lost.to_dict(orient="records")))
     write_model_scores([fold], "mine", 1, folders["reference"], 42, folders["model"])
     controls = pd.read_parquet(folders["controls"] / "scores.parquet")
-    calibrate(controls, 42).to_parquet(folders["calibration"] / "calibration.parquet", index=False)
+    build_calibration(controls, 42).to_parquet(folders["calibration"] / "calibration.parquet", index=False)
     write_quality(single_cells, reference.obs, folders["quality"])
     return folders
 
 
-def results(parts: dict[str, Path], scores: list[str], spec: DatasetSpec, folder: Path) -> Path:
+def results(parts: dict[str, Path], scores: list[str], folder: Path) -> Path:
     folder.mkdir()
     paths = [parts[name] for name in scores]
-    write_results(spec, spec.seed, paths, parts["calibration"], parts["quality"], PROVENANCE, folder)
+    write_results(DATASET, 42, paths, parts["calibration"], parts["quality"], PROVENANCE, folder)
     return folder
 
 
@@ -65,28 +64,28 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def test_the_tables_follow_from_the_parts(parts: dict[str, Path], entry: Callable[..., Any], tmp_path: Path) -> None:
-    folder = results(parts, ["controls", "model"], entry(), tmp_path / "results")
+def test_the_tables_follow_from_the_parts(parts: dict[str, Path], tmp_path: Path) -> None:
+    folder = results(parts, ["controls", "model"], tmp_path / "results")
     tables = {path.stem: pd.read_parquet(path) for path in folder.glob("*.parquet")}
     assert set(tables) == {"scores", "calibration", "leaderboard", "comparison", "quality", "unpredicted"}
     scores, calibration = tables["scores"], tables["calibration"]
     assert set(scores["half_seed"]) == {42, 43}
     assert "mine" in set(scores["model"])
-    pd.testing.assert_frame_equal(tables["leaderboard"], leaderboard(scores, calibration, 42))
+    pd.testing.assert_frame_equal(tables["leaderboard"], build_leaderboard(scores, calibration, 42))
     n_degs = tables["quality"].set_index(["covariate", "condition"])["n_degs"]
     first = scores[scores["half_seed"] == 42]
-    pd.testing.assert_frame_equal(tables["comparison"], compare(first, n_degs, 42))
+    pd.testing.assert_frame_equal(tables["comparison"], compare_models(first, n_degs, 42))
     assert list(tables["unpredicted"]["reason"]) == ["not measured"]
     report = unescape((folder / "report.html").read_text(encoding="utf-8"))
     assert "mine" in report
     assert all(sentence in report for sentence in DECLARED)
     assert list((folder / "figures").iterdir())
-    again = results(parts, ["controls", "model"], entry(), tmp_path / "again")
+    again = results(parts, ["controls", "model"], tmp_path / "again")
     assert digests(again) == digests(folder)
 
 
-def test_controls_alone_have_results_too(parts: dict[str, Path], entry: Callable[..., Any], tmp_path: Path) -> None:
-    folder = results(parts, ["controls"], entry(), tmp_path / "results")
+def test_controls_alone_have_results_too(parts: dict[str, Path], tmp_path: Path) -> None:
+    folder = results(parts, ["controls"], tmp_path / "results")
     assert pd.read_parquet(folder / "comparison.parquet").empty
     unpredicted = pd.read_parquet(folder / "unpredicted.parquet")
     assert unpredicted.empty
@@ -94,9 +93,7 @@ def test_controls_alone_have_results_too(parts: dict[str, Path], entry: Callable
     assert set(pd.read_parquet(folder / "leaderboard.parquet")["kind"]) >= {"positive control", "negative control"}
 
 
-def test_a_model_without_some_genes_or_without_any_prediction_is_named(
-    parts: dict[str, Path], entry: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_a_model_without_some_genes_or_without_any_prediction_is_named(parts: dict[str, Path], tmp_path: Path) -> None:
     reference, _ = read_reference(parts["reference"])
     obs = reference.obs[["covariate", "condition"]].astype(str)
     lacking, silent = tmp_path / "lacking", tmp_path / "silent"
@@ -110,7 +107,7 @@ def test_a_model_without_some_genes_or_without_any_prediction_is_named(
     for folder in (lacking, silent):
         write_model_scores([folder / "fold"], folder.name, 1, parts["reference"], 42, folder)
     everyone = parts | {"lacking": lacking, "silent": silent}
-    folder = results(everyone, ["controls", "lacking", "silent"], entry(), tmp_path / "results")
+    folder = results(everyone, ["controls", "lacking", "silent"], tmp_path / "results")
     report = unescape((folder / "report.html").read_text(encoding="utf-8"))
     assert f"lacking does not predict 1 of the genes ({reference.var_names[0]})" in report
     assert "silent predicted none of the conditions and has no score." in report

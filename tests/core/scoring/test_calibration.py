@@ -10,11 +10,11 @@ from core.rng import generator
 from core.scoring.calibration import (
     RESAMPLES,
     VARIANTS,
-    calibrate,
-    calibrated_metrics,
+    build_calibration,
+    decide_verdict,
     discrimination,
     dynamic_range_fraction,
-    verdict,
+    list_calibrated_metrics,
 )
 from core.scoring.metrics import BY_NAME
 
@@ -107,7 +107,7 @@ def test_discrimination_is_strict_and_a_tie_is_half() -> None:
     ],
 )
 def test_verdicts_at_their_boundaries(n: int, low: float, high: float, expected: str) -> None:
-    assert verdict(n, low, high) == expected
+    assert decide_verdict(n, low, high) == expected
 
 
 # The table
@@ -116,7 +116,7 @@ def test_verdicts_at_their_boundaries(n: int, low: float, high: float, expected:
 def test_every_row_equals_a_loop_over_its_conditions() -> None:
     scores = score_table()
     scores.loc[(scores["metric"] == "mse") & (scores["condition"] == "G05"), "value"] = NAN
-    table = calibrate(scores, seed=11).set_index(["metric", "variant"])
+    table = build_calibration(scores, seed=11).set_index(["metric", "variant"])
     assert list(table.index) == [
         (m, v.name) for m in ("mse", "pearson_deltactrl", "weighted_r2_deltapert") for v in VARIANTS
     ]
@@ -151,13 +151,13 @@ def test_every_row_equals_a_loop_over_its_conditions() -> None:
             resampled = [np.nanmean(np.array(values[42])[rng.integers(20, size=20)]) for _ in range(RESAMPLES)]
             assert row[f"{name}_low"] == pytest.approx(np.percentile(resampled, 2.5), abs=1e-12)
             assert row[f"{name}_high"] == pytest.approx(np.percentile(resampled, 97.5), abs=1e-12)
-        expected = verdict(usable, row["drf_low"], row["drf_high"]) if variant == "drf_interpolated" else None
+        expected = decide_verdict(usable, row["drf_low"], row["drf_high"]) if variant == "drf_interpolated" else None
         assert row["verdict"] == expected
     assert RESAMPLES >= 2000
 
 
 def test_the_interval_is_about_what_another_generator_gives() -> None:
-    row = calibrate(score_table(("mse",)), seed=1).iloc[0]
+    row = build_calibration(score_table(("mse",)), seed=1).iloc[0]
     scores = score_table(("mse",)).query("half_seed == 42").set_index(["model", "covariate", "condition"])["value"]
     positive, negative = (scores[name].to_numpy() for name in ("interpolated_duplicate", "dataset_mean"))
     drf = np.clip((negative - positive) / (negative + 1e-6), -1, 1)
@@ -169,31 +169,31 @@ def test_the_interval_is_about_what_another_generator_gives() -> None:
 
 def test_fewer_than_ten_usable_conditions_give_no_verdict() -> None:
     scores = score_table(("mse",), conditions=30)
-    worst = calibrate(scores, 0).iloc[0]
+    worst = build_calibration(scores, 0).iloc[0]
     assert worst["verdict"] == "calibrated"
     few = scores["value"].where(~((scores["model"] == "dataset_mean") & (scores["condition"] >= "G09")))
-    row = calibrate(scores.assign(value=few), 0).iloc[0]
+    row = build_calibration(scores.assign(value=few), 0).iloc[0]
     assert (row["n_conditions"], row["verdict"], row["nan_share"]) == (9, "none", 0.7)
     assert np.isfinite(row[["drf", "drf_low", "drf_high", "bds"]].to_numpy(float)).all()
     few = scores["value"].where(~((scores["model"] == "dataset_mean") & (scores["condition"] >= "G10")))
-    assert calibrate(scores.assign(value=few), 0).iloc[0]["verdict"] == "calibrated"
+    assert build_calibration(scores.assign(value=few), 0).iloc[0]["verdict"] == "calibrated"
 
 
 def test_a_metric_without_any_usable_condition_is_missing_throughout() -> None:
     scores = score_table(("pearson_deltactrl", "mse"))
     constant = (scores["metric"] == "pearson_deltactrl") & (scores["model"] == "control_mean")
-    table = calibrate(scores.assign(value=scores["value"].mask(constant)), 0).set_index(["metric", "variant"])
+    table = build_calibration(scores.assign(value=scores["value"].mask(constant)), 0).set_index(["metric", "variant"])
     row = table.loc[("pearson_deltactrl", "drf_ctrl")]
     numbers = [c for c in table.columns if c.startswith(("drf", "bds")) or c.endswith("_value")]
     assert row[numbers].isna().all()
     assert (row["n_conditions"], row["nan_share"], row["verdict"]) == (0, 1.0, None)
     assert np.isfinite(table.loc[("pearson_deltactrl", "drf_mean"), "drf"])
-    everything = calibrate(scores.assign(value=NAN), 0)
+    everything = build_calibration(scores.assign(value=NAN), 0)
     assert (everything.loc[everything["variant"] == "drf_interpolated", "verdict"] == "none").all()
 
 
 def test_one_half_split_has_no_spread() -> None:
-    table = calibrate(score_table(half_seeds=(42,)), 0)
+    table = build_calibration(score_table(half_seeds=(42,)), 0)
     assert table[["drf_half_sd", "bds_half_sd"]].isna().all(axis=None)
     assert table["drf"].notna().all()
 
@@ -202,29 +202,33 @@ def test_the_quoted_split_is_the_lowest_seed() -> None:
     scores = score_table(half_seeds=(42, 43, 44))
     later = scores[scores["half_seed"] != 42]
     columns = ["drf", "drf_low", "drf_high", "bds", "n_conditions"]
-    pd.testing.assert_frame_equal(calibrate(later, 0)[columns], calibrate(later[later["half_seed"] == 43], 0)[columns])
+    pd.testing.assert_frame_equal(
+        build_calibration(later, 0)[columns], build_calibration(later[later["half_seed"] == 43], 0)[columns]
+    )
 
 
 def test_the_order_of_the_score_table_does_not_matter() -> None:
     scores = score_table()
-    plain = calibrate(scores, 3)
+    plain = build_calibration(scores, 3)
     shuffled = scores.sample(frac=1, random_state=0)
-    pd.testing.assert_frame_equal(calibrate(shuffled, 3), plain, check_exact=True)
+    pd.testing.assert_frame_equal(build_calibration(shuffled, 3), plain, check_exact=True)
     as_categories = shuffled.astype(dict.fromkeys(["model", "covariate", "condition", "metric"], "category"))
-    pd.testing.assert_frame_equal(calibrate(as_categories, 3), plain, check_exact=True)
-    of_one = calibrate(scores[scores["metric"] == "mse"], 3)
+    pd.testing.assert_frame_equal(build_calibration(as_categories, 3), plain, check_exact=True)
+    of_one = build_calibration(scores[scores["metric"] == "mse"], 3)
     pd.testing.assert_frame_equal(of_one, plain.iloc[:3], check_exact=True)
 
 
 def test_models_in_the_table_change_nothing() -> None:
     scores = score_table()
     model = scores[scores["model"] == "dataset_mean"].assign(model="mine", value=7.0)
-    pd.testing.assert_frame_equal(calibrate(pd.concat([model, scores]), 3), calibrate(scores, 3), check_exact=True)
+    pd.testing.assert_frame_equal(
+        build_calibration(pd.concat([model, scores]), 3), build_calibration(scores, 3), check_exact=True
+    )
 
 
 def test_calibrated_metrics_are_those_with_the_verdict() -> None:
-    table = calibrate(score_table(conditions=30), 0)
-    assert calibrated_metrics(table) == ["mse", "pearson_deltactrl", "weighted_r2_deltapert"]
+    table = build_calibration(score_table(conditions=30), 0)
+    assert list_calibrated_metrics(table) == ["mse", "pearson_deltactrl", "weighted_r2_deltapert"]
     bad = score_table(("mse",), conditions=30)
     swapped = {"interpolated_duplicate": "dataset_mean", "dataset_mean": "interpolated_duplicate"}
-    assert calibrated_metrics(calibrate(bad.assign(model=bad["model"].replace(swapped)), 0)) == []
+    assert list_calibrated_metrics(build_calibration(bad.assign(model=bad["model"].replace(swapped)), 0)) == []

@@ -10,7 +10,14 @@ from statsmodels.stats.multitest import multipletests
 
 from core.rng import generator
 from core.scoring import comparison as module
-from core.scoring.comparison import RESAMPLES, bonferroni, compare, detectable_effect, holm, signed_rank_p
+from core.scoring.comparison import (
+    RESAMPLES,
+    compare_models,
+    compute_signed_rank_p,
+    correct_bonferroni,
+    correct_holm,
+    find_detectable_effect,
+)
 
 METRICS = ("mse", "nir")
 CONDITIONS = [(line, f"G{number:02d}") for line in ("line_1", "line_2") for number in range(20)]
@@ -45,7 +52,7 @@ def quick(scores: pd.DataFrame, n_degs: pd.Series, seed: int) -> pd.DataFrame:
     """compare with fewer resamples, for what does not hang on the intervals."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "RESAMPLES", 200)
-        return compare(scores, n_degs, seed)
+        return compare_models(scores, n_degs, seed)
 
 
 def differences(scores: pd.DataFrame, model: str, control: str, metric: str) -> pd.Series:
@@ -107,7 +114,7 @@ def test_positive_is_better_and_the_test_is_one_sided(comparison: pd.DataFrame) 
 
 def test_intervals_are_those_of_a_loop_over_resamples(scores: pd.DataFrame) -> None:
     full = score_table()
-    row = compare(full, N_DEGS, 5).query("model == 'good' and control == 'additive' and metric == 'mse'")
+    row = compare_models(full, N_DEGS, 5).query("model == 'good' and control == 'additive' and metric == 'mse'")
     difference = differences(full, "good", "additive", "mse").sort_index().to_numpy()
     rng = generator(5, "comparison")
     means = [difference[rng.integers(40, size=40)].mean() for _ in range(RESAMPLES)]
@@ -115,7 +122,7 @@ def test_intervals_are_those_of_a_loop_over_resamples(scores: pd.DataFrame) -> N
     np.testing.assert_allclose([found["low"], found["high"]], np.percentile(means, [2.5, 97.5]), rtol=0, atol=1e-12)
     assert RESAMPLES >= 10_000
     # Another generator and only the pairs that are there give nearly the same.
-    part = compare(scores, N_DEGS, 5).query("model == 'bad' and control == 'additive' and metric == 'nir'")
+    part = compare_models(scores, N_DEGS, 5).query("model == 'bad' and control == 'additive' and metric == 'nir'")
     found = part[part["stratum"] == "all"].iloc[0]
     difference = differences(scores, "bad", "additive", "nir").to_numpy()
     other = np.random.default_rng(1)
@@ -129,17 +136,17 @@ def test_corrections_run_over_models_and_metrics_of_a_control_and_stratum(compar
         assert len(rows) == 4
         for test in ("t", "wilcoxon"):
             p = rows[f"{test}_p"].to_numpy()
-            np.testing.assert_allclose(rows[f"{test}_holm"], holm(p), rtol=1e-12)
-            np.testing.assert_allclose(rows[f"{test}_bonferroni"], bonferroni(p), rtol=1e-12)
+            np.testing.assert_allclose(rows[f"{test}_holm"], correct_holm(p), rtol=1e-12)
+            np.testing.assert_allclose(rows[f"{test}_bonferroni"], correct_bonferroni(p), rtol=1e-12)
             if stratum == "all":
-                np.testing.assert_allclose(holm(p), multipletests(p, method="holm")[1], rtol=1e-12)
+                np.testing.assert_allclose(correct_holm(p), multipletests(p, method="holm")[1], rtol=1e-12)
 
 
 def test_corrections_by_hand_and_without_missing_values() -> None:
     p = np.array([0.01, np.nan, 0.04, 0.03, np.nan])
-    np.testing.assert_allclose(holm(p), [0.03, np.nan, 0.06, 0.06, np.nan])
-    np.testing.assert_allclose(bonferroni(p), [0.03, np.nan, 0.12, 0.09, np.nan])
-    for correct in (holm, bonferroni):
+    np.testing.assert_allclose(correct_holm(p), [0.03, np.nan, 0.06, 0.06, np.nan])
+    np.testing.assert_allclose(correct_bonferroni(p), [0.03, np.nan, 0.12, 0.09, np.nan])
+    for correct in (correct_holm, correct_bonferroni):
         assert np.isnan(correct(np.full(3, np.nan))).all()
         assert correct(np.array([])).shape == (0,)
 
@@ -148,8 +155,8 @@ def test_corrections_equal_statsmodels() -> None:
     rng = np.random.default_rng(0)
     for n in (1, 2, 5, 12, 40):
         p = np.round(rng.random(n) ** 3, 2)  # rounded: with ties, and some 0
-        np.testing.assert_allclose(holm(p), multipletests(p, method="holm")[1], rtol=1e-12)
-        np.testing.assert_allclose(bonferroni(p), multipletests(p, method="bonferroni")[1], rtol=1e-12)
+        np.testing.assert_allclose(correct_holm(p), multipletests(p, method="holm")[1], rtol=1e-12)
+        np.testing.assert_allclose(correct_bonferroni(p), multipletests(p, method="bonferroni")[1], rtol=1e-12)
 
 
 def test_covariates_are_conditions_of_their_own() -> None:
@@ -221,7 +228,7 @@ def test_the_signed_rank_p_counts_all_sign_flips() -> None:
     ranks = stats.rankdata(np.abs(d))
     flips = (np.arange(2**10)[:, None] >> np.arange(10)) & 1
     expected = np.mean(flips @ ranks >= ranks[d > 0].sum())
-    assert signed_rank_p(d) == pytest.approx(expected, rel=1e-9)
+    assert compute_signed_rank_p(d) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("n", [12, 30, 400])
@@ -232,7 +239,7 @@ def test_the_signed_rank_p_of_ties_and_zeros_is_the_normal_approximation(n: int)
     ranks = stats.rankdata(np.abs(kept))
     # Mean and variance of the sum of positive ranks when every sign is a toss of a coin.
     z = (ranks[kept > 0].sum() - ranks.sum() / 2) / np.sqrt((ranks**2).sum() / 4)
-    assert signed_rank_p(d) == pytest.approx(stats.norm.sf(z), rel=1e-9)
+    assert compute_signed_rank_p(d) == pytest.approx(stats.norm.sf(z), rel=1e-9)
 
 
 # Detectable difference
@@ -243,13 +250,13 @@ def test_a_table_tells_the_difference_that_its_own_tests_can_find(
 ) -> None:
     for row in comparison[comparison["stratum"] == "all"].itertuples():
         d = differences(scores, row.model, row.control, row.metric).to_numpy()
-        assert row.detectable_difference == pytest.approx(detectable_effect(len(d), 4) * d.std(ddof=1))
+        assert row.detectable_difference == pytest.approx(find_detectable_effect(len(d), 4) * d.std(ddof=1))
 
 
 @pytest.mark.parametrize(("n", "tests"), [(2, 1), (5, 17), (12, 85), (40, 4), (2500, 340)])
 def test_the_detectable_effect_solves_the_power_equation(n: int, tests: int) -> None:
     critical = stats.t.isf(0.05 / tests, n - 1)
-    power = stats.nct.sf(critical, n - 1, detectable_effect(n, tests) * np.sqrt(n))
+    power = stats.nct.sf(critical, n - 1, find_detectable_effect(n, tests) * np.sqrt(n))
     assert power == pytest.approx(0.8, abs=1e-3)
 
 
@@ -258,7 +265,7 @@ def test_the_detectable_effect_is_found_in_four_of_five_experiments(n: int, test
     experiments = 4000
     draws = np.random.default_rng(n * tests).standard_normal((experiments, n))
     for sd in (1.0, 0.03):
-        samples = sd * (draws + detectable_effect(n, tests))
+        samples = sd * (draws + find_detectable_effect(n, tests))
         p = stats.ttest_1samp(samples, 0.0, axis=1, alternative="greater").pvalue
         found = int((p < 0.05 / tests).sum())
         assert stats.binomtest(found, experiments, 0.8).pvalue > 1e-3
@@ -266,7 +273,9 @@ def test_the_detectable_effect_is_found_in_four_of_five_experiments(n: int, test
 
 def test_an_interval_needs_five_pairs() -> None:
     rng = np.random.default_rng(0)
-    table = module._tests(np.column_stack([rng.normal(1, 0.1, 6), [*rng.normal(1, 0.1, 4), np.nan, np.nan]]), 1)
+    table = module._test_differences(
+        np.column_stack([rng.normal(1, 0.1, 6), [*rng.normal(1, 0.1, 4), np.nan, np.nan]]), 1
+    )
     assert list(table["n"]) == [6, 4]
     assert table["low"].notna().tolist() == table["high"].notna().tolist() == [True, False]
     assert table["t_p"].notna().all()

@@ -20,9 +20,9 @@ from core.reference.controls import CONTROLS
 from core.scoring import evaluation as module
 from core.scoring.evaluation import (
     Evaluation,
-    control_scores,
-    evaluated_set,
-    score,
+    score_controls,
+    score_profiles,
+    select_evaluated,
 )
 from core.scoring.metrics import METRICS
 from tests.helpers import by_definition
@@ -59,7 +59,7 @@ def test_all_metrics_by_definition(conditions: int, covariates: tuple[str, ...])
     profiles = predicted(evaluation)
     profiles[3] = evaluation.dataset_mean[3]
     profiles[4] = evaluation.control_mean[4]
-    found = score(profiles, evaluation.keys, evaluation)
+    found = score_profiles(profiles, evaluation.keys, evaluation)
     assert list(found.columns) == ["covariate", "condition", "fold", "metric", "value"]
     assert set(found["metric"]) == {metric.name for metric in METRICS}
     assert_same(found, by_definition.scores(profiles, evaluation.keys, evaluation))
@@ -69,7 +69,7 @@ def test_values_that_are_not_defined_are_missing_and_never_zero() -> None:
     evaluation = by_definition.evaluation()
     profiles = predicted(evaluation)
     profiles[3], profiles[4] = evaluation.dataset_mean[3], evaluation.control_mean[4]
-    wide = values(score(profiles, evaluation.keys, evaluation)).unstack("metric").droplevel("covariate")
+    wide = values(score_profiles(profiles, evaluation.keys, evaluation)).unstack("metric").droplevel("covariate")
     missing = wide.isna().loc[evaluation.keys["condition"]]
     over_degs = [name for name in missing.columns if name.endswith("_degs")]
     weighted = [name for name in missing.columns if name.startswith("weighted") or name == "wmse"]
@@ -89,14 +89,14 @@ def test_values_that_are_not_defined_are_missing_and_never_zero() -> None:
 def test_equal_t_statistics_give_no_weights() -> None:
     evaluation = by_definition.evaluation()
     evaluation.t[6] = -1.5
-    found = values(score(predicted(evaluation), evaluation.keys, evaluation)).unstack("metric").iloc[6]
+    found = values(score_profiles(predicted(evaluation), evaluation.keys, evaluation)).unstack("metric").iloc[6]
     assert found[["wmse", "weighted_r2_deltactrl", "weighted_r2_deltapert", "weighted_pearson_deltapert"]].isna().all()
     assert found[["mse", "pearson_deltactrl", "nir", "pds"]].notna().all()
 
 
 def test_perfect_predictions_are_perfect() -> None:
     evaluation = by_definition.evaluation(2, 40)
-    found = score(evaluation.truth, evaluation.keys, evaluation).groupby("metric")["value"]
+    found = score_profiles(evaluation.truth, evaluation.keys, evaluation).groupby("metric")["value"]
     for metric in METRICS:
         assert found.min()[metric.name] == pytest.approx(metric.perfect, abs=1e-12)
         assert found.max()[metric.name] == pytest.approx(metric.perfect, abs=1e-12)
@@ -106,24 +106,24 @@ def test_rankings_take_the_candidates_of_all_folds_of_the_own_covariate_only() -
     evaluation = by_definition.evaluation(3, 9, 40, ("line_1", "line_2"))
     assert evaluation.keys["test_fold"].nunique() == 2
     profiles = predicted(evaluation)
-    in_both = values(score(profiles, evaluation.keys, evaluation))
+    in_both = values(score_profiles(profiles, evaluation.keys, evaluation))
     # The other covariate's truths say nothing, the other fold's do.
     elsewhere = evaluation._replace(
         truth=evaluation.truth + 5.0 * (evaluation.keys["covariate"] == "line_2").to_numpy()[:, None]
     )
-    moved = values(score(profiles, evaluation.keys, elsewhere))
+    moved = values(score_profiles(profiles, evaluation.keys, elsewhere))
     pd.testing.assert_series_equal(in_both["line_1"], moved["line_1"])
     first = np.flatnonzero(evaluation.keys["test_fold"] == 0)
-    of_fold = values(score(profiles[first], evaluation.keys.iloc[first], evaluation))
+    of_fold = values(score_profiles(profiles[first], evaluation.keys.iloc[first], evaluation))
     pd.testing.assert_series_equal(of_fold, in_both[in_both.index.isin(of_fold.index)])
     alone = subset(evaluation, first)
-    assert not values(score(profiles[first], alone.keys, alone)).equals(of_fold)
+    assert not values(score_profiles(profiles[first], alone.keys, alone)).equals(of_fold)
 
 
 def test_a_lone_candidate_has_no_rank() -> None:
     evaluation = by_definition.evaluation(0, 5)
     one = subset(evaluation, [3])
-    found = values(score(predicted(one), one.keys, one)).droplevel(["covariate", "condition"])
+    found = values(score_profiles(predicted(one), one.keys, one)).droplevel(["covariate", "condition"])
     assert found[["nir", "pds"]].isna().all()
     assert np.isfinite(found["mse"])
 
@@ -136,10 +136,10 @@ def test_a_lone_candidate_has_no_rank() -> None:
 def test_the_order_of_genes_conditions_and_predictions_does_not_matter(random) -> None:
     evaluation = by_definition.evaluation(4, 10, 30, ("line_1", "line_2"))
     profiles = predicted(evaluation)
-    plain = values(score(profiles, evaluation.keys, evaluation))
+    plain = values(score_profiles(profiles, evaluation.keys, evaluation))
     genes, rows = random.sample(range(30), 30), random.sample(range(20), 20)
     moved = Evaluation(evaluation.keys, evaluation.genes[genes], *(a[:, genes] for a in evaluation[2:]))
-    again = values(score(profiles[rows][:, genes], evaluation.keys.iloc[rows], moved))
+    again = values(score_profiles(profiles[rows][:, genes], evaluation.keys.iloc[rows], moved))
     pd.testing.assert_series_equal(again, plain, rtol=0, atol=1e-12)
 
 
@@ -151,9 +151,9 @@ def test_the_score_of_a_condition_does_not_hang_on_other_predictions(row: int, s
     other = np.random.default_rng(seed).gamma(1.0, 1.0, profiles.shape)
     other[row] = profiles[row]
     condition = ("all", evaluation.keys["condition"][row])
-    plain = values(score(profiles, evaluation.keys, evaluation))[condition]
-    pd.testing.assert_series_equal(values(score(other, evaluation.keys, evaluation))[condition], plain)
-    alone = values(score(profiles[[row]], evaluation.keys.iloc[[row]], evaluation))[condition]
+    plain = values(score_profiles(profiles, evaluation.keys, evaluation))[condition]
+    pd.testing.assert_series_equal(values(score_profiles(other, evaluation.keys, evaluation))[condition], plain)
+    alone = values(score_profiles(profiles[[row]], evaluation.keys.iloc[[row]], evaluation))[condition]
     pd.testing.assert_series_equal(alone, plain)
 
 
@@ -161,28 +161,29 @@ def test_the_score_of_a_condition_does_not_hang_on_other_predictions(row: int, s
 def test_blocks_and_threads_change_no_bit(conditions: int, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluation = by_definition.evaluation(6, conditions, 2 * conditions)
     profiles = predicted(evaluation)
-    plain = score(profiles, evaluation.keys, evaluation)
+    plain = score_profiles(profiles, evaluation.keys, evaluation)
     assert plain["value"].notna().mean() > 0.9
     for block, workers in ((1, 1), (7, 3), (conditions, 1), (1000, 16)):
         monkeypatch.setattr(module, "BLOCK", block)
         monkeypatch.setattr("core.arrays.cpu_count", partial(int, workers))
-        pd.testing.assert_frame_equal(score(profiles, evaluation.keys, evaluation), plain, check_exact=True)
+        pd.testing.assert_frame_equal(score_profiles(profiles, evaluation.keys, evaluation), plain, check_exact=True)
 
 
 def test_blocks_are_by_definition_too() -> None:
     evaluation = by_definition.evaluation(7, 70, 150)
     profiles = predicted(evaluation)
     assert_same(
-        score(profiles, evaluation.keys, evaluation), by_definition.scores(profiles, evaluation.keys, evaluation)
+        score_profiles(profiles, evaluation.keys, evaluation),
+        by_definition.scores(profiles, evaluation.keys, evaluation),
     )
 
 
 def test_absent_predictions_have_no_score_and_the_rest_is_as_before() -> None:
     evaluation = by_definition.evaluation()
     profiles = predicted(evaluation)
-    plain = values(score(profiles, evaluation.keys, evaluation))
+    plain = values(score_profiles(profiles, evaluation.keys, evaluation))
     profiles[[2, 7]] = np.nan
-    found = values(score(profiles, evaluation.keys, evaluation))
+    found = values(score_profiles(profiles, evaluation.keys, evaluation))
     absent = evaluation.keys["condition"][[2, 7]]
     assert not found.index.get_level_values("condition").isin(absent).any()
     pd.testing.assert_series_equal(found, plain.drop(index=list(absent), level="condition"))
@@ -193,9 +194,9 @@ def test_predictions_in_part_or_of_unknown_conditions_are_refused() -> None:
     profiles = predicted(evaluation)
     profiles[5, 3] = np.nan
     with pytest.raises(UserError, match="NaN in part"):
-        score(profiles, evaluation.keys, evaluation)
-    with pytest.raises(UserError, match="'MADE_UP' is no test condition"):
-        score(predicted(evaluation), evaluation.keys.assign(condition="MADE_UP"), evaluation)
+        score_profiles(profiles, evaluation.keys, evaluation)
+    with pytest.raises(UserError, match="'MADE_UP' is not a test condition"):
+        score_profiles(predicted(evaluation), evaluation.keys.assign(condition="MADE_UP"), evaluation)
 
 
 def test_fewer_genes_are_those_columns_alone() -> None:
@@ -204,7 +205,7 @@ def test_fewer_genes_are_those_columns_alone() -> None:
     part = evaluation.with_genes(kept)
     profiles = predicted(evaluation)[:, kept]
     assert list(part.genes) == list(evaluation.genes[kept])
-    assert_same(score(profiles, part.keys, part), by_definition.scores(profiles, part.keys, part))
+    assert_same(score_profiles(profiles, part.keys, part), by_definition.scores(profiles, part.keys, part))
 
 
 # From a reference
@@ -213,7 +214,7 @@ def test_fewer_genes_are_those_columns_alone() -> None:
 def test_the_evaluated_set_is_all_test_conditions_with_their_own_centres(sums: Sums, screen: ad.AnnData) -> None:
     negatives = build_negatives(sums(screen))
     reference = build_reference(sums(screen), negatives, 42)
-    evaluation = evaluated_set(reference, negatives)
+    evaluation = select_evaluated(reference, negatives)
     obs = screen.obs
     folds = [column for column in obs.columns if column.startswith("fold_")]
     is_test = (obs[folds] == "test").any(axis=1) & (obs["condition"] != "control")
@@ -236,8 +237,8 @@ def test_the_evaluated_set_is_all_test_conditions_with_their_own_centres(sums: S
 def test_control_scores_are_those_of_the_reference_profiles(sums: Sums, pairs_cells: ad.AnnData) -> None:
     negatives = build_negatives(sums(pairs_cells))
     reference = build_reference(sums(pairs_cells), negatives, 42)
-    evaluation = evaluated_set(reference, negatives)
-    found = control_scores(reference, negatives)
+    evaluation = select_evaluated(reference, negatives)
+    found = score_controls(reference, negatives)
     assert list(found["model"].unique()) == [c.name for c in CONTROLS if c.name != "linear"]  # no combination in linear
     test = reference[reference.obs["test_fold"] >= 0]
     negative = {"dataset_mean": evaluation.dataset_mean, "control_mean": evaluation.control_mean}
@@ -252,9 +253,9 @@ def test_another_half_split_brings_its_own_truth_and_duplicates(sums: Sums, sing
     negatives = build_negatives(sums(single_cells))
     reference = build_reference(sums(single_cells), negatives, 42)
     split = build_half_split(sums(single_cells, {43: draw_halves(single_cells.obs, 43)}), 43, negatives)
-    found = control_scores(reference, negatives, split)
-    evaluation = evaluated_set(split, negatives)
-    assert np.abs(evaluation.truth - evaluated_set(reference, negatives).truth).max() > 0.1
+    found = score_controls(reference, negatives, split)
+    evaluation = select_evaluated(split, negatives)
+    assert np.abs(evaluation.truth - select_evaluated(reference, negatives).truth).max() > 0.1
     for model, layers in (("technical_duplicate", split.layers), ("sparse_mean", reference.layers)):
         expected = by_definition.scores(layers[model], evaluation.keys, evaluation)
         assert_same(found[found["model"] == model], expected)

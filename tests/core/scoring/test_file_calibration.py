@@ -18,9 +18,9 @@ from core.errors import UserError
 from core.prepare.splits import draw_folds, draw_halves
 from core.reference.build import build_half_split, build_negatives, build_reference
 from core.reference.cell_sums import CellSums
-from core.scoring.calibration import calibrate
-from core.scoring.evaluation import control_scores, evaluated_set
-from core.scoring.file_calibration import FileOptions, any_cells, calibrate_file
+from core.scoring.calibration import build_calibration
+from core.scoring.evaluation import score_controls, select_evaluated
+from core.scoring.file_calibration import FileOptions, arrange_cells, calibrate_file
 from tests.helpers import by_definition
 from tests.helpers.mirror_files import mirror_of
 
@@ -68,13 +68,13 @@ def test_our_cells_are_taken_with_their_halves_and_folds(sums: Sums, screen: ad.
     scores, calibration = calibrate_file(written(screen), FileOptions(half_seeds=3))
     negatives = build_negatives(sums(screen))
     reference = build_reference(sums(screen), negatives, 42)
-    own = control_scores(reference, negatives)
+    own = score_controls(reference, negatives)
     pd.testing.assert_frame_equal(scores, own)
     tables = [own.assign(half_seed=42)]
     for seed in (43, 44):
         halves = build_half_split(sums(screen, {seed: draw_halves(screen.obs, seed)}), seed, negatives)
-        tables.append(control_scores(reference, negatives, halves).assign(half_seed=seed))
-    pd.testing.assert_frame_equal(calibration, calibrate(pd.concat(tables), 42))
+        tables.append(score_controls(reference, negatives, halves).assign(half_seed=seed))
+    pd.testing.assert_frame_equal(calibration, build_calibration(pd.concat(tables), 42))
 
 
 def test_our_cells_may_be_dense(single_cells: ad.AnnData, written: Written) -> None:
@@ -109,14 +109,14 @@ def test_a_mirror_without_its_tables_can_be_recomputed(
         calibrate_file(path, FileOptions(half_seeds=1))
     scores, _ = calibrate_file(path, FileOptions(half_seeds=1), recompute=True)
     negatives = build_negatives(sums(pairs_cells))
-    expected = control_scores(build_reference(sums(pairs_cells), negatives, 42), negatives)
+    expected = score_controls(build_reference(sums(pairs_cells), negatives, 42), negatives)
     pd.testing.assert_frame_equal(scores, expected)
 
 
 def test_any_file_is_scored_by_definition_on_drawn_halves_and_folds(
     sums: Sums, plain: ad.AnnData, written: Written
 ) -> None:
-    cells = any_cells(plain, LABEL, "file")
+    cells = arrange_cells(plain, LABEL, "file")
     assert list(cells.obs_names) == list(cells.obs.sort_values("condition", kind="stable").index)
     assert list(cells.var_names) == sorted(plain.var_names)
     pd.testing.assert_series_equal(cells.obs["half"], draw_halves(cells.obs, 42))
@@ -127,7 +127,7 @@ def test_any_file_is_scored_by_definition_on_drawn_halves_and_folds(
     scores, calibration = calibrate_file(written(plain), LABEL)
     negatives = build_negatives(sums(cells))
     reference = build_reference(sums(cells), negatives, 42)
-    evaluation = evaluated_set(reference, negatives)
+    evaluation = select_evaluated(reference, negatives)
     for model in ("technical_duplicate", "interpolated_duplicate", "sparse_mean"):
         found = scores[scores["model"] == model].set_index(["covariate", "condition", "metric"])["value"].sort_index()
         expected = by_definition.scores(reference.layers[model], evaluation.keys, evaluation).sort_index()
@@ -182,7 +182,7 @@ def test_options_name_column_control_covariate_and_seed(lines_cells: ad.AnnData,
     )
     data = ad.AnnData(lines_cells.X, obs=obs, var=lines_cells.var)
     options = FileOptions("label", "non-targeting", "line", seed=7, half_seeds=1)
-    cells = any_cells(data, options, "file")
+    cells = arrange_cells(data, options, "file")
     assert set(cells.obs["covariate"]) == {"line_1", "line_2"}
     assert (cells.obs["condition"] == "control").sum() == (obs["label"] == "non-targeting").sum()
     scores, _ = calibrate_file(written(data), options)
@@ -197,7 +197,7 @@ def test_combinations_are_known_by_their_labels(pairs_cells: ad.AnnData) -> None
     obs = pd.DataFrame({"condition": pairs_cells.obs["condition"].astype(str)})
     swapped = obs["condition"].map(lambda label: "+".join(reversed(label.split("+"))))
     data = ad.AnnData(pairs_cells.X, obs=obs.assign(condition=swapped), var=pairs_cells.var)
-    cells = any_cells(data, FileOptions(), "file")
+    cells = arrange_cells(data, FileOptions(), "file")
     assert set(cells.obs["condition"]) == set(obs["condition"])
     assert [column for column in cells.obs if column.startswith("fold_")] == ["fold_0", "fold_1"]
     singles = cells.obs[~cells.obs["condition"].str.contains("+", regex=False) & (cells.obs["condition"] != "control")]
@@ -210,7 +210,7 @@ def test_cells_without_a_label_and_tiny_conditions_are_left_out(plain: ad.AnnDat
     tiny = labels[labels == condition].index[3:]
     labels[tiny] = None
     plain.obs["label"] = labels
-    cells = any_cells(plain, LABEL, "file")
+    cells = arrange_cells(plain, LABEL, "file")
     assert not set(tiny) & set(cells.obs_names)
     assert condition not in set(cells.obs["condition"])
     assert cells.obs["condition"].nunique() == plain.obs["label"].nunique() - 1

@@ -8,7 +8,7 @@ import pytest
 
 from core.rng import generator
 from core.scoring.calibration import RESAMPLES, VARIANTS
-from core.scoring.leaderboard import leaderboard
+from core.scoring.leaderboard import build_leaderboard
 
 METRICS = ("mse", "nir", "weighted_r2_deltapert")
 CONTROLS = ("technical_duplicate", "interpolated_duplicate", "dataset_mean", "control_mean", "sparse_mean")
@@ -59,7 +59,7 @@ EVERYWHERE = list(range(20))
 
 
 def test_every_model_and_control_has_one_row_per_metric() -> None:
-    board = leaderboard(score_table({"mine": EVERYWHERE, "additive": EVERYWHERE}), verdicts(), 1)
+    board = build_leaderboard(score_table({"mine": EVERYWHERE, "additive": EVERYWHERE}), verdicts(), 1)
     assert len(board) == 3 * 7
     assert not board.duplicated(["model", "metric"]).any()
     kinds = board.drop_duplicates("model").set_index("model")["kind"].to_dict()
@@ -76,7 +76,7 @@ def test_every_model_and_control_has_one_row_per_metric() -> None:
 
 @pytest.mark.parametrize(("covered", "in_panel"), [(20, True), (16, True), (15, False), (1, False)])
 def test_a_model_of_less_than_four_fifths_is_not_in_the_panel(covered: int, in_panel: bool) -> None:
-    board = leaderboard(score_table({"mine": list(range(covered)), "other": EVERYWHERE}), verdicts(), 1)
+    board = build_leaderboard(score_table({"mine": list(range(covered)), "other": EVERYWHERE}), verdicts(), 1)
     row = of(board, "mine", "mse")
     assert row["coverage"] == covered / 20
     assert row["in_panel"] == in_panel
@@ -89,7 +89,7 @@ def test_a_model_of_less_than_four_fifths_is_not_in_the_panel(covered: int, in_p
 
 def test_means_and_medians_are_over_the_conditions_that_the_panel_shares() -> None:
     scores = score_table({"one": EVERYWHERE[2:], "two": EVERYWHERE[:-2], "few": [3, 0, 19]})
-    board = leaderboard(scores, verdicts(), 1)
+    board = build_leaderboard(scores, verdicts(), 1)
     for metric in METRICS:
         values = wide(scores, metric)
         shared = [CONDITIONS[position] for position in range(2, 18)]
@@ -104,7 +104,7 @@ def test_means_and_medians_are_over_the_conditions_that_the_panel_shares() -> No
 
 def test_ranks_follow_the_metric_direction_among_models_and_baselines() -> None:
     scores = score_table({"one": EVERYWHERE, "two": EVERYWHERE, "three": EVERYWHERE, "linear": EVERYWHERE, "few": [1]})
-    board = leaderboard(scores, verdicts(), 1)
+    board = build_leaderboard(scores, verdicts(), 1)
     ranked = board.dropna(subset=["rank"])
     assert set(ranked["model"]) == {"one", "two", "three", "linear"}
     for metric in METRICS:
@@ -116,7 +116,7 @@ def test_ranks_follow_the_metric_direction_among_models_and_baselines() -> None:
 
 def test_models_are_ranked_only_where_the_metric_is_calibrated() -> None:
     scores = score_table({"one": EVERYWHERE, "two": EVERYWHERE})
-    board = leaderboard(scores, verdicts(mse="inconclusive", nir="none"), 1)
+    board = build_leaderboard(scores, verdicts(mse="inconclusive", nir="none"), 1)
     marked = board.groupby("metric")["calibrated"].agg(["all", "any"])
     assert marked.loc["weighted_r2_deltapert"].all()
     assert not marked.loc[["mse", "nir"]].any(axis=None)
@@ -124,7 +124,7 @@ def test_models_are_ranked_only_where_the_metric_is_calibrated() -> None:
     assert by_metric.count().to_dict() == {"mse": 0, "nir": 0, "weighted_r2_deltapert": 2}
     assert board["mean"].notna().all()
     miscalibrated = verdicts(mse="miscalibrated", nir="miscalibrated", weighted_r2_deltapert="inconclusive")
-    none = leaderboard(scores, miscalibrated, 1)
+    none = build_leaderboard(scores, miscalibrated, 1)
     assert none["rank"].isna().all()
 
 
@@ -132,7 +132,7 @@ def test_equal_means_share_a_rank() -> None:
     scores = score_table({"one": EVERYWHERE, "two": EVERYWHERE, "three": EVERYWHERE})
     scores.loc[scores["model"] == "two", "value"] = scores.loc[scores["model"] == "one", "value"].to_numpy()
     scores.loc[scores["model"] == "three", "value"] = 9.0
-    board = leaderboard(scores, verdicts(), 1)
+    board = build_leaderboard(scores, verdicts(), 1)
     ranks = [of(board, model, "mse")["rank"] for model in ("one", "two", "three")]
     assert ranks == [1, 1, 3]
 
@@ -148,7 +148,7 @@ def test_headroom_is_one_for_the_positive_and_zero_for_the_negative_control_and_
         for model, share in (("better", 1.5), ("worse", -0.25)):
             at = (scores["metric"] == metric) & (scores["model"] == model) & (scores["half_seed"] == 42)
             scores.loc[at, "value"] = (values[NEGATIVE[metric]] + share * gap).to_numpy()
-    board = leaderboard(scores, verdicts(), 1)
+    board = build_leaderboard(scores, verdicts(), 1)
     for metric in METRICS:
         for model, expected in (
             ("interpolated_duplicate", 1.0),
@@ -163,7 +163,7 @@ def test_headroom_is_one_for_the_positive_and_zero_for_the_negative_control_and_
 
 def test_headroom_is_the_ratio_of_panel_means_with_an_interval_over_conditions() -> None:
     scores = score_table({"mine": EVERYWHERE[:17], "few": [0, 5, 7, 11]})
-    board = leaderboard(scores, verdicts(), 6)
+    board = build_leaderboard(scores, verdicts(), 6)
     for metric in METRICS:
         for model, positions in (("mine", EVERYWHERE[:17]), ("few", [0, 5, 7, 11])):
             by_half = []
@@ -191,7 +191,7 @@ def test_headroom_is_the_ratio_of_panel_means_with_an_interval_over_conditions()
 def test_headroom_without_a_gap_between_the_controls_is_missing() -> None:
     scores = score_table({"mine": EVERYWHERE})
     scores.loc[scores["model"].isin(["dataset_mean", "interpolated_duplicate"]), "value"] = 0.5
-    board = leaderboard(scores, verdicts(), 1)
+    board = build_leaderboard(scores, verdicts(), 1)
     names = ["headroom", "headroom_low", "headroom_high"]
     assert of(board, "mine", "mse")[names].isna().all()
     assert of(board, "mine", "weighted_r2_deltapert")[names].notna().all()
@@ -205,7 +205,7 @@ def test_headroom_has_no_bound_where_the_gap_may_be_nothing() -> None:
     at = (scores["metric"] == "mse") & (scores["model"] == "interpolated_duplicate") & (scores["half_seed"] == 42)
     rows = scores.loc[at].set_index(["covariate", "condition"]).index
     scores.loc[at, "value"] = positive[rows].to_numpy()
-    row = of(leaderboard(scores, verdicts(), 1), "mine", "mse")
+    row = of(build_leaderboard(scores, verdicts(), 1), "mine", "mse")
     assert np.isfinite(row["headroom"])
     assert row[["headroom_low", "headroom_high"]].isna().all()
 
@@ -218,7 +218,7 @@ def test_missing_values_are_left_out_and_their_share_is_told() -> None:
     hole = (scores["model"] == "mine") & (scores["metric"] == "mse") & scores["condition"].isin(["G00", "G01"])
     scores.loc[hole, "value"] = NAN
     scores.loc[(scores["model"] == "constant") & (scores["metric"] == "nir"), "value"] = NAN
-    board = leaderboard(scores, verdicts(), 1)
+    board = build_leaderboard(scores, verdicts(), 1)
     row = of(board, "mine", "mse")
     values = wide(scores, "mse").dropna(subset="mine")
     assert (row["n_conditions"], row["nan_share"], row["coverage"]) == (16, pytest.approx(0.2), 1.0)
@@ -237,11 +237,11 @@ def test_missing_values_are_left_out_and_their_share_is_told() -> None:
 
 def test_one_half_split_has_no_spread_and_the_order_of_scores_does_not_matter() -> None:
     scores = score_table({"mine": EVERYWHERE, "few": [2, 3]})
-    plain = leaderboard(scores, verdicts(), 1).sort_values(["metric", "model"], ignore_index=True)
+    plain = build_leaderboard(scores, verdicts(), 1).sort_values(["metric", "model"], ignore_index=True)
     shuffled = scores.sample(frac=1, random_state=1)
-    again = leaderboard(shuffled, verdicts(), 1).sort_values(["metric", "model"], ignore_index=True)
+    again = build_leaderboard(shuffled, verdicts(), 1).sort_values(["metric", "model"], ignore_index=True)
     pd.testing.assert_frame_equal(again, plain, check_exact=True)
-    one = leaderboard(scores[scores["half_seed"] == 42], verdicts(), 1).sort_values(
+    one = build_leaderboard(scores[scores["half_seed"] == 42], verdicts(), 1).sort_values(
         ["metric", "model"], ignore_index=True
     )
     assert one["headroom_half_sd"].isna().all()
@@ -260,7 +260,7 @@ def test_ranks_compare_models_on_the_conditions_where_the_metric_is_defined_for_
     scores.loc[hard & (scores["model"] == "fickle"), "value"] = np.nan
     # Of half of the conditions the shy one has no value: it is not compared, nor does it take them from the others.
     scores.loc[own & (position < 10) & (scores["model"] == "shy"), "value"] = np.nan
-    board = leaderboard(scores, verdicts(), 42)
+    board = build_leaderboard(scores, verdicts(), 42)
     steady, fickle, shy = (of(board, name, "nir") for name in ("steady", "fickle", "shy"))
     assert (steady["n_conditions"], fickle["n_conditions"], shy["n_conditions"]) == (17, 17, 10)
     assert steady["mean"] == fickle["mean"] == 0.5

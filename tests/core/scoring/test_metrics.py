@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,16 +15,17 @@ from core.scoring.metrics import (
     METRICS,
     Metric,
     absolute_error,
-    joined,
+    add_products,
     nir,
     pds,
     pearson,
-    products,
     r2,
     squared_error,
+    sum_products,
 )
 from tests.helpers import by_definition
 
+DEFINITIONS = Path(__file__).parents[3] / "docs" / "science.md"
 ROWS, GENES = 9, 23
 PROFILES = arrays(np.float64, (ROWS, GENES), elements=st.floats(0, 9, width=16))
 FUNCTIONS = {"squared": squared_error, "absolute": absolute_error, "pearson": pearson, "r2": r2}
@@ -30,29 +33,7 @@ FUNCTIONS = {"squared": squared_error, "absolute": absolute_error, "pearson": pe
 
 def value_of(metric: Metric, x: np.ndarray, t: np.ndarray, second: np.ndarray | None) -> np.ndarray:
     """second: the weights, or where each condition's own truth stands."""
-    return metric.function(products(x, t), second) if metric.ranking else metric.function(x, t, second)
-
-
-# docs/science.md, section 4: better, perfect, negative control, centre (of "x - c"), weights.
-TABLE = {
-    "mse": ("lower", 0, "dataset_mean", "none", "all"),
-    "wmse": ("lower", 0, "dataset_mean", "none", "effect"),
-    "pearson_deltactrl": ("higher", 1, "dataset_mean", "control_mean", "all"),
-    "pearson_deltactrl_degs": ("higher", 1, "dataset_mean", "control_mean", "degs"),
-    "r2_deltactrl": ("higher", 1, "dataset_mean", "control_mean", "all"),
-    "r2_deltactrl_degs": ("higher", 1, "dataset_mean", "control_mean", "degs"),
-    "weighted_r2_deltactrl": ("higher", 1, "dataset_mean", "control_mean", "effect"),
-    "pearson_deltapert": ("higher", 1, "control_mean", "dataset_mean", "all"),
-    "pearson_deltapert_degs": ("higher", 1, "control_mean", "dataset_mean", "degs"),
-    "r2_deltapert": ("higher", 1, "control_mean", "dataset_mean", "all"),
-    "r2_deltapert_degs": ("higher", 1, "control_mean", "dataset_mean", "degs"),
-    "weighted_r2_deltapert": ("higher", 1, "control_mean", "dataset_mean", "effect"),
-    "nir": ("higher", 1, "dataset_mean", "none", "all"),
-    "weighted_pearson_deltactrl": ("higher", 1, "dataset_mean", "control_mean", "effect"),
-    "weighted_pearson_deltapert": ("higher", 1, "control_mean", "dataset_mean", "effect"),
-    "mae": ("lower", 0, "dataset_mean", "none", "all"),
-    "pds": ("higher", 1, "dataset_mean", "control_mean", "all"),
-}
+    return metric.function(sum_products(x, t), second) if metric.ranking else metric.function(x, t, second)
 
 
 @pytest.fixture
@@ -71,20 +52,15 @@ def weights_of(kind: str) -> np.ndarray | None:
 
 
 def test_the_table_of_metrics_is_the_documented_one() -> None:
-    found = {
-        m.name: (
-            "higher" if m.higher_is_better else "lower",
-            m.perfect,
-            m.negative_control,
-            m.centre,
-            m.weighting,
-        )
-        for m in METRICS
-    }
-    assert found == TABLE
+    """What their functions, centres and weights are follows from the values (test_evaluation.py)."""
+    section = DEFINITIONS.read_text(encoding="utf-8").partition("## 4. Metrics")[2].partition("## 5.")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
+    assert rows[0] == ["metric", "definition", "better", "perfect", "negative control"]
+    found = [
+        [m.name, "higher" if m.higher_is_better else "lower", f"{m.perfect:g}", m.negative_control] for m in METRICS
+    ]
+    assert found == [[name, *properties] for name, _, *properties in rows[2:]]
     assert [m.name for m in METRICS] == list(BY_NAME)
-    assert {m.name for m in METRICS if m.ranking} == {"nir", "pds"}
-    assert {m.name for m in METRICS if m.without_targets} == {"pds"}
 
 
 @pytest.mark.parametrize("kind", ["all", "degs", "effect"])
@@ -169,14 +145,14 @@ def test_nir_by_hand() -> None:
     truths = np.array([[0.0], [1.0], [3.0], [7.0]])
     prediction = np.array([[0.2], [2.5], [3.0], [-9.0]])
     # 0.2: 0 is nearest. 2.5: 3 is nearer than 1 (0.5 < 1.5), 0 and 7 are farther. 3: exact. -9: 7 is the farthest.
-    np.testing.assert_array_equal(nir(products(prediction, truths), np.arange(4)), [1.0, 2 / 3, 1.0, 0.0])
+    np.testing.assert_array_equal(nir(sum_products(prediction, truths), np.arange(4)), [1.0, 2 / 3, 1.0, 0.0])
 
 
 def test_nir_counts_no_tie_and_pds_counts_half() -> None:
     truths = np.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
     prediction = np.array([[1.0, 1.0]])
-    np.testing.assert_array_equal(nir(products(prediction, truths), np.array([0])), [0.5])
-    np.testing.assert_array_equal(pds(products(prediction, truths), np.array([0])), [0.75])
+    np.testing.assert_array_equal(nir(sum_products(prediction, truths), np.array([0])), [0.5])
+    np.testing.assert_array_equal(pds(sum_products(prediction, truths), np.array([0])), [0.75])
 
 
 def test_identical_truths_tie_wherever_they_stand() -> None:
@@ -189,9 +165,9 @@ def test_identical_truths_tie_wherever_they_stand() -> None:
         own = np.full(len(truths), one)
         distance = ((predictions[:, None] - truths) ** 2).sum(axis=2)
         expected = (distance > distance[:, [one]]).sum(axis=1) / (len(truths) - 1)
-        np.testing.assert_array_equal(nir(products(predictions, truths), own), expected)
+        np.testing.assert_array_equal(nir(sum_products(predictions, truths), own), expected)
         centred = truths - predictions.mean(axis=0)
-        of = products(predictions - predictions.mean(axis=0), centred)
+        of = sum_products(predictions - predictions.mean(axis=0), centred)
         shares = pds(of, own) * (len(truths) - 1)
         np.testing.assert_array_equal(np.round(shares, 9) % 1, 0.5)  # one tie, with the twin
 
@@ -199,30 +175,30 @@ def test_identical_truths_tie_wherever_they_stand() -> None:
 def test_products_over_parts_of_the_genes_join_to_those_over_all() -> None:
     rng = np.random.default_rng(1)
     x, t = rng.standard_normal((4, 9)), rng.standard_normal((6, 9))
-    found = joined(products(x[:, :2], t[:, :2]), products(x[:, 2:], t[:, 2:]))
+    found = add_products(sum_products(x[:, :2], t[:, :2]), sum_products(x[:, 2:], t[:, 2:]))
     for part, expected in zip(found, (x @ t.T, (x**2).sum(axis=1), (t**2).sum(axis=1)), strict=True):
         np.testing.assert_allclose(part, expected, rtol=1e-12)
 
 
 def test_rankings_without_another_candidate_are_undefined() -> None:
     one = np.ones((1, 3))
-    assert np.isnan(nir(products(one, 2 * one), np.array([0]))).all()
-    assert np.isnan(pds(products(one, 2 * one), np.array([0]))).all()
+    assert np.isnan(nir(sum_products(one, 2 * one), np.array([0]))).all()
+    assert np.isnan(pds(sum_products(one, 2 * one), np.array([0]))).all()
 
 
 def test_pds_is_undefined_without_a_predicted_effect() -> None:
     truths = np.eye(3)
     prediction = np.array([[0.0, 0.0, 0.0], [1e-15, -1e-15, 0.0], [0.0, 1.0, 0.1]])
-    value = pds(products(prediction, truths), np.arange(3))
+    value = pds(sum_products(prediction, truths), np.arange(3))
     np.testing.assert_array_equal(np.isnan(value), [True, True, False])
 
 
 def test_an_undefined_distance_to_the_own_truth_is_no_score() -> None:
     truths = np.eye(3)
     truths[0] = 0.0  # no effect: no direction either
-    assert np.isnan(pds(products(np.ones((1, 3)), truths), np.array([0]))).all()
+    assert np.isnan(pds(sum_products(np.ones((1, 3)), truths), np.array([0]))).all()
     truths[0] = np.nan
-    assert np.isnan(nir(products(np.ones((2, 3)), truths), np.array([0, 1]))).all()
+    assert np.isnan(nir(sum_products(np.ones((2, 3)), truths), np.array([0, 1]))).all()
 
 
 @given(PROFILES, PROFILES, st.randoms(use_true_random=False))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from core.errors import UserError
-from core.scoring.predictions import align_predictions, check_model_output, write_accepted
+from core.scoring.predictions import align_predictions, check_model_output, write_aligned_predictions
 
 GENES = pd.Index([f"G{number:02d}" for number in range(40)])
 CONDITIONS = ["A+B", "G03", "G04", "G05"]
@@ -106,7 +106,7 @@ def test_a_missing_condition_column_is_told_from_a_transposed_matrix():
     assert "obs['condition']" in refused(data)
     transposed = predictions().T.copy()
     message = refused(transposed)
-    assert "genes stand in rows" in message
+    assert "genes are in rows" in message
     assert "adata.T" in message
 
 
@@ -160,7 +160,7 @@ def test_unusual_but_possible_values_are_taken(X):
 def test_values_that_are_no_numbers_are_refused():
     data = predictions()
     data.X = np.full(data.shape, "high", dtype=object)
-    assert "no numbers" in refused(data)
+    assert "not numbers" in refused(data)
 
 
 def test_missing_genes_are_reported_up_to_a_twentieth_and_refused_beyond():
@@ -258,7 +258,7 @@ def test_a_file_from_elsewhere_may_lack_conditions(reference, tmp_path):
     file, folder = tmp_path / "theirs.h5ad", tmp_path / "accepted"
     folder.mkdir()
     predictions(KEYS[KEYS["condition"].isin(["G04", "A+B"])]).write_h5ad(file)
-    write_accepted(file, reference, 10_000, folder)
+    write_aligned_predictions(file, reference, 10_000, folder)
     assert ad.read_h5ad(folder / "predictions.h5ad").obs["condition"].tolist() == ["A+B", "G04"]
     lacking = json.loads((folder / "unpredicted.json").read_text())
     assert lacking == [{"covariate": "all", "condition": "G03", "reason": "not in the file"}]
@@ -268,7 +268,7 @@ def test_a_file_from_elsewhere_must_predict_something(reference, tmp_path):
     file = tmp_path / "theirs.h5ad"
     predictions(KEYS.iloc[:0]).write_h5ad(file)
     with pytest.raises(UserError, match="no row"):
-        write_accepted(file, reference, 10_000, tmp_path)
+        write_aligned_predictions(file, reference, 10_000, tmp_path)
 
 
 @pytest.mark.parametrize("content", [None, b"condition,G01\nA,0.5\n"], ids=["no file", "no h5ad"])
@@ -277,4 +277,4 @@ def test_a_file_that_cannot_be_read_is_named(reference, tmp_path, content):
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(UserError, match=r"theirs\.h5ad"):
-        write_accepted(file, reference, 10_000, tmp_path)
+        write_aligned_predictions(file, reference, 10_000, tmp_path)

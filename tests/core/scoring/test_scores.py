@@ -14,10 +14,10 @@ import pytest
 from core.errors import UserError
 from core.reference.build import write_reference
 from core.reference.files import read_reference
-from core.scoring.calibration import calibrate
-from core.scoring.comparison import compare
-from core.scoring.evaluation import evaluated_set
-from core.scoring.leaderboard import leaderboard
+from core.scoring.calibration import build_calibration
+from core.scoring.comparison import compare_models
+from core.scoring.evaluation import select_evaluated
+from core.scoring.leaderboard import build_leaderboard
 from core.scoring.scores import write_control_scores, write_model_scores
 from tests.helpers import by_definition
 
@@ -76,7 +76,7 @@ def test_files_of_scores(single_cells: ad.AnnData, tmp_path: Path) -> None:
     assert set(found["model"]) == {"averages"}
     assert set(found["seed"]) == {7}
     for seed, file in splits.items():
-        evaluation = evaluated_set(ad.read_h5ad(file), negatives)
+        evaluation = select_evaluated(ad.read_h5ad(file), negatives)
         part = evaluation.with_genes(evaluation.genes.isin(model.var_names))
         assert len(part.genes) == reference.n_vars - 1
         profiles = model[:, part.genes].X
@@ -96,7 +96,7 @@ def test_a_control_without_its_worst_genes_gains_nothing(single_cells: ad.AnnDat
     write_reference(single_cells, 42, 2, folders["reference"])
     write_control_scores(folders["reference"], folders["controls"], 42)
     reference, negatives = read_reference(folders["reference"])
-    evaluation = evaluated_set(reference, negatives)
+    evaluation = select_evaluated(reference, negatives)
     error = ((evaluation.dataset_mean - evaluation.truth) ** 2).mean(axis=0)
     kept = np.sort(np.argsort(error)[: int(np.ceil(0.95 * len(error)))])
     data = ad.AnnData(
@@ -109,14 +109,14 @@ def test_a_control_without_its_worst_genes_gains_nothing(single_cells: ad.AnnDat
     write_model_scores([folders["fold"]], "incomplete", 1, folders["reference"], 42, folders["model"])
     scores = pd.concat(pd.read_parquet(folders[name] / "scores.parquet") for name in ("controls", "model"))
     matched = pd.read_parquet(folders["model"] / "matched_controls.parquet")
-    calibration = calibrate(scores[scores["seed"] == -1], 42)
-    board = leaderboard(scores, calibration, 42, matched).set_index(["model", "metric"])
+    calibration = build_calibration(scores[scores["seed"] == -1], 42)
+    board = build_leaderboard(scores, calibration, 42, matched).set_index(["model", "metric"])
     assert board.loc[("incomplete", "mse"), "mean"] < board.loc[("dataset_mean", "mse"), "mean"]
     for metric in ("mse", "wmse", "mae"):
         assert board.loc[("incomplete", metric), "headroom"] == pytest.approx(0, abs=1e-9)
     n_degs = evaluation.keys.set_index(["covariate", "condition"])["n_degs"]
     main = [table[table["half_seed"] == 42] for table in (scores, matched)]
-    table = compare(main[0], n_degs, 42, main[1]).set_index(["control", "metric", "stratum"])
+    table = compare_models(main[0], n_degs, 42, main[1]).set_index(["control", "metric", "stratum"])
     assert table.loc[("dataset_mean", "mse", "all"), "mean_difference"] == 0
 
 

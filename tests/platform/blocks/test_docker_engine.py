@@ -24,8 +24,8 @@ from blocks.engines.docker.engine import DATA, GPU, OWNER, STAGE, DockerEngine
 from blocks.engines.docker.limits import Limits
 from blocks.local import cancellation
 from blocks.local.cancellation import Stopped, stop_all
-from blocks.local.gpus import holders, lease
-from blocks.local.processes import this_process
+from blocks.local.gpus import lease_gpu, list_holders
+from blocks.local.processes import name_this_process
 from core.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -305,7 +305,7 @@ def test_a_gpu_without_its_runtime_is_explained(model, tmp_path, monkeypatch, do
         pytest.skip("this machine has the runtime")
     monkeypatch.setenv("CALIPERT_GPUS", "GPU-none-of-this-machine")
     monkeypatch.setenv("CALIPERT_LOCKS", str(tmp_path / "locks"))
-    with lease("test") as gpu, pytest.raises(UserError, match=r"(?s)GPU-none.*NVIDIA container toolkit"):
+    with lease_gpu("test") as gpu, pytest.raises(UserError, match=r"(?s)GPU-none.*NVIDIA container toolkit"):
         run(model, tmp_path, "", gpu=gpu)
 
 
@@ -316,7 +316,7 @@ def test_a_gpu_that_a_stranger_still_uses_is_refused(model, tmp_path, monkeypatc
         base_image, ["sleep", "600"], detach=True, name="calipert-test-stranger", labels={GPU: "GPU-0"}, init=True
     )
     try:
-        with lease("test") as gpu, pytest.raises(ModelFailed, match="container calipert-test-stranger uses it"):
+        with lease_gpu("test") as gpu, pytest.raises(ModelFailed, match="container calipert-test-stranger uses it"):
             run(model, tmp_path, "", gpu=gpu)
     finally:
         stranger.remove(force=True)
@@ -361,7 +361,7 @@ from blocks.engines.docker.engine import DockerEngine
 def begun(event):
     Path({begun!r}).write_text("begun")
 code = "print('begun', flush=True); time.sleep(600)"
-with gpus.lease("test") as gpu:
+with gpus.lease_gpu("test") as gpu:
     # The lease is what matters, and there is no GPU to hand to the container.
     from blocks.engines.docker import stage as docker_stage
     from blocks.engines.docker import engine as docker_engine
@@ -397,11 +397,11 @@ def test_killing_the_caller_ends_the_container_and_the_gpu_is_leased_until_then(
     os.kill(guard, signal.SIGSTOP)
     caller.kill()
     caller.wait()
-    assert holders()[0][1] is not None, "the container still runs"
+    assert list_holders()[0][1] is not None, "the container still runs"
     assert len(nothing_left()) == 3
     os.kill(guard, signal.SIGCONT)
     assert wait_for(lambda: nothing_left() == [], 20)
-    assert wait_for(lambda: holders()[0][1] is None, 30)
+    assert wait_for(lambda: list_holders()[0][1] is None, 30)
     run(model, tmp_path, "")  # which sweeps its scratch folder
 
 
@@ -409,7 +409,7 @@ def test_the_next_stage_removes_what_a_caller_and_its_guard_left_and_nothing_els
     caller, tmp_path, docker_client, nothing_left, model, caplog
 ):
     strangers = {
-        "living": {OWNER: this_process(), DATA: str(tmp_path / "data")},
+        "living": {OWNER: name_this_process(), DATA: str(tmp_path / "data")},
         "elsewhere": {OWNER: "machine 1 1.0", DATA: str(tmp_path / "other")},
         "unknown": {OWNER: "another-machine 1 1.0", DATA: str(tmp_path / "data")},
     }

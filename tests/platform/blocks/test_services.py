@@ -23,7 +23,7 @@ def python(script: str, addresses: Services) -> str:
     done = subprocess.run(
         [sys.executable, "-c", script],
         cwd=PROJECT_ROOT,
-        env=child_environment.child_environment(addresses),
+        env=child_environment.build_child_environment(addresses),
         capture_output=True,
         text=True,
     )

@@ -22,12 +22,12 @@ import requests
 from blocks.config.child_environment import Services
 from blocks.config.paths import PROJECT_ROOT
 from blocks.engines.base import Usage
-from blocks.local.processes import this_process
+from blocks.local.processes import name_this_process
 from blocks.tracking import curves as mlflow_curves
 from blocks.tracking import tracker as module
 from blocks.tracking.client import Refused, Server
 from blocks.tracking.tables import DRF_ENDINGS, QUOTED_COLUMNS, QUOTED_VARIANT, SUMMARY_COLUMNS
-from blocks.tracking.tracker import MLflowTracking, ModelRun, OpenRun, git_commit
+from blocks.tracking.tracker import MLflowTracking, ModelRun, OpenRun, read_git_commit
 from core.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ METRICS = ("mse", "nir", "pearson_deltactrl")
 VARIANTS = (QUOTED_VARIANT, "drf_mean", "drf_ctrl")
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
@@ -179,7 +179,7 @@ def test_a_password_in_the_url_is_refused_without_repeating_it() -> None:
 
 
 def test_the_commit_is_the_checkouts_own_or_absent(tmp_path: Path) -> None:
-    assert git_commit(tmp_path) is None
+    assert read_git_commit(tmp_path) is None
 
     def git(*words: str) -> str:
         about = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
@@ -187,12 +187,12 @@ def test_the_commit_is_the_checkouts_own_or_absent(tmp_path: Path) -> None:
         return told.stdout.strip()
 
     git("init")
-    assert git_commit(tmp_path) is None
+    assert read_git_commit(tmp_path) is None
     git("commit", "--allow-empty", "-m", "first")
-    assert git_commit(tmp_path) == git("rev-parse", "HEAD")
+    assert read_git_commit(tmp_path) == git("rev-parse", "HEAD")
     inner = tmp_path / "installed"
     inner.mkdir()
-    assert git_commit(inner) is None
+    assert read_git_commit(inner) is None
 
 
 def test_a_run_carries_what_it_came_from(tracking: MLflowTracking, client: MlflowClient, dataset: str) -> None:
@@ -424,12 +424,12 @@ def test_only_runs_that_nobody_goes_on_with_are_ended(
     tracking: MLflowTracking, client: MlflowClient, dataset: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    name = this_process().split()
+    name = name_this_process().split()
     of_child = f"{name[0]} {child.pid} {psutil.Process(child.pid).create_time():.1f}"
     elsewhere = f"another-machine/1 {child.pid} 1.0"
     cases = {
-        "here": (this_process(), "live"),
-        "flow_ended": (this_process(), "ended"),
+        "here": (name_this_process(), "live"),
+        "flow_ended": (name_this_process(), "ended"),
         "killed": (of_child, "live"),
         "elsewhere": (elsewhere, "live"),
         "elsewhere_ended": (elsewhere, "ended"),
@@ -437,7 +437,7 @@ def test_only_runs_that_nobody_goes_on_with_are_ended(
     }
     opened = {}
     for model, (process, flow) in cases.items():
-        monkeypatch.setattr(module, "this_process", lambda process=process: process)
+        monkeypatch.setattr(module, "name_this_process", lambda process=process: process)
         opened[model] = open_model(tracking, dataset, model, (0,), flow_run_id=flow)
     tracking.finish(opened["killed"].folds[0])
     asked = []
@@ -767,10 +767,11 @@ def test_the_link_leads_to_the_benchmark(tracking: MLflowTracking, client: Mlflo
     page = f"{tracking.tracking_uri}/#/experiments/{experiment}/runs"
     wanted = "searchFilter=tags.benchmark_id%20%3D%20%27b1%27"
     assert (
-        tracking.benchmark_url(dataset, "b1") == f"{page}?workflowType=machine_learning&compareRunsMode=CHART&{wanted}"
+        tracking.build_benchmark_url(dataset, "b1")
+        == f"{page}?workflowType=machine_learning&compareRunsMode=CHART&{wanted}"
     )
     report = f"{page}/{run_id}/artifacts/report.html?workflowType=machine_learning"
-    assert tracking.report_url(dataset, run_id) == report
+    assert tracking.build_report_url(dataset, run_id) == report
 
 
 def test_mlflow_is_imported_late_and_nothing_is_sent_elsewhere_or_printed(tracking: MLflowTracking) -> None:

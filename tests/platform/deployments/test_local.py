@@ -21,8 +21,8 @@ import pytest
 from blocks.config import child_environment
 from blocks.config.paths import PROJECT_ROOT
 from blocks.services import stack as services
-from deployments.local import trainings_at_once
-from deployments.table import table
+from deployments.local import count_trainings_at_once
+from deployments.table import build_table
 
 FLOW = """
 import os, time
@@ -75,7 +75,7 @@ class Stack:
         done = subprocess.run(
             [sys.executable, "-c", script],
             cwd=PROJECT_ROOT,
-            env=child_environment.child_environment(services.ensure_servers()),
+            env=child_environment.build_child_environment(services.ensure_servers()),
             capture_output=True,
             text=True,
         )
@@ -89,7 +89,7 @@ class Stack:
         return subprocess.run(
             [sys.executable, "-m", "prefect", *arguments],
             cwd=PROJECT_ROOT,
-            env=child_environment.child_environment(services.ensure_servers()),
+            env=child_environment.build_child_environment(services.ensure_servers()),
             capture_output=True,
             text=True,
         )
@@ -129,15 +129,15 @@ def test_up_registers_the_whole_table(stack: Stack) -> None:
         for one in found["deployments"]
         if "calipert" in one["tags"]
     }
-    assert set(registered) == {row.full_name for row in table()}
+    assert set(registered) == {row.full_name for row in build_table()}
     one = registered["benchmark/demo"]
     assert one["entrypoint"] == "flows.benchmark.benchmark"
     assert one["parameters"] == {"dataset": "demo"}
     assert "dataset" in one["parameter_openapi_schema"]["properties"]
     assert one["enforce_parameter_schema"] is True
     assert one["work_pool_name"] == "cpu"
-    assert found["pools"] == {"cpu": ["process", None], "gpu": ["process", trainings_at_once()]}
-    assert f"{len(table())} deployments: {len(table())} new, 0 changed" in stack.first
+    assert found["pools"] == {"cpu": ["process", None], "gpu": ["process", count_trainings_at_once()]}
+    assert f"{len(build_table())} deployments: {len(build_table())} new, 0 changed" in stack.first
 
 
 def test_a_second_up_starts_nothing_twice_and_keeps_schedules(stack: Stack) -> None:
@@ -147,7 +147,7 @@ def test_a_second_up_starts_nothing_twice_and_keeps_schedules(stack: Stack) -> N
     assert made.returncode == 0, made.stdout
     # `updated` changes with every change of a deployment.
     stamps = {one["id"]: one["updated"] for one in stack.read()["deployments"]}
-    assert f"{len(table())} deployments: 0 new, 0 changed" in stack.local("up")
+    assert f"{len(build_table())} deployments: 0 new, 0 changed" in stack.local("up")
     assert stack.processes() == before
     after = stack.read()["deployments"]
     assert {one["id"]: one["updated"] for one in after} == stamps

@@ -17,8 +17,8 @@ from prefect.client.schemas.schedules import CronSchedule
 from prefect.exceptions import PrefectHTTPStatusError
 
 from blocks.config.catalog import open_catalog
-from deployments.register import create_pool, register
-from deployments.table import Deployment, table
+from deployments.register import create_work_pool, register
+from deployments.table import Deployment, build_table
 from tasks.train import FoldJob
 
 ENTRY = {
@@ -38,8 +38,8 @@ pytestmark = pytest.mark.xdist_group("prefect_server")
 
 @pytest.fixture(scope="module", autouse=True)
 def pools(prefect_server: None) -> None:
-    create_pool("cpu")
-    create_pool("gpu", 3)
+    create_work_pool("cpu")
+    create_work_pool("gpu", 3)
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def client(prefect_server: None) -> Iterator[SyncPrefectClient]:
 
 def rows() -> list[Deployment]:
     """Of the table what these tests look at, and the user's own. All of it is registered by test_local.py."""
-    return [row for row in table() if row.full_name in SOME or row.name in ("mine", "another")]
+    return [row for row in build_table() if row.full_name in SOME or row.name in ("mine", "another")]
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def users_catalog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def study(client: SyncPrefectClient) -> Iterator[Deployment]:
     """The row of the whole study, freshly registered."""
-    row = next(row for row in table() if row.full_name == "reproduce/all")
+    row = next(row for row in build_table() if row.full_name == "reproduce/all")
     register([row])
     yield row
     client.delete_deployment(client.read_deployment_by_name(row.full_name).id)
@@ -117,7 +117,7 @@ class TestWithServer:
         assert client.read_deployment_by_name("benchmark/mine").parameters == {"dataset": "mine"}
 
     def test_a_deployment_that_somebody_made_of_a_flow_of_ours_is_not_named(self, client: SyncPrefectClient) -> None:
-        (row,) = (row for row in table() if row.full_name == "prepare/demo")
+        (row,) = (row for row in build_table() if row.full_name == "prepare/demo")
         register([row, replace(row, name="theirs", tags=("theirs",))])
         assert "prepare/theirs" not in register([row]).left
 
@@ -165,7 +165,7 @@ class TestWithServer:
         assert client.read_work_pool("cpu").concurrency_limit is None
         assert client.read_work_pool("gpu").concurrency_limit == 3
         client.update_work_pool("gpu", WorkPoolUpdate(concurrency_limit=7))
-        create_pool("gpu", 3)
+        create_work_pool("gpu", 3)
         assert client.read_work_pool("gpu").concurrency_limit == 7
         client.update_work_pool("gpu", WorkPoolUpdate(concurrency_limit=3))
 

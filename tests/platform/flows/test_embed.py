@@ -32,7 +32,7 @@ class TestWithServers:
             parameters = {"embedding": "reactome", "sources": {"reactome": str(gmt)}}
             done = subprocess.run(
                 [sys.executable, "-c", FLOW, json.dumps(parameters)],
-                env=child_environment.child_environment(servers) | {"CALIPERT_DATA": str(tmp_path / "data")},
+                env=child_environment.build_child_environment(servers) | {"CALIPERT_DATA": str(tmp_path / "data")},
                 capture_output=True,
                 text=True,
                 check=False,

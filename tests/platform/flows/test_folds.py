@@ -55,8 +55,8 @@ def stack(
             subprocess.run(command, cwd=PROJECT_ROOT, check=True)
             yield servers
         finally:
-            with daemons.lock():
-                end_workers(daemons.read(), *WORKERS)
+            with daemons.lock_services():
+                end_workers(daemons.read_records(), *WORKERS)
             # Else other tests' benchmarks would wait for them for a while.
             for pool in (CPU, GPU):
                 forget_workers(servers, pool)
@@ -150,7 +150,7 @@ def test_every_fold_is_a_flow_run_in_the_gpu_pool_and_the_scores_are_those_of_on
     assert {part["work_pool_name"] for part in parts} == {"gpu"}
     own = Path(os.environ["CALIPERT_DATA"]) / "reports" / "folds" / "scores.parquet"
     code = f"from flows.benchmark import benchmark; benchmark('folds', {MODELS})"
-    environment = child_environment.child_environment(stack) | {"CALIPERT_DATA": str(tmp_path / "data")}
+    environment = child_environment.build_child_environment(stack) | {"CALIPERT_DATA": str(tmp_path / "data")}
     subprocess.run([sys.executable, "-c", code], cwd=PROJECT_ROOT, env=environment, check=True)
     assert own.read_bytes() == (tmp_path / "data" / "reports" / "folds" / "scores.parquet").read_bytes()
     assert {one["status"] for one in mlflow_runs(stack)} == {"FINISHED"}

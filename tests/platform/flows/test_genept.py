@@ -48,7 +48,7 @@ def put(servers: Services) -> Iterator[Callable[[str], None]]:
 
     def change(value: str) -> None:
         command = [sys.executable, "-c", BLOCK, stand_in.SECRET, value]
-        subprocess.run(command, env=child_environment.child_environment(servers), check=True, timeout=120)
+        subprocess.run(command, env=child_environment.build_child_environment(servers), check=True, timeout=120)
 
     yield change
     change("")
@@ -65,7 +65,7 @@ def run(servers: Services, service: Any, tmp_path: Path) -> Callable[[], subproc
     def call() -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-c", FLOW, json.dumps(parameters)],
-            env=child_environment.child_environment(servers) | mine | {"PREFECT_LOGGING_LEVEL": "DEBUG"},
+            env=child_environment.build_child_environment(servers) | mine | {"PREFECT_LOGGING_LEVEL": "DEBUG"},
             capture_output=True,
             text=True,
             check=False,

@@ -181,7 +181,7 @@ class TestWithServers:
         done = subprocess.run(
             [sys.executable, "-c", HOOK],
             cwd=PROJECT_ROOT,
-            env=child_environment.child_environment(servers),
+            env=child_environment.build_child_environment(servers),
             capture_output=True,
             text=True,
             check=False,

@@ -153,7 +153,7 @@ def blocks(servers: child_environment.Services) -> Iterator[Callable[[dict[str, 
     def change(code: str, values: dict[str, str]) -> None:
         subprocess.run(
             [sys.executable, "-c", f"import json, sys\nfrom prefect.blocks.system import Secret\n{code}"],
-            env=child_environment.child_environment(servers),
+            env=child_environment.build_child_environment(servers),
             input=json.dumps(values),
             text=True,
             check=True,
@@ -189,7 +189,7 @@ def ran(
     temporary = tmp_path_factory.mktemp("temporary")
     kept = {
         name: value
-        for name, value in child_environment.child_environment(servers).items()
+        for name, value in child_environment.build_child_environment(servers).items()
         if not name.startswith("AWS_")
     }
     environment = kept | {
@@ -298,7 +298,7 @@ def test_the_same_search_finds_what_does_leak(servers: child_environment.Service
     value = f"planted{secrets.token_hex(20)}"
     done = subprocess.run(
         [sys.executable, "-c", LEAK, str(tmp_path / "leaks")],
-        env=child_environment.child_environment(servers) | {"LEAKED": value},
+        env=child_environment.build_child_environment(servers) | {"LEAKED": value},
         capture_output=True,
         text=True,
         check=True,

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 
-from core.scoring.comparison import compare
+from core.scoring.comparison import compare_models
 from flows.cli.model_panel import make_similarity_graph
 
 # Defaults but for three models: the screens have 2,250 cells, which make few steps an epoch.
@@ -80,7 +80,7 @@ def least_gain(load, tmp_path) -> Gain:
         assert len(errors) >= 20
         scores = errors.rename_axis("condition").melt(var_name="model", ignore_index=False).reset_index()
         n_degs = pd.Series(0.0, index=pd.MultiIndex.from_product([["line"], errors.index]))  # one stratum is enough
-        found = compare(scores.assign(covariate="line", metric="wmse"), n_degs, seed=1)
+        found = compare_models(scores.assign(covariate="line", metric="wmse"), n_degs, seed=1)
         return float(found.set_index("stratum").loc["all", "low"])
 
     return of

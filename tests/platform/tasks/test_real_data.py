@@ -11,8 +11,8 @@ import pytest
 
 from blocks.config.catalog import open_catalog
 from core.reference.files import find_half_splits, read_reference
-from core.scoring.calibration import calibrate
-from core.scoring.evaluation import evaluated_set, score
+from core.scoring.calibration import build_calibration
+from core.scoring.evaluation import score_profiles, select_evaluated
 from core.scoring.metrics import BY_NAME
 from tasks.artifacts import key_of
 from tasks.embed import embed
@@ -44,7 +44,7 @@ def test_dynamic_ranges_of_papalexi21_panel(shared: Path) -> None:
     spec = open_catalog().dataset("papalexi21_panel")
     reference = build_reference.fn(spec, prepare_cells.fn(spec, shared / "data" / "papalexi21.h5ad"))
     scores = pd.read_parquet(score_controls.fn(spec, reference) / "scores.parquet")
-    table = calibrate(scores, spec.seed).set_index(["metric", "variant"])
+    table = build_calibration(scores, spec.seed).set_index(["metric", "variant"])
     for key, (mean, sd) in EXPECTED_DRF.items():
         assert abs(table.loc[key, "drf"] - mean) < 3 * sd, key
     assert table.loc[("wmse", "drf_interpolated"), "verdict"] == "calibrated"
@@ -99,11 +99,13 @@ def _wmse_ratios(profiles: ad.AnnData, reference: Path) -> pd.DataFrame:
     own, negatives = read_reference(reference)
     rows = []
     for split in [own, *(ad.read_h5ad(file) for file in find_half_splits(reference).values())]:
-        evaluation = evaluated_set(split, negatives)
+        evaluation = select_evaluated(split, negatives)
         keys = profiles.obs[["covariate", "condition"]]
         wmse = [BY_NAME["wmse"]]
-        model = score(np.asarray(profiles[:, evaluation.genes].X), keys, evaluation, wmse).set_index("condition")
-        mean = score(evaluation.dataset_mean, evaluation.keys, evaluation, wmse).set_index("condition")
+        model = score_profiles(np.asarray(profiles[:, evaluation.genes].X), keys, evaluation, wmse).set_index(
+            "condition"
+        )
+        mean = score_profiles(evaluation.dataset_mean, evaluation.keys, evaluation, wmse).set_index("condition")
         rows.append(model["value"] / mean["value"].reindex(model.index))
     return pd.DataFrame(rows).reset_index(drop=True)
 

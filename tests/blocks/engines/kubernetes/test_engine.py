@@ -36,7 +36,7 @@ from blocks.engines.kubernetes.engine import KubernetesEngine
 from blocks.engines.kubernetes.job import Cluster, ModelPod, StageJob, read_cluster, translate_spec
 from blocks.engines.kubernetes.status import read_ending
 from blocks.engines.process import ProcessEngine
-from blocks.local.cancellation import Stopped, models_end_with
+from blocks.local.cancellation import Stopped, end_models_with
 from blocks.local.gpus import Gpu
 from blocks.store import artifacts as store
 from blocks.store import bucket as object_store
@@ -632,7 +632,7 @@ def training(
         except Stopped as error:
             errors.append(error)
 
-    with suppress(InterruptedError), models_end_with("benchmark"):
+    with suppress(InterruptedError), end_models_with("benchmark"):
         thread = threading.Thread(target=copy_context().run, args=(train,))
         thread.start()
         yield errors

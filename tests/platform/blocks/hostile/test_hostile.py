@@ -245,7 +245,7 @@ def test_values_that_are_no_predictions(handed_in, value):
 
 @pytest.mark.parametrize("key", [("line", "C"), ("line", "control"), ("other", "A")])
 def test_conditions_of_others(handed_in, key):
-    with pytest.raises(UserError, match=r"(?s)output of hostile.*(no test condition|which the data set lacks)"):
+    with pytest.raises(UserError, match=r"(?s)output of hostile.*(not test conditions|which the data set lacks)"):
         handed_in(predictions([*ASKED, dict(zip(("covariate", "condition"), key, strict=True))]))
 
 
