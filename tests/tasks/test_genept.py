@@ -68,7 +68,7 @@ def key(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], None]:
 
     def put(value: str | None) -> None:
         for module in (text_service, embed_texts):
-            monkeypatch.setattr(module, "secret", lambda name: value if name in blocks else None)
+            monkeypatch.setattr(module, "read_secret", lambda name: value if name in blocks else None)
 
     put(KEY)
     return put

@@ -87,7 +87,7 @@ OTHERS = {
     "blocks/tracking/running.py": "those of MLflow's client",
     "core/__init__.py": "the number of BLAS's threads, set",
     "deployments/group.py": "those of MLflow's client, and its administrator's",
-    "flows/cli/main.py": "Prefect's log on the console, set",
+    "flows/cli/session.py": "Prefect's log on the console, set",
     "flows/cli/status.py": "PREFECT_API_URL and MLFLOW_TRACKING_URI",
     "tasks/record.py": "MLFLOW_TRACKING_URI",
 }
