@@ -26,10 +26,18 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ[SESSION] = uuid.uuid4().hex
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    if is_worker(session.config):
-        return
+@pytest.hookimpl(wrapper=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Iterator[None]:
+    # Last, and also where the end of a fixture fails.
+    try:
+        return (yield)
+    finally:
+        if not is_worker(session.config):
+            end_leftovers(exitstatus)
+
+
+def end_leftovers(exitstatus: int) -> None:
+    """End what the tests of this session left; raises where it was not interrupted."""
     left = list(find_processes(os.environ[SESSION]))
     if exitstatus != pytest.ExitCode.INTERRUPTED:
         # What watches a process ends soon after it.
