@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from core.catalog.schema import Form
 from core.errors import UserError
 from flows.cli.options import read_pairs
 from flows.cli.session import CONSOLE
+
+if TYPE_CHECKING:
+    from core.catalog.schema import Form
 
 app = typer.Typer(no_args_is_help=True, help="Build images of models, and check models against the contract.")
 
