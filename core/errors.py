@@ -45,7 +45,9 @@ def shown(names: list[str], most: int = 5) -> str:
 
 
 def hide_password(text: str) -> str:
-    """Return the text with what an address has before `@`, a user name and password, replaced by dots.
+    """Return the text with what an address has before its last `@`, a user name and password, replaced by dots.
+
+    A password may contain `/` and `@`: of an address whose path has an `@`, the host is hidden too.
 
     Parameters
     ----------
@@ -56,4 +58,4 @@ def hide_password(text: str) -> str:
     -------
     str
     """
-    return re.sub(r"//[^/\s]*@", "//...@", text)
+    return re.sub(r"//\S*@", "//...@", text)

@@ -56,4 +56,5 @@ def benchmark(
     with end_runs_on_error(runs):
         predictions = train_folds(jobs, runs)
         scores = [score_model(run.spec, screen.reference, name, seed, folders) for name, folders in predictions.items()]
-    return report_results(run.spec.name, screen, [control_scores, *scores], calibration, quality.result(), runs)
+        measured = quality.result()
+    return report_results(run.spec.name, screen, [control_scores, *scores], calibration, measured, runs)

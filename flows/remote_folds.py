@@ -75,8 +75,11 @@ def train_remotely(jobs: list[FoldJob], count: Callable[[str], None]) -> dict[st
             while waiting:
                 time.sleep(POLL_S)
                 runs = {run.id: run for run in _read(client, waiting)}
-                for deleted in [run_id for run_id in waiting if run_id not in runs]:
-                    failures[waiting.pop(deleted).name] = "its flow run was deleted"
+                deleted = [run_id for run_id in waiting if run_id not in runs]
+                for run_id in deleted:
+                    job = waiting.pop(run_id)
+                    failures[job.name] = "its flow run was deleted"
+                    count(job.name)
                 ended = [run for run in runs.values() if run.state and run.state.is_final()]
                 for run in ended:
                     job = waiting.pop(run.id)
@@ -90,7 +93,7 @@ def train_remotely(jobs: list[FoldJob], count: Callable[[str], None]) -> dict[st
                         LOG.error("%s: %s", job.name, why)
                         failures[job.name] = why
                     count(job.name)
-                if ended:
+                if ended or deleted:
                     said = time.monotonic()
                     done = len(jobs) - len(waiting)
                     report_progress({"event": "progress", "done": done, "total": len(jobs), "unit": "fold"})

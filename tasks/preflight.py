@@ -47,7 +47,7 @@ def check_needs(
     """Return name -> path of what the user has for a run (tasks.inputs.resolve_sources).
 
     embeddings: beside those of the models. Raises UserError that names all that is missing: files, containers that
-    the engine in use can run, and secrets.
+    the engine in use can run, and secrets; these only if all files are there, which decide what is asked of a service.
     """
     errors: list[UserError] = []
     files: dict[str, Path] = {}
@@ -55,9 +55,11 @@ def check_needs(
     extra = list(embeddings)
     with collect_error(errors):
         files = resolve_sources(needed, sources, later)
+    resolved = not errors
     with collect_error(errors):
         check_containers(chosen, extra)
-    with collect_error(errors):
-        check_services([*extra, *(model.embedding for model in chosen if model.embedding)], files)
+    if resolved:
+        with collect_error(errors):
+            check_services([*extra, *(model.embedding for model in chosen if model.embedding)], files)
     raise_collected(errors)
     return files

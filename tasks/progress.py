@@ -64,8 +64,8 @@ def make_progress_reporter(what: str) -> Callable[[Mapping[str, Any]], None]:
 def make_training_counter(total: int) -> Callable[[str], None]:
     """Return a function that takes the name of each training that has ended, and logs how many are left.
 
-    total: how many there are. It logs at most one line in ten seconds, and the last: "trained 12 of 50 (norman19,
-    fmlp_reactome, fold 3), about 4 minutes left". The time left follows from the pace so far.
+    total: how many there are. It logs at most one line in ten seconds, and the last: "ended 12 of 50 trainings
+    (norman19, fmlp_reactome, fold 3), about 4 minutes left". The time left follows from the pace so far.
     """
     start = logged = time.monotonic()
     done = 0
@@ -78,7 +78,7 @@ def make_training_counter(total: int) -> Callable[[str], None]:
             return
         logged = now
         left = f", about {_in_words((now - start) / done * (total - done))} left" if done < total else ""
-        LOG.info("trained %d of %d (%s)%s", done, total, name, left)
+        LOG.info("ended %d of %d trainings (%s)%s", done, total, name, left)
 
     return count
 

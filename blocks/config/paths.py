@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from blocks.config.settings import read_settings
+from blocks.config.settings import read_places
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 MODEL_CONTAINERS = PROJECT_ROOT / "model_containers"
@@ -15,7 +15,7 @@ def data_folder() -> Path:
 
     None of the functions here creates a folder; the caller that writes does.
     """
-    return read_settings().data
+    return read_places().data
 
 
 def store_folder() -> Path:

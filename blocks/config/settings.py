@@ -27,8 +27,8 @@ def variable(field: str) -> str:
     return PREFIX + field.upper()
 
 
-class Settings(BaseSettings):
-    """One field per setting; the variable of `data` is CALIPERT_DATA, and so on. Paths are absolute."""
+class Places(BaseSettings):
+    """Where files are: any value is a right one, so these can be read whatever the other settings hold."""
 
     model_config = SettingsConfigDict(
         alias_generator=variable, case_sensitive=True, extra="ignore", frozen=True, use_attribute_docstrings=True
@@ -40,6 +40,31 @@ class Settings(BaseSettings):
     """Folder of your own catalog entries (docs/catalog.md)."""
     store: str | None = None
     """Store that machines share, as s3://bucket/prefix; without it none (docs/store.md)."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read_empty_as_unset(cls, value: Any, info: ValidationInfo) -> Any:
+        # An empty CALIPERT_GPUS means no GPU, as an empty CUDA_VISIBLE_DEVICES does; an empty number is a mistake.
+        if value == "" and info.field_name not in (None, "gpus", "memory_gb"):
+            return cls.model_fields[info.field_name].get_default()
+        return value
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Read the environment alone: no `.env` file and no folder of secrets."""
+        return (env_settings,)
+
+
+class Settings(Places):
+    """One field per setting; the variable of `data` is CALIPERT_DATA, and so on. Paths are absolute."""
+
     engine: Literal["process", "docker", "kubernetes"] = "process"
     """What models run in (docs/containers.md, docs/kubernetes.md)."""
     docker: AbsolutePath | None = None
@@ -61,25 +86,10 @@ class Settings(BaseSettings):
     pod_uid: str | None = None
     """UID of that pod; its work pool sets it."""
 
-    @field_validator("*", mode="before")
-    @classmethod
-    def _read_empty_as_unset(cls, value: Any, info: ValidationInfo) -> Any:
-        # An empty CALIPERT_GPUS means no GPU, as an empty CUDA_VISIBLE_DEVICES does; an empty number is a mistake.
-        if value == "" and info.field_name not in (None, "gpus", "memory_gb"):
-            return cls.model_fields[info.field_name].get_default()
-        return value
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Read the environment alone: no `.env` file and no folder of secrets."""
-        return (env_settings,)
+def read_places() -> Places:
+    """Read where files are as the environment says it now."""
+    return Places()
 
 
 def read_settings() -> Settings:

@@ -7,7 +7,7 @@ import socket
 import httpx
 
 from blocks.config.child_environment import HOST
-from blocks.http import open_client, retry
+from blocks.http import is_transient, open_client, retry
 
 # Seconds for which a busy server is asked again, and until an answer counts as lost.
 BUSY_SECONDS = 30.0
@@ -44,8 +44,11 @@ def is_answering(url: str) -> bool:
 
 
 def ask(url: str, body: object = None) -> bytes:
-    """Return the answer as `ask_once` does; a server that is busy (Prefect writes to its database) is asked again."""
-    return retry(lambda: ask_once(url, body), BUSY_SECONDS)
+    """Return the answer as `ask_once` does; a server that is busy (Prefect writes to its database) is asked again.
+
+    What has a body is sent again only after a 503: after any other failure it may have been done.
+    """
+    return retry(lambda: ask_once(url, body), BUSY_SECONDS, transient=is_transient if body is None else _is_busy)
 
 
 def ask_once(url: str, body: object = None) -> bytes:
@@ -56,3 +59,7 @@ def ask_once(url: str, body: object = None) -> bytes:
     method = "GET" if body is None else "POST"
     with open_client(url, trust_env=False, timeout=TIMEOUT) as client:
         return client.request(method, url, json=body).raise_for_status().content
+
+
+def _is_busy(error: BaseException) -> bool:
+    return isinstance(error, httpx.HTTPStatusError) and error.response.status_code == 503

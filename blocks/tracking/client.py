@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache, partial
 from json import JSONDecodeError
 from pathlib import Path
-from threading import Lock
+from threading import Lock, Thread
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,16 +28,19 @@ FIRST_PATIENCE = 15.0
 PATIENCE = 60.0
 # How long the server may take to say that it is there, in seconds.
 PROBE_SECONDS = 4.0
+# For one request to a server without patience, in seconds.
+HASTE_SECONDS = 5.0
 # What MLflow takes in one request: of all together, and of params or tags.
 MOST_AT_ONCE = 1000
 MOST_NAMED = 100
 PAGE = 1000
 
-# Read by MLflow's client, which retries by itself, prints links and sends telemetry unless it is told not to. Values
-# that a user has set stay.
+# Read by MLflow's client, which retries by itself, prints links and sends telemetry unless it is told not to. It has
+# one time limit for all requests, in seconds, which an upload needs most of. Values that a user has set stay.
 CLIENT_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "300",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
@@ -63,7 +67,7 @@ class Server:
 
     Every method raises ServerLost where it does not answer, Refused where it does not do what it is asked, and
     UserError where it asks for credentials or is another kind of server; each names the URL and the remedy.
-    patience: for how many seconds a request is repeated; 0 for one try, of a server that answers at once.
+    patience: for how many seconds a request is repeated; 0 for one try of at most HASTE_SECONDS.
     """
 
     uri: str
@@ -79,6 +83,8 @@ class Server:
             _log.warning("waiting for MLflow at %s, at most %.0f s: %s", self.uri, self.patience, found)
 
         try:
+            if not self.patience:
+                return _run_at_most(HASTE_SECONDS, lambda: work(client))
             return retry(lambda: work(client), self.patience, transient=_is_transient, report=report)
         except Exception as error:
             explained = _explain_error(self.uri, error)
@@ -188,6 +194,21 @@ def _connect(uri: str) -> MlflowClient:
     """Create MLflow's client of a server, which keeps its connections; any thread may use it."""
     client: MlflowClient = load_mlflow().MlflowClient(tracking_uri=uri)
     return client
+
+
+def _run_at_most(seconds: float, work: Callable[[], T]) -> T:
+    """Return the result of some work. Raises TimeoutError after some seconds; the work may still end later."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - raised where the result is waited for
+            future.set_exception(error)
+
+    # MLflow's client takes no time limit for a single request. No executor: the end of the process would wait for it.
+    Thread(target=run, daemon=True).start()
+    return future.result(seconds)
 
 
 def _is_transient(error: BaseException) -> bool:

@@ -52,7 +52,7 @@ def _open_client(uri: str) -> httpx.Client:
         options["headers"] = {"Authorization": f"Bearer {token}"}
     if (insecure or "").lower() in ("true", "1"):
         options["verify"] = False
-    elif certificate:
+    elif uri.startswith("https:") and (certificate := certificate or os.environ.get("REQUESTS_CA_BUNDLE")):
         options["verify"] = ssl.create_default_context(cafile=certificate)
     return open_client(uri, **options)
 

@@ -178,7 +178,7 @@ class MLflowTracking:
     def follow_curve(self, run_id: str) -> Callable[[Mapping[str, object]], None]:
         """Return a function that takes the events of a training while it runs and writes its metrics.
 
-        The training waits meanwhile: a lost server is not asked again at once.
+        The training waits meanwhile: each request has a few seconds, and a lost server is not asked again at once.
         """
         return follow_curve(Server(self._server.uri, patience=0), run_id)
 

@@ -12,7 +12,7 @@ from rich.text import Text
 from blocks.config.settings import Settings, list_library_variables, list_sources, read_settings, variable
 from core.errors import hide_password
 
-SECRET = re.compile("PASSWORD|SECRET|TOKEN|KEY|AUTH")
+SECRET = re.compile("PASSWORD|PASSPHRASE|SECRET|TOKEN|KEY|AUTH|HEADERS|CONNECTION_URL")
 
 
 def build_settings_table() -> RenderableType:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from blocks.config.paths import store_folder
-from blocks.config.settings import read_settings
+from blocks.config.settings import read_places
 from blocks.services.stack import ServiceStatus
 from flows.cli.status import ACTIVE, DAYS, FAILED, PAGE, WAITING, FlowRun, Pool, Snapshot
 
@@ -126,7 +126,7 @@ def _resources(shown: Snapshot) -> Table:
     if not shown.gpus:
         table.add_row("GPUs", "none: models train on the CPU")
     count, size, free = shown.store
-    shared = read_settings().store
+    shared = read_places().store
     also = f"; shared in {shared}" if shared else ""
     table.add_row(
         "store", f"{count:,} artifacts, {_format_size(size)}; {_format_size(free)} free in {store_folder()}{also}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 
 from blocks.config.catalog import open_catalog
 from core.errors import UserError
+from tasks import preflight
 from tasks.inputs import (
     BASELINES,
     check_model_name,
@@ -121,3 +123,14 @@ def test_a_request_that_no_data_set_can_fulfil_is_refused(
     with pytest.raises(UserError) as caught:
         resolve_sources(list_inputs(choose_models(models)), sources, later=choose_study(datasets, "mirror").values())
     assert caught.value.found == found
+
+
+@pytest.mark.parametrize(("sources", "checked"), [({"ncbi_genes": "nowhere"}, False), ({}, True)])
+def test_keys_are_asked_for_only_with_the_files_known(
+    sources: dict[str, str], checked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(preflight, "check_services", lambda specs, files: asked.append(files))
+    with pytest.raises(UserError, match="ncbi_genes") if sources else nullcontext():
+        preflight.check_needs([open_catalog().pretrained("ncbi_genes")], sources, [])
+    assert bool(asked) is checked

@@ -75,3 +75,9 @@ def test_a_lost_server_is_told_once_and_the_log_goes_on(
         "training x goes on, but its page no longer shows its progress: gone",
         "training x: 3 of 10 epochs",
     ]
+
+
+def test_trainings_that_fail_count_as_ended_not_as_trained(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="calipert")
+    progress.make_training_counter(1)("norman19, fmlp, fold 3")
+    assert caplog.messages == ["ended 1 of 1 trainings (norman19, fmlp, fold 3)"]

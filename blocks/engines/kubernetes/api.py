@@ -202,7 +202,7 @@ def _create_client(address: str | None) -> ApiClient:
         remedy = "install it: pip install 'calipert[kubernetes]'"
         raise UserError("Kubernetes", "client", f"a package that is not installed: {error.name}", remedy) from error
     # A proxy meant for the internet does not lead to the API. `_request` tries again by itself.
-    configuration = Configuration(host=address, proxy="", retries=False)
+    configuration = Configuration(host=address and address.rstrip("/"), proxy="", retries=False)
     if address is None:
         try:
             load_incluster_config(configuration)  # type: ignore[no-untyped-call]

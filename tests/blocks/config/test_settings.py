@@ -69,6 +69,12 @@ def test_a_wrong_value_is_named_with_its_variable(field: str, text: str, monkeyp
     assert (error.value.where, error.value.field, error.value.found) == ("environment", variable(field), repr(text))
 
 
+def test_a_wrong_value_does_not_hide_where_the_data_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in {"CALIPERT_DATA": str(tmp_path), "CALIPERT_ENGINE": "podman", "CALIPERT_MEMORY_GB": "x"}.items():
+        monkeypatch.setenv(name, text)
+    assert data_folder() == tmp_path
+
+
 def test_the_file_of_a_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CALIPERT_SOURCE_NORMAN19", "/data/n.h5ad")
     assert (read_source("norman19"), read_source("norman19_small")) == ("/data/n.h5ad", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import httpx
@@ -47,6 +48,17 @@ def test_what_stays_busy_or_fails_is_an_error(server: Callable[[list[int]], None
         loopback.ask(URL)
     assert error.value.response.status_code == last
     assert asked - len(codes) > (1 if last == 503 else 0)
+
+
+@pytest.mark.parametrize(("body", "left"), [({"name": "a"}, [200]), (None, [])])
+def test_only_what_changes_nothing_is_asked_again_after_an_error(
+    server: Callable[[list[int]], None], body: object, left: list[int]
+) -> None:
+    codes = [500, 200]
+    server(codes)
+    with nullcontext() if body is None else pytest.raises(httpx.HTTPStatusError):
+        loopback.ask(URL, body)
+    assert codes == left
 
 
 def test_whether_it_answers_is_said_at_once(server: Callable[[list[int]], None]) -> None:

@@ -12,7 +12,7 @@ from blocks.store.checksums import file_checksum
 
 
 def test_a_file_is_read_again_when_it_has_changed(tmp_path: Path) -> None:
-    """That it is read only once otherwise, tests/blocks/test_store.py shows."""
+    """That it is read only once otherwise, tests/blocks/store/test_artifacts.py shows."""
     path = tmp_path / "file"
     path.write_bytes(b"one")
     assert file_checksum(path) == sha256(b"one").hexdigest()

@@ -159,6 +159,39 @@ def test_one_that_does_not_answer_is_given_up_too(monkeypatch: pytest.MonkeyPatc
             Server(f"http://127.0.0.1:{silent.getsockname()[1]}").get_run("r1")
 
 
+def test_without_patience_a_request_has_seconds_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "HASTE_SECONDS", 0.2)
+    done = threading.Event()
+
+    def answer(path: str, sent: Any) -> Answer:
+        done.wait(10)
+        return 200, {"run": RUN}
+
+    with standing_in(answer) as uri:
+        try:
+            began = time.monotonic()
+            with pytest.raises(ServerLost, match="TimeoutError"):
+                Server(uri, patience=0).get_run("r1")
+            assert time.monotonic() - began < 9
+        finally:
+            done.set()
+        assert Server(uri, patience=1).get_run("r1").info.run_id == "r1"
+
+
+def test_an_upload_has_minutes() -> None:
+    from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
+
+    load_mlflow()
+    assert MLFLOW_HTTP_REQUEST_TIMEOUT.get() >= 300
+
+
+def test_other_certificates_are_taken_as_by_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_SERVER_CERT_PATH", raising=False)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "none.pem"))
+    with pytest.raises(FileNotFoundError):
+        find_running_runs("https://127.0.0.1:1", "calipert/")
+
+
 @pytest.mark.parametrize(
     ("code", "told", "remedy"),
     [

@@ -42,9 +42,15 @@ def test_every_setting_with_its_value_origin_and_purpose(show, tmp_path: Path) -
 
 
 def test_no_password_is_shown(show) -> None:
-    hidden = ("AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "PREFECT_API_AUTH_STRING")
+    hidden = (
+        "AWS_SECRET_ACCESS_KEY",
+        "MLFLOW_TRACKING_PASSWORD",
+        "PREFECT_API_AUTH_STRING",
+        "PREFECT_API_DATABASE_CONNECTION_URL",
+        "PREFECT_CLIENT_CUSTOM_HEADERS",
+    )
     addresses = {
-        "AWS_ENDPOINT_URL": "http://ada:hunter2@server:7070",
+        "AWS_ENDPOINT_URL": "http://ada:hunter2/hunter2@hunter2@server:7070",
         "CALIPERT_MLFLOW_URL": "https://ada:hunter2@pages",
     }
     lines = show(**addresses, **dict.fromkeys(hidden, "hunter2"))

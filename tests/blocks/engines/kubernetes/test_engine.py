@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from contextvars import copy_context
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -925,6 +925,11 @@ def test_outside_of_a_cluster_the_api_must_be_named(monkeypatch):
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     with pytest.raises(UserError, match="kubectl proxy"):
         kubernetes_api.Api(None, NAMESPACE, lambda: None)
+
+
+def test_an_address_may_end_in_a_slash():
+    with closing(kubernetes_api.Api("http://127.0.0.1:1/", NAMESPACE, lambda: None)) as api:
+        assert api._client.configuration.host == "http://127.0.0.1:1"
 
 
 def test_without_the_client_the_error_says_how_to_install_it(monkeypatch):
