@@ -63,7 +63,7 @@ def read_float_panels(X: Any, rows: Ints | None = None) -> Iterator[tuple[slice,
     X : Any
         Cells x genes.
     rows : Ints | None
-        How many at a time.
+        Positions of the rows that take part, ascending; None for all.
 
     Returns
     -------

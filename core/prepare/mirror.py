@@ -30,7 +30,7 @@ def is_mirror(obs: pd.DataFrame) -> bool:
     Parameters
     ----------
     obs : pd.DataFrame
-        The table of cells, with `covariate` and `condition`.
+        The file's table of cells.
 
     Returns
     -------
@@ -139,7 +139,7 @@ def list_folds(obs: pd.DataFrame) -> list[int]:
     Parameters
     ----------
     obs : pd.DataFrame
-        The table of cells, with `covariate` and `condition`.
+        The file's table of cells.
 
     Returns
     -------

@@ -108,7 +108,7 @@ def require_unique_cells(obs: pd.DataFrame, where: str) -> None:
     Parameters
     ----------
     obs : pd.DataFrame
-        The table of cells, with `covariate` and `condition`.
+        The file's table of cells.
     where : str
         What the input is called in messages.
     """

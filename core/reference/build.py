@@ -195,7 +195,7 @@ def frame_by_condition(keys: pd.DataFrame, layers: dict[str, Floats], genes: pd.
     keys : pd.DataFrame
         The table of conditions: covariate, condition and more.
     layers : dict[str, Floats]
-        Names of the layers.
+        Name -> conditions x genes, in the order of `keys`.
     genes : pd.Index
         Names of the columns.
 

@@ -37,7 +37,7 @@ def read_stored_reference(data: ad.AnnData, cells: ad.AnnData, where: str) -> tu
     data : ad.AnnData
         The mirror file.
     cells : ad.AnnData
-        `mirror_cells` of it. Layers that the file does not store (linear, sparse_mean) are absent.
+        `take_mirror_cells` of it. Layers that the file does not store (linear, sparse_mean) are absent.
     where : str
         What the input is called in messages.
 

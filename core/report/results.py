@@ -53,7 +53,7 @@ def write_results(
         Where scores.parquet, calibration.parquet, leaderboard.parquet, comparison.parquet, quality.parquet,
         unpredicted.parquet, report.html and figures/ are written (`docs/outputs.md`).
     """
-    everything = pd.concat(_read_tables(scores, SCORES), ignore_index=True)
+    everything = pd.concat([pd.read_parquet(path / SCORES) for path in scores], ignore_index=True)
     reasons = _read_tables(scores, UNPREDICTED)
     unpredicted = pd.concat(reasons, ignore_index=True) if reasons else pd.DataFrame(columns=["model", *KEYS, "reason"])
     on_their_genes = _read_tables(scores, MATCHED_CONTROLS)

@@ -49,7 +49,7 @@ def bootstrap_means(values: Floats, resamples: int, seed: int, step: str) -> Flo
     Parameters
     ----------
     values : Floats
-        The stored values.
+        Conditions x columns; NaN is left out.
     resamples : int
         How many to draw.
     seed : int

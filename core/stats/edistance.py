@@ -28,10 +28,9 @@ def project_cells(X: Any, components: int = COMPONENTS, rows: Ints | None = None
     X : Any
         Cells x genes, log1p, CSR in memory or on disk.
     components : int
-        k x n.
+        How many, at most.
     rows : Ints | None
-        The cells that take part, by default all. Exact: eigenvectors of the genes' covariance in float64, signs fixed.
-        Two passes over the cells, genes^2 numbers in memory.
+        The positions of the cells that take part, ascending; by default all.
 
     Returns
     -------

@@ -53,9 +53,9 @@ def code_groups(frame: pd.DataFrame, keys: pd.DataFrame) -> Ints:
     Parameters
     ----------
     frame : pd.DataFrame
-        All but the matrices.
+        A table with at least the columns of `keys`.
     keys : pd.DataFrame
-        The table of conditions: covariate, condition and more.
+        The values to find, each row once.
 
     Returns
     -------
@@ -74,10 +74,10 @@ def add_group_sums(total: Any, codes: Ints, values: sparse.csr_matrix) -> None:
     total : Any
         Groups x genes, float64, an array or an HDF5 dataset.
     codes : Ints
-        The group of each cell, -1 for none. values: cells x genes, float64. Of the groups only the rows between the
-        first and the last one that occurs are read and written: sorted cells touch few.
+        The group of each cell, -1 for none. Only the groups between the first and the last one that occurs are read and
+        written: sorted cells touch few.
     values : sparse.csr_matrix
-        The stored values.
+        Cells x genes, float64.
     """
     if (codes < 0).all():
         return

@@ -17,7 +17,7 @@ def main(command: str, *names: str) -> None:
     rows = [row for row in build_table() if row.full_name in names]
     if missing := set(names) - {row.full_name for row in rows}:
         raise SystemExit(f"not in the table of deployments: {sorted(missing)}")
-    with mock.patch.object(local, "table", return_value=rows):
+    with mock.patch.object(local, "build_table", return_value=rows):
         local.COMMANDS[command]()
 
 

@@ -488,7 +488,7 @@ import os, signal, sys
 from pathlib import Path
 from blocks.services import text_service
 from tasks import embed, embed_texts, inputs, pretrained
-text_service.secret = embed_texts.secret = lambda name: sys.argv[2]
+text_service.read_secret = embed_texts.read_secret = lambda name: sys.argv[2]
 embed.embed, embed_texts.ask_for_vectors = embed.embed.fn, embed_texts.ask_for_vectors.fn
 fetch = pretrained.fetch_pretrained.fn
 embed_texts.TEXTS_AT_ONCE = 3

@@ -91,7 +91,8 @@ def test_unknown_module_is_refused(project: Path, name: str) -> None:
 
 def test_the_projects_own_modules_have_stable_hashes() -> None:
     closure = import_closure("blocks.store.code")
-    assert list(closure) == ["blocks", "blocks.config", "blocks.config.paths", "blocks.store", "blocks.store.code"]
+    assert {"blocks.store", "blocks.store.code", "blocks.config.paths"} <= set(closure)
+    assert not any(name.startswith(("tasks", "flows")) for name in closure)
     assert code_hash("blocks.store.code") == code_hash("blocks.store.code")
     assert len(code_hash("blocks.store.code")) == 64
 

@@ -129,6 +129,7 @@ def test_one_that_stays_locked_is_one_clear_error(code: int, told: str) -> None:
     ):
         Server(uri, patience=0.5).get_run("r1")
     assert raised.value.where == uri
+    assert "SELECT" not in raised.value.found
     assert "where its database is locked, another program writes to it" in raised.value.remedy
 
 

@@ -112,3 +112,9 @@ def test_a_model_without_some_genes_or_without_any_prediction_is_named(parts: di
     assert f"lacking does not predict 1 of the genes ({reference.var_names[0]})" in report
     assert "silent predicted none of the conditions and has no score." in report
     assert set(pd.read_parquet(folder / "leaderboard.parquet")["model"]) >= {"lacking", "dataset_mean"}
+
+
+def test_scores_that_are_missing_are_not_left_out_in_silence(parts: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="empty"):
+        results(parts | {"empty": tmp_path / "empty"}, ["controls", "empty"], tmp_path / "results")

@@ -268,8 +268,8 @@ def duplicated_genes(data: ad.AnnData) -> None:
     [
         (counts, "X", "counts", "log1p"),
         (negative, "X", "negative", "not scaled"),
-        (not_a_number, "X", "NaN", "mend"),
-        (infinite, "X", "infinite", "mend"),
+        (not_a_number, "X", "NaN", "correct"),
+        (infinite, "X", "infinite", "correct"),
         (no_matrix, "X", "no matrix", "log1p"),
         (no_column, "obs['label']", "guide", "--column"),
         (no_control, "obs['label']", "AAVS1", "--control"),

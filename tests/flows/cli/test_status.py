@@ -69,7 +69,7 @@ def flow_run(kind: str, name: str = "benchmark-demo", **changes: Any) -> FlowRun
         ("x" * 1000, "x" * 300 + " …"),
     ],
 )
-def test_a_reason_is_shorten_reason(message: str, line: str | None) -> None:
+def test_a_reason_is_one_line(message: str, line: str | None) -> None:
     assert shorten_reason(message) == (message if line is None else line)
 
 
