@@ -102,8 +102,8 @@ def lease_gpu(name: str) -> Iterator[Gpu | None]:
     """Lease a GPU of this host for the time of the block; None, with a message, if the host has none.
 
     name: who asks, for messages and for `list_holders`. Waits while all are taken. Each call excludes all others,
-    those of other threads of this process too. Raises Stopped if the caller's flow ends meanwhile, and UserError if
-    the locks cannot be used.
+    those of other threads of this process too. Raises Stopped if the caller's flow ends meanwhile, and UserError if the
+    locks cannot be used.
     """
     raise_if_stopped(name)
     gpus = list_gpus()
