@@ -27,6 +27,7 @@ pytest_plugins = ["tests.helpers.leftovers"]
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in this hook too
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The tests of one file share its fixtures: one worker runs them, unless they are marked to run apart."""
     for item in items:
