@@ -388,7 +388,7 @@ def caller(model, tmp_path, monkeypatch) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def guard_of(pid: int) -> int:
-    (guard,) = (child for child in psutil.Process(pid).children() if "docker_guard" in " ".join(child.cmdline()))
+    (guard,) = (child for child in psutil.Process(pid).children() if "docker/guard.py" in " ".join(child.cmdline()))
     return int(guard.pid)
 
 
@@ -434,7 +434,7 @@ def test_the_next_stage_removes_what_a_caller_and_its_guard_left_and_nothing_els
 
 
 def test_a_killed_guard_ends_the_stage(model, tmp_path):
-    with pytest.raises(ModelFailed, match="the process that watches over its container was killed"):
+    with pytest.raises(ModelFailed, match="the process that guards its container was killed"):
         run(
             model,
             tmp_path,
