@@ -32,7 +32,7 @@ images: setup ## build the images of the models, for CALIPERT_ENGINE=docker
 	$(BIN)/calipert model build $(if $(BASE_IMAGE),--arg BASE_IMAGE=$(BASE_IMAGE)) \
 		$(if $(TORCH_INDEX),--arg TORCH_INDEX=$(TORCH_INDEX)) $(MODELS)
 
-test: $(TOOLS) ## lint, types, import contracts, and all tests that take seconds (at most 8 minutes)
+test: $(TOOLS) ## lint, types, import contracts, and all tests that take seconds (aim: 8 minutes)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -40,7 +40,7 @@ test: $(TOOLS) ## lint, types, import contracts, and all tests that take seconds
 	$(BIN)/lint-imports
 	$(PYTEST) --cov --cov-report=term:skip-covered
 
-test-platform: $(TOOLS) ## tests with servers, containers and a browser, and one round of each fault (20 minutes)
+test-platform: $(TOOLS) ## tests with servers, containers and a browser, and one round of each fault (aim: 20 minutes)
 	$(PYTEST) tests/fault tests/platform
 
 fault: $(TOOLS) ## kill benchmarks, workers and servers at many moments, and compare all bytes (an hour)
