@@ -60,7 +60,7 @@ class Case(NamedTuple):
 
 
 class Candidates(NamedTuple):
-    """What the rankings of the plain loop need. kept: the genes that nobody targets; changes: truths - c on these."""
+    """What the rankings of the plain loop need. kept: the genes that no condition targets; changes: truths - c."""
 
     truths: Floats
     changes: Floats

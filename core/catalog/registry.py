@@ -385,7 +385,7 @@ def _invalid(path: Path, entry: dict[Any, Any], error: ValidationError) -> UserE
 
 
 def _located(entry: Any, location: tuple[int | str, ...]) -> tuple[str, Any]:
-    """Path and value in the YAML of what pydantic points at, without its tags of unions, which the YAML has not."""
+    """Path and value in the YAML of what pydantic points at, without its tags of unions, which are not in the YAML."""
     path, value = "", entry
     for part in location:
         if isinstance(value, Mapping) and part in value:

@@ -25,7 +25,7 @@ FAULTS: tuple[Fault, ...] = (
     (
         f"counts above {MOST:,}, which 32-bit floats do not hold exactly",
         lambda values: values > MOST,
-        "give raw counts of molecules: one cell has not that many of one gene",
+        "give raw counts of molecules: one cell cannot have that many of one gene",
     ),
 )
 Faults: TypeAlias = dict[str, tuple[int, float]]  # name of a fault -> how many values have it, the first of them
