@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -32,6 +33,19 @@ _HEAD, _TAIL = 30, 10  # rows of a long table of conditions that are shown
 _LONGEST = 800  # characters of one field of an error: the panel must fit on a screen
 
 
+def start_table(*heads: str, whole: int = 99, right: Collection[str] = (), first: str = "", **options: Any) -> Table:
+    """Start a table with a line below its heads, unless the options of rich's Table say otherwise.
+
+    whole: how many columns, from the left, are never wrapped. right: heads of columns of numbers. first: the style of
+    the first column.
+    """
+    table = Table(**{"box": box.SIMPLE_HEAD, "padding": (0, 1), "pad_edge": False, "show_edge": False, **options})
+    for place, head in enumerate(heads):
+        justify = "right" if head in right else "left"
+        table.add_column(head, style="" if place else first, justify=justify, overflow="fold", no_wrap=place < whole)
+    return table
+
+
 def make_result_table(leaderboard: pd.DataFrame, width: int = 100) -> RenderableType:
     """Lay out models and controls x metrics (means) to the width of the terminal; below it a legend.
 
@@ -54,24 +68,21 @@ def make_result_table(leaderboard: pd.DataFrame, width: int = 100) -> Renderable
     )
     names, groups = list(rows["name"]), list(rows["group"])
     room = width - max(map(len, names), default=0)
-
-    def columns(decimals: int) -> list[Column]:
-        return [
+    columns: list[Column] = []
+    for decimals in (3, 2):
+        columns = [
             _format_column(metric, means[metric].tolist(), ranks[metric].tolist(), metric in ranked, decimals)
             for metric in means.columns
         ]
-
-    parts = [columns(3)]
-    if _width(parts[0]) > room:
-        parts = [columns(2)]
-    if _width(parts[0]) > room:
+        if _width(columns) <= room:
+            parts = [columns]
+            break
+    else:
         # First the calibrated ones by themselves; what still does not fit goes into further tables.
-        halves = [[column for column in parts[0] if column.calibrated is wanted] for wanted in (True, False)]
+        halves = [[column for column in columns if column.calibrated is wanted] for wanted in (True, False)]
         parts = [part for half in halves for part in _split_to_fit(half, room)]
-    tables = [_make_table(part, names, groups) for part in parts]
-    return Group(
-        *(part for table in tables for part in (table, "")), _make_legend(parts, models=rows["kind"].isin(RANKED).any())
-    )
+    tables = [part for columns in parts for part in (_make_table(columns, names, groups), "")]
+    return Group(*tables, _make_legend(columns, models=rows["kind"].isin(RANKED).any()))
 
 
 def make_verdict_table(calibration: pd.DataFrame, width: int = 100) -> RenderableType:
@@ -84,32 +95,23 @@ def make_verdict_table(calibration: pd.DataFrame, width: int = 100) -> Renderabl
     from core.scoring.calibration import FEWEST_CONDITIONS, THRESHOLD
 
     variants = views.tabulate_variants(calibration)
-    rows: list[dict[str, Text | str]] = []
+    heads = ["metric", "verdict", "DRF", "95 % interval", "halves\n±", "BDS", "n", "NaN", "DRF\nmean", "DRF\nctrl"]
+    # The box sets one space between columns: no further padding.
+    table = start_table(*(heads if width >= _WIDE else heads[:7]), right=heads[2:], padding=0)
     for row in views.list_records(views.tabulate_verdicts(calibration)):
-        known = row["drf"] == row["drf"]
-        style = _VERDICT_STYLES[row["verdict"]]
-        rows.append(
-            {
-                "metric": Text(row["metric"]),
-                "verdict": Text("no verdict" if row["verdict"] == "none" else row["verdict"], style=style),
-                "DRF": Text(format_number(row["drf"], 2), style=style),
-                "95 % interval": f"{format_number(row['drf_low'], 2)} to {format_number(row['drf_high'], 2)}"
-                if known
-                else DASH,
-                "halves\n±": format_number(row["drf_half_sd"], 2),
-                "BDS": format_number(row["bds"], 2),
-                "n": f"{row['n_conditions']:,.0f}",
-                "NaN": format_share(row["nan_share"]),
-                "DRF\nmean": format_number(variants["drf_mean"][row["metric"]], 2),
-                "DRF\nctrl": format_number(variants["drf_ctrl"][row["metric"]], 2),
-            }
-        )
-    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
-    heads = list(rows[0]) if rows else []
-    for head in heads if width >= _WIDE else heads[:7]:
-        table.add_column(head, justify="left" if head in ("metric", "verdict") else "right", no_wrap=True)
-    for cells in rows:
-        table.add_row(*list(cells.values())[: len(table.columns)])
+        style, interval = _VERDICT_STYLES[row["verdict"]], (row["drf_low"], row["drf_high"])
+        cells = [
+            Text(row["metric"]),
+            Text("no verdict" if row["verdict"] == "none" else row["verdict"], style=style),
+            Text(format_number(row["drf"], 2), style=style),
+            " to ".join(format_number(end, 2) for end in interval) if row["drf"] == row["drf"] else DASH,
+            format_number(row["drf_half_sd"], 2),
+            format_number(row["bds"], 2),
+            f"{row['n_conditions']:,.0f}",
+            format_share(row["nan_share"]),
+            *(format_number(variants[name][row["metric"]], 2) for name in ("drf_mean", "drf_ctrl")),
+        ]
+        table.add_row(*cells[: len(table.columns)])
     legend = (
         f"DRF: mean Dynamic Range Fraction. calibrated: its whole interval lies above {THRESHOLD:g}; miscalibrated: "
         f"below. no verdict: fewer than {FEWEST_CONDITIONS} conditions. BDS: share of conditions in which the positive "
@@ -147,13 +149,10 @@ def make_check_table(check: DatasetCheck, name: str) -> RenderableType:
 
 def make_outcome_table(outcomes: list[Outcome]) -> RenderableType:
     """Lay out what became of each data set: the numbers of those that are done, the reason of those that are not."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
-    table.add_column("data set", no_wrap=True)
-    for head in ("cells", "conditions", "genes", "calibrated\nmetrics"):
-        table.add_column(head, justify="right", no_wrap=True)
-    table.add_column("outcome", overflow="fold")
-    for name, outcome, reason, *numbers in outcomes:
-        cells = ["" if number is None else f"{number:,}" for number in numbers]
+    numbers = ("cells", "conditions", "genes", "calibrated\nmetrics")
+    table = start_table("data set", *numbers, "outcome", right=numbers, whole=5)
+    for name, outcome, reason, *counts in outcomes:
+        cells = ["" if count is None else f"{count:,}" for count in counts]
         text = f"{outcome}: {_cut(reason)}" if reason else outcome
         table.add_row(name, *cells, Text(text, style="yellow" if reason else "green"))
     return table
@@ -164,10 +163,8 @@ def make_error_panel(error: UserError) -> Panel:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
-    grid.add_row("where", Text(_cut(error.where), style="bold"))
-    grid.add_row("field", Text(_cut(error.field)))
-    grid.add_row("found", Text(_cut(error.found)))
-    grid.add_row("remedy", Text(_cut(error.remedy), style="green"))
+    for field, style in {"where": "bold", "field": "", "found": "", "remedy": "green"}.items():
+        grid.add_row(field, Text(_cut(getattr(error, field)), style=style))
     return Panel(grid, title="Error", title_align="left", border_style="red", padding=(1, 2))
 
 
@@ -231,9 +228,7 @@ def _split_to_fit(columns: list[Column], room: int) -> list[list[Column]]:
 
 def _make_table(columns: list[Column], names: list[str], groups: list[str]) -> Table:
     """Lay out one table; gaps between models, positive and negative controls, and models of too little coverage."""
-    # The box sets one space between columns: no further padding.
-    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
-    table.add_column("", no_wrap=True)
+    table = start_table("", padding=0)
     height = max(len(column.head) for column in columns)
     for column in columns:
         lines = [*column.head[:-1], *[""] * (height - len(column.head)), column.head[-1]]
@@ -249,10 +244,9 @@ def _make_table(columns: list[Column], names: list[str], groups: list[str]) -> T
     return table
 
 
-def _make_legend(parts: list[list[Column]], models: bool) -> Text:
+def _make_legend(columns: list[Column], models: bool) -> Text:
     from core.scoring import leaderboard
 
-    columns = [column for part in parts for column in part]
     marks = ["● calibrated: ranked, * the best"] if any(c.calibrated for c in columns) else []
     marks += ["○ not calibrated: shown, not ranked"] if not all(c.calibrated for c in columns) else []
     words = {word for column in columns for word in column.head}

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from blocks.config.settings import Settings, list_library_variables, list_sources, read_settings, variable
 from core.errors import hide_password
+from flows.cli.console import start_table
 
 SECRET = re.compile("PASSWORD|PASSPHRASE|SECRET|TOKEN|KEY|AUTH|HEADERS|CONNECTION_URL")
 
@@ -21,7 +20,7 @@ def build_settings_table() -> RenderableType:
     Passwords and keys are replaced by dots. Raises UserError for a setting with a wrong value.
     """
     settings = read_settings()
-    table = _start_table("setting", "value", "from", "what it is for")
+    table = start_table("setting", "value", "from", "what it is for", whole=1, first="bold")
     for field, about in Settings.model_fields.items():
         value = getattr(settings, field)
         origin = "default" if value == about.default else "environment"
@@ -31,17 +30,10 @@ def build_settings_table() -> RenderableType:
     others = list_library_variables()
     if not others:
         return table
-    libraries = _start_table("read by libraries", "value")
+    libraries = start_table("read by libraries", "value", whole=1, first="bold")
     for name, value in others.items():
         libraries.add_row(name, _show(name, value))
     return Group(table, "", libraries)
-
-
-def _start_table(*heads: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
-    for head in heads:
-        table.add_column(head, style="bold" if head == heads[0] else "", overflow="fold", no_wrap=head == heads[0])
-    return table
 
 
 def _show(name: str, value: object) -> Text:

@@ -9,7 +9,9 @@ import os
 import re
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -28,6 +30,7 @@ from core.errors import UserError
 DAYS = 7
 # Trainings of single folds are flow runs too, but belong to one of these.
 FLOWS = ["benchmark", "calibrate", "embed", "prepare", "reproduce", "score", "train"]
+_CHOSEN_FLOWS = {"name": {"any_": FLOWS}}
 ACTIVE = ["RUNNING", "PENDING", "CANCELLING"]
 WAITING = ["SCHEDULED", "PAUSED"]
 FAILED = ["FAILED", "CRASHED", "CANCELLED"]
@@ -76,7 +79,7 @@ class FlowRun(NamedTuple):
     models: list[str]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Snapshot:
     """All that the screen shows.
 
@@ -96,167 +99,138 @@ class Snapshot:
 def take_snapshot(now: datetime) -> Snapshot:
     """Find it all out. now: in UTC. A server that is down or does not answer raises nothing: it is among troubles."""
     services = services_status()
-    prefect, mlflow = _prefect_api(services), _mlflow(services)
-    pools: list[Pool] = []
-    found: dict[str, list[Any]] = {}
-    steps: dict[str, list[str]] = {}
-    flows: dict[str, str] = {}
-    ended: set[str] = set()
-    troubles: list[str] = []
+    own = {one.name: one.url for one in services if one.url}
+    # The local server that runs, else the one that the environment names.
+    prefect = f"{own['prefect']}/api" if "prefect" in own else os.environ.get("PREFECT_API_URL")
+    mlflow = own.get("mlflow") or os.environ.get("MLFLOW_TRACKING_URI")
+    shown = Snapshot(services)
+    # In this order, whatever fails first.
+    troubles = dict.fromkeys((f"Prefect: {prefect}", f"MLflow: {mlflow}", "GPUs"), "")
     with ThreadPoolExecutor(8) as pool:
-        tracking = pool.submit(_find_tracked_runs, mlflow)
+        tracking = pool.submit(_find_tracked_runs, mlflow, troubles)
         size = pool.submit(_measure_store, store_folder())
-        gpus = pool.submit(_gpus)
+        gpus = pool.submit(_list_gpus, troubles)
+        answers, steps, flows, ended = dict[str, list[Any]](), dict[str, list[str]](), dict[str, str](), set[str]()
         if prefect:
-            try:
-                with _Prefect(prefect, pool) as api:
-                    pools, found, flows = api.pools(), api.runs(now), api.flows()
-                    steps = api.steps([run["id"] for run in found["active"]])
-                    ended = api.ended([flow_run for flow_run in tracking.result()[0] if flow_run])
-            except httpx.HTTPError as error:
-                troubles.append(f"Prefect: {prefect}: {type(error).__name__}: {error}")
-        tracked, no_tracking = tracking.result()
-        held, no_gpus = gpus.result()
-    runs = {
+            with _note_trouble(troubles, f"Prefect: {prefect}"), _open_prefect(prefect) as http:
+                shown.pools, answers = _list_pools(http, pool), _list_runs(http, pool, now)
+                flows = {flow["id"]: flow["name"] for flow in _ask(http, "/flows/filter", flows=_CHOSEN_FLOWS)}
+                steps = _list_steps(http, [run["id"] for run in answers["active"]])
+                ended = _find_ended(http, [flow_run for flow_run in tracking.result() if flow_run])
+    tracked, shown.gpus, shown.store = tracking.result(), gpus.result(), size.result()
+    shown.runs = {
         kind: [_flow_run(one, flows, steps.get(one["id"], []), tracked.get(one["id"], [])) for one in of_kind]
-        for kind, of_kind in found.items()
+        for kind, of_kind in answers.items()
     }
-    return Snapshot(
-        services,
-        pools,
-        runs,
-        _list_stale_runs(ended, tracked),
-        held,
-        size.result(),
-        [*troubles, *no_tracking, *no_gpus],
-    )
+    shown.stale = _list_stale_runs(ended, tracked)
+    shown.troubles = [f"{where}: {why}" for where, why in troubles.items() if why]
+    return shown
 
 
-def _prefect_api(services: list[ServiceStatus]) -> str | None:
-    """Return the API of the local server that runs, else the one that the environment names."""
-    own = next((one.url for one in services if one.name == "prefect" and one.url), None)
-    return f"{own}/api" if own else os.environ.get("PREFECT_API_URL")
+@contextmanager
+def _note_trouble(troubles: dict[str, str], where: str) -> Iterator[None]:
+    """Let the block fail for what another program is to blame for, and keep the reason under its place."""
+    try:
+        yield
+    except UserError as error:
+        troubles[where] = shorten_reason(str(error))
+    except (httpx.HTTPError, ValueError) as error:
+        troubles[where] = shorten_reason(f"{type(error).__name__}: {error}")
 
 
-def _mlflow(services: list[ServiceStatus]) -> str | None:
-    own = next((one.url for one in services if one.name == "mlflow" and one.url), None)
-    return own or os.environ.get("MLFLOW_TRACKING_URI")
+def _open_prefect(url: str) -> httpx.Client:
+    user, _, password = os.environ.get("PREFECT_API_AUTH_STRING", "").partition(":")
+    return open_client(url, auth=(user, password) if user else None, timeout=_TIMEOUT)
 
 
-class _Prefect:
-    """Prefect's REST interface. Raises httpx.HTTPError."""
+def _ask(http: httpx.Client, path: str, **body: object) -> Any:
+    """Ask Prefect's REST interface. Raises httpx.HTTPError."""
+    return http.post(path, json=body).raise_for_status().json()
 
-    def __init__(self, url: str, pool: ThreadPoolExecutor) -> None:
-        user, _, password = os.environ.get("PREFECT_API_AUTH_STRING", "").partition(":")
-        auth = httpx.BasicAuth(user, password) if user else None
-        self._http = open_client(url, auth=auth, timeout=_TIMEOUT)
-        self._pool = pool
 
-    def __enter__(self) -> _Prefect:
-        return self
+def _list_pools(http: httpx.Client, threads: ThreadPoolExecutor) -> list[Pool]:
+    def describe(pool: dict[str, Any]) -> Pool:
+        workers = _ask(http, f"/work_pools/{pool['name']}/workers/filter")
+        online = sorted(worker["name"] for worker in workers if worker["status"] == "ONLINE")
+        return Pool(pool["name"], online, len(workers) - len(online), bool(pool["is_paused"]))
 
-    def __exit__(self, *_: object) -> None:
-        self._http.close()
+    return list(threads.map(describe, _ask(http, "/work_pools/filter")))
 
-    def ask(self, path: str, **body: object) -> Any:
-        answer = self._http.post(path, json=body)
-        answer.raise_for_status()
-        return answer.json()
 
-    def pools(self) -> list[Pool]:
-        found = self.ask("/work_pools/filter")
-        asked = [f"/work_pools/{pool['name']}/workers/filter" for pool in found]
-        return [
-            Pool(
-                pool["name"],
-                sorted(worker["name"] for worker in workers if worker["status"] == "ONLINE"),
-                sum(worker["status"] != "ONLINE" for worker in workers),
-                bool(pool["is_paused"]),
-            )
-            for pool, workers in zip(found, self._pool.map(self.ask, asked), strict=True)
-        ]
+def _list_runs(http: httpx.Client, threads: ThreadPoolExecutor, now: datetime) -> dict[str, list[Any]]:
+    """List flow runs by the keys of KINDS; of those that have ended, the ones of the last days."""
+    recent = {"expected_start_time": {"after_": (now - timedelta(days=DAYS)).isoformat()}}
 
-    def runs(self, now: datetime) -> dict[str, list[Any]]:
-        """Flow runs by the keys of KINDS; of those that have ended, the ones of the last days."""
-        recent = {"after_": (now - timedelta(days=DAYS)).isoformat()}
+    def find(kind: str) -> Any:
+        states, sort = KINDS[kind]
+        chosen = {"state": {"type": {"any_": states}}, **(recent if kind in ("failed", "done") else {})}
+        return _ask(http, "/flow_runs/filter", flows=_CHOSEN_FLOWS, flow_runs=chosen, sort=sort, limit=PAGE)
 
-        def found(kind: str) -> Any:
-            states, sort = KINDS[kind]
-            chosen: dict[str, object] = {"state": {"type": {"any_": states}}}
-            if kind in ("failed", "done"):
-                chosen["expected_start_time"] = recent
-            flows = {"name": {"any_": FLOWS}}
-            return self.ask("/flow_runs/filter", flows=flows, flow_runs=chosen, sort=sort, limit=PAGE)
+    return dict(zip(KINDS, threads.map(find, KINDS), strict=True))
 
-        return dict(zip(KINDS, self._pool.map(found, KINDS), strict=True))
 
-    def flows(self) -> dict[str, str]:
-        """Id -> name."""
-        return {flow["id"]: flow["name"] for flow in self.ask("/flows/filter", flows={"name": {"any_": FLOWS}})}
-
-    def steps(self, flow_runs: list[str]) -> dict[str, list[str]]:
-        """Flow run -> the names of its tasks that run now, and of the trainings that it waits for."""
-        steps: dict[str, list[str]] = {}
-        if not flow_runs:
-            return steps
-        running = {"state": {"type": {"any_": ["RUNNING"]}}}
-        tasks = self.ask("/task_runs/filter", flow_runs={"id": {"any_": flow_runs}}, task_runs=running, limit=PAGE)
-        # Another flow run that a flow run waits for is a task of it, whose own name says nothing.
-        waits = [task["id"] for task in tasks if task["task_key"].startswith(_OTHER_FLOW)]
-        chosen = {"parent_task_run_id": {"any_": waits}}
-        others = self.ask("/flow_runs/filter", flow_runs=chosen, limit=PAGE) if waits else []
-        names = {run["parent_task_run_id"]: run["name"] for run in others}
-        for task in tasks:
-            # Prefect ends a task's name with some digits that tell its runs apart.
-            name = names.get(task["id"], re.sub(r"-[0-9a-f]{1,3}$", "", task["name"]))
-            steps.setdefault(task["flow_run_id"], []).append(name)
+def _list_steps(http: httpx.Client, flow_runs: list[str]) -> dict[str, list[str]]:
+    """Return flow run -> the names of its tasks that run now, and of the trainings that it waits for."""
+    steps: dict[str, list[str]] = {}
+    if not flow_runs:
         return steps
+    running = {"state": {"type": {"any_": ["RUNNING"]}}}
+    tasks = _ask(http, "/task_runs/filter", flow_runs={"id": {"any_": flow_runs}}, task_runs=running, limit=PAGE)
+    # Another flow run that a flow run waits for is a task of it, whose own name says nothing.
+    waits = [task["id"] for task in tasks if task["task_key"].startswith(_OTHER_FLOW)]
+    chosen = {"parent_task_run_id": {"any_": waits}}
+    others = _ask(http, "/flow_runs/filter", flow_runs=chosen, limit=PAGE) if waits else []
+    names = {run["parent_task_run_id"]: run["name"] for run in others}
+    for task in tasks:
+        # Prefect ends a task's name with some digits that tell its runs apart.
+        name = names.get(task["id"], re.sub(r"-[0-9a-f]{1,3}$", "", task["name"]))
+        steps.setdefault(task["flow_run_id"], []).append(name)
+    return steps
 
-    def ended(self, flow_runs: list[str]) -> set[str]:
-        """Those that are known to have ended."""
-        over = {"type": {"any_": ["COMPLETED", *FAILED]}}
-        asked = [{"id": {"any_": flow_runs[at : at + PAGE]}, "state": over} for at in range(0, len(flow_runs), PAGE)]
-        return {run["id"] for chosen in asked for run in self.ask("/flow_runs/filter", flow_runs=chosen, limit=PAGE)}
+
+def _find_ended(http: httpx.Client, flow_runs: list[str]) -> set[str]:
+    """Find those that are known to have ended."""
+    over = {"type": {"any_": ["COMPLETED", *FAILED]}}
+    asked = [{"id": {"any_": flow_runs[at : at + PAGE]}, "state": over} for at in range(0, len(flow_runs), PAGE)]
+    return {run["id"] for chosen in asked for run in _ask(http, "/flow_runs/filter", flow_runs=chosen, limit=PAGE)}
 
 
 def _flow_run(answer: dict[str, Any], flows: dict[str, str], doing: list[str], tracked: list[TrackedRun]) -> FlowRun:
     folds = Counter(run.status for run in tracked if "fold" in run.tags)
     counted = (folds["FINISHED"], folds["FAILED"] + folds["KILLED"], folds.total())
-    state = answer.get("state") or {}
+    parameters, state = answer["parameters"], answer.get("state") or {}
+    due, begun, ended = (
+        datetime.fromisoformat(time) if time else None
+        for time in (
+            answer.get("next_scheduled_start_time") or answer.get("expected_start_time"),
+            answer.get("start_time"),
+            answer.get("end_time"),
+        )
+    )
+    # The name that a flow run gets when it begins; until then it has one without a meaning.
+    future = [flows.get(answer["flow_id"]), parameters.get("dataset", parameters.get("embedding"))]
     return FlowRun(
         id=answer["id"],
-        name=answer["name"] if answer.get("start_time") else _future_name(answer, flows),
+        name=answer["name"] if begun else "-".join(filter(None, future)) or answer["name"],
         kind=answer["state_type"],
         state=answer["state_name"] or answer["state_type"].capitalize(),
-        due=_time(answer.get("next_scheduled_start_time") or answer.get("expected_start_time")),
-        begun=_time(answer.get("start_time")),
-        ended=_time(answer.get("end_time")),
+        due=due,
+        begun=begun,
+        ended=ended,
         seconds=float(answer.get("total_run_time") or 0.0),
         reason=shorten_reason(state.get("message") or ""),
         doing=doing,
         folds=counted if folds else None,
-        models=list(answer["parameters"].get("models") or []),
+        models=list(parameters.get("models") or []),
     )
 
 
-def _future_name(answer: dict[str, Any], flows: dict[str, str]) -> str:
-    """Return the name that a flow run gets when it begins; until then it has a name without a meaning."""
-    what = next((answer["parameters"][name] for name in ("dataset", "embedding") if name in answer["parameters"]), None)
-    return "-".join(filter(None, [flows.get(answer["flow_id"]), what])) or str(answer["name"])
-
-
-def _time(text: str | None) -> datetime | None:
-    return datetime.fromisoformat(text) if text else None
-
-
-def _find_tracked_runs(uri: str | None) -> tuple[dict[str, list[TrackedRun]], list[str]]:
-    """Find the MLflow runs of flow runs (blocks.tracking.running), and what hinders."""
-    if uri is None:
-        return {}, []
-    try:
-        return find_running_runs(uri, _EXPERIMENTS), []
-    except (httpx.HTTPError, ValueError) as error:
-        return {}, [f"MLflow: {uri}: {shorten_reason(f'{type(error).__name__}: {error}')}"]
+def _find_tracked_runs(uri: str | None, troubles: dict[str, str]) -> dict[str, list[TrackedRun]]:
+    """Find the MLflow runs of flow runs (blocks.tracking.running)."""
+    if uri:
+        with _note_trouble(troubles, f"MLflow: {uri}"):
+            return find_running_runs(uri, _EXPERIMENTS)
+    return {}
 
 
 def _list_stale_runs(ended: set[str], tracked: dict[str, list[TrackedRun]]) -> list[str]:
@@ -273,45 +247,31 @@ def _list_stale_runs(ended: set[str], tracked: dict[str, list[TrackedRun]]) -> l
     )
 
 
-def _gpus() -> tuple[list[tuple[str, str]], list[str]]:
-    """List (GPU, its holder), and what hinders."""
+def _list_gpus(troubles: dict[str, str]) -> list[tuple[str, str]]:
+    """List (GPU, its holder)."""
     from blocks.local.gpus import list_holders
 
-    try:
-        held = list_holders()
-    except UserError as error:
-        return [], [f"GPUs: {shorten_reason(str(error))}"]
-    return [
-        (gpu, "free" if holder is None else f"{holder.what} (process {holder.pid})" if holder.pid else holder.what)
-        for gpu, holder in held
-    ], []
+    with _note_trouble(troubles, "GPUs"):
+        return [
+            (gpu, "free" if holder is None else f"{holder.what} (process {holder.pid})" if holder.pid else holder.what)
+            for gpu, holder in list_holders()
+        ]
+    return []
 
 
 def _measure_store(store: Path) -> tuple[int, int, int]:
-    """Count the artifacts in the store, their bytes, and the free bytes of its disk."""
+    """Count the artifacts in the store, their bytes, and the free bytes of its disk.
+
+    A file that is removed meanwhile does not count.
+    """
     existing = next(folder for folder in (store, *store.parents) if folder.exists())
-    kinds = [kind for kind in _folders(store) if not kind.name.startswith(".")]
-    artifacts = [artifact for kind in kinds for artifact in _folders(kind)]
-    return len(artifacts), sum(_bytes(artifact) for artifact in artifacts), shutil.disk_usage(existing).free
-
-
-def _folders(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
-
-
-def _bytes(folder: Path) -> int:
-    """Add up the sizes of all files in a folder. A file that is removed meanwhile does not count."""
-    total = 0
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    total += _bytes(Path(entry.path))
-                else:
-                    total += entry.stat(follow_symlinks=False).st_size
-    except FileNotFoundError:
-        return total
-    return total
+    artifacts = [artifact for artifact in store.glob("[!.]*/*") if artifact.is_dir()]
+    size = 0
+    for folder, _, files in (walked for artifact in artifacts for walked in os.walk(artifact)):
+        for file in files:
+            with suppress(FileNotFoundError):
+                size += Path(folder, file).lstat().st_size
+    return len(artifacts), size, shutil.disk_usage(existing).free
 
 
 def shorten_reason(message: str) -> str:

@@ -13,41 +13,36 @@ from rich.text import Text
 from blocks.config.paths import store_folder
 from blocks.config.settings import read_places
 from blocks.services.stack import ServiceStatus
+from core.errors import shown
+from flows.cli.console import start_table
 from flows.cli.status import ACTIVE, DAYS, FAILED, PAGE, WAITING, FlowRun, Pool, Snapshot
 
 COLOURS = {"COMPLETED": "green", "FAILED": "red", "CRASHED": "red", "CANCELLED": "yellow", "RUNNING": "cyan"}
 # Rows of each kind of flow run, so that all fit on one screen.
 MOST = {"active": 5, "waiting": 3, "failed": 5, "done": 4}
+PLAIN = {"box": None, "padding": (0, 2, 0, 0), "header_style": "dim"}
 NAMES = {"active": "running", "waiting": "scheduled", "failed": "failed", "done": "completed"}
 
 
-def make_screen(shown: Snapshot, now: datetime) -> RenderableType:
+def make_screen(found: Snapshot, now: datetime) -> RenderableType:
     """Lay out what `calipert status` prints. now: in UTC."""
-    parts: list[RenderableType] = [_services(shown.services)]
-    stopped = [one.name for one in shown.services if one.state == "stopped" and one.name in ("prefect", "mlflow")]
+    parts: list[RenderableType] = [_services(found.services)]
+    stopped = [one.name for one in found.services if one.state == "stopped" and one.name in ("prefect", "mlflow")]
     if stopped:
         parts.append(Text("`make up` starts servers and workers; `calipert run` starts the servers.", style="yellow"))
-    if shown.pools:
-        parts += ["", _pools(shown.pools)]
-    if any(shown.runs.values()):
-        parts += ["", _runs(shown.runs, now)]
-    elif shown.runs:
+    if found.pools:
+        parts += ["", _pools(found.pools)]
+    if any(found.runs.values()):
+        parts += ["", _runs(found.runs, now)]
+    elif found.runs:
         parts += ["", Text(f"No flow run in the last {DAYS} days.", style="dim")]
-    parts += ["", _resources(shown)]
-    parts += [Text(trouble, style="red") for trouble in shown.troubles]
+    parts += ["", _resources(found)]
+    parts += [Text(trouble, style="red") for trouble in found.troubles]
     return Group(*parts)
 
 
-def _table(*heads: str) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    for head in heads[:-1]:
-        table.add_column(head, no_wrap=True)
-    table.add_column(heads[-1], overflow="fold")
-    return table
-
-
 def _services(services: Iterable[ServiceStatus]) -> Table:
-    table = _table("service", "state", "address or log")
+    table = start_table("service", "state", "address or log", whole=2, **PLAIN)
     colours = {"running": "green", "stopped": "yellow", "not answering": "red"}
     for one in services:
         place = one.url or ("" if one.state == "stopped" else str(one.log))
@@ -56,7 +51,7 @@ def _services(services: Iterable[ServiceStatus]) -> Table:
 
 
 def _pools(pools: Iterable[Pool]) -> Table:
-    table = _table("work pool", "workers online")
+    table = start_table("work pool", "workers online", whole=1, **PLAIN)
     for pool in pools:
         online = ", ".join(pool.online) or "none: what is sent here waits"
         more = f" ({pool.offline} offline)" if pool.offline else ""
@@ -76,7 +71,9 @@ def _runs(runs: dict[str, list[FlowRun]], now: datetime) -> Group:
         for run in of_kind[:most]:
             state = (run.state.lower().ljust(states), COLOURS.get(run.kind, ""))
             lines.append(Text.assemble(run.name.ljust(names), "  ", state, "  ", _describe_time(run, now)))
-            if what := " · ".join(filter(None, [_id(run), ", ".join(run.models), _describe_work(run)])):
+            # `prefect flow-run cancel` and `logs` take the id.
+            own_id = "" if run.kind == "COMPLETED" else run.id
+            if what := " · ".join(filter(None, [own_id, ", ".join(run.models), _describe_work(run)])):
                 lines.append(Padding(Text(what), (0, 0, 0, 2)))
         if len(of_kind) > most:
             count = f"{len(of_kind) - most}{'+' if len(of_kind) == PAGE else ''}"
@@ -88,18 +85,10 @@ def _describe_time(run: FlowRun, now: datetime) -> str:
     if run.kind in WAITING:
         return f"due {_format_time(run.due, now)}" if run.due else ""
     if run.kind in ACTIVE:
-        return (
-            f"since {_format_time(run.begun, now)}, {_format_duration((now - run.begun).total_seconds())}"
-            if run.begun
-            else ""
-        )
+        lasts = _format_duration((now - run.begun).total_seconds()) if run.begun else ""
+        return f"since {_format_time(run.begun, now)}, {lasts}" if run.begun else ""
     lasted = f", {_format_duration(run.seconds)}" if run.seconds else ""
     return f"{_format_time(run.ended or run.due, now)}{lasted}"
-
-
-def _id(run: FlowRun) -> str:
-    """Return the id that `prefect flow-run cancel` and `logs` take; none for a run that is done."""
-    return "" if run.kind == "COMPLETED" else run.id
 
 
 def _describe_work(run: FlowRun) -> str:
@@ -117,24 +106,24 @@ def _describe_work(run: FlowRun) -> str:
     return "; ".join(parts)
 
 
-def _resources(shown: Snapshot) -> Table:
+def _resources(found: Snapshot) -> Table:
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    for gpu, holder in shown.gpus:
+    for gpu, holder in found.gpus:
         table.add_row(f"GPU {gpu}", Text(holder))
-    if not shown.gpus:
+    if not found.gpus:
         table.add_row("GPUs", "none: models train on the CPU")
-    count, size, free = shown.store
+    count, size, free = found.store
     shared = read_places().store
     also = f"; shared in {shared}" if shared else ""
     table.add_row(
         "store", f"{count:,} artifacts, {_format_size(size)}; {_format_size(free)} free in {store_folder()}{also}"
     )
-    if shown.stale:
-        names = ", ".join(shown.stale[:5]) + (f" and {len(shown.stale) - 5} more" if len(shown.stale) > 5 else "")
+    if found.stale:
         text = (
-            f"running, but their flow run or process has ended: {names}. The next flow run on their data set ends them."
+            f"running, but their flow run or process has ended: {shown(found.stale, 5)}. "
+            "The next flow run on their data set ends them."
         )
         table.add_row("MLflow", Text(text, style="yellow"))
     return table
