@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from prefect import flow
-from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.folds import list_folds, list_origins, plan_folds, train_folds
+from flows.folds import plan_folds, train_folds, train_with_all_cores
 from flows.parameters import Dataset, Folds, Models, Origin, Seed, Sources
-from flows.remote_folds import cancel_folds
 from flows.steps import calibrate_screen, prepare_screen, report_results
 from tasks.inputs import list_inputs
 from tasks.preflight import check_run
 from tasks.prepare import measure_quality
-from tasks.pretrained import fetch_inputs
-from tasks.record import end_interrupted, end_runs_on_error, open_runs
+from tasks.record import end_runs_on_error
 from tasks.score import score_model
+from tasks.sources import fetch_inputs
 
 
-@flow(
-    name="benchmark",
-    flow_run_name="benchmark-{dataset}",
-    task_runner=ThreadPoolTaskRunner(max_workers=os.cpu_count()),  # type: ignore[arg-type]
-    on_cancellation=[end_interrupted, cancel_folds],
-    on_crashed=[end_interrupted, cancel_folds],
-)
+@flow(name="benchmark", flow_run_name="benchmark-{dataset}", **train_with_all_cores())
 def benchmark(
     dataset: Dataset = "demo",
     models: Models = ["demo"],  # noqa: B006 - shown in the form of the UI, never changed
@@ -51,8 +42,7 @@ def benchmark(
     quality = measure_quality.submit(screen.cells, screen.reference)
     control_scores, calibration = calibrate_screen(screen)
 
-    jobs = plan_folds(screen, run.models, seed, inputs)
-    runs = open_runs(run.spec, control_scores, list_origins(jobs), list_folds(jobs), screen.source)
+    jobs, runs = plan_folds(screen, run.models, seed, inputs, control_scores)
     with end_runs_on_error(runs):
         predictions = train_folds(jobs, runs)
         scores = [score_model(run.spec, screen.reference, name, seed, folders) for name, folders in predictions.items()]

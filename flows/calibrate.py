@@ -7,17 +7,12 @@ from pathlib import Path
 from prefect import flow
 
 from flows.parameters import Dataset, Origin, Sources
-from flows.steps import calibrate_screen, prepare_screen
+from flows.steps import calibrate_screen, end_with, prepare_screen
 from tasks.preflight import check_run
 from tasks.record import end_interrupted
 
 
-@flow(
-    name="calibrate",
-    flow_run_name="calibrate-{dataset}",
-    on_cancellation=[end_interrupted],
-    on_crashed=[end_interrupted],
-)
+@flow(name="calibrate", flow_run_name="calibrate-{dataset}", **end_with(end_interrupted))
 def calibrate(
     dataset: Dataset = "demo",
     origin: Origin = "raw",

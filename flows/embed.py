@@ -12,7 +12,7 @@ from flows.parameters import Embedding, Sources
 from tasks.embed import make_shared_embedding
 from tasks.inputs import list_embedding_inputs
 from tasks.preflight import check_needs
-from tasks.pretrained import fetch_inputs
+from tasks.sources import fetch_inputs
 
 
 @flow(name="embed", flow_run_name="embed-{embedding}")

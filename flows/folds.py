@@ -2,65 +2,70 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from prefect.futures import as_completed
+from prefect.task_runners import ThreadPoolTaskRunner
 
 from blocks.local.cancellation import end_models_with
 from core.catalog.schema import ResolvedModel
 from core.errors import UserError
-from flows.remote_folds import has_workers, train_remotely
-from flows.steps import Screen
+from flows.remote_folds import cancel_folds, has_workers, train_remotely
+from flows.steps import Screen, end_with
 from tasks.artifacts import LOG, find_artifact, key_of
 from tasks.embed import make_embeddings
 from tasks.progress import make_training_counter
-from tasks.record import ModelOrigin, Runs, describe_origin
+from tasks.record import ModelOrigin, Runs, describe_origin, end_interrupted, open_runs
 from tasks.results import list_perturbed_genes, list_test_conditions
 from tasks.train import FoldJob, find_trained_fold, predictions_recipe, split_fold, train_fold
 
 
-def plan_folds(screen: Screen, models: list[ResolvedModel], seed: int, inputs: Mapping[str, Path]) -> list[FoldJob]:
-    """Return one job for each model and fold, model after model; makes the folds' cells and the models' embeddings.
+def train_with_all_cores() -> dict[str, Any]:
+    """Return the options of a flow that trains folds: as many at once as there are cores, and none after its end."""
+    runner = ThreadPoolTaskRunner(max_workers=os.cpu_count())  # type: ignore[arg-type]
+    return {"task_runner": runner, **end_with(end_interrupted, cancel_folds)}
 
-    inputs: what these are made of and the models start from (tasks.pretrained).
+
+def plan_folds(
+    screen: Screen,
+    models: list[ResolvedModel],
+    seed: int,
+    inputs: Mapping[str, Path],
+    control_scores: Path,
+    controls: bool = True,
+) -> tuple[list[FoldJob], Runs]:
+    """Return one job for each model and fold, model after model, and the MLflow runs of models and folds.
+
+    Makes the folds' cells and the models' embeddings. inputs: what these are made of and the models start from
+    (tasks.sources.fetch_inputs). controls: whether those have runs too (tasks.record.open_runs).
     """
     asked = list_test_conditions(screen.reference) if models else {}
     data = {fold: split_fold(screen.cells, fold) for fold in asked}
     embedded = make_embeddings(models, data, inputs, list_perturbed_genes(screen.reference))
-    return [
-        FoldJob(
-            dataset=screen.spec.name,
-            model=model,
-            fold=fold,
-            seed=seed,
-            data=key_of(data[fold]),
-            embedding=key_of(embedding) if (embedding := embedded[model.name, fold]) else None,
-            pretrained=key_of(inputs[model.pretrained.name]) if model.pretrained else None,
-            asked=asked[fold],
-            target_sum=screen.spec.target_sum,
-        )
-        for model in models
-        for fold in asked
-    ]
-
-
-def list_origins(jobs: Iterable[FoldJob]) -> dict[str, ModelOrigin]:
-    """Return what the scores of each model follow from, by its name."""
-    by_model: dict[str, list[FoldJob]] = {}
-    for job in jobs:
-        by_model.setdefault(job.model.name, []).append(job)
-    return {
-        name: describe_origin(
-            own[0].model, own[0].seed, [key for job in own for key in (job.embedding, job.pretrained)]
-        )
-        for name, own in by_model.items()
-    }
-
-
-def list_folds(jobs: Iterable[FoldJob]) -> list[int]:
-    """Return the folds of some jobs, sorted."""
-    return sorted({job.fold for job in jobs})
+    jobs: list[FoldJob] = []
+    origins: dict[str, ModelOrigin] = {}
+    for model in models:
+        own = [
+            FoldJob(
+                dataset=screen.spec.name,
+                model=model,
+                fold=fold,
+                seed=seed,
+                data=key_of(data[fold]),
+                embedding=key_of(embedding) if (embedding := embedded[model.name, fold]) else None,
+                pretrained=key_of(inputs[model.pretrained.name]) if model.pretrained else None,
+                asked=asked[fold],
+                target_sum=screen.spec.target_sum,
+            )
+            for fold in asked
+        ]
+        jobs += own
+        given = [key for job in own for key in (job.embedding, job.pretrained)]
+        origins[model.name] = describe_origin(model, seed, given)
+    return jobs, open_runs(screen.spec, control_scores, origins, list(asked), screen.source, controls)
 
 
 def train_folds(jobs: Iterable[FoldJob], runs: Runs) -> dict[str, list[Path]]:
@@ -107,13 +112,12 @@ def _join_failures(failures: dict[str, BaseException | str], jobs: int) -> Excep
     first = next(iter(failures.values()))
     if len(failures) == 1 and isinstance(first, Exception):
         return first
-    reasons = "\n".join(
+    reasons = [
         f"{name}: {reason if isinstance(reason, str) else f'{type(reason).__name__}: {reason}'}"
         for name, reason in failures.items()
-    )
-    found = f"{len(failures)} of {jobs} failed; the others are in the store\n{reasons}"
-    error = UserError(
-        "benchmark", "trainings", found, "solve what the reasons say and run again: only these are trained"
-    )
+    ]
+    found = "\n".join([f"{len(failures)} of {jobs} failed; the others are in the store", *reasons])
+    remedy = "solve what the reasons say and run again: only these are trained"
+    error = UserError("benchmark", "trainings", found, remedy)
     error.__cause__ = first if isinstance(first, Exception) else None
     return error

@@ -19,6 +19,7 @@ from flows.calibrate import calibrate
 from flows.parameters import BenchmarkedModels, Datasets, Origin, Sources
 from flows.prepare import prepare
 from flows.remote_folds import cancel_folds
+from flows.steps import end_with
 from tasks.artifacts import LOG
 from tasks.inputs import choose_models, choose_study, list_inputs, resolve_sources
 from tasks.preflight import check_needs
@@ -59,12 +60,7 @@ def end_interrupted_subflows(flow: object, flow_run: Any, state: Any) -> None:
         cancel_folds(flow, subflow, state)
 
 
-@flow(
-    name="reproduce",
-    flow_run_name="reproduce-{origin}",
-    on_cancellation=[end_interrupted_subflows],
-    on_crashed=[end_interrupted_subflows],
-)
+@flow(name="reproduce", flow_run_name="reproduce-{origin}", **end_with(end_interrupted_subflows))
 def reproduce(
     datasets: Datasets = [],  # noqa: B006 - shown in the form of the UI, never changed
     models: BenchmarkedModels = [],  # noqa: B006

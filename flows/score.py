@@ -7,7 +7,7 @@ from pathlib import Path
 from prefect import flow
 
 from flows.parameters import Dataset, Folds, Origin, Sources
-from flows.steps import calibrate_screen, prepare_screen, report_results
+from flows.steps import calibrate_screen, end_with, prepare_screen, report_results
 from tasks.artifacts import key_of
 from tasks.inputs import check_model_name
 from tasks.preflight import check_run
@@ -16,12 +16,7 @@ from tasks.record import ModelOrigin, end_interrupted, end_runs_on_error, open_r
 from tasks.score import accept_predictions, score_model
 
 
-@flow(
-    name="score",
-    flow_run_name="score-{dataset}-{name}",
-    on_cancellation=[end_interrupted],
-    on_crashed=[end_interrupted],
-)
+@flow(name="score", flow_run_name="score-{dataset}-{name}", **end_with(end_interrupted))
 def score(
     dataset: Dataset,
     predictions: Path,

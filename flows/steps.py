@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from core.catalog.schema import DatasetSpec
 from tasks.preflight import Run
@@ -12,6 +13,11 @@ from tasks.record import Runs, end_runs_on_error, record_calibration, record_res
 from tasks.results import make_results, publish_results
 from tasks.score import calibrate_metrics, score_controls
 from tasks.sources import describe_source, fetch_source
+
+
+def end_with(*hooks: Callable[[Any, Any, Any], None]) -> dict[str, Any]:
+    """Return the options of a flow of which `hooks` end what it left running, when it is cancelled or has crashed."""
+    return {"on_cancellation": [*hooks], "on_crashed": [*hooks]}
 
 
 class Screen(NamedTuple):

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from prefect import flow
-from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.folds import list_folds, list_origins, plan_folds, train_folds
+from flows.folds import plan_folds, train_folds, train_with_all_cores
 from flows.parameters import Dataset, Folds, Models, Origin, Seed, Sources
-from flows.remote_folds import cancel_folds
 from flows.steps import prepare_screen
 from tasks.inputs import list_inputs
 from tasks.preflight import check_run
-from tasks.pretrained import fetch_inputs
-from tasks.record import end_interrupted, end_runs_on_error, end_trainings, open_runs
+from tasks.record import end_runs_on_error, end_trainings
 from tasks.score import score_controls
+from tasks.sources import fetch_inputs
 
 
-@flow(
-    name="train",
-    flow_run_name="train-{dataset}",
-    task_runner=ThreadPoolTaskRunner(max_workers=os.cpu_count()),  # type: ignore[arg-type]
-    on_cancellation=[end_interrupted, cancel_folds],
-    on_crashed=[end_interrupted, cancel_folds],
-)
+@flow(name="train", flow_run_name="train-{dataset}", **train_with_all_cores())
 def train(
     dataset: Dataset = "demo",
     models: Models = ["demo"],  # noqa: B006 - shown in the form of the UI, never changed
@@ -44,8 +35,7 @@ def train(
     screen = prepare_screen(run)
     control_scores = score_controls(run.spec, screen.reference)
 
-    jobs = plan_folds(screen, run.models, seed, inputs)
-    runs = open_runs(run.spec, control_scores, list_origins(jobs), list_folds(jobs), screen.source, controls=False)
+    jobs, runs = plan_folds(screen, run.models, seed, inputs, control_scores, controls=False)
     with end_runs_on_error(runs):
         predictions = train_folds(jobs, runs)
         end_trainings(runs)

@@ -8,6 +8,7 @@ from prefect import flow
 
 from blocks.local.cancellation import Stopped, end_models_with
 from core.errors import UserError
+from flows.steps import end_with
 from tasks.record import end_training
 from tasks.train import FoldJob, find_trained_fold, predictions_recipe
 from tasks.train import train_fold as train_fold_task
@@ -19,7 +20,7 @@ def end_fold(flow: object, flow_run: Any, state: Any) -> None:
     end_training(flow_run.parameters["job"]["run_id"], str(flow_run.id), reason)
 
 
-@flow(name="train-fold", on_cancellation=[end_fold], on_crashed=[end_fold])
+@flow(name="train-fold", **end_with(end_fold))
 def train_fold(job: FoldJob, expected: str) -> None:
     """Train one model on one fold and put its predictions into the store. Started by a benchmark, not by hand.
 

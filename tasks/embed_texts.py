@@ -22,7 +22,7 @@ from core.errors import UserError
 from tasks.artifacts import LOG, Recipe, build_or_get, checksum_file, find_artifact
 from tasks.inputs import collect_error, raise_collected
 from tasks.progress import make_progress_reporter
-from tasks.sources import find_files, is_worth_a_retry
+from tasks.sources import find_files, retry_up_to
 
 KIND = "embedding"
 SUMMARIES, GENES = GENE_FILES
@@ -140,9 +140,7 @@ def _find_vector(spec: EmbeddingSpec, text: str) -> Vector | None:
     name="ask-text-service",
     task_run_name="ask for {spec.name}",
     cache_policy=NO_CACHE,
-    retries=RETRIES,
-    retry_delay_seconds=TASK_RETRY_DELAYS,
-    retry_condition_fn=is_worth_a_retry,
+    **retry_up_to(RETRIES),
 )
 def ask_for_vectors(spec: EmbeddingSpec, texts: list[str]) -> None:
     """Ask for the vectors of texts, by one request, and keep them.

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from blocks.config.catalog import open_catalog
 from blocks.config.settings import read_settings
-from blocks.engines.base import Engine
+from blocks.engines.base import Engine, Stage, Usage
 from blocks.engines.checkpoints import checkpoint
+from blocks.engines.lines import Event
 from blocks.engines.process import ProcessEngine
 from blocks.local.gpus import Gpu, lease_gpu
 from core.catalog.schema import EmbeddingSpec, ResolvedModel
@@ -61,17 +63,37 @@ def require_unchanged(container: Path) -> None:
         raise UserError(f"model {container.name}", "folder or image", "changed while the flow runs", remedy)
 
 
-def check_containers(models: Iterable[ResolvedModel], embeddings: Iterable[EmbeddingSpec] = ()) -> None:
+def run_stage(
+    stage: Stage,
+    container: Path,
+    name: str,
+    spec: Mapping[str, Any],
+    on_event: Callable[[Event], None],
+    limit_s: float,
+    key: str | None = None,
+) -> Usage:
+    """Run a stage of a container under the engine in use, on a leased GPU if it uses one.
+
+    name: what it works on. spec: without what follows from the machine. limit_s: of wall clock. key: of the artifact
+    that the stage makes, where it can go on from a checkpoint. Raises as `require_unchanged` and `Engine.run` do.
+    """
+    with lease_device(container, name) as gpu:
+        require_unchanged(container)
+        with open_checkpoint(key) as folder:
+            more: dict[str, Any] = {"threads": THREADS} | ({"checkpoint": folder} if key else {})
+            return choose_engine().run(
+                stage, container, {**spec, **more}, on_event=on_event, timeout_s=limit_s, gpu=gpu
+            )
+
+
+def check_containers(models: Sequence[ResolvedModel], embeddings: Iterable[EmbeddingSpec] = ()) -> None:
     """Check, before any work, that the engine in use can run all models and what makes their embeddings.
 
     embeddings: beside those of the models. Raises UserError that names all that lack a folder, an image or a package.
     """
-    chosen = list(models)
-    specs = [*embeddings, *(model.embedding for model in chosen if model.embedding)]
-    entries: list[ResolvedModel | EmbeddingSpec] = [
-        *chosen,
-        *(part for spec in specs for part in open_catalog().parts(spec)),
-    ]
+    entries: list[ResolvedModel | EmbeddingSpec] = list(models)
+    specs = [*embeddings, *(model.embedding for model in models if model.embedding)]
+    entries += [part for spec in specs for part in open_catalog().parts(spec)]
     errors: list[UserError] = []
     for entry in {entry.container: entry for entry in entries if entry.container}.values():
         with collect_error(errors):
@@ -95,12 +117,12 @@ def lease_device(container: Path, name: str) -> AbstractContextManager[Gpu | Non
 
 
 @contextmanager
-def open_checkpoint(key: str) -> Iterator[str | None]:
+def open_checkpoint(key: str | None) -> Iterator[str | None]:
     """Open the folder from which a killed stage goes on (blocks.engines.checkpoints).
 
-    It is None if models run on other machines. key: of the artifact that the stage makes.
+    It is None without a key, and if models run on other machines. key: of the artifact that the stage makes.
     """
-    if runs_elsewhere():
+    if key is None or runs_elsewhere():
         yield None
         return
     with checkpoint(key) as folder:
@@ -112,12 +134,7 @@ def _uses_gpu(container: Path) -> bool:
         description = choose_engine().describe(container)
         (folder / "describe.json").write_text(json.dumps(asdict(description), sort_keys=True), encoding="utf-8")
 
-    recipe = Recipe(
-        "description",
-        {},
-        {"container": container.name},
-        identify_container(container),
-        label=f"the description of {container.name}",
-    )
+    label = f"the description of {container.name}"
+    recipe = Recipe("description", {}, {"container": container.name}, identify_container(container), label)
     found = build_or_get(recipe, build) / "describe.json"
     return bool(json.loads(found.read_text(encoding="utf-8"))["gpu"])

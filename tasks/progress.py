@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 import httpx
@@ -23,6 +23,12 @@ LINES_S = 30.0  # between two lines of the log
 def artifact_name(text: str) -> str:
     """Return the text as Prefect takes it for an artifact's key: lower-case letters, digits and dashes."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def log_message(what: str, event: Mapping[str, Any]) -> None:
+    """Log what a model says, if that is what an event is. what: the work that it does."""
+    if event.get("event") == "log":
+        LOG.info("%s: %s", what, event["message"])
 
 
 def make_progress_reporter(what: str) -> Callable[[Mapping[str, Any]], None]:
@@ -50,7 +56,9 @@ def make_progress_reporter(what: str) -> Callable[[Mapping[str, Any]], None]:
         percent = min(100.0, 100.0 * event["done"] / event["total"])
         try:
             if artifact is None:
-                artifact = _create_artifact(artifact_name(what), percent, said)
+                # A coroutine it is only for callers that are coroutines themselves.
+                created = create_progress_artifact(progress=percent, key=artifact_name(what), description=said)
+                artifact = cast(UUID, created)
             else:
                 update_progress_artifact(artifact_id=artifact, progress=percent, description=said)
         except (httpx.HTTPError, PrefectException) as error:
@@ -88,10 +96,3 @@ def _in_words(seconds: float) -> str:
         return f"{max(10, round(seconds, -1)):.0f} seconds"
     minutes = round(seconds / 60)
     return f"{minutes} minutes" if minutes < 120 else f"{minutes / 60:.0f} hours"
-
-
-def _create_artifact(key: str, percent: float, description: str) -> UUID:
-    created = create_progress_artifact(progress=percent, key=key, description=description)
-    if not isinstance(created, UUID):
-        raise TypeError(f"expected the id of an artifact, not {created!r}")
-    return created

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import shutil
+from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
+from typing import Any
 from urllib.parse import urlsplit
 
 from prefect import runtime, task
+from prefect.cache_policies import NO_CACHE
 
 from blocks.config.paths import downloads_folder, store_folder
 from blocks.http import TASK_RETRY_DELAYS, ConnectionLost
@@ -44,7 +48,13 @@ def is_worth_a_retry(task_: object, run: object, state: object) -> bool:
     return True
 
 
-@task(name="fetch-source", retries=4, retry_delay_seconds=TASK_RETRY_DELAYS[:4], retry_condition_fn=is_worth_a_retry)
+def retry_up_to(times: int) -> dict[str, Any]:
+    """Return the options of a task that is tried again while `is_worth_a_retry`."""
+    delays = TASK_RETRY_DELAYS[:times]
+    return {"retries": times, "retry_delay_seconds": delays, "retry_condition_fn": is_worth_a_retry}
+
+
+@task(name="fetch-source", **retry_up_to(4))
 def fetch_source(spec: DatasetSpec | EmbeddingSpec, file: Path | None = None) -> Path:
     """Return the raw file of a data set or embedding, on this machine.
 
@@ -63,10 +73,43 @@ def fetch_source(spec: DatasetSpec | EmbeddingSpec, file: Path | None = None) ->
     return _fetch(spec.name, spec.source, "FILE")
 
 
-def fetch_files(spec: PretrainedSpec) -> dict[str, Path]:
-    """Return published files on this machine, by their names. Raises as `fetch_source` does."""
-    require_public(spec)
-    return {name: _fetch(spec.name, source, "FOLDER") for name, source in _addresses(spec).items()}
+@task(name="fetch-weights", task_run_name="fetch {spec.name}", cache_policy=NO_CACHE, **retry_up_to(4))
+def fetch_pretrained(spec: PretrainedSpec, folder: Path | None = None) -> Path:
+    """Return the artifact's folder of published files, under the names of the entry.
+
+    folder: the user's own, if there is one. Raises UserError and ConnectionLost as `fetch_source` does.
+    """
+    if folder is None:
+        LOG.info("%s: %s; licence: %s; to cite: %s", spec.name, spec.title, spec.licence, spec.citation)
+        require_public(spec)
+        files = {name: _fetch(spec.name, source, "FOLDER") for name, source in _addresses(spec).items()}
+    else:
+        files = _name_files(spec, folder)
+
+    def build(target: Path) -> None:
+        for name, file in files.items():
+            shutil.copyfile(file, target / name)
+
+    # No code decides what is in it: embeddings of days and models' weights follow from its key.
+    checksums = {name: checksum_file(file) for name, file in files.items()}
+    return build_or_get(Recipe("pretrained", checksums, {}, "a copy", f"the published files {spec.name}"), build)
+
+
+def fetch_inputs(needed: Iterable[EmbeddingSpec | PretrainedSpec], files: Mapping[str, Path]) -> dict[str, Path]:
+    """Return name -> raw file of an embedding, or artifact's folder of published files (tasks.inputs.list_inputs).
+
+    files: what the user has. Raises UserError and ConnectionLost as `fetch_source` does.
+    """
+    return {
+        one.name: fetch_pretrained(one, files.get(one.name))
+        if isinstance(one, PretrainedSpec)
+        else fetch_source(one, files.get(one.name))
+        for one in needed
+    }
+
+
+def _name_files(spec: PretrainedSpec, folder: Path) -> dict[str, Path]:
+    return {name: folder / name for name in sorted(spec.files)}
 
 
 def _addresses(spec: PretrainedSpec) -> dict[str, HttpsSource | S3Source]:
@@ -79,7 +122,7 @@ def find_files(spec: PretrainedSpec, folder: Path | None) -> dict[str, Path] | N
     folder: the user's own, if there is one; without it, the files are those that were downloaded before.
     """
     if folder is not None:
-        return {name: folder / name for name in sorted(spec.files)}
+        return _name_files(spec, folder)
     files = {name: _target(spec.name, source) for name, source in _addresses(spec).items()}
     return files if len(files) == len(spec.files) and all(file.exists() for file in files.values()) else None
 

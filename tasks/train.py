@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,16 +25,8 @@ from core.errors import UserError
 from core.prepare.files import FOLD_CELLS, FOLD_CONTROL
 from core.scoring.files import PREDICTIONS, REASONS
 from tasks.artifacts import LOG, Recipe, build_or_get, find_artifact
-from tasks.engine import (
-    THREADS,
-    choose_engine,
-    find_container_of,
-    identify_container,
-    lease_device,
-    open_checkpoint,
-    require_unchanged,
-)
-from tasks.progress import make_progress_reporter
+from tasks.engine import THREADS, find_container_of, identify_container, run_stage
+from tasks.progress import log_message, make_progress_reporter
 from tasks.record import end_failed, open_tracking
 
 CURVE = "training.jsonl"
@@ -68,22 +61,6 @@ class FoldJob(BaseModel):
     def name(self) -> str:
         """The training as logs and pages call it."""
         return f"{self.dataset}, {self.model.name}, fold {self.fold}"
-
-
-class FoldInputs(NamedTuple):
-    """What a training is given, as artifacts' folders: cells, an embedding, and weights that it starts from."""
-
-    cells: Path
-    embedding: Path | None
-    pretrained: Path | None
-
-    @property
-    def beside_cells(self) -> dict[str, str | None]:
-        """The fields that the specs of training and prediction share."""
-        return {
-            "embedding": str(self.embedding / EMBEDDING) if self.embedding else None,
-            "pretrained": str(self.pretrained) if self.pretrained else None,
-        }
 
 
 class TrainedFold(NamedTuple):
@@ -132,22 +109,33 @@ def find_trained_fold(job: FoldJob) -> TrainedFold | None:
     return TrainedFold(model, predictions) if model and predictions else None
 
 
-def find_inputs(job: FoldJob) -> FoldInputs:
-    """Return what a job's training is given. Raises UserError if it is not in the store."""
-    found = {name: _find_input(name, key) for name, key in _input_keys(job).items()}
-    return FoldInputs(found["fold"], found.get("embedding"), found.get("pretrained"))
+def find_inputs(job: FoldJob) -> dict[str, Path]:
+    """Return what a job's training is given, as artifacts' folders: `fold`, and what there is of the others.
 
-
-def _find_input(kind: str, key: str) -> Path:
-    store = ArtifactStore()
-    found = store.find(kind, key)
-    if found is None:
-        remedy = "set CALIPERT_STORE to the same place on all machines that train for each other: they need one store"
-        raise UserError(store.root, kind, f"nothing under the key {key}", remedy)
+    These are `embedding` and `pretrained`, weights that it starts from. Raises UserError if one is not in the store.
+    """
+    store, found = ArtifactStore(), dict[str, Path]()
+    for kind, key in _input_keys(job).items():
+        folder = store.find(kind, key)
+        if folder is None:
+            remedy = (
+                "set CALIPERT_STORE to the same place on all machines that train for each other: they need one store"
+            )
+            raise UserError(store.root, kind, f"nothing under the key {key}", remedy)
+        found[kind] = folder
     return found
 
 
-def train_model(job: FoldJob, inputs: FoldInputs, on_event: Callable[[Event], None]) -> Path:
+def _describe_inputs(job: FoldJob, inputs: Mapping[str, Path]) -> dict[str, Any]:
+    """Return the fields that the specs of training and prediction share."""
+    return {
+        "embedding": str(inputs["embedding"] / EMBEDDING) if "embedding" in inputs else None,
+        "pretrained": str(inputs["pretrained"]) if "pretrained" in inputs else None,
+        "seed": job.seed,
+    }
+
+
+def train_model(job: FoldJob, inputs: Mapping[str, Path], on_event: Callable[[Event], None]) -> Path:
     """Train a model on one fold; the artifact's folder of its weights.
 
     Beside them lie training.jsonl, the events that the model sent, and usage.json, what its training took.
@@ -157,31 +145,28 @@ def train_model(job: FoldJob, inputs: FoldInputs, on_event: Callable[[Event], No
 
     def build(folder: Path) -> None:
         spec = {
-            "cells": str(inputs.cells / FOLD_CELLS),
-            **inputs.beside_cells,
+            "cells": str(inputs["fold"] / FOLD_CELLS),
+            **_describe_inputs(job, inputs),
             "hyperparameters": job.model.hyperparameters,
-            "seed": job.seed,
-            "threads": THREADS,
             "output": str(folder),
         }
-        with (folder / CURVE).open("w", encoding="utf-8") as curve, lease_device(container, job.name) as gpu:
+        with (folder / CURVE).open("w", encoding="utf-8") as curve:
 
             def keep_event(event: Event) -> None:
                 curve.write(json.dumps(dict(event), sort_keys=True) + "\n")
                 on_event(event)
 
             limit = job.model.time_limits.train
-            require_unchanged(container)
-            with open_checkpoint(recipe.key) as checkpoint:
-                spec["checkpoint"] = checkpoint
-                usage = choose_engine().run("train", container, spec, on_event=keep_event, timeout_s=limit, gpu=gpu)
+            usage = run_stage("train", container, job.name, spec, keep_event, limit, recipe.key)
         _require_free(folder, job.name)
         (folder / USAGE).write_text(json.dumps(asdict(usage), sort_keys=True), encoding="utf-8")
 
     return build_or_get(recipe, build)
 
 
-def predict_conditions(job: FoldJob, inputs: FoldInputs, model: Path, on_event: Callable[[Event], None]) -> Path:
+def predict_conditions(
+    job: FoldJob, inputs: Mapping[str, Path], model: Path, on_event: Callable[[Event], None]
+) -> Path:
     """Predict one fold's test conditions; the artifact's folder of predictions.h5ad (rows sorted) and unpredicted.json.
 
     model: the artifact's folder of `train_model`. Raises UserError if the predictions break the contract.
@@ -189,7 +174,7 @@ def predict_conditions(job: FoldJob, inputs: FoldInputs, model: Path, on_event: 
     from core.io.h5ad import read_genes
     from core.scoring.predictions import check_model_output
 
-    control, container = inputs.cells / FOLD_CONTROL, find_container_of(job.model)
+    control, container = inputs["fold"] / FOLD_CONTROL, find_container_of(job.model)
 
     def build(folder: Path) -> None:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -197,15 +182,10 @@ def predict_conditions(job: FoldJob, inputs: FoldInputs, model: Path, on_event: 
                 "model": str(model),
                 "control": str(control),
                 "conditions": job.asked,
-                **inputs.beside_cells,
-                "seed": job.seed,
-                "threads": THREADS,
+                **_describe_inputs(job, inputs),
                 "output": scratch,
             }
-            limit = job.model.time_limits.predict
-            require_unchanged(container)
-            with lease_device(container, job.name) as gpu:
-                choose_engine().run("predict", container, spec, on_event=on_event, timeout_s=limit, gpu=gpu)
+            run_stage("predict", container, job.name, spec, on_event, job.model.time_limits.predict)
             profiles, unpredicted = check_model_output(
                 Path(scratch), job.asked, read_genes(control), job.model.name, job.target_sum
             )
@@ -238,25 +218,21 @@ def train_fold(job: FoldJob, stored: TrainedFold | None = None) -> Path:
 
 def _train_now(job: FoldJob, tracking: MLflowTracking) -> TrainedFold:
     tracking.begin_training(job.run_id, str(runtime.flow_run.id))
-    takers = [tracking.follow_curve(job.run_id), make_progress_reporter(f"training {job.name}")]
-
-    def log_message(event: Event) -> None:
-        if event.get("event") == "log":
-            LOG.info("%s: %s", job.name, event["message"])
+    log = partial(log_message, job.name)
+    takers = [tracking.follow_curve(job.run_id), make_progress_reporter(f"training {job.name}"), log]
 
     def take_event(event: Event) -> None:
-        for take in (*takers, log_message):
+        for take in takers:
             take(event)
 
     inputs = find_inputs(job)
     model = train_model(job, inputs, take_event)
-    return TrainedFold(model, predict_conditions(job, inputs, model, log_message))
+    return TrainedFold(model, predict_conditions(job, inputs, model, log))
 
 
 def _require_free(folder: Path, name: str) -> None:
     """Raise UserError if a model wrote a file of a name that the benchmark uses beside the model's output."""
     taken = [own for own in (USAGE, MANIFEST) if os.path.lexists(folder / own)]
     if taken:
-        raise UserError(
-            f"output of {name}", "name", f"{taken[0]!r}, a name that the benchmark uses itself", "choose another"
-        )
+        found = f"{taken[0]!r}, a name that the benchmark uses itself"
+        raise UserError(f"output of {name}", "name", found, "choose another")

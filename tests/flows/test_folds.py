@@ -25,11 +25,11 @@ def test_a_failure_of_the_quality_ends_the_runs(monkeypatch: pytest.MonkeyPatch)
             ended.append(str(error))
             raise
 
-    for name in ("check_run", "fetch_inputs", "list_inputs", "prepare_screen", "plan_folds", "open_runs"):
+    for name in ("check_run", "fetch_inputs", "list_inputs", "prepare_screen"):
         monkeypatch.setattr(benchmark, name, MagicMock())
+    monkeypatch.setattr(benchmark, "plan_folds", lambda *_: (MagicMock(), MagicMock()))
     monkeypatch.setattr(benchmark, "calibrate_screen", lambda screen: (MagicMock(), MagicMock()))
-    for name in ("list_origins", "list_folds", "train_folds"):
-        monkeypatch.setattr(benchmark, name, lambda *_: {})
+    monkeypatch.setattr(benchmark, "train_folds", lambda *_: {})
     monkeypatch.setattr(benchmark, "end_runs_on_error", end_on_error)
     quality = MagicMock()
     quality.submit.return_value.result.side_effect = RuntimeError("no memory")

@@ -28,11 +28,10 @@ from core.errors import UserError
 from flows.benchmark import benchmark
 from flows.embed import embed as flow
 from flows.reproduce import reproduce
-from tasks import embed, embed_texts, pretrained, sources
+from tasks import embed, embed_texts, sources
 from tasks.embed_texts import check_services
 from tasks.inputs import list_embedding_inputs
-from tasks.pretrained import fetch_inputs
-from tasks.sources import is_worth_a_retry
+from tasks.sources import fetch_inputs, is_worth_a_retry
 from tests.helpers import text_service_stand_in as stand_in
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +44,7 @@ TEXTS = {f"G{number}": f"What gene {number} does." for number in range(7)} | {"H
 def data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A data folder of the test's own; tasks as plain functions, three texts at once, and no waits."""
     monkeypatch.setenv("CALIPERT_DATA", str(tmp_path / "data"))
-    for module, name in ((embed, "embed"), (embed_texts, "ask_for_vectors"), (pretrained, "fetch_pretrained")):
+    for module, name in ((embed, "embed"), (embed_texts, "ask_for_vectors"), (sources, "fetch_pretrained")):
         monkeypatch.setattr(module, name, getattr(module, name).fn)
     monkeypatch.setattr(embed_texts, "TEXTS_AT_ONCE", 3)
     monkeypatch.setattr(embed_texts, "sleep", lambda _: None)
@@ -219,7 +218,7 @@ def test_downloaded_files_count_as_there(
     key(None)
     with pytest.raises(UserError, match="no such block"):
         check_services([open_catalog().embedding("mine")], {})
-    pretrained.fetch_pretrained(open_catalog().pretrained("ncbi_genes"))
+    sources.fetch_pretrained(open_catalog().pretrained("ncbi_genes"))
     check_services([open_catalog().embedding("mine")], {})
 
 
@@ -487,10 +486,10 @@ RUN = """
 import os, signal, sys
 from pathlib import Path
 from blocks.services import text_service
-from tasks import embed, embed_texts, inputs, pretrained
+from tasks import embed, embed_texts, inputs, sources
 text_service.read_secret = embed_texts.read_secret = lambda name: sys.argv[2]
 embed.embed, embed_texts.ask_for_vectors = embed.embed.fn, embed_texts.ask_for_vectors.fn
-fetch = pretrained.fetch_pretrained.fn
+fetch = sources.fetch_pretrained.fn
 embed_texts.TEXTS_AT_ONCE = 3
 replace, replaced = Path.replace, []
 def dying(self, target):

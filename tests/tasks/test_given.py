@@ -19,7 +19,7 @@ from blocks.engines.base import ModelFailed
 from core.catalog.schema import EmbeddingSpec, HttpsSource, PretrainedSpec
 from core.errors import UserError
 from model_containers import contract
-from tasks import embed, engine, pretrained, sources
+from tasks import embed, engine, sources
 from tasks.inputs import list_embedding_inputs, list_inputs, resolve_sources
 
 GMT = "one\tR-1\tA\tB\tC\ntwo\tR-2\tB\tD\nthree\tR-3\tA\tD\tE\n"
@@ -40,8 +40,8 @@ def without_a_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tasks = (
         (embed, "embed"),
         (embed, "join_embeddings"),
-        (pretrained, "fetch_source"),
-        (pretrained, "fetch_pretrained"),
+        (sources, "fetch_source"),
+        (sources, "fetch_pretrained"),
     )
     for module, name in tasks:
         monkeypatch.setattr(module, name, getattr(module, name).fn)
@@ -68,10 +68,10 @@ def folds(tmp_path: Path) -> dict[int, Path]:
     return found
 
 
-def shared(spec: EmbeddingSpec, sources: dict[str, str]) -> Path:
+def shared(spec: EmbeddingSpec, files: dict[str, str]) -> Path:
     """The artifact of a shared embedding."""
     needed = list_embedding_inputs(spec)
-    return embed.make_shared_embedding(spec, pretrained.fetch_inputs(needed, resolve_sources(needed, sources)))
+    return embed.make_shared_embedding(spec, sources.fetch_inputs(needed, resolve_sources(needed, files)))
 
 
 def test_several_are_joined_for_each_fold_from_parts_that_are_made_once(
@@ -138,12 +138,12 @@ def test_weights_come_from_the_folder_that_is_named(gmt: Path, tmp_path: Path) -
     (mine / "unasked").write_bytes(b"x")
     model = open_catalog().model("fmlp_reactome").model_copy(update={"pretrained": WEIGHTS})
     files = {"net": mine, "reactome": gmt}
-    found = pretrained.fetch_inputs(list_inputs([model, open_catalog().model("linear")]), files)
+    found = sources.fetch_inputs(list_inputs([model, open_catalog().model("linear")]), files)
     assert list(found) == ["reactome", "net"]
     assert found["reactome"] == gmt
     assert {path.name for path in found["net"].iterdir()} - {"manifest.json"} == {"args.json", "best.pt"}
     (mine / "best.pt").write_bytes(b"others")
-    assert pretrained.fetch_inputs(list_inputs([model]), files)["net"] != found["net"]
+    assert sources.fetch_inputs(list_inputs([model]), files)["net"] != found["net"]
 
 
 def test_weights_are_downloaded_under_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +153,7 @@ def test_weights_are_downloaded_under_their_names(tmp_path: Path, monkeypatch: p
         return path
 
     monkeypatch.setattr(sources, "download_once", download)
-    folder = pretrained.fetch_pretrained(WEIGHTS)
+    folder = sources.fetch_pretrained(WEIGHTS)
     assert (folder / "best.pt").read_text() == "https://example.org/best.pt"
 
 
@@ -212,20 +212,20 @@ def test_a_container_makes_an_embedding_of_published_files(maker, tmp_path: Path
     published = tmp_path / "published"
     published.mkdir()
     (published / "table.json").write_text(json.dumps({"B": [1.0, 2.0], "A": [3.0, 4.0]}))
-    sources = {"tables": str(published)}
-    folder = shared(maker(), sources)
+    files = {"tables": str(published)}
+    folder = shared(maker(), files)
     table = contract.read_embedding(folder / "embedding.parquet")
     assert table.to_dict() == {"d0": {"A": 3.0, "B": 1.0}, "d1": {"A": 4.0, "B": 2.0}}
-    assert shared(maker(), sources) == folder
-    twice = shared(maker(times=2.0), sources)
+    assert shared(maker(), files) == folder
+    twice = shared(maker(times=2.0), files)
     assert contract.read_embedding(twice / "embedding.parquet").loc["A"].tolist() == [6.0, 8.0]
     model = open_catalog().model("ridge_mine")
-    inputs = pretrained.fetch_inputs(list_inputs([model]), {"tables": published})
+    inputs = sources.fetch_inputs(list_inputs([model]), {"tables": published})
     assert list(inputs) == ["tables"]
     assert embed.make_embeddings([model], {0: tmp_path}, inputs, ["A"])["ridge_mine", 0] == twice
     (published / "table.json").write_text(json.dumps({"A": [0.0, 0.0]}))
     with pytest.raises(ModelFailed, match="gene A has only zeros"):
-        shared(maker(), sources)
+        shared(maker(), files)
 
 
 def test_a_maker_that_was_killed_finds_what_it_kept(maker, tmp_path: Path) -> None:
