@@ -6,26 +6,20 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 import httpx
 from prefect import runtime
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import (
-    FlowRunFilter,
-    FlowRunFilterId,
-    FlowRunFilterParentFlowRunId,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-)
+from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import FlowRun, StateType, WorkerStatus
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import Cancelled, Cancelling, Crashed
 
 from blocks.config.pools import GPU
-from blocks.services.pages import PAGE, read_pages
+from blocks.services.pages import PAGE, find_flow_runs
 from tasks.artifacts import LOG
 from tasks.progress import make_progress_reporter
 from tasks.train import FoldJob, predictions_recipe
@@ -39,7 +33,7 @@ SILENCE_S = 60.0  # between two warnings that no worker takes the trainings
 START_LIMIT = timedelta(minutes=30)
 
 WAITING = (StateType.SCHEDULED, StateType.PENDING)
-ACTIVE = (*WAITING, StateType.RUNNING, StateType.PAUSED)
+UNFINISHED = {"type": {"any_": [*WAITING, StateType.RUNNING, StateType.PAUSED]}}
 
 
 def has_workers() -> bool:
@@ -49,13 +43,16 @@ def has_workers() -> bool:
     with get_client(sync_client=True) as client:
         try:
             client.read_deployment_by_name(DEPLOYMENT)
-            workers = client.read_workers_for_work_pool(GPU)
+            online = _is_worker_online(client)
         except ObjectNotFound:
             return False
-    online = any(worker.status == WorkerStatus.ONLINE for worker in workers)
     if not online:
         LOG.info("the work pool %s has no worker online: training here", GPU)
     return online
+
+
+def _is_worker_online(client: SyncPrefectClient) -> bool:
+    return any(worker.status == WorkerStatus.ONLINE for worker in client.read_workers_for_work_pool(GPU))
 
 
 def train_remotely(jobs: list[FoldJob], count: Callable[[str], None]) -> dict[str, BaseException | str]:
@@ -75,16 +72,12 @@ def train_remotely(jobs: list[FoldJob], count: Callable[[str], None]) -> dict[st
             while waiting:
                 time.sleep(POLL_S)
                 runs = {run.id: run for run in _read(client, waiting)}
-                deleted = [run_id for run_id in waiting if run_id not in runs]
-                for run_id in deleted:
-                    job = waiting.pop(run_id)
-                    failures[job.name] = "its flow run was deleted"
-                    count(job.name)
-                ended = [run for run in runs.values() if run.state and run.state.is_final()]
-                for run in ended:
-                    job = waiting.pop(run.id)
+                going = {run.id for run in runs.values() if not (run.state and run.state.is_final())}
+                ended = [run_id for run_id in waiting if run_id not in going]
+                for run_id in ended:
+                    job, run = waiting.pop(run_id), runs.get(run_id)
                     why = _explain_failure(run)
-                    if why and run.state_type == StateType.CRASHED and repeats[job.name]:
+                    if why and run and run.state_type == StateType.CRASHED and repeats[job.name]:
                         repeats[job.name] -= 1
                         LOG.warning("%s: %s; once more", job.name, why)
                         waiting[_send(job, repeats[job.name])] = job
@@ -93,7 +86,7 @@ def train_remotely(jobs: list[FoldJob], count: Callable[[str], None]) -> dict[st
                         LOG.error("%s: %s", job.name, why)
                         failures[job.name] = why
                     count(job.name)
-                if ended or deleted:
+                if ended:
                     said = time.monotonic()
                     done = len(jobs) - len(waiting)
                     report_progress({"event": "progress", "done": done, "total": len(jobs), "unit": "fold"})
@@ -106,12 +99,8 @@ def train_remotely(jobs: list[FoldJob], count: Callable[[str], None]) -> dict[st
 
 def cancel_folds(flow: object, flow_run: Any, state: Any) -> None:
     """Cancel the trainings that a flow left with other workers; a hook for its cancellation and its crash."""
-    mine = FlowRunFilter(
-        parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[flow_run.id]),
-        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(ACTIVE))),
-    )
     with get_client(sync_client=True) as client:
-        _cancel(client, read_pages(client.read_flow_runs, flow_run_filter=mine))
+        _cancel(client, find_flow_runs(client, parent_flow_run_id={"any_": [flow_run.id]}, state=UNFINISHED))
 
 
 @contextmanager
@@ -140,20 +129,15 @@ def _send(job: FoldJob, left: int) -> UUID:
         idempotency_key=f"{runtime.flow_run.id}/{job.name}/{left}",
         timeout=0,
     )
-    if not isinstance(run, FlowRun):
-        raise TypeError(f"expected a flow run, not {run!r}")
-    return run.id
+    # A coroutine it is only for callers that are coroutines themselves.
+    return cast(FlowRun, run).id
 
 
 def _read(client: SyncPrefectClient, ids: Iterable[UUID]) -> list[FlowRun]:
     wanted = list(ids)
-    return [
-        run
-        for start in range(0, len(wanted), PAGE)
-        for run in client.read_flow_runs(
-            flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=wanted[start : start + PAGE])), limit=PAGE
-        )
-    ]
+    parts = [{"id": {"any_": wanted[start : start + PAGE]}} for start in range(0, len(wanted), PAGE)]
+    asked = map(FlowRunFilter.model_validate, parts)
+    return [run for some in asked for run in client.read_flow_runs(flow_run_filter=some, limit=PAGE)]
 
 
 def _cancel(client: SyncPrefectClient, runs: Iterable[FlowRun]) -> None:
@@ -164,8 +148,10 @@ def _cancel(client: SyncPrefectClient, runs: Iterable[FlowRun]) -> None:
             client.set_flow_run_state(run.id, Cancelling() if taken else Cancelled(), force=not taken)
 
 
-def _explain_failure(run: FlowRun) -> str | None:
-    """Say why a run failed; None if it did not."""
+def _explain_failure(run: FlowRun | None) -> str | None:
+    """Say why a run failed, which is None if it was deleted; None if it did not."""
+    if run is None:
+        return "its flow run was deleted"
     state = run.state
     if state is None or state.is_completed():
         return None
@@ -176,8 +162,7 @@ def _warn_if_no_worker(client: SyncPrefectClient, waiting: int) -> None:
     if client.read_work_pool(GPU).is_paused:
         LOG.warning("%d trainings wait: the work pool %s is paused; resume it, or cancel", waiting, GPU)
         return
-    workers = client.read_workers_for_work_pool(GPU)
-    if not any(worker.status == WorkerStatus.ONLINE for worker in workers):
+    if not _is_worker_online(client):
         LOG.warning("%d trainings wait: the work pool %s has no worker online; start one, or cancel", waiting, GPU)
 
 

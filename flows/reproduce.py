@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlowRunId
 
 from blocks.http import ConnectionLost
+from blocks.services.pages import find_flow_runs
 from core.catalog.schema import DatasetSpec
 from core.errors import UserError
 from flows.benchmark import benchmark
@@ -52,9 +52,8 @@ def end_interrupted_subflows(flow: object, flow_run: Any, state: Any) -> None:
 
     A hook for its cancellation and its crash.
     """
-    mine = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[flow_run.id]))
     with get_client(sync_client=True) as client:
-        subflows = client.read_flow_runs(flow_run_filter=mine)
+        subflows = find_flow_runs(client, parent_flow_run_id={"any_": [flow_run.id]})
     for subflow in subflows:
         end_interrupted(flow, subflow, state)
         cancel_folds(flow, subflow, state)

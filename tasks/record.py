@@ -9,23 +9,21 @@ from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
-from uuid import UUID
 
 import pandas as pd
 from prefect import runtime, task
 from prefect.artifacts import create_link_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowRunFilterState, FlowRunFilterStateType
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.objects import TERMINAL_STATES
 from prefect.exceptions import TerminationSignal
 
 from blocks.config.secrets import read_mlflow_credentials
 from blocks.local.cancellation import Stopped
-from blocks.services.pages import read_pages
+from blocks.services.pages import find_flow_runs
 from blocks.store.code import code_hash
 from blocks.tracking.tracker import MLflowTracking, ModelRun
-from core.catalog.schema import DatasetSpec, EmbeddingSpec, ResolvedModel
+from core.catalog.schema import DatasetSpec, ResolvedModel
 from core.errors import UserError
 from core.reference.controls import CONTROLS
 from core.report.files import LEADERBOARD, REPORT
@@ -58,35 +56,29 @@ class Runs(NamedTuple):
 
 def describe_origin(model: ResolvedModel, seed: int, given: Iterable[str | None]) -> ModelOrigin:
     """Return the origin of a model of the catalog under the engine in use. given: keys of what its folds get."""
-    embedding = model.embedding
-    about: dict[str, Any] = {"embedding": embedding.name} if embedding else {}
-    about |= _describe_table(embedding) if embedding and embedding.form == "table" else {}
-    about |= {"pretrained": model.pretrained.name} if model.pretrained else {}
+    spec, about = model.embedding, dict[str, Any]()
+    if spec:
+        about["embedding"] = spec.name
+    if spec and spec.form == "table":
+        # What it differs from others by beside its name.
+        about |= {
+            "dimensions": spec.dimensions,
+            "embedding_pretrained": spec.pretrained,
+            "embedding_settings": spec.settings or None,
+            "embedding_service": spec.service.model if spec.service else None,
+        }
+    about["pretrained"] = model.pretrained.name if model.pretrained else None
+    known = {name: value for name, value in about.items() if value is not None}
     inputs = list(dict.fromkeys(key for key in given if key))
-    return ModelOrigin({**model.hyperparameters, **about}, identify_container(find_container_of(model)), seed, inputs)
-
-
-def _describe_table(spec: EmbeddingSpec) -> dict[str, Any]:
-    """Return what a table differs from others by beside its name, as params of a model that takes it."""
-    about = {
-        "dimensions": spec.dimensions,
-        "embedding_pretrained": spec.pretrained,
-        "embedding_settings": spec.settings or None,
-        "embedding_service": spec.service.model if spec.service else None,
-    }
-    return {name: value for name, value in about.items() if value is not None}
+    return ModelOrigin({**model.hyperparameters, **known}, identify_container(find_container_of(model)), seed, inputs)
 
 
 def open_tracking() -> MLflowTracking:
     """Return the MLflow server of this environment, with its password. Raises UserError if none is named."""
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if uri is None:
-        raise UserError(
-            "environment",
-            "MLFLOW_TRACKING_URI",
-            "not set",
-            "use `calipert run` or `make up`, which start a server and set it",
-        )
+        remedy = "use `calipert run` or `make up`, which start a server and set it"
+        raise UserError("environment", "MLFLOW_TRACKING_URI", "not set", remedy)
     os.environ.update(read_mlflow_credentials())
     return MLflowTracking(tracking_uri=uri)
 
@@ -97,13 +89,8 @@ def compute_benchmark_id(control_scores: Path, origins: Mapping[str, ModelOrigin
     They follow from the data and the code that scores (the key of the controls' scores holds both), the code that
     summarises, and the models' origins.
     """
-    parts = [
-        key_of(control_scores),
-        code_hash("core.report.results"),
-        {name: origins[name] for name in sorted(origins)},
-    ]
-    text = json.dumps(parts, sort_keys=True)
-    return sha256(text.encode()).hexdigest()[:12]
+    parts = [key_of(control_scores), code_hash("core.report.results"), dict(origins)]
+    return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @task(name="open-runs", cache_policy=NO_CACHE)
@@ -122,22 +109,15 @@ def open_runs(
     """
     scored = set(pd.read_parquet(control_scores / SCORES, columns=["model"])["model"])
     identity = compute_benchmark_id(control_scores, origins)
-    kinds = dict.fromkeys(origins, "model") | {control.name: control.role for control in CONTROLS}
-    compared = {
-        control.name: ModelOrigin({}, "", -1, []) for control in CONTROLS if control.name in scored and controls
-    }
     about = {"folds": spec.folds, "half_seeds": spec.half_seeds, "data_seed": spec.seed}
     wanted = [
-        ModelRun(
-            name,
-            own.seed,
-            key=f"{identity}/{name}",
-            kind=kinds[name],
-            params=about | own.params,
-            engine=own.engine or None,
-            folds=folds if name in origins else (),
-        )
-        for name, own in (origins | compared).items()
+        ModelRun(name, own.seed, f"{identity}/{name}", "model", about | own.params, own.engine or None, folds)
+        for name, own in origins.items()
+    ]
+    wanted += [
+        ModelRun(control.name, -1, f"{identity}/{control.name}", control.role, about)
+        for control in CONTROLS
+        if controls and control.name in scored
     ]
     server = open_tracking()
     server.end_stale(spec.name, list_active_flow_runs)
@@ -153,13 +133,9 @@ def open_runs(
 
 def list_active_flow_runs(ids: list[str]) -> set[str]:
     """Return those flow runs that have not ended; one that is unknown may belong to another Prefect server."""
-    ended = [StateType.COMPLETED, StateType.FAILED, StateType.CRASHED, StateType.CANCELLED]
-    mine = FlowRunFilter(
-        id=FlowRunFilterId(any_=[UUID(one) for one in ids]),
-        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=ended)),
-    )
     with get_client(sync_client=True) as client:
-        return set(ids) - {str(run.id) for run in read_pages(client.read_flow_runs, flow_run_filter=mine)}
+        ended = find_flow_runs(client, id={"any_": ids}, state={"type": {"any_": list(TERMINAL_STATES)}})
+    return set(ids) - {str(run.id) for run in ended}
 
 
 @contextmanager

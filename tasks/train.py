@@ -219,7 +219,11 @@ def train_fold(job: FoldJob, stored: TrainedFold | None = None) -> Path:
 def _train_now(job: FoldJob, tracking: MLflowTracking) -> TrainedFold:
     tracking.begin_training(job.run_id, str(runtime.flow_run.id))
     log = partial(log_message, job.name)
-    takers = [tracking.follow_curve(job.run_id), make_progress_reporter(f"training {job.name}"), log]
+    takers: list[Callable[[Event], None]] = [
+        tracking.follow_curve(job.run_id),
+        make_progress_reporter(f"training {job.name}"),
+        log,
+    ]
 
     def take_event(event: Event) -> None:
         for take in takers:

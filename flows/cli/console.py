@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Group, JustifyMethod, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -41,7 +41,7 @@ def start_table(*heads: str, whole: int = 99, right: Collection[str] = (), first
     """
     table = Table(**{"box": box.SIMPLE_HEAD, "padding": (0, 1), "pad_edge": False, "show_edge": False, **options})
     for place, head in enumerate(heads):
-        justify = "right" if head in right else "left"
+        justify: JustifyMethod = "right" if head in right else "left"
         table.add_column(head, style="" if place else first, justify=justify, overflow="fold", no_wrap=place < whole)
     return table
 
@@ -100,7 +100,7 @@ def make_verdict_table(calibration: pd.DataFrame, width: int = 100) -> Renderabl
     table = start_table(*(heads if width >= _WIDE else heads[:7]), right=heads[2:], padding=0)
     for row in views.list_records(views.tabulate_verdicts(calibration)):
         style, interval = _VERDICT_STYLES[row["verdict"]], (row["drf_low"], row["drf_high"])
-        cells = [
+        cells: list[RenderableType] = [
             Text(row["metric"]),
             Text("no verdict" if row["verdict"] == "none" else row["verdict"], style=style),
             Text(format_number(row["drf"], 2), style=style),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import datetime
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -20,7 +21,7 @@ from flows.cli.status import ACTIVE, DAYS, FAILED, PAGE, WAITING, FlowRun, Pool,
 COLOURS = {"COMPLETED": "green", "FAILED": "red", "CRASHED": "red", "CANCELLED": "yellow", "RUNNING": "cyan"}
 # Rows of each kind of flow run, so that all fit on one screen.
 MOST = {"active": 5, "waiting": 3, "failed": 5, "done": 4}
-PLAIN = {"box": None, "padding": (0, 2, 0, 0), "header_style": "dim"}
+PLAIN: dict[str, Any] = {"box": None, "padding": (0, 2, 0, 0), "header_style": "dim"}
 NAMES = {"active": "running", "waiting": "scheduled", "failed": "failed", "done": "completed"}
 
 

@@ -13,7 +13,7 @@ from scipy.special import erf
 
 from blocks.config.catalog import open_catalog
 from model_containers import contract
-from tasks import embed, pretrained
+from tasks import embed, sources
 
 AMINO_ACIDS = "LAGVSERTIDPKQNFYMHWCXBUZO"
 VOCABULARY = ["<cls>", "<pad>", "<eos>", "<unk>", *AMINO_ACIDS, ".", "-", "<null_1>", "<mask>"]
@@ -393,7 +393,7 @@ def test_the_catalogs_embedding_is_made_by_a_process_without_a_network(
     monkeypatch.setenv("CALIPERT_GPUS", "none")
     monkeypatch.setattr(embed, "embed", embed.embed.fn)
     spec = open_catalog().embedding("esm2")
-    weights = pretrained.fetch_pretrained.fn(open_catalog().pretrained("esm2_150m"), published)
+    weights = sources.fetch_pretrained.fn(open_catalog().pretrained("esm2_150m"), published)
     folder = embed.make_shared_embedding(spec, {"esm2_150m": weights})
     table = pd.read_parquet(folder / "embedding.parquet")
     pd.testing.assert_frame_equal(table, pd.read_parquet(made()), rtol=1e-5, atol=1e-5)

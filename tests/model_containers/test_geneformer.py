@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from blocks.config.catalog import open_catalog
 from model_containers import contract
-from tasks import embed, pretrained
+from tasks import embed, sources
 
 TENSOR = "bert.embeddings.word_embeddings.weight"
 TOKENS, SYMBOLS = "token_dictionary_gc104M.pkl", "gene_name_id_dict_gc104M.pkl"
@@ -191,7 +191,7 @@ def test_the_catalogs_embedding_is_made_by_a_process(
     monkeypatch.setenv("CALIPERT_DATA", str(tmp_path / "data"))
     monkeypatch.setattr(embed, "embed", embed.embed.fn)
     name = "geneformer_v2_104m"
-    weights = pretrained.fetch_pretrained.fn(open_catalog().pretrained(name), published)
+    weights = sources.fetch_pretrained.fn(open_catalog().pretrained(name), published)
     folder = embed.make_shared_embedding(open_catalog().embedding("geneformer"), {name: weights})
     assert (folder / "embedding.parquet").read_bytes() == made().read_bytes()
 
