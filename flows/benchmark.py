@@ -43,7 +43,7 @@ def benchmark(
     control_scores, calibration = calibrate_screen(screen)
 
     jobs, runs = plan_folds(screen, run.models, seed, inputs, control_scores)
-    with end_runs_on_error(runs):
+    with end_runs_on_error(*runs.models.values()):
         predictions = train_folds(jobs, runs)
         scores = [score_model(run.spec, screen.reference, name, seed, folders) for name, folders in predictions.items()]
         measured = quality.result()

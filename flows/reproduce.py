@@ -27,6 +27,7 @@ from tasks.record import end_interrupted, open_tracking
 from tasks.sources import fetch_source
 
 LONGEST = 500  # characters of a reason
+HEADS = ("data set", "outcome", "reason", "cells", "conditions", "genes", "calibrated metrics")
 
 
 class Outcome(NamedTuple):
@@ -82,8 +83,8 @@ def reproduce(
     for dataset, spec in specs.items():
         outcome, connected = _reproduce_dataset(dataset, spec, models, origin, sources, connected)
         outcomes.append(outcome)
-        _log_outcome(outcome)
-    _publish_table(outcomes, origin)
+    table = [dict(zip(HEADS, outcome, strict=True)) for outcome in outcomes]
+    create_table_artifact(table, key="reproduce", description=f"What became of each data set, origin {origin}")
     done = [outcome.dataset for outcome in outcomes if outcome.outcome == "done"]
     LOG.info("%d of %d data sets done, %d not", len(done), len(outcomes), len(outcomes) - len(done))
     if not done:
@@ -116,9 +117,17 @@ def _reproduce_dataset(
             needed = {one.name for one in list_inputs(choose_models(models))}
             taking_part = {name: file for name, file in sources.items() if name in {spec.name, *needed}}
             benchmark(dataset, models, origin=origin, sources=taking_part)
-        return _describe_success(spec.name, cells, calibration), True
+        outcome = _describe_success(spec.name, cells, calibration)
+        LOG.info("%s: done; %d cells, %d conditions, %d genes, %d calibrated metrics", spec.name, *outcome[3:])
+        return outcome, True
     except Exception as error:  # noqa: BLE001 - whatever it is, the other data sets can still be done
-        return Outcome(spec.name, failing, _shorten_error(error)), not isinstance(error, ConnectionLost)
+        if isinstance(error, UserError):
+            text = f"{error.where}, {error.field}: {error.found} ({error.remedy})"
+        else:
+            text = f"{type(error).__name__}: {error}"
+        outcome = Outcome(spec.name, failing, shorten(text, LONGEST, placeholder=" ..."))
+        LOG.warning("%s %s: %s", spec.name, failing, outcome.reason)
+        return outcome, not isinstance(error, ConnectionLost)
 
 
 def _describe_success(name: str, cells: Path, calibration: Path) -> Outcome:
@@ -130,32 +139,7 @@ def _describe_success(name: str, cells: Path, calibration: Path) -> Outcome:
     from core.report.tables import tabulate_verdicts
     from core.scoring.files import CALIBRATION
 
-    table = tabulate_verdicts(pd.read_parquet(calibration / CALIBRATION))
+    verdicts = tabulate_verdicts(pd.read_parquet(calibration / CALIBRATION))["verdict"]
     obs, var = read_names(cells / CELLS)
     conditions = set(obs["condition"]) - {CONTROL}
-    calibrated = int((table["verdict"] == "calibrated").sum())
-    return Outcome(name, "done", "", len(obs), len(conditions), len(var), calibrated)
-
-
-def _shorten_error(error: Exception) -> str:
-    if isinstance(error, UserError):
-        text = f"{error.where}, {error.field}: {error.found} ({error.remedy})"
-    else:
-        text = f"{type(error).__name__}: {error}"
-    return shorten(text, LONGEST, placeholder=" ...")
-
-
-def _log_outcome(outcome: Outcome) -> None:
-    if outcome.outcome == "done":
-        LOG.info("%s: done; %d cells, %d conditions, %d genes, %d calibrated metrics", outcome.dataset, *outcome[3:])
-    else:
-        LOG.warning("%s %s: %s", outcome.dataset, outcome.outcome, outcome.reason)
-
-
-def _publish_table(outcomes: list[Outcome], origin: Origin) -> None:
-    heads = ("data set", "outcome", "reason", "cells", "conditions", "genes", "calibrated metrics")
-    create_table_artifact(
-        key="reproduce",
-        table=[dict(zip(heads, outcome, strict=True)) for outcome in outcomes],
-        description=f"What became of each data set, origin {origin}",
-    )
+    return Outcome(name, "done", "", len(obs), len(conditions), len(var), int((verdicts == "calibrated").sum()))

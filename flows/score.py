@@ -41,6 +41,6 @@ def score(
     control_scores, calibration = calibrate_screen(screen)
     origins = {name: ModelOrigin({"file": predictions.name}, "", -1, [key_of(accepted)])}
     runs = open_runs(run.spec, control_scores, origins, [], screen.source)
-    with end_runs_on_error(runs):
+    with end_runs_on_error(*runs.models.values()):
         scores = score_model(run.spec, screen.reference, name, -1, [accepted])
     return report_results(f"{run.spec.name}.{name}", screen, [control_scores, scores], calibration, quality, runs)

@@ -50,7 +50,7 @@ def report_results(name: str, screen: Screen, scores: list[Path], calibration: P
 
     scores: of the controls, then of the models. Returns the folder.
     """
-    with end_runs_on_error(runs):
+    with end_runs_on_error(*runs.models.values()):
         results = make_results(screen.spec, screen.source, scores, calibration, quality, runs.benchmark_id)
         record_results(runs, results)
     page = publish_results(name, results)

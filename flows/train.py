@@ -36,7 +36,7 @@ def train(
     control_scores = score_controls(run.spec, screen.reference)
 
     jobs, runs = plan_folds(screen, run.models, seed, inputs, control_scores, controls=False)
-    with end_runs_on_error(runs):
+    with end_runs_on_error(*runs.models.values()):
         predictions = train_folds(jobs, runs)
         end_trainings(runs)
     return predictions

@@ -6,8 +6,8 @@ import errno
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +50,8 @@ def download(source: HttpsSource | S3Source, target: Path) -> None:
     part, state = target.with_name(f"{target.name}.part"), target.with_name(f"{target.name}.part.json")
     version = _read_version(state)
     start = part.stat().st_size if part.exists() and version else 0
-    with OPEN[source.kind](source, start, version) as stream:
+    opened = _open_https(source, start, version) if source.kind == "https" else _open_s3(source, start, version)
+    with opened as stream:
         if stream.total is not None:
             require_space(target.parent, stream.total - stream.start, source.url)
         with part.open("r+b" if part.exists() else "wb") as file:
@@ -86,11 +87,10 @@ def is_download_transient(error: BaseException) -> bool:
 
 def _read_version(state: Path) -> str | None:
     """Return the version of the file that the kept bytes belong to; None if it is not known."""
-    try:
+    with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
         version = json.loads(state.read_text(encoding="utf-8"))["version"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
-    return version if isinstance(version, str) else None
+        return version if isinstance(version, str) else None
+    return None
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -129,51 +129,41 @@ def _open_https(source: HttpsSource, start: int, version: str | None) -> Iterato
         open_client(headers=headers, follow_redirects=True, timeout=TIMEOUT) as client,
         client.stream("GET", source.url) as answer,
     ):
-        _require_safe(answer, source.url)
+        if source.url.startswith("https:") and answer.url.scheme != "https":
+            # Others on the way could read and change the file.
+            found, remedy = f"redirected to {answer.url}", "give an address that stays on https"
+            raise UserError(source.url, "address", found, remedy)
         if answer.status_code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE:
             # Nothing is left to ask for: the part is whole, or longer than the file.
-            total = answer.headers.get("content-range", "").rpartition("/")[2]
-            if not total.isdigit() or int(total) != start:
+            if answer.headers.get("content-range", "").rpartition("/")[2] == str(start):
+                yield Stream(start, start, version, iter(()))
+            else:
                 # Without a version the next try begins at the first byte.
                 yield Stream(0, None, None, _break_off(f"{source.url}: the server has no bytes from {start:,} on"))
-            else:
-                yield Stream(start, start, version, iter(()))
             return
-        _require_success(answer, source.url)
+        if answer.is_client_error and not is_transient_status(answer.status_code):
+            found = f"HTTP {answer.status_code} {answer.reason_phrase}"
+            remedy = "check the address, or download the file and name it with --source"
+            raise UserError(source.url, "address", found, remedy)
+        answer.raise_for_status()
         found = answer.headers.get("etag", "")
         # A weak tag does not promise the same bytes.
         found = answer.headers.get("last-modified") if not found or found.startswith("W/") else found
-        length = answer.headers.get("content-length")
-        begin = 0
-        if answer.status_code == httpx.codes.PARTIAL_CONTENT:
-            if not answer.headers.get("content-range", "").startswith(f"bytes {start}-"):
-                raise ConnectionError(f"{source.url}: the server sent another range than bytes {start}-")
-            begin = start
-            if found and found != version:
-                # A server, or a cache on the way, that does not understand If-Range.
-                yield Stream(0, None, None, _break_off(f"{source.url}: the file has changed since its first part came"))
-                return
-        total_size = begin + int(length) if length is not None else None
-        yield Stream(begin, total_size, found, answer.iter_raw())
+        is_part = answer.status_code == httpx.codes.PARTIAL_CONTENT
+        if is_part and not answer.headers.get("content-range", "").startswith(f"bytes {start}-"):
+            raise ConnectionError(f"{source.url}: the server sent another range than bytes {start}-")
+        if is_part and found and found != version:
+            # A server, or a cache on the way, that does not understand If-Range.
+            yield Stream(0, None, None, _break_off(f"{source.url}: the file has changed since its first part came"))
+            return
+        begin, length = start if is_part else 0, answer.headers.get("content-length")
+        yield Stream(begin, begin + int(length) if length is not None else None, found, answer.iter_raw())
 
 
 def _break_off(why: str) -> Iterator[bytes]:
     """Give no bytes, but a failure after which the next try begins at the first byte."""
     raise ConnectionError(why)
     yield b""
-
-
-def _require_safe(answer: httpx.Response, url: str) -> None:
-    """Refuse a redirection from https to plain http: others on the way could read and change the file."""
-    if url.startswith("https:") and answer.url.scheme != "https":
-        raise UserError(url, "address", f"redirected to {answer.url}", "give an address that stays on https")
-
-
-def _require_success(answer: httpx.Response, url: str) -> None:
-    if answer.is_client_error and not is_transient_status(answer.status_code):
-        found = f"HTTP {answer.status_code} {answer.reason_phrase}"
-        raise UserError(url, "address", found, "check the address, or download the file and name it with --source")
-    answer.raise_for_status()
 
 
 @contextmanager
@@ -206,9 +196,3 @@ def _open_s3(source: S3Source, start: int, version: str | None) -> Iterator[Stre
             raise ConnectionError(f"{source.url} was changed while it was read")
 
     yield Stream(begin, total, etag, chunks())
-
-
-OPEN: dict[str, Callable[[Any, int, str | None], AbstractContextManager[Stream]]] = {
-    "https": _open_https,
-    "s3": _open_s3,
-}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -16,7 +16,7 @@ from blocks.engines.base import Engine, Stage, Usage
 from blocks.engines.checkpoints import checkpoint
 from blocks.engines.lines import Event
 from blocks.engines.process import ProcessEngine
-from blocks.local.gpus import Gpu, lease_gpu
+from blocks.local.gpus import lease_gpu
 from core.catalog.schema import EmbeddingSpec, ResolvedModel
 from core.errors import UserError
 from tasks.artifacts import Recipe, build_or_get
@@ -72,18 +72,17 @@ def run_stage(
     limit_s: float,
     key: str | None = None,
 ) -> Usage:
-    """Run a stage of a container under the engine in use, on a leased GPU if it uses one.
+    """Run a stage of a container under the engine in use, on a leased GPU of this machine if it runs here and uses one.
 
-    name: what it works on. spec: without what follows from the machine. limit_s: of wall clock. key: of the artifact
-    that the stage makes, where it can go on from a checkpoint. Raises as `require_unchanged` and `Engine.run` do.
+    name: what it works on; others who wait for a GPU see it. spec: without what follows from the machine. limit_s: of
+    wall clock. key: of the artifact that the stage makes, where it can go on from a checkpoint. Raises as
+    `require_unchanged` and `Engine.run` do.
     """
-    with lease_device(container, name) as gpu:
+    lease = nullcontext() if runs_elsewhere() or not _uses_gpu(container) else lease_gpu(name)
+    with lease as gpu, open_checkpoint(key) as checkpoint_folder:
         require_unchanged(container)
-        with open_checkpoint(key) as folder:
-            more: dict[str, Any] = {"threads": THREADS} | ({"checkpoint": folder} if key else {})
-            return choose_engine().run(
-                stage, container, {**spec, **more}, on_event=on_event, timeout_s=limit_s, gpu=gpu
-            )
+        whole = {**spec, "threads": THREADS, **({"checkpoint": checkpoint_folder} if key else {})}
+        return choose_engine().run(stage, container, whole, on_event=on_event, timeout_s=limit_s, gpu=gpu)
 
 
 def check_containers(models: Sequence[ResolvedModel], embeddings: Iterable[EmbeddingSpec] = ()) -> None:
@@ -106,14 +105,6 @@ def find_container_of(entry: ResolvedModel | EmbeddingSpec) -> Path:
     if entry.container is None:
         raise ValueError(f"{entry.name} is computed by the project itself and has no container")
     return find_container(entry.container, f"catalog entry {entry.name}")
-
-
-def lease_device(container: Path, name: str) -> AbstractContextManager[Gpu | None]:
-    """Lease a GPU of this machine for a container that runs here and uses one; None for others, or without a GPU.
-
-    name: what the lease is for; others who wait for a GPU see it.
-    """
-    return nullcontext() if runs_elsewhere() or not _uses_gpu(container) else lease_gpu(name)
 
 
 @contextmanager

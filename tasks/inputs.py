@@ -16,13 +16,7 @@ from pydantic import ValidationError
 from blocks.config.catalog import open_catalog
 from blocks.config.paths import MODEL_CONTAINERS
 from blocks.config.settings import read_source, source_variable
-from core.catalog.schema import (
-    DatasetSpec,
-    EmbeddingSpec,
-    LocalSource,
-    PretrainedSpec,
-    ResolvedModel,
-)
+from core.catalog.schema import DatasetSpec, EmbeddingSpec, LocalSource, PretrainedSpec, ResolvedModel
 from core.entry import NAME_PATTERN
 from core.errors import UserError
 from core.reference.controls import CONTROLS
@@ -59,11 +53,11 @@ def raise_collected(errors: Sequence[UserError]) -> None:
 
 def list_inputs(models: Iterable[ResolvedModel]) -> list[EmbeddingSpec | PretrainedSpec]:
     """Return what models need beside the data, each once: what their embeddings are made of, and initial weights."""
-    needed: dict[str, EmbeddingSpec | PretrainedSpec] = {}
+    needed: list[EmbeddingSpec | PretrainedSpec] = []
     for model in models:
-        needed |= {one.name: one for one in (list_embedding_inputs(model.embedding) if model.embedding else [])}
-        needed |= {model.pretrained.name: model.pretrained} if model.pretrained else {}
-    return list(needed.values())
+        needed += list_embedding_inputs(model.embedding) if model.embedding else []
+        needed += [model.pretrained] if model.pretrained else []
+    return list({one.name: one for one in needed}.values())
 
 
 def list_embedding_inputs(spec: EmbeddingSpec) -> list[EmbeddingSpec | PretrainedSpec]:
@@ -109,9 +103,9 @@ def _resolve_source(spec: Needed, sources: Mapping[str, str]) -> Path | None:
     path = Path(given).expanduser().resolve()
     field = f"--source {spec.name}=..." if spec.name in sources else source_variable(spec.name)
     if isinstance(spec, PretrainedSpec):
-        missing = [file for file in spec.files if not (path / file).is_file()]
-        if missing:
-            raise UserError(path, field, f"no {missing[0]} in it", f"name the folder of {', '.join(spec.files)}")
+        for file in spec.files:
+            if not (path / file).is_file():
+                raise UserError(path, field, f"no {file} in it", f"name the folder of {', '.join(spec.files)}")
     elif not path.is_file():
         raise UserError(path, field, "no such file", "name the file where it is")
     return path
@@ -138,25 +132,19 @@ def choose_dataset(dataset: str, folds: Folds = None, origin: Origin = "raw") ->
     have, and another number of folds than a mirror comes with.
     """
     spec = open_catalog().dataset(dataset)
+    if origin == "mirror" and spec.mirror is None:
+        remedy = "take the raw file (origin raw), or give the entry a `mirror` (docs/catalog.md)"
+        raise UserError(f"catalog entry {spec.name}", "mirror", "none, but the origin is to be mirror", remedy)
+    if origin == "mirror" and folds is not None:
+        remedy = "leave the folds out: a mirror has its own. Or take the raw file (origin raw)"
+        raise UserError("--folds", "folds", f"{folds}, with origin mirror", remedy)
     if origin == "mirror":
-        return _choose_mirror(spec, folds)
-    if folds is None:
-        return spec
+        return spec.model_copy(update={"source": spec.mirror})
     try:
-        return DatasetSpec.model_validate(spec.model_dump() | {"folds": folds})
+        return spec if folds is None else DatasetSpec.model_validate(spec.model_dump() | {"folds": folds})
     except ValidationError as error:
         remedy = "combination data have 2 folds" if spec.task == "combination" else "at least 2, or leave-one-out"
         raise UserError("--folds", "folds", str(folds), remedy) from error
-
-
-def _choose_mirror(spec: DatasetSpec, folds: Folds) -> DatasetSpec:
-    if spec.mirror is None:
-        remedy = "take the raw file (origin raw), or give the entry a `mirror` (docs/catalog.md)"
-        raise UserError(f"catalog entry {spec.name}", "mirror", "none, but the origin is to be mirror", remedy)
-    if folds is not None:
-        remedy = "leave the folds out: a mirror has its own. Or take the raw file (origin raw)"
-        raise UserError("--folds", "folds", f"{folds}, with origin mirror", remedy)
-    return spec.model_copy(update={"source": spec.mirror})
 
 
 def list_study() -> list[str]:
@@ -177,15 +165,12 @@ def choose_models(names: Iterable[str]) -> list[ResolvedModel]:
 
     Raises UserError for an unknown name, and for a model that neither has a container nor is a baseline.
     """
-    chosen = []
-    for model in open_catalog().models(names):
+    chosen = [model for model in open_catalog().models(names) if model.container or model.name not in BASELINES]
+    for model in chosen:
         where = f"catalog entry {model.template}"
         if model.container is None:
-            if model.name not in BASELINES:
-                raise UserError(where, "container", "none", "name the folder of the model under model_containers")
-        else:
-            find_container(model.container, where)
-            chosen.append(model)
+            raise UserError(where, "container", "none", "name the folder of the model under model_containers")
+        find_container(model.container, where)
     return chosen
 
 
@@ -205,11 +190,11 @@ def list_container_places() -> list[Path]:
 
 def find_container(name: str, where: str) -> Path:
     """Return the folder of a container, with its model.py. Raises UserError if there is none. where: the entry."""
-    places = list_container_places()
-    for place in places:
-        if (place / name / "model.py").is_file():
-            return place / name
-    remedy = f"put it into {' or '.join(str(place / name) for place in places)}, or correct the name"
+    folders = [place / name for place in list_container_places()]
+    for folder in folders:
+        if (folder / "model.py").is_file():
+            return folder
+    remedy = f"put it into {' or '.join(map(str, folders))}, or correct the name"
     raise UserError(where, "container", f"{name!r}, of which there is no model.py", remedy)
 
 

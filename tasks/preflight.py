@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,8 +40,8 @@ def check_run(dataset: str, models: Iterable[str], folds: Folds, origin: Origin,
 def check_needs(
     needed: Iterable[Needed],
     sources: Mapping[str, str],
-    models: Iterable[ResolvedModel],
-    embeddings: Iterable[EmbeddingSpec] = (),
+    models: Sequence[ResolvedModel],
+    embeddings: Sequence[EmbeddingSpec] = (),
     later: Iterable[Needed] = (),
 ) -> dict[str, Path]:
     """Return name -> path of what the user has for a run (tasks.inputs.resolve_sources).
@@ -51,15 +51,13 @@ def check_needs(
     """
     errors: list[UserError] = []
     files: dict[str, Path] = {}
-    chosen = list(models)
-    extra = list(embeddings)
     with collect_error(errors):
         files = resolve_sources(needed, sources, later)
     resolved = not errors
     with collect_error(errors):
-        check_containers(chosen, extra)
+        check_containers(models, embeddings)
     if resolved:
         with collect_error(errors):
-            check_services([*extra, *(model.embedding for model in chosen if model.embedding)], files)
+            check_services([*embeddings, *(model.embedding for model in models if model.embedding)], files)
     raise_collected(errors)
     return files

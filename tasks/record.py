@@ -139,28 +139,23 @@ def list_active_flow_runs(ids: list[str]) -> set[str]:
 
 
 @contextmanager
-def end_runs_on_error(runs: Runs) -> Iterator[None]:
-    """End the benchmark's MLflow runs, as `end_failed` does, if the block raises an error."""
-    try:
-        yield
-    except BaseException as error:
-        end_failed(runs.models.values(), error)
-        raise
-
-
-def end_failed(run_ids: Iterable[str], error: BaseException) -> None:
-    """End MLflow runs as FAILED with the reason, or as KILLED if the flow was ended from outside.
+def end_runs_on_error(*run_ids: str) -> Iterator[None]:
+    """End MLflow runs if the block raises an error: as FAILED with the reason, or as KILLED if it came from outside.
 
     An error of MLflow is only logged: it must not hide this one.
     """
-    status, reason = "FAILED", f"{type(error).__name__}: {error}"
-    if isinstance(error, Stopped):
-        status, reason = "KILLED", str(error)
-    elif isinstance(error, TerminationSignal | KeyboardInterrupt):
-        status, reason = "KILLED", "the flow run was cancelled, or its process was ended by a signal"
-    for run_id in run_ids:
-        with _log_errors("the failure"):
-            open_tracking().fail(run_id, reason, status)
+    try:
+        yield
+    except BaseException as error:
+        status, reason = "FAILED", f"{type(error).__name__}: {error}"
+        if isinstance(error, Stopped):
+            status, reason = "KILLED", str(error)
+        elif isinstance(error, TerminationSignal | KeyboardInterrupt):
+            status, reason = "KILLED", "the flow run was cancelled, or its process was ended by a signal"
+        for run_id in run_ids:
+            with _log_errors("the failure"):
+                open_tracking().fail(run_id, reason, status)
+        raise
 
 
 def end_training(run_id: str, flow_run_id: str, reason: str) -> None:
@@ -208,8 +203,7 @@ def end_trainings(runs: Runs) -> None:
 @task(name="record-results", cache_policy=NO_CACHE)
 def record_results(runs: Runs, results: Path) -> None:
     """Write the leaderboard, the scores and the report to the benchmark's MLflow runs, and end them."""
-    server = open_tracking()
-    board = pd.read_parquet(results / LEADERBOARD)
+    server, board = open_tracking(), pd.read_parquet(results / LEADERBOARD)
     scored = set(board["model"])
     server.log_leaderboard(board, {name: run_id for name, run_id in runs.models.items() if name in scored})
     server.log_scores(results / SCORES, runs.models)

@@ -27,10 +27,11 @@ from core.scoring.files import PREDICTIONS, REASONS
 from tasks.artifacts import LOG, Recipe, build_or_get, find_artifact
 from tasks.engine import THREADS, find_container_of, identify_container, run_stage
 from tasks.progress import log_message, make_progress_reporter
-from tasks.record import end_failed, open_tracking
+from tasks.record import end_runs_on_error, open_tracking
 
 CURVE = "training.jsonl"
 USAGE = "usage.json"
+ONE_STORE = "set CALIPERT_STORE to the same place on all machines that train for each other: they need one store"
 
 Event = Mapping[str, Any]
 
@@ -118,10 +119,7 @@ def find_inputs(job: FoldJob) -> dict[str, Path]:
     for kind, key in _input_keys(job).items():
         folder = store.find(kind, key)
         if folder is None:
-            remedy = (
-                "set CALIPERT_STORE to the same place on all machines that train for each other: they need one store"
-            )
-            raise UserError(store.root, kind, f"nothing under the key {key}", remedy)
+            raise UserError(store.root, kind, f"nothing under the key {key}", ONE_STORE)
         found[kind] = folder
     return found
 
@@ -203,11 +201,8 @@ def train_fold(job: FoldJob, stored: TrainedFold | None = None) -> Path:
     a progress artifact how far the training is.
     """
     tracking = open_tracking()
-    try:
+    with end_runs_on_error(job.run_id):
         fold = stored or _train_now(job, tracking)
-    except BaseException as error:
-        end_failed([job.run_id], error)
-        raise
     tracking.log_usage(job.run_id, Usage(**json.loads((fold.model / USAGE).read_text(encoding="utf-8"))))
     tracking.log_curve(job.run_id, fold.model / CURVE)
     tracking.finish(job.run_id)
@@ -218,15 +213,11 @@ def train_fold(job: FoldJob, stored: TrainedFold | None = None) -> Path:
 
 def _train_now(job: FoldJob, tracking: MLflowTracking) -> TrainedFold:
     tracking.begin_training(job.run_id, str(runtime.flow_run.id))
-    log = partial(log_message, job.name)
-    takers: list[Callable[[Event], None]] = [
-        tracking.follow_curve(job.run_id),
-        make_progress_reporter(f"training {job.name}"),
-        log,
-    ]
+    follow_curve, log = tracking.follow_curve(job.run_id), partial(log_message, job.name)
+    report_progress = make_progress_reporter(f"training {job.name}")
 
     def take_event(event: Event) -> None:
-        for take in takers:
+        for take in (follow_curve, report_progress, log):
             take(event)
 
     inputs = find_inputs(job)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -32,6 +32,17 @@ app.add_typer(datasets, name="dataset")
 app.add_typer(models_app, name="model")
 
 
+def _check_request(
+    dataset: str, models: list[str], folds: str | None, origin: str, source: list[str] | None
+) -> dict[str, Any]:
+    """Return parameters of a flow; refuse, before a server starts, what can be refused."""
+    from tasks.inputs import check_request
+
+    request = {"dataset": dataset, "folds": read_folds(folds), "origin": origin, "sources": read_sources(source)}
+    check_request(models=models, **request)
+    return request
+
+
 @app.command()
 def run(
     dataset: Dataset,
@@ -42,17 +53,12 @@ def run(
     source: Sources = None,
 ) -> None:
     """Benchmark models on a data set: prepare, train every fold, score, calibrate, report."""
-    from tasks.inputs import check_request
-
-    names, sources, number = read_names(models), read_sources(source), read_folds(folds)
-    check_request(dataset, names, number, origin, sources)
+    names = read_names(models)
+    request = _check_request(dataset, names, folds, origin, source)
     services = start_servers()
     from flows.benchmark import benchmark
 
-    results: Path = run_flow(
-        benchmark, dataset=dataset, models=names, folds=number, seed=seed, origin=origin, sources=sources
-    )
-    show_results(results, services)
+    show_results(run_flow(benchmark, models=names, seed=seed, **request), services)
 
 
 @app.command()
@@ -127,26 +133,16 @@ def score(
     source: Sources = None,
 ) -> None:
     """Score predictions made elsewhere against a data set and its calibrated metrics."""
-    from tasks.inputs import check_model_name, check_request
+    from tasks.inputs import check_model_name
 
-    sources, number = read_sources(source), read_folds(folds)
-    check_request(dataset, [], number, origin, sources)
+    request = _check_request(dataset, [], folds, origin, source)
     check_model_name(name)
     if not predictions.is_file():
         raise UserError(predictions, "file", "no such file", "check the path")
     services = start_servers()
     from flows.score import score as score_flow
 
-    results: Path = run_flow(
-        score_flow,
-        dataset=dataset,
-        predictions=predictions.resolve(),
-        name=name,
-        folds=number,
-        origin=origin,
-        sources=sources,
-    )
-    show_results(results, services)
+    show_results(run_flow(score_flow, predictions=predictions.resolve(), name=name, **request), services)
 
 
 @app.command(name="list")

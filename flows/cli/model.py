@@ -71,18 +71,16 @@ def check(
     from tasks.engine import choose_engine, runs_elsewhere
 
     if runs_elsewhere():
-        raise UserError(
-            "environment", "CALIPERT_ENGINE", "an engine that runs models elsewhere", "set it to docker or process"
-        )
+        found = "an engine that runs models elsewhere"
+        raise UserError("environment", "CALIPERT_ENGINE", found, "set it to docker or process")
     path, settings = _find_folder(folder), _parse_json_object(hyperparameters)
     failed = False
-    for finding in check_model(path, choose_engine(), embedding or _find_form(path.name), settings, lambda event: None):
-        failed = failed or finding.fault is not None
-        CONSOLE.print(
-            f"[green]ok[/green]    {finding.asked}" if finding.fault is None else f"[red]fails[/red] {finding.asked}"
-        )
-        if finding.fault is not None:
-            CONSOLE.print(escape(finding.fault), style="red")
+    form = embedding or _find_form(path.name)
+    for asked, fault in check_model(path, choose_engine(), form, settings):
+        CONSOLE.print(f"{'[green]ok[/green]   ' if fault is None else '[red]fails[/red]'} {asked}")
+        if fault is not None:
+            failed = True
+            CONSOLE.print(escape(fault), style="red")
     if failed:
         raise typer.Exit(1)
 
@@ -123,12 +121,11 @@ def _find_folder(name: str) -> Path:
 
 
 def _parse_json_object(text: str) -> dict[str, object]:
+    example = 'as in {"epochs": 4}'
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise UserError(
-            "--hyperparameters", "value", f"{text!r}: {error}", 'write JSON, as in {"epochs": 4}'
-        ) from error
+        raise UserError("--hyperparameters", "value", f"{text!r}: {error}", f"write JSON, {example}") from error
     if not isinstance(value, dict):
-        raise UserError("--hyperparameters", "value", repr(text), 'write an object, as in {"epochs": 4}')
+        raise UserError("--hyperparameters", "value", repr(text), f"write an object, {example}")
     return value

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -36,9 +36,7 @@ class Finding(NamedTuple):
     fault: str | None
 
 
-def check_model(
-    folder: Path, engine: Engine, form: Form, hyperparameters: Mapping[str, Any], on_event: Callable[[Event], None]
-) -> Iterator[Finding]:
+def check_model(folder: Path, engine: Engine, form: Form, hyperparameters: Mapping[str, Any]) -> Iterator[Finding]:
     """Check what the contract asks of the model in a folder, one finding after the other.
 
     The model is trained and asked twice on a small simulated fold. Ends early if a stage fails: the rest cannot be
@@ -62,12 +60,13 @@ def check_model(
         remedy = "make one, by the flow `embed`: its output is checked there (docs/models.md)"
         raise UserError(f"model {folder.name}", "input", "'files': it makes embeddings, and is no model", remedy)
     engine.identity(folder)  # what the engine cannot run is refused
-    with TemporaryDirectory() as scratch, _lease_device(description, folder.name) as gpu:
+    lease = lease_gpu(f"check of {folder.name}") if description.gpu else nullcontext()
+    with TemporaryDirectory() as scratch, lease as gpu:
         place = Path(scratch)
         place.chmod(0o755)
         (place / "panel").mkdir()
         panel = write_panel(place / "panel", COVARIATES)
-        check = _Check(folder, engine, gpu, panel, description, form, dict(hyperparameters), on_event)
+        check = _Check(folder, engine, gpu, panel, description, form, hyperparameters)
         yield from _check_stages(check, place)
 
 
@@ -102,7 +101,6 @@ class _Check:
     description: Description
     form: Form
     hyperparameters: Mapping[str, Any]
-    on_event: Callable[[Event], None]
     events: list[Event] = field(default_factory=list)
 
     def run_twice(self, place: Path) -> None:
@@ -119,9 +117,7 @@ class _Check:
         try:
             self._stage("train", place / "refused", cells=self._file("train.h5ad"), hyperparameters=unknown)
         except ModelFailed as error:
-            if error.exit_code == 2:
-                return None
-            return f"it should end with exit code 2 and one line: {error}"
+            return None if error.exit_code == 2 else f"it should end with exit code 2 and one line: {error}"
         return "it took `no_such_hyperparameter`: a typing error in the catalog would change nothing"
 
     def _stage(self, stage: Stage, output: Path, **fields: Any) -> None:
@@ -129,18 +125,10 @@ class _Check:
         table = self._file("graph.parquet" if self.form == "graph" else "embedding.parquet")
         embedding = table if self.description.embedding else None
         spec = fields | {"embedding": embedding, "seed": 1, "output": str(output)}
-        self.engine.run(stage, self.folder, spec, on_event=self._take_event, timeout_s=LIMIT_S, gpu=self.gpu)
-
-    def _take_event(self, event: Event) -> None:
-        self.events.append(event)
-        self.on_event(event)
+        self.engine.run(stage, self.folder, spec, on_event=self.events.append, timeout_s=LIMIT_S, gpu=self.gpu)
 
     def _file(self, name: str) -> str:
         return str(self.panel.folder / name)
-
-
-def _lease_device(description: Description, name: str) -> AbstractContextManager[Gpu | None]:
-    return lease_gpu(f"check of {name}") if description.gpu else nullcontext()
 
 
 def _find_unfinished(events: list[Event]) -> str | None:
@@ -166,11 +154,9 @@ def _find_wrongly_left_out(output: Path, check: _Check) -> str | None:
     except (OSError, ValueError, TypeError, KeyError) as error:
         return f"unpredicted.json: {type(error).__name__}: {error}"
     expected = {key for key in check.panel.held_out if _is_beyond(key, check.description)}
-    faults = [f"{key.condition} in {key.covariate} is predicted, and cannot be" for key in sorted(expected - left_out)]
-    faults += [
-        f"{key.condition} in {key.covariate} is not predicted, and can be" for key in sorted(left_out - expected)
-    ]
-    return shown(faults, 3) or None
+    wrong = [(key, "is predicted, and cannot be") for key in sorted(expected - left_out)]
+    wrong += [(key, "is not predicted, and can be") for key in sorted(left_out - expected)]
+    return shown([f"{key.condition} in {key.covariate} {fault}" for key, fault in wrong], 3) or None
 
 
 def _is_beyond(key: Key, description: Description) -> bool:

@@ -33,9 +33,8 @@ def start_servers() -> Services:
 
 def run_flow(flow: Any, **parameters: object) -> Any:
     """Run a flow in this process, with our own progress on the console; Prefect's log is in its UI."""
-    ours = logging.getLogger("calipert")
-    ours.setLevel(logging.INFO)
-    ours.addHandler(RichHandler(console=CONSOLE, show_path=False, show_level=False, log_time_format="%H:%M:%S"))
+    handler = RichHandler(console=CONSOLE, show_path=False, show_level=False, log_time_format="%H:%M:%S")
+    logging.getLogger("calipert").addHandler(handler)
     from blocks.engines.base import ModelFailed
 
     try:

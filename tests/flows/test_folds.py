@@ -18,7 +18,7 @@ def test_a_failure_of_the_quality_ends_the_runs(monkeypatch: pytest.MonkeyPatch)
     ended: list[str] = []
 
     @contextmanager
-    def end_on_error(runs: Any) -> Iterator[None]:
+    def end_on_error(*run_ids: str) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:

@@ -120,7 +120,7 @@ def test_a_model_that_keeps_the_contract(average):
     ],
 )
 def test_what_is_wrong_is_found(average, old, new, fault):
-    found = list(check_model(average(old, new), InThisProcess(), "table", {}, lambda event: None))
+    found = list(check_model(average(old, new), InThisProcess(), "table", {}))
     wrong = [finding for finding in found if finding.fault is not None]
     assert len(wrong) == 1, wrong
     assert fault in wrong[0].asked

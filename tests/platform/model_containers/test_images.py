@@ -90,7 +90,7 @@ NAMES = sorted(SMALL) if os.environ.get("CALIPERT_ALL_IMAGES") == "1" else ["fml
 @pytest.mark.parametrize("name", NAMES)
 def test_it_passes_the_contracts_tests(built, name):
     form: Form = "graph" if name == "gears" else "table"
-    findings = list(check_model(built(name), DockerEngine(), form, SMALL[name], lambda event: None))
+    findings = list(check_model(built(name), DockerEngine(), form, SMALL[name]))
     assert [finding for finding in findings if finding.fault] == []
     assert len(findings) == 9
 

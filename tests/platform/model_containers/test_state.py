@@ -42,7 +42,7 @@ def folder(docker_client, nothing_left, monkeypatch) -> Path:
 
 
 def test_it_passes_the_contracts_tests(folder):
-    findings = list(check_model(folder, DockerEngine(), "table", SMALL | {"steps": 4}, lambda event: None))
+    findings = list(check_model(folder, DockerEngine(), "table", SMALL | {"steps": 4}))
     assert [finding for finding in findings if finding.fault] == []
     assert len(findings) == 9
 
