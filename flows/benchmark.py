@@ -20,11 +20,11 @@ from tasks.sources import fetch_inputs
 @flow(name="benchmark", flow_run_name="benchmark-{dataset}", **train_with_all_cores())
 def benchmark(
     dataset: Dataset = "demo",
-    models: Models = ["demo"],  # noqa: B006 - shown in the form of the UI, never changed
+    models: Models = ["demo"],
     folds: Folds = None,
     seed: Seed = 42,
     origin: Origin = "raw",
-    sources: Sources = {},  # noqa: B006
+    sources: Sources = {},
 ) -> Path:
     """Calibrate the metrics on a data set and judge models by them.
 

@@ -13,11 +13,7 @@ from tasks.record import end_interrupted
 
 
 @flow(name="calibrate", flow_run_name="calibrate-{dataset}", **end_with(end_interrupted))
-def calibrate(
-    dataset: Dataset = "demo",
-    origin: Origin = "raw",
-    sources: Sources = {},  # noqa: B006 - shown in the form of the UI, never changed
-) -> Path:
+def calibrate(dataset: Dataset = "demo", origin: Origin = "raw", sources: Sources = {}) -> Path:
     """Measure which metrics can tell a replicate from an uninformative average on a data set.
 
     dataset: a name of the catalog, or the path of your own YAML entry.

@@ -16,10 +16,7 @@ from tasks.sources import fetch_inputs
 
 
 @flow(name="embed", flow_run_name="embed-{embedding}")
-def embed(
-    embedding: Embedding,
-    sources: Sources = {},  # noqa: B006 - shown in the form of the UI, never changed
-) -> Path:
+def embed(embedding: Embedding, sources: Sources = {}) -> Path:
     """Make a gene embedding that is shared by all data sets; benchmarks find it again.
 
     embedding: a name of the catalog.

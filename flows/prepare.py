@@ -13,11 +13,7 @@ from tasks.prepare import measure_quality
 
 
 @flow(name="prepare", flow_run_name="prepare-{dataset}")
-def prepare(
-    dataset: Dataset = "demo",
-    origin: Origin = "raw",
-    sources: Sources = {},  # noqa: B006 - shown in the form of the UI, never changed
-) -> dict[str, Path]:
+def prepare(dataset: Dataset = "demo", origin: Origin = "raw", sources: Sources = {}) -> dict[str, Path]:
     """Prepare a data set up to the reference that scoring needs.
 
     dataset: a name of the catalog, or the path of your own YAML entry.

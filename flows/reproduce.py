@@ -62,10 +62,7 @@ def end_interrupted_subflows(flow: object, flow_run: Any, state: Any) -> None:
 
 @flow(name="reproduce", flow_run_name="reproduce-{origin}", **end_with(end_interrupted_subflows))
 def reproduce(
-    datasets: Datasets = [],  # noqa: B006 - shown in the form of the UI, never changed
-    models: BenchmarkedModels = [],  # noqa: B006
-    origin: Origin = "raw",
-    sources: Sources = {},  # noqa: B006
+    datasets: Datasets = [], models: BenchmarkedModels = [], origin: Origin = "raw", sources: Sources = {}
 ) -> list[Outcome]:
     """Prepare and calibrate the data sets of the study, and benchmark models on each of them.
 

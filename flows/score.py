@@ -23,7 +23,7 @@ def score(
     name: str = "predictions",
     folds: Folds = None,
     origin: Origin = "raw",
-    sources: Sources = {},  # noqa: B006
+    sources: Sources = {},
 ) -> Path:
     """Score a file of predicted profiles against a data set and its calibrated metrics.
 

@@ -19,11 +19,11 @@ from tasks.sources import fetch_inputs
 @flow(name="train", flow_run_name="train-{dataset}", **train_with_all_cores())
 def train(
     dataset: Dataset = "demo",
-    models: Models = ["demo"],  # noqa: B006 - shown in the form of the UI, never changed
+    models: Models = ["demo"],
     folds: Folds = None,
     seed: Seed = 42,
     origin: Origin = "raw",
-    sources: Sources = {},  # noqa: B006
+    sources: Sources = {},
 ) -> dict[str, list[Path]]:
     """Train models on every fold of a data set and predict its test conditions; a benchmark does the rest.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -83,16 +83,6 @@ def open_tracking() -> MLflowTracking:
     return MLflowTracking(tracking_uri=uri)
 
 
-def compute_benchmark_id(control_scores: Path, origins: Mapping[str, ModelOrigin]) -> str:
-    """Return twelve hex digits that tie the runs of one benchmark together.
-
-    They follow from the data and the code that scores (the key of the controls' scores holds both), the code that
-    summarises, and the models' origins.
-    """
-    parts = [key_of(control_scores), code_hash("core.report.results"), dict(origins)]
-    return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
-
-
 @task(name="open-runs", cache_policy=NO_CACHE)
 def open_runs(
     spec: DatasetSpec,
@@ -108,7 +98,10 @@ def open_runs(
     false if nothing is scored.
     """
     scored = set(pd.read_parquet(control_scores / SCORES, columns=["model"])["model"])
-    identity = compute_benchmark_id(control_scores, origins)
+    # Twelve hex digits tie the runs together. They follow from the data and the code that scores (the key of the
+    # controls' scores holds both), the code that summarises, and the models' origins.
+    parts = [key_of(control_scores), code_hash("core.report.results"), origins]
+    identity = sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
     about = {"folds": spec.folds, "half_seeds": spec.half_seeds, "data_seed": spec.seed}
     wanted = [
         ModelRun(name, own.seed, f"{identity}/{name}", "model", about | own.params, own.engine or None, folds)

@@ -164,7 +164,13 @@ def download_once(name: str, source: HttpsSource | S3Source) -> Path:
         if not target.exists():
             # A record without its file belongs to an earlier one.
             recorded.unlink(missing_ok=True)
-            _download(source, target)
+            try:
+                download(source, target)
+            except OSError as error:
+                if error.errno not in DISK:
+                    raise
+                remedy = "solve that, or name another data folder (environment CALIPERT_DATA); what has arrived is kept"
+                raise UserError(target.parent, "folder of downloads", DISK[error.errno], remedy) from error
         found = checksum_file(target)
         if not recorded.exists() or not recorded.read_text(encoding="utf-8").strip():
             write_whole(recorded, f"{found}  {target.name}\n")
@@ -173,16 +179,6 @@ def download_once(name: str, source: HttpsSource | S3Source) -> Path:
         whose = "the entry expects" if source.sha256 else "at its first download it had"
         raise UserError(target, "sha256", found, f"{whose} {expected}: delete the file and run again")
     return target
-
-
-def _download(source: HttpsSource | S3Source, target: Path) -> None:
-    try:
-        download(source, target)
-    except OSError as error:
-        if error.errno not in DISK:
-            raise
-        remedy = "solve that, or name another data folder (environment CALIPERT_DATA); what has arrived is kept"
-        raise UserError(target.parent, "folder of downloads", DISK[error.errno], remedy) from error
 
 
 def describe_source(spec: DatasetSpec | EmbeddingSpec, raw: Path) -> str:

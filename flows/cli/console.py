@@ -127,9 +127,9 @@ def make_check_table(check: DatasetCheck, name: str) -> RenderableType:
     """
     labels = check.labels.groupby("condition")["label"].agg(lambda texts: sorted(set(texts)))
     rows = check.conditions.sort_values(["kept", "cells", "covariate", "condition"])
-    table = Table(box=box.SIMPLE_HEAD, title=f"{name}: {len(rows):,} (covariate, condition) groups", show_edge=False)
-    for head in ("covariate", "condition", "labels in the file", "cells", ""):
-        table.add_column(head, justify="right" if head == "cells" else "left")
+    heads = ("covariate", "condition", "labels in the file", "cells", "")
+    title = f"{name}: {len(rows):,} (covariate, condition) groups"
+    table = start_table(*heads, whole=0, right=["cells"], title=title, pad_edge=True)
     for position, row in enumerate(rows.itertuples(index=False)):
         if _HEAD <= position < len(rows) - _TAIL:
             if position == _HEAD:
@@ -176,11 +176,11 @@ def _cut(text: str) -> str:
 
 
 class Column(NamedTuple):
-    """One metric of the result table: lines of its head, cells from top to bottom, and which of them is best."""
+    """One metric of the result table: lines of its head, cells from top to bottom, and whether one is the best."""
 
     head: list[str]
-    cells: list[str]
-    best: list[bool]
+    cells: list[Text]
+    has_best: bool
     calibrated: bool
 
 
@@ -191,15 +191,14 @@ def _format_column(metric: str, values: list[float], ranks: list[float], calibra
 
     smallest = min((value for value in values if value == value), default=0.0)
     exponent = 3 if not BY_NAME[metric].higher_is_better and 0 < smallest < 0.1 else 0
-    best = [rank == 1 for rank in ranks]
     cells = []
-    for value, first in zip(values, best, strict=True):
+    for value, rank in zip(values, ranks, strict=True):
         scaled = value * 10**exponent
         places = max(0, decimals - sum(abs(scaled) >= limit for limit in (10, 100, 1000)))
-        cells.append(("*" if first else "") + format_number(scaled, places))
-    return Column(
-        [*_abbreviate(metric), *(["10⁻³"] if exponent else []), "●" if calibrated else "○"], cells, best, calibrated
-    )
+        style = "bold green" if rank == 1 else "" if calibrated else "dim"
+        cells.append(Text(("*" if rank == 1 else "") + format_number(scaled, places), style=style))
+    head = [*_abbreviate(metric), *(["10⁻³"] if exponent else []), "●" if calibrated else "○"]
+    return Column(head, cells, 1 in ranks, calibrated)
 
 
 def _abbreviate(metric: str) -> list[str]:
@@ -234,13 +233,9 @@ def _make_table(columns: list[Column], names: list[str], groups: list[str]) -> T
         lines = [*column.head[:-1], *[""] * (height - len(column.head)), column.head[-1]]
         head = Text("\n".join(lines), style="bold" if column.calibrated else "dim", justify="right")
         table.add_column(head, justify="right", no_wrap=True)
-    for index, name in enumerate(names):
-        cells = [
-            Text(column.cells[index], style="bold green" if column.best[index] else "" if column.calibrated else "dim")
-            for column in columns
-        ]
-        last = groups[index] != groups[min(index + 1, len(groups) - 1)]
-        table.add_row(Text(name), *cells, end_section=last)
+    following = [*groups[1:], *groups[-1:]]
+    for name, group, after, *cells in zip(names, groups, following, *(column.cells for column in columns), strict=True):
+        table.add_row(Text(name), *cells, end_section=group != after)
     return table
 
 
@@ -254,6 +249,6 @@ def _make_legend(columns: list[Column], models: bool) -> Text:
         words.add("w")
     used = [text for word, text in _LEGEND.items() if word in words]
     marks += ["– no value", f"(%) coverage below {leaderboard.COVERAGE:.0%}: own conditions, not ranked"]
-    if models and any(column.calibrated and not any(column.best) for column in columns):
+    if models and any(column.calibrated and not column.has_best for column in columns):
         marks += [f"no *: fewer than two models have values for {leaderboard.COVERAGE:.0%} of the conditions"]
     return Text("   ".join(marks) + "\n" + "; ".join(used), style="dim")

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -199,14 +200,8 @@ def _flow_run(answer: dict[str, Any], flows: dict[str, str], doing: list[str], t
     folds = Counter(run.status for run in tracked if "fold" in run.tags)
     counted = (folds["FINISHED"], folds["FAILED"] + folds["KILLED"], folds.total())
     parameters, state = answer["parameters"], answer.get("state") or {}
-    due, begun, ended = (
-        datetime.fromisoformat(time) if time else None
-        for time in (
-            answer.get("next_scheduled_start_time") or answer.get("expected_start_time"),
-            answer.get("start_time"),
-            answer.get("end_time"),
-        )
-    )
+    fields = ("next_scheduled_start_time", "expected_start_time", "start_time", "end_time")
+    scheduled, expected, begun, ended = (_read_time(answer.get(field)) for field in fields)
     # The name that a flow run gets when it begins; until then it has one without a meaning.
     future = [flows.get(answer["flow_id"]), parameters.get("dataset", parameters.get("embedding"))]
     return FlowRun(
@@ -214,7 +209,7 @@ def _flow_run(answer: dict[str, Any], flows: dict[str, str], doing: list[str], t
         name=answer["name"] if begun else "-".join(filter(None, future)) or answer["name"],
         kind=answer["state_type"],
         state=answer["state_name"] or answer["state_type"].capitalize(),
-        due=due,
+        due=scheduled or expected,
         begun=begun,
         ended=ended,
         seconds=float(answer.get("total_run_time") or 0.0),
@@ -223,6 +218,10 @@ def _flow_run(answer: dict[str, Any], flows: dict[str, str], doing: list[str], t
         folds=counted if folds else None,
         models=list(parameters.get("models") or []),
     )
+
+
+def _read_time(text: str | None) -> datetime | None:
+    return datetime.fromisoformat(text) if text else None
 
 
 def _find_tracked_runs(uri: str | None, troubles: dict[str, str]) -> dict[str, list[TrackedRun]]:
@@ -267,7 +266,7 @@ def _measure_store(store: Path) -> tuple[int, int, int]:
     existing = next(folder for folder in (store, *store.parents) if folder.exists())
     artifacts = [artifact for artifact in store.glob("[!.]*/*") if artifact.is_dir()]
     size = 0
-    for folder, _, files in (walked for artifact in artifacts for walked in os.walk(artifact)):
+    for folder, _, files in chain.from_iterable(map(os.walk, artifacts)):
         for file in files:
             with suppress(FileNotFoundError):
                 size += Path(folder, file).lstat().st_size
