@@ -17,9 +17,9 @@ from flows.remote_folds import cancel_folds, has_workers, train_remotely
 from flows.steps import Screen, end_with
 from tasks.artifacts import LOG, find_artifact, key_of
 from tasks.embed import make_embeddings
+from tasks.prepare import list_perturbed_genes, list_test_conditions
 from tasks.progress import make_training_counter
 from tasks.record import ModelOrigin, Runs, describe_origin, end_interrupted, open_runs
-from tasks.results import list_perturbed_genes, list_test_conditions
 from tasks.train import FoldJob, find_trained_fold, predictions_recipe, split_fold, train_fold
 
 

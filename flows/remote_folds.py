@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 from uuid import UUID
@@ -64,7 +63,8 @@ def train_remotely(jobs: list[FoldJob], count: Callable[[str], None]) -> dict[st
     report_progress = make_progress_reporter(f"folds of {jobs[0].dataset}")
     repeats = dict.fromkeys((job.name for job in jobs), REPEATS)
     failures: dict[str, BaseException | str] = {}
-    with _cancel_at_the_end() as waiting:
+    waiting: dict[UUID, FoldJob] = {}
+    try:
         for job in jobs:
             waiting[_send(job, REPEATS)] = job
         said = time.monotonic()
@@ -94,6 +94,9 @@ def train_remotely(jobs: list[FoldJob], count: Callable[[str], None]) -> dict[st
                     said = time.monotonic()
                     _warn_if_no_worker(client, len(waiting))
                     _give_up_stalled(client, runs.values())
+    finally:
+        if waiting:
+            _cancel_left(waiting)
     return failures
 
 
@@ -103,20 +106,14 @@ def cancel_folds(flow: object, flow_run: Any, state: Any) -> None:
         _cancel(client, find_flow_runs(client, parent_flow_run_id={"any_": [flow_run.id]}, state=UNFINISHED))
 
 
-@contextmanager
-def _cancel_at_the_end() -> Iterator[dict[UUID, FoldJob]]:
-    """Hold the flow runs that are waited for; those that are left when the block ends are cancelled."""
-    waiting: dict[UUID, FoldJob] = {}
+def _cancel_left(waiting: Collection[UUID]) -> None:
+    """Cancel the flow runs that nothing waits for any more."""
     try:
-        yield waiting
-    finally:
-        if waiting:
-            try:
-                with get_client(sync_client=True) as client:
-                    _cancel(client, _read(client, waiting))
-            except (httpx.HTTPError, PrefectException) as error:
-                # This error must not hide why the wait has ended.
-                LOG.warning("%d trainings could not be cancelled: %s", len(waiting), error)
+        with get_client(sync_client=True) as client:
+            _cancel(client, _read(client, waiting))
+    except (httpx.HTTPError, PrefectException) as error:
+        # This error must not hide why the wait has ended.
+        LOG.warning("%d trainings could not be cancelled: %s", len(waiting), error)
 
 
 def _send(job: FoldJob, left: int) -> UUID:

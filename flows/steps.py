@@ -10,8 +10,7 @@ from core.catalog.schema import DatasetSpec
 from tasks.preflight import Run
 from tasks.prepare import build_reference, prepare_cells
 from tasks.record import Runs, end_runs_on_error, record_calibration, record_results, show_results
-from tasks.results import make_results, publish_results
-from tasks.score import calibrate_metrics, score_controls
+from tasks.score import calibrate_metrics, make_results, publish_results, score_controls
 from tasks.sources import describe_source, fetch_source
 
 

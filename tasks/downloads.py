@@ -129,10 +129,7 @@ def _open_https(source: HttpsSource, start: int, version: str | None) -> Iterato
         open_client(headers=headers, follow_redirects=True, timeout=TIMEOUT) as client,
         client.stream("GET", source.url) as answer,
     ):
-        if source.url.startswith("https:") and answer.url.scheme != "https":
-            # Others on the way could read and change the file.
-            found, remedy = f"redirected to {answer.url}", "give an address that stays on https"
-            raise UserError(source.url, "address", found, remedy)
+        _require_safe(answer, source.url)
         if answer.status_code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE:
             # Nothing is left to ask for: the part is whole, or longer than the file.
             if answer.headers.get("content-range", "").rpartition("/")[2] == str(start):
@@ -164,6 +161,12 @@ def _break_off(why: str) -> Iterator[bytes]:
     """Give no bytes, but a failure after which the next try begins at the first byte."""
     raise ConnectionError(why)
     yield b""
+
+
+def _require_safe(answer: httpx.Response, url: str) -> None:
+    """Refuse a redirection from https to plain http: others on the way could read and change the file."""
+    if url.startswith("https:") and answer.url.scheme != "https":
+        raise UserError(url, "address", f"redirected to {answer.url}", "give an address that stays on https")
 
 
 @contextmanager

@@ -50,3 +50,23 @@ def measure_quality(cells: Path, reference: Path) -> Path:
 
     recipe = Recipe("quality", {"cells": cells, "reference": reference}, {}, code_hash("core.reference.quality"))
     return build_or_get(recipe, lambda folder: write_quality(read_cells(cells), read_keys(reference), folder))
+
+
+def list_test_conditions(reference: Path) -> dict[int, list[dict[str, str]]]:
+    """Return fold -> covariate and condition of each of its test conditions, sorted."""
+    from core.reference.files import read_keys
+
+    keys = read_keys(reference)
+    tested = keys[keys["test_fold"] >= 0]
+    return {
+        int(fold): rows[["covariate", "condition"]].to_dict(orient="records")
+        for fold, rows in tested.groupby("test_fold", sort=True)
+    }
+
+
+def list_perturbed_genes(reference: Path) -> list[str]:
+    """Return the genes of all perturbed conditions, sorted."""
+    from core.conditions import genes_of
+    from core.reference.files import read_keys
+
+    return sorted({gene for condition in read_keys(reference)["condition"] for gene in genes_of(condition)})

@@ -1,17 +1,22 @@
-"""Tasks that score: controls, models, and the calibration of the metrics. Each returns its artifact's folder."""
+"""Tasks that score controls and models, calibrate the metrics, and put the results together."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pandas as pd
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from blocks.config.paths import reports_folder
+from blocks.local.files import lock_file
+from blocks.local.scratch import scratch
 from blocks.store.code import code_hash
 from core.catalog.schema import DatasetSpec
+from core.report.files import REPORT
 from core.scoring.files import CALIBRATION, SCORES
-from tasks.artifacts import Recipe, build_or_get, checksum_file
+from tasks.artifacts import Recipe, build_or_get, checksum_file, key_of
 
 
 @task(name="score-controls", cache_policy=NO_CACHE)
@@ -69,3 +74,53 @@ def accept_predictions(spec: DatasetSpec, file: Path, reference: Path) -> Path:
         code_hash("core.scoring.predictions"),
     )
     return build_or_get(recipe, lambda folder: write_aligned_predictions(file, reference, spec.target_sum, folder))
+
+
+@task(name="make-results", cache_policy=NO_CACHE)
+def make_results(
+    spec: DatasetSpec, source: str, scores: list[Path], calibration: Path, quality: Path, benchmark_id: str
+) -> Path:
+    """Write tables, report.html and figures of a benchmark (`docs/outputs.md`); the artifact's folder.
+
+    source: where the data come from, for the report. scores: of the controls, then of the models.
+    """
+
+    def build(folder: Path) -> None:
+        # Imported only here: it takes seconds, and mostly the results are in the store.
+        from core.report.page import Dataset
+        from core.report.results import write_results
+
+        dataset = Dataset(spec.name, spec.title, spec.task, spec.citation, spec.licence)
+        write_results(dataset, spec.seed, scores, calibration, quality, provenance, folder)
+
+    provenance = {
+        "data set": spec.name,
+        "source": source,
+        "benchmark": benchmark_id,
+        "data seed": str(spec.seed),
+        # Those of the cells: a preprocessed mirror brings its own.
+        "folds": str(pd.read_parquet(scores[0] / SCORES, columns=["fold"])["fold"].nunique()),
+        "half splits": str(spec.half_seeds),
+        "calibration": key_of(calibration),
+        "quality": key_of(quality),
+        "scores": ", ".join(key_of(path) for path in scores),
+    }
+    inputs = {"calibration": calibration, "quality": quality}
+    inputs |= {f"scores_{position}": path for position, path in enumerate(scores)}
+    parameters = {"provenance": provenance, "entry": spec.model_dump(mode="json")}
+    return build_or_get(Recipe("results", inputs, parameters, code_hash("core.report.results")), build)
+
+
+@task(name="publish-results", cache_policy=NO_CACHE)
+def publish_results(name: str, results: Path) -> Path:
+    """Copy the results to the data folder's reports/<name>, in place of earlier ones; the path of report.html there."""
+    target = reports_folder(name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Two runs of one data set may end at once: one after the other puts its copy there, whole.
+    lock = lock_file(target.with_name(f".{name}.lock"), f"another run publishes the results of {name}")
+    with lock, scratch(target.parent, ".publishing") as temporary:
+        fresh = shutil.copytree(results, temporary / "new", copy_function=shutil.copyfile)
+        if target.exists():
+            target.rename(temporary / "old")
+        fresh.rename(target)
+    return target / REPORT

@@ -1,7 +1,8 @@
-"""What the catalog holds, and what each entry needs beside itself."""
+"""What the catalog holds, with what each entry needs beside itself, and what the settings are."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from blocks.config.catalog import open_catalog
+from blocks.config.settings import Settings, list_library_variables, list_sources, read_settings, variable
 from core.catalog.registry import Catalog, Kind
 from core.catalog.schema import (
     DatasetSpec,
@@ -21,8 +23,10 @@ from core.catalog.schema import (
     S3Source,
     SimulatedSource,
 )
+from core.errors import hide_password
 from flows.cli.console import start_table
 
+SECRET = re.compile("PASSWORD|PASSPHRASE|SECRET|TOKEN|KEY|AUTH|HEADERS|CONNECTION_URL")
 LEGEND = (
     "download: once, from the entry's address. --source: what you have. container: its packages, or its image "
     "(calipert model build NAME, then CALIPERT_ENGINE=docker). secret: the Prefect Secret block of that name."
@@ -80,3 +84,31 @@ NEEDS: dict[Kind, Callable[[Catalog, Any], Iterator[str]]] = {
 
 def _file(source: HttpsSource | S3Source | LocalSource | SimulatedSource, name: str, wanted: str = "FILE") -> str:
     return {"local": f"--source {name}={wanted}", "simulated": ""}.get(source.kind, "download")
+
+
+def build_settings_table() -> RenderableType:
+    """Build the table of all settings, and of the variables that libraries read, where any is set.
+
+    Passwords and keys are replaced by dots. Raises UserError for a setting with a wrong value.
+    """
+    settings = read_settings()
+    table = start_table("setting", "value", "from", "what it is for", whole=1, first="bold")
+    for field, about in Settings.model_fields.items():
+        value = getattr(settings, field)
+        origin = "default" if value == about.default else "environment"
+        table.add_row(variable(field), _show(variable(field), value), origin, about.description)
+    for name, value in list_sources().items():
+        table.add_row(name, _show(name, value), "environment", "File of that entry of the catalog, or its folder.")
+    others = list_library_variables()
+    if not others:
+        return table
+    libraries = start_table("read by libraries", "value", whole=1, first="bold")
+    for name, value in others.items():
+        libraries.add_row(name, _show(name, value))
+    return Group(table, "", libraries)
+
+
+def _show(name: str, value: object) -> Text:
+    if value is None:
+        return Text("not set", style="dim")
+    return Text("..." if SECRET.search(name) else hide_password(str(value)))

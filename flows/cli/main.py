@@ -196,7 +196,7 @@ def status() -> None:
 @app.command()
 def settings() -> None:
     """Show every setting: its value, where that comes from, and what it is for. Passwords and keys are hidden."""
-    from flows.cli.settings_table import build_settings_table
+    from flows.cli.listing import build_settings_table
 
     CONSOLE.print(build_settings_table())
 

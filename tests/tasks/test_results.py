@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.results import publish_results
+from tasks.score import publish_results
 
 
 def results(folder: Path, text: str) -> Path:

@@ -16,8 +16,7 @@ from core.scoring.evaluation import score_profiles, select_evaluated
 from core.scoring.metrics import BY_NAME
 from tasks.artifacts import key_of
 from tasks.embed import embed
-from tasks.prepare import build_reference, prepare_cells
-from tasks.results import list_test_conditions
+from tasks.prepare import build_reference, list_test_conditions, prepare_cells
 from tasks.score import score_controls
 from tasks.train import FoldJob, find_inputs, predict_conditions, split_fold, train_model
 
