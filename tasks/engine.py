@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -16,7 +16,7 @@ from blocks.engines.base import Engine, Stage, Usage
 from blocks.engines.checkpoints import checkpoint
 from blocks.engines.lines import Event
 from blocks.engines.process import ProcessEngine
-from blocks.local.gpus import lease_gpu
+from blocks.local.gpus import Gpu, lease_gpu
 from core.catalog.schema import EmbeddingSpec, ResolvedModel
 from core.errors import UserError
 from tasks.artifacts import Recipe, build_or_get
@@ -78,7 +78,8 @@ def run_stage(
     wall clock. key: of the artifact that the stage makes, where it can go on from a checkpoint. Raises as
     `require_unchanged` and `Engine.run` do.
     """
-    lease = nullcontext() if runs_elsewhere() or not _uses_gpu(container) else lease_gpu(name)
+    no_gpu = runs_elsewhere() or not _uses_gpu(container)
+    lease: AbstractContextManager[Gpu | None] = nullcontext() if no_gpu else lease_gpu(name)
     with lease as gpu, open_checkpoint(key) as checkpoint_folder:
         require_unchanged(container)
         whole = {**spec, "threads": THREADS, **({"checkpoint": checkpoint_folder} if key else {})}

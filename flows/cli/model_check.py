@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -60,7 +60,8 @@ def check_model(folder: Path, engine: Engine, form: Form, hyperparameters: Mappi
         remedy = "make one, by the flow `embed`: its output is checked there (docs/models.md)"
         raise UserError(f"model {folder.name}", "input", "'files': it makes embeddings, and is no model", remedy)
     engine.identity(folder)  # what the engine cannot run is refused
-    lease = lease_gpu(f"check of {folder.name}") if description.gpu else nullcontext()
+    what = f"check of {folder.name}"
+    lease: AbstractContextManager[Gpu | None] = lease_gpu(what) if description.gpu else nullcontext()
     with TemporaryDirectory() as scratch, lease as gpu:
         place = Path(scratch)
         place.chmod(0o755)
