@@ -43,6 +43,7 @@ class Usage:
     device: str
 
 
+@dataclass(eq=False)
 class ModelFailed(Exception):
     """A model's stage did not end well.
 
@@ -50,14 +51,12 @@ class ModelFailed(Exception):
     it, or None if it was stopped here. last_lines: the end of what it wrote to stderr.
     """
 
-    def __init__(self, model: str, stage: str, ending: str, exit_code: int | None, last_lines: tuple[str, ...]) -> None:
-        self.model = model
-        self.stage = stage
-        self.ending = ending
-        self.exit_code = exit_code
-        self.last_lines = last_lines
-        # All go to Exception, so that the error survives pickling between processes.
-        super().__init__(model, stage, ending, exit_code, last_lines)
+    # All go to Exception as well, in this order, so that the error survives pickling between processes.
+    model: str
+    stage: str
+    ending: str
+    exit_code: int | None
+    last_lines: tuple[str, ...]
 
     def __str__(self) -> str:
         """Return the message."""

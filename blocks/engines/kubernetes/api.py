@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from urllib3.exceptions import HTTPError
@@ -33,17 +34,16 @@ PATIENCE_S = 300.0
 SILENCE_S = 60.0
 
 
+@dataclass(eq=False)
 class RequestFailed(Exception):
     """The API does not do what it was asked, or does not answer.
 
     status: of HTTP, 0 where there is no answer; request: in words; found: what came, with the API's own words.
     """
 
-    def __init__(self, status: int, request: str, found: str) -> None:
-        self.status = status
-        self.request = request
-        self.found = found
-        super().__init__(status, request, found)
+    status: int
+    request: str
+    found: str
 
     def __str__(self) -> str:
         """Return the message."""
@@ -80,18 +80,9 @@ class Api:
         """Close the client's connections."""
         self.client.rest_client.close()
 
-    def create_job(self, job: Object, attempt: str) -> None:
-        """Create a Job.
-
-        attempt: the label `calipert/attempt` of the Job, unique to it: an answer may be lost after the Job was made.
-        Raises RequestFailed with status 409 if another one has its name.
-        """
-        try:
-            self._request(self._jobs.create_namespaced_job, body=job)
-        except RequestFailed as error:
-            existing = self.job(job["metadata"]["name"]) if error.status == 409 else None
-            if existing is None or read_attempt(existing) != attempt:
-                raise
+    def create_job(self, job: Object) -> None:
+        """Create a Job, unless there is one of its name: this very one, of which the answer was lost, or another."""
+        self._request(self._jobs.create_namespaced_job, (409,), body=job)
 
     def job(self, name: str) -> Object | None:
         """Return the Job of this name, None if there is none."""
@@ -123,7 +114,7 @@ class Api:
 
         One try. Raises RequestFailed, also where the connection breaks within the block.
         """
-        which = {"name": pod, "container": container, "follow": True, "timestamps": True}
+        which: Object = {"name": pod, "container": container, "follow": True, "timestamps": True}
         which |= {} if since_s is None else {"since_seconds": since_s}
         with self._send(self._pods.read_namespaced_pod_log, silence_s=SILENCE_S, **which) as answer:
             yield answer

@@ -17,6 +17,7 @@ from uuid import uuid4
 from blocks.config.paths import scratch_folder, store_folder
 from blocks.config.settings import read_settings
 from blocks.engines.base import LAST_LINES, WAIT_S, Engine, ModelFailed, StageRun, Usage, count_seconds
+from blocks.engines.kubernetes import status
 from blocks.engines.kubernetes.api import Api, Object, RequestFailed, is_lost, read_attempt
 from blocks.engines.kubernetes.job import (
     MODEL,
@@ -28,15 +29,6 @@ from blocks.engines.kubernetes.job import (
     translate_spec,
 )
 from blocks.engines.kubernetes.logs import Follower
-from blocks.engines.kubernetes.status import (
-    Ending,
-    find_job_failure,
-    find_scheduling_problem,
-    find_start_problem,
-    has_begun,
-    read_ending,
-    read_model_state,
-)
 from blocks.engines.kubernetes.transfer import download, open_bucket
 from blocks.engines.lines import read_event
 from blocks.local.cancellation import kill_on_stop, raise_if_stopped
@@ -135,7 +127,7 @@ class _Watch:
             with scratch(scratch_folder(), "spec") as folder:
                 (folder / "spec.json").write_text(json.dumps(job.inputs.spec), encoding="utf-8")
                 store.put(folder, job.specification)
-            self.api.create_job(job.manifest(), job.attempt)
+            self.api.create_job(job.manifest())
             usage = self._wait()
             well = True
             with scratch(scratch_folder(), "output") as folder:
@@ -181,10 +173,10 @@ class _Watch:
                     self._limit_pending(began, "no pod was made for its Job yet")
                 continue
             self._follow(pod)
-            if (end := read_ending(pod, self.job)) is not None:
+            if (end := status.read_ending(pod, self.job)) is not None:
                 return self._judge_end(pod, end)
-            begun = begun or has_begun(pod)
-            if (problem := find_start_problem(pod)) is not None:
+            begun = begun or status.has_begun(pod)
+            if (problem := status.find_start_problem(pod)) is not None:
                 container, what = problem
                 self._log_once(f"cannot start: {what}")
                 # The reasons of one image that cannot be pulled alternate: only the container's start ends the problem.
@@ -192,7 +184,7 @@ class _Watch:
                     raise self.failure(f"could not start within {START_PROBLEM_LIMIT_S:g} s: {what}")
                 continue
             if not begun:
-                waits = find_scheduling_problem(pod)
+                waits = status.find_scheduling_problem(pod)
                 self._limit_pending(began, f"no node takes its pod: {waits}" if waits else "a node prepares its pod")
 
     def _pod(self) -> Object | None:
@@ -205,7 +197,7 @@ class _Watch:
             raise self.failure("lost its Job, which was deleted from outside")
         if read_attempt(job) != self.job.attempt:
             raise self.failure("lost its Job to another flow run that does the same")
-        why = find_job_failure(job)
+        why = status.find_job_failure(job)
         if why is not None:
             raise self.failure(f"lost its pod: {why}")
         return None
@@ -218,14 +210,14 @@ class _Watch:
 
     def _follow(self, pod: Object) -> None:
         """Read the model's log from its start on, and to its end."""
-        state = read_model_state(pod)
+        state = status.read_model_state(pod)
         if self.follower is None and state.keys() & {"running", "terminated"}:
             self.follower = Follower(self.api, pod["metadata"]["name"], MODEL, self.lines)
             self.follower.start()
         if self.follower is not None and "terminated" in state:
             self.follower.over.set()
 
-    def _judge_end(self, pod: Object, end: Ending) -> Usage:
+    def _judge_end(self, pod: Object, end: status.Ending) -> Usage:
         if self.follower is not None:
             self.follower.over.set()
             while self.follower.is_alive():
@@ -235,7 +227,7 @@ class _Watch:
         self._drain()
         if end.words is None:
             # Kubernetes keeps the times alone, in whole seconds.
-            ended = read_model_state(pod)["terminated"]
+            ended = status.read_model_state(pod)["terminated"]
             return Usage(count_seconds(ended["startedAt"], ended["finishedAt"]), None, None, self.job.device)
         if end.container != MODEL:
             self.job.run.last.extend(self.api.last_lines(pod["metadata"]["name"], end.container, LAST_LINES))

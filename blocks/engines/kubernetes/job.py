@@ -109,8 +109,7 @@ def translate_spec(spec: Mapping[str, Any], store: Path) -> Inputs:
 
     Raises ValueError for a path that leads elsewhere: nothing but the store's artifacts is in the bucket.
     """
-    translated: dict[str, Any] = {}
-    paths = []
+    translated, paths = dict(spec), set()
     for field, value in spec.items():
         if field == "output":
             translated[field] = OUTPUT
@@ -119,12 +118,10 @@ def translate_spec(spec: Mapping[str, Any], store: Path) -> Inputs:
             if not path.is_relative_to(store) or len(path.relative_to(store).parts) < 2:
                 raise ValueError(f"{field}: {value} is no artifact of the store {store}, nor lies in one")
             name = path.relative_to(store).as_posix()
-            paths.append(name)
+            paths.add(name)
             translated[field] = f"{INPUT}/{name}"
-        else:
-            translated[field] = value
     artifacts = sorted({"/".join(name.split("/")[:2]) for name in paths})
-    return Inputs(translated, tuple(sorted(set(paths))), tuple(artifacts))
+    return Inputs(translated, tuple(sorted(paths)), tuple(artifacts))
 
 
 @dataclass(frozen=True)
