@@ -8,6 +8,7 @@ import re
 import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
@@ -74,7 +75,15 @@ def write_spec(path: Path, **fields: Any) -> Path:
     return path
 
 
-@pytest.fixture(scope="session", params=[name for name in NAMES if name not in {*IN_IMAGE, *MAKERS}])
+@pytest.fixture(autouse=True, scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A data folder of the tests' own: the engine keeps its scratch there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CALIPERT_DATA", str(tmp_path_factory.mktemp("data")))
+        yield
+
+
+@pytest.fixture(scope="module", params=[name for name in NAMES if name not in {*IN_IMAGE, *MAKERS}])
 def trained(request, two_lines, tmp_path_factory) -> SimpleNamespace:
     """A model trained and asked in two environments of other threads and hash seed; on one the rows asked turned."""
     name = request.param
