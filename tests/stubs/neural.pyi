@@ -1,1 +1,1 @@
-from model_containers.neural import *
+from model_containers.neural import *  # noqa: F403
