@@ -258,7 +258,7 @@ def test_a_trainings_job_is_taken() -> None:
 
 def test_a_row_that_speaks_of_what_its_flow_does_not_take_is_an_error() -> None:
     one = row("prepare/demo")
-    wrong = Deployment(one.flow, one.name, one.entrypoint, one.pool, {}, (), "", choices={"models": ("demo",)})
+    wrong = Deployment(one.flow, one.name, {}, (), "", choices={"models": ("demo",)})
     with pytest.raises(ValueError, match="prepare/demo: the flow does not take models"):
         build_form(flow(one), wrong)
 
