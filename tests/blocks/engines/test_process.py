@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping
 from contextvars import Context, copy_context
 from pathlib import Path
@@ -28,6 +27,7 @@ from blocks.local import cancellation
 from blocks.local.cancellation import Stopped, end_models_with, stop_all
 from blocks.local.gpus import lease_gpu
 from core.errors import UserError
+from tests.helpers.waiting import is_alive, wait_for
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -66,22 +66,6 @@ def run(folder: Path, spec: Mapping[str, Any] | None = None, **options: Any) -> 
     events: list[Mapping[str, Any]] = []
     ProcessEngine().run("train", folder, spec or {}, **({"on_event": events.append} | options))
     return events
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 20) -> bool:
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.02)
-    return True
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def pids_in(folder: Path) -> list[int]:

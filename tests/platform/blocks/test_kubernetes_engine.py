@@ -51,7 +51,7 @@ from tasks import engine as selected
 from tests.helpers import cluster_stand_in
 from tests.helpers.cluster_stand_in import NAMESPACE, VERSION
 
-ROOT = Path(__file__).resolve().parents[4]
+ROOT = Path(__file__).resolve().parents[3]
 BUCKET = "s3://screens/calipert"
 SECRET = "planted-s3-secret"  # noqa: S105
 DIGEST = "sha256:" + 64 * "0"
