@@ -88,7 +88,7 @@ def open_tracking() -> MLflowTracking:
             "use `calipert run` or `make up`, which start a server and set it",
         )
     os.environ.update(read_mlflow_credentials())
-    return MLflowTracking(tracking_uri=uri)
+    return MLflowTracking(uri.rstrip("/"))
 
 
 def compute_benchmark_id(control_scores: Path, origins: Mapping[str, ModelOrigin]) -> str:
