@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.panel import Panel
@@ -21,9 +19,6 @@ from blocks.services import stack as services
 from blocks.services.workers import ensure_workers
 from core.errors import UserError
 from deployments.table import build_table
-
-if TYPE_CHECKING:
-    from deployments.register import Registered
 
 
 def up() -> None:
@@ -40,11 +35,14 @@ def up() -> None:
 
     create_work_pool(CPU)
     create_work_pool(GPU, at_once)
-    registered = register(rows)
+    new, changed, left = register(rows)
     ensure_workers(running)
     Console().print(_welcome(running))
-    for line in _news(registered, len(rows)):
-        Console(highlight=False).print(line, soft_wrap=True)
+    plain = Console(highlight=False)
+    plain.print(f"{len(rows)} deployments: {len(new)} new, {len(changed)} changed", soft_wrap=True)
+    if left:
+        remark = "(`prefect deployment delete NAME` deletes one)"
+        plain.print(f"in no catalog now, but kept: {', '.join(left)} {remark}", soft_wrap=True)
 
 
 def count_trainings_at_once() -> int:
@@ -100,14 +98,6 @@ def _welcome(running: child_environment.Services) -> Panel:
         "  prefect deployment run benchmark/demo",
     ]
     return Panel("\n".join(lines), title="calipert is up", expand=False)
-
-
-def _news(registered: Registered, rows: int) -> Iterator[str]:
-    """Say what registering has changed, line by line."""
-    new, changed, left = registered
-    yield f"{rows} deployments: {len(new)} new, {len(changed)} changed"
-    if left:
-        yield f"in no catalog now, but kept: {', '.join(left)} (`prefect deployment delete NAME` deletes one)"
 
 
 if __name__ == "__main__":

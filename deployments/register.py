@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from importlib import import_module
+from contextlib import suppress
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -17,6 +17,7 @@ from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.client.schemas.sorting import DeploymentSort
 from prefect.exceptions import ObjectAlreadyExists
+from prefect.flows import load_flow_from_entrypoint
 from prefect.workers.process import ProcessWorker
 
 from blocks.config.paths import PROJECT_ROOT
@@ -48,11 +49,8 @@ def create_work_pool(name: str, concurrency_limit: int | None = None) -> None:
         base_job_template=ProcessWorker.get_default_base_job_template(),
         concurrency_limit=concurrency_limit,
     )
-    with get_client(sync_client=True) as client:
-        try:
-            client.create_work_pool(pool)
-        except ObjectAlreadyExists:
-            return
+    with get_client(sync_client=True) as client, suppress(ObjectAlreadyExists):
+        client.create_work_pool(pool)
 
 
 def register(rows: Iterable[Deployment]) -> Registered:
@@ -91,9 +89,7 @@ def _known(client: SyncPrefectClient, flow: str) -> dict[str, DeploymentResponse
 
 def _settings(row: Deployment) -> dict[str, Any]:
     """Build what the table decides, as the server gives it back."""
-    flow = _flow(row.entrypoint)
-    if flow.name != row.flow:
-        raise ValueError(f"the flow {row.entrypoint} is named {flow.name}, not {row.flow}")
+    flow: Flow[..., Any] = load_flow_from_entrypoint(row.entrypoint, use_placeholder_flow=False)
     settings = {
         "entrypoint": row.entrypoint,
         "work_pool_name": row.pool,
@@ -117,21 +113,12 @@ def _create(client: SyncPrefectClient, flow_id: UUID, row: Deployment, settings:
     if row.schedule:
         cron = CronSchedule(cron=row.schedule.cron, timezone="UTC")
         schedules.append(DeploymentScheduleCreate(schedule=cron, active=False, slug=row.schedule.slug))
+    wait = ConcurrencyOptions(collision_strategy=ConcurrencyLimitStrategy.ENQUEUE)
     client.create_deployment(
         flow_id,
         row.name,
         **settings,
         concurrency_limit=row.at_once,
-        concurrency_options=None
-        if row.at_once is None
-        else ConcurrencyOptions(collision_strategy=ConcurrencyLimitStrategy.ENQUEUE),
+        concurrency_options=None if row.at_once is None else wait,
         schedules=schedules,
     )
-
-
-def _flow(entrypoint: str) -> Flow[..., Any]:
-    module, _, name = entrypoint.rpartition(".")
-    flow = getattr(import_module(module), name)
-    if not isinstance(flow, Flow):
-        raise TypeError(f"{entrypoint} is not a flow")
-    return flow

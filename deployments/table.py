@@ -21,7 +21,7 @@ class Schedule(NamedTuple):
 
 @dataclass(frozen=True)
 class Deployment:
-    """One deployment. entrypoint: dotted path of the flow; parameters: what its runs start with.
+    """One deployment. parameters: what its runs start with.
 
     choices: by parameter, the values that the form offers and the server takes; of a list, its items, of a mapping,
     its keys. hints: by parameter, a sentence that the form adds to the flow's own description.
@@ -31,11 +31,10 @@ class Deployment:
 
     flow: str
     name: str
-    entrypoint: str
-    pool: str
     parameters: dict[str, Any]
     tags: tuple[str, ...]
     description: str
+    pool: str = CPU
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     hints: Mapping[str, str] = field(default_factory=dict)
     at_once: int | None = None
@@ -46,12 +45,17 @@ class Deployment:
         """What follows `prefect deployment run`."""
         return f"{self.flow}/{self.name}"
 
+    @property
+    def entrypoint(self) -> str:
+        """Dotted path of the flow, which lies in a module of its own name."""
+        name = self.flow.replace("-", "_")
+        return f"flows.{name}.{name}"
+
 
 class _Flow(NamedTuple):
-    """A flow of one data set: name, dotted path, what it does with it, whether it takes models, folds and a seed."""
+    """A flow of one data set: name, what it does with it, whether it takes models, folds and a seed."""
 
     name: str
-    entrypoint: str
     does: str
     trains: bool
 
@@ -59,22 +63,18 @@ class _Flow(NamedTuple):
 # No limit of runs at the same time: benchmarks of one data set with other models are as good as any, and runs that
 # need the same artifact on one machine wait for each other at its store.
 FLOWS = (
-    _Flow(
-        "benchmark", "flows.benchmark.benchmark", "Prepares, trains, predicts, scores, compares and reports on", True
-    ),
-    _Flow("prepare", "flows.prepare.prepare", "Makes the cells, the reference and the quality tables of", False),
-    _Flow("calibrate", "flows.calibrate.calibrate", "Measures how well each metric tells good from bad on", False),
-    _Flow(
-        "train",
-        "flows.train.train",
-        "Trains models on every fold, predicts what it left out, and scores nothing, on",
-        True,
-    ),
+    _Flow("benchmark", "Prepares, trains, predicts, scores, compares and reports on", True),
+    _Flow("prepare", "Makes the cells, the reference and the quality tables of", False),
+    _Flow("calibrate", "Measures how well each metric tells good from bad on", False),
+    _Flow("train", "Trains models on every fold, predicts what it left out, and scores nothing, on", True),
 )
 
 
 class _Training(NamedTuple):
-    """What the forms of all flows that train offer: models and groups, what these need beside the data, a hint."""
+    """What the forms of all flows that train offer.
+
+    models: groups and models. inputs: what these need beside the data, and a user may have as a file. groups: a hint.
+    """
 
     models: tuple[str, ...]
     inputs: tuple[str, ...]
@@ -89,13 +89,23 @@ def build_table() -> list[Deployment]:
 
     Raises UserError for a catalog entry that does not fit the schema.
     """
-    datasets = [open_catalog().dataset(name) for name in open_catalog().names("dataset")]
-    training = _Training(_models_and_groups(), _inputs(), _groups())
+    catalog = open_catalog()
+    datasets = [catalog.dataset(name) for name in catalog.names("dataset")]
+    embeddings = [catalog.embedding(name) for name in catalog.names("embedding")]
+    training = _describe_training()
     return [
         *(_of_dataset(flow, dataset, training) for flow in FLOWS for dataset in datasets),
-        *(_of_embedding(name) for name in _shared_embeddings()),
-        _whole_study(),
-        _one_training(),
+        *(_of_embedding(embedding) for embedding in embeddings if embedding.is_shared),
+        _whole_study([dataset.name for dataset in datasets], training),
+        Deployment(
+            flow="train-fold",
+            name="any",
+            parameters={},
+            tags=("calipert", "internal"),
+            description="Trains one model on one fold. Benchmarks start it, one run per model, fold and seed; it is "
+            "not meant to be started by hand.",
+            pool=GPU,
+        ),
     ]
 
 
@@ -112,8 +122,6 @@ def _of_dataset(flow: _Flow, dataset: DatasetSpec, training: _Training) -> Deplo
     return Deployment(
         flow=flow.name,
         name=dataset.name,
-        entrypoint=flow.entrypoint,
-        pool=CPU,
         parameters={"dataset": dataset.name},
         tags=("calipert", dataset.name, dataset.task),
         description=f"{flow.does} **{dataset.name}**: {dataset.title}."
@@ -123,75 +131,46 @@ def _of_dataset(flow: _Flow, dataset: DatasetSpec, training: _Training) -> Deplo
     )
 
 
-def _of_embedding(name: str) -> Deployment:
-    spec = open_catalog().embedding(name)
+def _of_embedding(spec: EmbeddingSpec) -> Deployment:
     return Deployment(
         flow="embed",
-        name=name,
-        entrypoint="flows.embed.embed",
-        pool=CPU,
-        parameters={"embedding": name},
-        tags=("calipert", name, "embedding"),
-        description=f"Makes the gene embedding **{name}**: {spec.title}. A benchmark that needs it makes it by itself."
-        f"\n\nLicence: {spec.licence}.\n\nTo cite: {spec.citation}.",
-        choices={"embedding": (name,), "sources": tuple(one.name for one in list_embedding_inputs(spec))},
+        name=spec.name,
+        parameters={"embedding": spec.name},
+        tags=("calipert", spec.name, "embedding"),
+        description=f"Makes the gene embedding **{spec.name}**: {spec.title}. A benchmark that needs it makes it by "
+        f"itself.\n\nLicence: {spec.licence}.\n\nTo cite: {spec.citation}.",
+        choices={"embedding": (spec.name,), "sources": tuple(one.name for one in list_embedding_inputs(spec))},
     )
 
 
-def _whole_study() -> Deployment:
+def _whole_study(datasets: list[str], training: _Training) -> Deployment:
     return Deployment(
         flow="reproduce",
         name="all",
-        entrypoint="flows.reproduce.reproduce",
-        pool=CPU,
         parameters={"datasets": list_study()},
         tags=("calipert", "study"),
         description="Prepares and calibrates the data sets of the study one after the other, and benchmarks the models "
         "that are named. What one data set lacks does not stop the others; a second run continues from the store."
         "\n\nIts schedule is an example, and off.",
         choices={
-            "datasets": tuple(open_catalog().names("dataset")),
-            "models": _models_and_groups(),
-            "sources": (*open_catalog().names("dataset"), *_inputs()),
+            "datasets": tuple(datasets),
+            "models": training.models,
+            "sources": (*datasets, *training.inputs),
         },
-        hints={"models": _groups(), "sources": 'As in {"norman19": "/data/norman19.h5ad"}.'},
+        hints={"models": training.groups, "sources": 'As in {"norman19": "/data/norman19.h5ad"}.'},
         # Days of work: what a schedule starts waits until the run before has ended.
         at_once=1,
         schedule=Schedule("every-sunday", "0 3 * * 0"),
     )
 
 
-def _one_training() -> Deployment:
-    return Deployment(
-        flow="train-fold",
-        name="any",
-        entrypoint="flows.train_fold.train_fold",
-        pool=GPU,
-        parameters={},
-        tags=("calipert", "internal"),
-        description="Trains one model on one fold. Benchmarks start it, one run per model, fold and seed; it is not "
-        "meant to be started by hand.",
+def _describe_training() -> _Training:
+    catalog = open_catalog()
+    groups = {name: ", ".join(model.name for model in catalog.models([name])) for name in catalog.names("group")}
+    needed = list_inputs(catalog.models(catalog.names("model")))
+    return _Training(
+        # What most people want comes first.
+        models=(*groups, *catalog.names("model")),
+        inputs=tuple(sorted(one.name for one in needed if not (isinstance(one, EmbeddingSpec) and one.per_fold))),
+        groups=f"Groups: {'; '.join(f'{name} ({models})' for name, models in groups.items())}.",
     )
-
-
-def _shared_embeddings() -> tuple[str, ...]:
-    return tuple(name for name in open_catalog().names("embedding") if open_catalog().embedding(name).is_shared)
-
-
-def _inputs() -> tuple[str, ...]:
-    """List what models need beside the data, and a user may have as a file."""
-    needed = list_inputs(open_catalog().models(open_catalog().names("model")))
-    return tuple(sorted(one.name for one in needed if not (isinstance(one, EmbeddingSpec) and one.per_fold)))
-
-
-def _models_and_groups() -> tuple[str, ...]:
-    """List groups, which most people want, then models."""
-    return (*open_catalog().names("group"), *open_catalog().names("model"))
-
-
-def _groups() -> str:
-    groups = [
-        f"{name} ({', '.join(model.name for model in open_catalog().models([name]))})"
-        for name in open_catalog().names("group")
-    ]
-    return f"Groups: {'; '.join(groups)}."

@@ -80,7 +80,7 @@ def open_tracking() -> MLflowTracking:
         remedy = "use `calipert run` or `make up`, which start a server and set it"
         raise UserError("environment", "MLFLOW_TRACKING_URI", "not set", remedy)
     os.environ.update(read_mlflow_credentials())
-    return MLflowTracking(tracking_uri=uri)
+    return MLflowTracking(uri.rstrip("/"))
 
 
 @task(name="open-runs", cache_policy=NO_CACHE)

@@ -104,9 +104,8 @@ def format_exports(services: Services) -> str:
 
 def require_own_toml() -> None:
     """Raise UserError where the prefect.toml of the project's folder is not one that was written here."""
-    if data_folder() != DEFAULT_DATA or not PREFECT_TOML.exists():
-        return
-    if not PREFECT_TOML.read_text(encoding="utf-8").startswith(TOML_HEADER):
+    text = _read_toml()
+    if text is not None and not text.startswith(TOML_HEADER):
         raise UserError(
             PREFECT_TOML,
             "first line",
@@ -117,9 +116,7 @@ def require_own_toml() -> None:
 
 def remove_toml() -> None:
     """Remove the prefect.toml of servers that no longer run; one that the user wrote stays."""
-    if data_folder() != DEFAULT_DATA or not PREFECT_TOML.exists():
-        return
-    if PREFECT_TOML.read_text(encoding="utf-8").startswith(TOML_HEADER):
+    if (_read_toml() or "").startswith(TOML_HEADER):
         PREFECT_TOML.unlink()
 
 
@@ -143,9 +140,14 @@ analytics_enabled = false
 [server.ephemeral]
 enabled = false
 """
-    if not PREFECT_TOML.exists() or PREFECT_TOML.read_text(encoding="utf-8") != text:
+    if _read_toml() != text:
         require_own_toml()
         replace_text(PREFECT_TOML, text)
+
+
+def _read_toml() -> str | None:
+    """Read prefect.toml; None if it is missing, or the data folder is another one than the project's own."""
+    return PREFECT_TOML.read_text(encoding="utf-8") if data_folder() == DEFAULT_DATA and PREFECT_TOML.exists() else None
 
 
 def replace_text(path: Path, text: str) -> None:

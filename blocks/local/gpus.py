@@ -3,7 +3,7 @@
 A lease is an exclusive lock (`flock`) on one file per GPU. It belongs to the open file, not to the process that asked
 for it: the flow, the supervisor and the model hold the same open file, and the GPU is free once the last of them is
 gone, however they ended. It is given back by closing the file and never by unlocking, which would take the lock from
-all of them: a flow that ends must not free a GPU that its dying model still uses. That is why filelock is not used,
+all of them: a flow that ends must not free a GPU that its dying model still uses. That is why FileLock is not used,
 whose release unlocks.
 """
 
@@ -19,11 +19,13 @@ import stat
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from urllib.parse import quote
+
+import filelock
 
 from blocks.config.settings import read_settings
 from blocks.local.cancellation import raise_if_stopped
@@ -144,15 +146,11 @@ def open_lock_folder() -> Path:
         except OSError as error:
             reason = error
             continue
-        try:
+        with _explain_errors(folder), ExitStack() as closing:
             # A link in a folder where all may write could lead anywhere.
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError as error:
-            raise _unusable(folder, error) from error
-        try:
+            closing.callback(os.close, descriptor)
             _for_all(descriptor, FOLDER_MODE)
-        finally:
-            os.close(descriptor)
         return folder
     raise UserError(folder, "lock files", str(reason), f"set {LOCKS} to a folder of this host that all its users share")
 
@@ -187,66 +185,41 @@ def _wait(gpus: list[str], name: str) -> tuple[str, FileIO]:
 
 
 def _take(path: Path, name: str) -> FileIO | None:
-    """Open and lock a lock file; None while another holds it."""
-    try:
-        file = _opened(path)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_still(file, path):
-                # The whole line at once, then the rest of a longer one: a reader always finds a whole first line.
-                line = json.dumps({"pid": os.getpid(), "what": name}).encode() + b"\n"
-                os.pwrite(file.fileno(), line, 0)
-                file.truncate(len(line))
-                return file
-        except BlockingIOError:
-            pass
-        except BaseException:
-            file.close()
-            raise
-        file.close()
-        return None
-    except OSError as error:
-        raise _unusable(path, error) from error
+    """Open and lock a lock file, which is made for all users if it is missing; None while another holds it.
 
-
-def _holder(path: Path) -> Holder | None:
-    try:
-        with FileIO(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)) as file:
-            try:
-                # Shared: two who ask do not take each other for a holder. Closing gives it back.
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                line = file.readall().split(b"\n")[0]
-            else:
-                return None
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise _unusable(path, error) from error
-    try:
-        return Holder(**json.loads(line))
-    except (ValueError, TypeError):
-        return Holder(None, "has just taken it")
-
-
-def _opened(path: Path) -> FileIO:
-    """Open a lock file, which no child process inherits by itself; made for all users if it is missing."""
+    No child process inherits it by itself.
+    """
     flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        # Not with O_CREAT: in a folder like this Linux refuses that for another user's file (fs.protected_regular).
-        file = FileIO(os.open(path, flags), "r+")
-    except FileNotFoundError:
+    with _explain_errors(path), ExitStack() as closing:
+        # A step of its own: in a folder like this Linux refuses O_CREAT for another user's file (fs.protected_regular).
         with suppress(FileExistsError):
-            FileIO(os.open(path, flags | os.O_CREAT | os.O_EXCL, FILE_MODE), "r+").close()
-        file = FileIO(os.open(path, flags), "r+")
-    try:
+            os.close(os.open(path, flags | os.O_CREAT | os.O_EXCL, FILE_MODE))
+        file = closing.enter_context(FileIO(os.open(path, flags), "r+"))
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError("not a regular file")
         _for_all(file.fileno(), FILE_MODE)
-    except BaseException:
-        file.close()
-        raise
-    return file
+        if not (filelock.lock_descriptor(file.fileno(), blocking=False) and _is_still(file, path)):
+            return None
+        # The whole line at once, then the rest of a longer one: a reader always finds a whole first line.
+        line = json.dumps({"pid": os.getpid(), "what": name}).encode() + b"\n"
+        os.pwrite(file.fileno(), line, 0)
+        file.truncate(len(line))
+        closing.pop_all()
+        return file
+
+
+def _holder(path: Path) -> Holder | None:
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+    with _explain_errors(path), suppress(FileNotFoundError), FileIO(os.open(path, flags)) as file:
+        try:
+            # Shared: two who ask do not take each other for a holder. Closing gives it back.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            try:
+                return Holder(**json.loads(file.readline()))
+            except (ValueError, TypeError):
+                return Holder(None, "has just taken it")
+    return None
 
 
 def _for_all(descriptor: int, mode: int) -> None:
@@ -264,11 +237,16 @@ def _is_still(file: FileIO, path: Path) -> bool:
         return False
 
 
-def _unusable(path: Path, error: OSError) -> UserError:
+@contextmanager
+def _explain_errors(path: Path) -> Iterator[None]:
+    """Turn an error of the file system into a UserError that names the lock file or its folder."""
     remedy = (
         f"make it readable and writable for all (chmod a+rw), or set {LOCKS} to a local folder that all users share"
     )
-    return UserError(path, "lock of a GPU", str(error), remedy)
+    try:
+        yield
+    except OSError as error:
+        raise UserError(path, "lock of a GPU", str(error), remedy) from error
 
 
 def _lock_file(folder: Path, gpu: str) -> Path:

@@ -14,6 +14,15 @@ import psutil
 _TOLERANCE = 2.0
 
 
+def find_process(pid: int, created: float) -> psutil.Process | None:
+    """Return the process of that number and start (seconds since 1970); None if it does not run."""
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        if abs(process.create_time() - created) < _TOLERANCE and process.status() != psutil.STATUS_ZOMBIE:
+            return process
+    return None
+
+
 def name_this_process() -> str:
     """Return the name of this process: its machine, its number there, and its start (seconds since 1970)."""
     return f"{_machine()} {os.getpid()} {psutil.Process().create_time():.1f}"
@@ -25,11 +34,7 @@ def is_dead(name: str) -> bool:
     if len(words) != 3 or words[0] != _machine():
         return False
     try:
-        process = psutil.Process(int(words[1]))
-        another = abs(process.create_time() - float(words[2])) > _TOLERANCE
-        return bool(another or process.status() == psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return True
+        return find_process(int(words[1]), float(words[2])) is None
     except (psutil.AccessDenied, ValueError):
         return False
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import platform
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
+
+import filelock
 
 LOG = logging.getLogger("calipert.scratch")
 
@@ -25,15 +25,14 @@ def scratch(parent: Path, prefix: str) -> Iterator[Path]:
     """
     sweep(parent, prefix)
     parent.mkdir(parents=True, exist_ok=True)
-    folder, lock = _held(parent, prefix)
-    try:
+    folder = parent / f"{prefix}.{platform.node()}.{token_hex(6)}"
+    # The lock comes before the folder: at no moment does a folder in use look abandoned.
+    with filelock.FileLock(f"{folder}.lock"):
         try:
             folder.mkdir()
             yield folder
         finally:
             _remove(folder)
-    finally:
-        os.close(lock)
 
 
 def sweep(parent: Path, prefix: str) -> None:
@@ -48,53 +47,10 @@ def sweep(parent: Path, prefix: str) -> None:
         if not path.name.startswith(start) or "." in path.stem.removeprefix(start):
             continue
         try:
-            _remove_unless_held(path)
+            with suppress(filelock.Timeout), filelock.FileLock(path, blocking=False):
+                _remove(path.with_suffix(""))
         except OSError as error:
             LOG.warning("what a killed process left cannot be removed: %s (%s)", path.with_suffix(""), error)
-
-
-def _held(parent: Path, prefix: str) -> tuple[Path, int]:
-    """Return a new folder's path, and the descriptor that holds its lock.
-
-    The lock comes before the folder: at no moment does a folder in use look abandoned.
-    """
-    while True:
-        folder = parent / f"{prefix}.{platform.node()}.{token_hex(6)}"
-        path = folder.with_name(f"{folder.name}.lock")
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if _names(path, lock):
-                return folder, lock
-        except BaseException:
-            os.close(lock)
-            raise
-        os.close(lock)  # a sweep came between the two steps and took the file for an abandoned one
-
-
-def _remove_unless_held(path: Path) -> None:
-    """Remove a lock file and its folder unless a living process, this one included, holds the lock."""
-    try:
-        lock = os.open(path, os.O_RDWR)
-    except FileNotFoundError:
-        return  # its owner, or another sweep, was faster
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return
-        if _names(path, lock):
-            _remove(path.with_suffix(""))
-    finally:
-        os.close(lock)
-
-
-def _names(path: Path, descriptor: int) -> bool:
-    """Whether the path still names the file that is open."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
 
 
 def _remove(folder: Path) -> None:

@@ -20,6 +20,7 @@ import psutil
 from blocks.config.child_environment import replace_text
 from blocks.config.paths import data_folder, logs_folder, services_file
 from blocks.local.files import lock_file
+from blocks.local.processes import find_process
 from core.errors import UserError
 
 # About 8 s on an idle laptop; much longer on a first start from a slow disk.
@@ -98,12 +99,7 @@ def is_alive(record: Record | None) -> bool:
 def _root(record: Record) -> psutil.Process | None:
     if record.pid in _children:
         _children[record.pid].poll()
-    with suppress(psutil.Error):
-        process = psutil.Process(record.pid)
-        # The start time is computed from the time of boot, which can move by a second when the clock is set.
-        if process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - record.created) < 2:
-            return process
-    return None
+    return find_process(record.pid, record.created)
 
 
 def is_listening(record: Record) -> bool:
@@ -120,11 +116,6 @@ def is_listening(record: Record) -> bool:
     return False
 
 
-def find_pid(record: Record | None) -> int | None:
-    """Return the number of the recorded process, None if it does not run."""
-    return record.pid if record is not None and is_alive(record) else None
-
-
 def log_file(name: str) -> Path:
     """Where a service writes what it prints."""
     return logs_folder() / f"{name}.log"
@@ -135,13 +126,21 @@ def log_file(name: str) -> Path:
 
 def end_children(records: Records, *names: str) -> None:
     """Ask what these services have started to end, and wait for it; nothing is killed."""
-    children = [child for root in _roots(names, records).values() for child in _children_of(root)]
+    children: list[psutil.Process] = []
+    for root in _roots(names, records):
+        with suppress(psutil.Error):
+            children += root.children()
     _signal(children, psutil.Process.terminate, STOP_TIMEOUT)
 
 
 def list_processes(name: str, records: Records) -> list[psutil.Process]:
     """List all processes of a service, recorded or not, also those whose parent is gone."""
-    found = {process.pid: process for process in _marked(name)}
+    marked = [
+        process
+        for process in psutil.process_iter(["environ", "status"])
+        if (process.info["environ"] or {}).get(MARK) == _mark(name) and process.info["status"] != psutil.STATUS_ZOMBIE
+    ]
+    found = {process.pid: process for process in marked}
     root = _root(records[name]) if name in records else None
     if root is not None:
         found[root.pid] = root
@@ -150,38 +149,13 @@ def list_processes(name: str, records: Records) -> list[psutil.Process]:
     return list(found.values())
 
 
-def _marked(name: str) -> Iterator[psutil.Process]:
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            if process.environ().get(MARK) == _mark(name) and process.status() != psutil.STATUS_ZOMBIE:
-                yield process
-
-
 def _mark(name: str) -> str:
     return f"{name} of {data_folder()}"
 
 
-def _end(names: Sequence[str], records: Records) -> None:
-    """Ask each service to end, then what is left of its processes; kill what does not."""
-    roots = _roots(names, records)
-    _signal(list(roots.values()), psutil.Process.terminate, STOP_TIMEOUT)
-    for signal in (psutil.Process.terminate, psutil.Process.kill):
-        _signal([one for name in names for one in list_processes(name, records)], signal, LAST_TIMEOUT)
-    for name in roots:
-        if records[name].pid in _children:
-            _children.pop(records[name].pid).poll()
-
-
-def _roots(names: Sequence[str], records: Records) -> dict[str, psutil.Process]:
-    """Return the recorded processes that run, by name."""
-    return {name: root for name in names if name in records and (root := _root(records[name])) is not None}
-
-
-def _children_of(process: psutil.Process) -> list[psutil.Process]:
-    try:
-        return list(process.children())
-    except psutil.Error:
-        return []
+def _roots(names: Sequence[str], records: Records) -> list[psutil.Process]:
+    """Return the recorded processes that run."""
+    return [root for name in names if name in records and (root := _root(records[name])) is not None]
 
 
 def _signal(processes: list[psutil.Process], signal: Callable[[psutil.Process], None], seconds: float) -> None:
@@ -227,10 +201,16 @@ def add_record(records: Records, record: Record) -> None:
 
 
 def end_services(records: Records, *names: str) -> None:
-    """End services and then remove them from the record, which lists them until they have ended."""
-    _end(names, records)
+    """End services and then remove them from the record, which lists them until they have ended.
+
+    Each is asked to end, then what is left of its processes; what does not is killed.
+    """
+    _signal(_roots(names, records), psutil.Process.terminate, STOP_TIMEOUT)
+    for signal in (psutil.Process.terminate, psutil.Process.kill):
+        _signal([one for name in names for one in list_processes(name, records)], signal, LAST_TIMEOUT)
     recorded = [name for name in names if name in records]
     for name in recorded:
-        del records[name]
+        if child := _children.pop(records.pop(name).pid, None):
+            child.poll()
     if recorded:
         _write(records)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from contextlib import suppress
 
 import httpx
 
@@ -16,22 +17,17 @@ TIMEOUT = 30.0
 
 def find_free_port(wanted: int) -> int:
     """`wanted` if it is free, else any free port."""
-    if wanted and is_free_port(wanted):
-        return wanted
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
+    for port in (wanted, 0):
+        with suppress(OSError), socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((HOST, port))
+            return int(probe.getsockname()[1])
+    raise OSError(f"no free port on {HOST}")
 
 
 def is_free_port(port: int) -> bool:
     """Whether a server could listen on this port."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError:
-            return False
-    return True
+    return find_free_port(port) == port
 
 
 def is_answering(url: str) -> bool:

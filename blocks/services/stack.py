@@ -79,11 +79,7 @@ SILENT_RUNS = {
         "for_each": ["prefect.resource.id"],
         "after": ["prefect.flow-run.heartbeat"],
         "expect": [
-            "prefect.flow-run.heartbeat",
-            "prefect.flow-run.Completed",
-            "prefect.flow-run.Failed",
-            "prefect.flow-run.Cancelled",
-            "prefect.flow-run.Crashed",
+            f"prefect.flow-run.{event}" for event in ("heartbeat", "Completed", "Failed", "Cancelled", "Crashed")
         ],
         "posture": "Proactive",
         "threshold": 1,
@@ -139,17 +135,16 @@ def stop() -> list[str]:
 def status() -> list[ServiceStatus]:
     """Return the state of both servers and of the workers."""
     records = daemons.read_records()
+    servers = {server.name: server for server in SERVERS}
     found = []
-    for server in SERVERS:
-        record = records.get(server.name)
-        state = "running" if _healthy(record, server) else "not answering" if daemons.is_alive(record) else "stopped"
-        url = _url(record) if record and state == "running" else None
-        found.append(ServiceStatus(server.name, state, url, daemons.find_pid(record), daemons.log_file(server.name)))
-    for worker in WORKERS:
-        state = "running" if daemons.is_alive(records.get(worker)) else "stopped"
-        found.append(
-            ServiceStatus(worker, state, None, daemons.find_pid(records.get(worker)), daemons.log_file(worker))
-        )
+    for name in (*servers, *WORKERS):
+        record, server = records.get(name), servers.get(name)
+        state, url, pid = "stopped", None, None
+        if record is not None and daemons.is_alive(record):
+            state, pid = "running", record.pid
+            if server is not None:
+                state, url = ("running", _url(record)) if _healthy(record, server) else ("not answering", None)
+        found.append(ServiceStatus(name, state, url, pid, daemons.log_file(name)))
     return found
 
 
@@ -159,25 +154,21 @@ def status() -> list[ServiceStatus]:
 def _start(records: Records, timeout: float) -> None:
     for folder in (logs_folder(), prefect_folder(), mlflow_folder()):
         folder.mkdir(parents=True, exist_ok=True)
-    waiting = [server for server in SERVERS if not _healthy(records.get(server.name), server)]
     deadline = time.monotonic() + timeout
-    for server in waiting:
-        # One that another process was starting when it was killed may be on its way.
-        if not daemons.is_alive(records.get(server.name)):
-            before = records.get(server.name)
-            daemons.end_services(records, server.name)
-            _launch_server(records, server, find_free_port(before.port if before else server.port))
-    while waiting:
-        for server in list(waiting):
-            record = records[server.name]
-            if _healthy(record, server):
-                waiting.remove(server)
-            elif not daemons.is_alive(record) and not is_free_port(record.port):
-                # Another program took the port in the meantime.
+    launched: set[str] = set()
+    while waiting := [server for server in SERVERS if not _healthy(records.get(server.name), server)]:
+        for server in waiting:
+            record = records.get(server.name)
+            port = record.port if record else server.port
+            # One that another process was starting when it was killed may be on its way.
+            alive = daemons.is_alive(record)
+            # Launched once more where another program took the port in the meantime.
+            if not alive and (server.name not in launched or not is_free_port(port)):
                 daemons.end_services(records, server.name)
-                _launch_server(records, server, find_free_port(0))
-            elif not daemons.is_alive(record) or time.monotonic() > deadline:
-                error = daemons.describe_failure(record, timeout)
+                _launch_server(records, server, find_free_port(port))
+                launched.add(server.name)
+            elif not alive or time.monotonic() > deadline:
+                error = daemons.describe_failure(records[server.name], timeout)
                 daemons.end_services(records, *(one.name for one in waiting))
                 raise error
         time.sleep(0.1)

@@ -24,6 +24,7 @@ from blocks.config.settings import SOURCE, Settings, variable
 from blocks.services import daemons
 from blocks.services.daemons import START_TIMEOUT, Record, Records
 from blocks.services.loopback import ask, ask_once
+from blocks.services.pages import read_pages
 
 # Variables, by how they begin, that name the user's files, store and GPUs. A worker has those with which it was
 # started.
@@ -104,10 +105,7 @@ def _end_lost_runs(services: Services, pool: str) -> None:
             return
         ends = {"PENDING": "CRASHED", "RUNNING": "CRASHED", "CANCELLING": "CANCELLED"}
         query = {"work_pools": {"name": {"any_": [pool]}}, "flow_runs": {"state": {"type": {"any_": list(ends)}}}}
-        lost: list[dict[str, str]] = []
-        while page := json.loads(ask(f"{api}/flow_runs/filter", {**query, "offset": len(lost)})):
-            lost += page
-        for run in lost:
+        for run in read_pages(lambda **page: json.loads(ask(f"{api}/flow_runs/filter", {**query, **page}))):
             state = {"type": ends[run["state_type"]], "message": "Its worker was killed."}
             ask(f"{api}/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
     except httpx.HTTPError as error:

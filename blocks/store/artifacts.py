@@ -111,21 +111,25 @@ class ArtifactStore:
         """
         if key != artifact_key(kind, inputs, parameters, code):
             raise ValueError(f"{key} is not the key of this {kind}'s inputs, parameters and code")
-        manifest = Manifest(
-            schema_version=SCHEMA,
-            kind=kind,
-            key=key,
-            inputs=dict(inputs),
-            parameters={name: _to_json(value, name) for name, value in parameters.items()},
-            code=code,
-            files={},
-            created=datetime.now(UTC),
-        )
-        final = self._folder(kind, key)
+        final, created = self._folder(kind, key), datetime.now(UTC)
 
         def make(content: Path) -> None:
             build(content)
-            _seal(content, manifest, final)
+            files = checksum_files(content, final)
+            if MANIFEST in files:
+                raise ValueError(f"{MANIFEST}: the store writes this file itself")
+            manifest = Manifest(
+                schema_version=SCHEMA,
+                kind=kind,
+                key=key,
+                inputs=dict(inputs),
+                parameters={name: _to_json(value, name) for name, value in parameters.items()},
+                code=code,
+                files=files,
+                created=created,
+            )
+            (content / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+            _settle(content)
 
         with self._explain_errors(kind):
             self._sweep()
@@ -153,33 +157,26 @@ class ArtifactStore:
     @contextmanager
     def _explain_errors(self, kind: str) -> Iterator[None]:
         """Turn errors of the disk that the user can fix into UserError."""
+        root = Path(self.root)
         try:
             yield
         except Exception as error:
             if _out_of_space(error):
-                raise self._full(kind) from error
-            if _no_permission(error, Path(self.root)):
-                raise self._read_only(kind, error) from error
+                existing = next(place for place in (root, *root.parents) if place.exists())
+                found = (
+                    f"the disk was full before this artifact ({kind}) was complete; with its unfinished files removed,"
+                    f" {shutil.disk_usage(existing).free / 1e6:,.1f} MB are free, and it needs more than that"
+                )
+                remedy = "free some space, or move the data folder to a larger disk (environment CALIPERT_DATA)"
+                raise UserError(self.root, "free disk space", found, remedy) from error
+            if _no_permission(error, root):
+                found = f"no permission to put an artifact ({kind}) there ({error})"
+                remedy = (
+                    "let the user that calipert runs as write there, or name another data folder (environment"
+                    " CALIPERT_DATA); what the store already holds can be used as it is"
+                )
+                raise UserError(self.root, "folder of the store", found, remedy) from error
             raise
-
-    def _full(self, kind: str) -> UserError:
-        free = shutil.disk_usage(_find_existing(Path(self.root))).free
-        return UserError(
-            self.root,
-            "free disk space",
-            f"the disk was full before this artifact ({kind}) was complete; with its unfinished files removed,"
-            f" {free / 1e6:,.1f} MB are free, and it needs more than that",
-            "free some space, or move the data folder to a larger disk (environment CALIPERT_DATA)",
-        )
-
-    def _read_only(self, kind: str, error: BaseException) -> UserError:
-        return UserError(
-            self.root,
-            "folder of the store",
-            f"no permission to put an artifact ({kind}) there ({error})",
-            "let the user that calipert runs as write there, or name another data folder (environment"
-            " CALIPERT_DATA); what the store already holds can be used as it is",
-        )
 
     def _folder(self, kind: str, key: str) -> Path:
         if not _KIND.fullmatch(kind):
@@ -335,16 +332,6 @@ def _find_damage(folder: Path, kind: str, key: str, place: Path | None = None) -
     return None
 
 
-def _seal(content: Path, manifest: Manifest, final: Path) -> None:
-    """Write the manifest of the built files, and make all read-only and durable."""
-    files = checksum_files(content, final)
-    if MANIFEST in files:
-        raise ValueError(f"{MANIFEST}: the store writes this file itself")
-    sealed = manifest.model_copy(update={"files": files})
-    (content / MANIFEST).write_text(sealed.model_dump_json(indent=1), encoding="utf-8")
-    _settle(content)
-
-
 def _settle(content: Path) -> None:
     """Make the files read-only, and all of it durable."""
     for path in (*content.rglob("*"), content):
@@ -393,8 +380,3 @@ def _no_permission(error: BaseException, root: Path) -> bool:
         return False
     place = Path(str(error.filename))
     return place.is_relative_to(root) or root.is_relative_to(place)
-
-
-def _find_existing(folder: Path) -> Path:
-    """Return the folder, or the nearest one above it that exists."""
-    return next(place for place in (folder, *folder.parents) if place.exists())

@@ -14,8 +14,8 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import contextmanager
-from functools import cache
+from contextlib import contextmanager, suppress
+from functools import cache, partial
 from pathlib import Path, PurePosixPath
 from time import sleep
 from typing import Any
@@ -93,8 +93,29 @@ class ObjectStore:
         Raises ValueError for anything but regular files, OSError as reading them does.
         """
         path, files = self._path(name), checksum_files(folder)
-        with _explain_errors(self.url, self._bucket):
-            return self._put(folder, path, files)
+        with self._explain_errors():
+            published = self._read_index(path)
+            if published is not None:
+                return published
+            present = self._list_objects(path)
+            objects = {_object(path, name, file): (folder / name, file.size) for name, file in files.items()}
+            missing = {place: file for place, (file, size) in objects.items() if present.get(place) != size}
+            _LOG.info("uploading %.1f MB to s3://%s", sum(file.stat().st_size for file in missing.values()) / 1e6, path)
+            try:
+                self._upload(missing)
+                published = self._publish(path, files)
+            except OSError as error:
+                # The first to publish ends the uploads of the others.
+                published = self._read_index(path) if _code(error) is not None else None
+                if published is None:
+                    raise
+            if published != files or not present.keys() <= objects.keys():
+                # What uploads left that came second or were killed.
+                named = {_object(path, name, file) for name, file in published.items()}
+                self._delete(place for place in self._list_objects(path) if place not in named)
+            if any(file.size >= 2 * PART for file in files.values()):
+                self._abort_uploads(path)
+            return published
 
     def get(self, name: str, folder: Path) -> bool:
         """Download a folder into one that is new or empty; return False where there is none of this name.
@@ -103,8 +124,27 @@ class ObjectStore:
         caller), OSError as writing the files does.
         """
         path = self._path(name)
-        with _explain_errors(self.url, self._bucket):
-            return self._get(path, folder)
+        with self._explain_errors():
+            files = self._read_index(path)
+            if files is None:
+                return False
+            folder.mkdir(parents=True, exist_ok=True)
+            if any(folder.iterdir()):
+                raise ValueError(f"{folder} is not empty")
+            _LOG.info("downloading %.1f MB of s3://%s", sum(file.size for file in files.values()) / 1e6, path)
+            for name, file in files.items():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                with (folder / name).open("wb") as new:
+                    new.truncate(file.size)
+            _run_together(
+                self._download,
+                (
+                    (folder / name, _object(path, name, file), start, file.size)
+                    for name, file in files.items()
+                    for start in range(0, file.size, PART)
+                ),
+            )
+            return True
 
     def files(self, name: str) -> dict[str, StoredFile] | None:
         """Return the files of a folder, from its index, by one small request; None where there is none of this name.
@@ -112,13 +152,13 @@ class ObjectStore:
         Raises DamagedFolder if the index cannot be read.
         """
         path = self._path(name)
-        with _explain_errors(self.url, self._bucket):
+        with self._explain_errors():
             return self._read_index(path)
 
     def remove(self, name: str) -> None:
         """Remove a folder, its index first, and whatever unfinished uploads left under the name."""
         path = self._path(name)
-        with _explain_errors(self.url, self._bucket):
+        with self._explain_errors():
             self._delete([f"{path}/{INDEX}"])
             self._delete(self._list_objects(path))
             self._abort_uploads(path)
@@ -150,30 +190,6 @@ class ObjectStore:
                 raise DamagedFolder(f"{INDEX} names {file!r}, which is not within the folder")
         return index.files
 
-    def _put(self, folder: Path, path: str, files: dict[str, StoredFile]) -> dict[str, StoredFile]:
-        published = self._read_index(path)
-        if published is not None:
-            return published
-        present = self._list_objects(path)
-        objects = {_object(path, name, file): (folder / name, file.size) for name, file in files.items()}
-        missing = {place: file for place, (file, size) in objects.items() if present.get(place) != size}
-        _LOG.info("uploading %.1f MB to s3://%s", sum(file.stat().st_size for file in missing.values()) / 1e6, path)
-        try:
-            self._upload(missing)
-            published = self._publish(path, files)
-        except OSError as error:
-            # The first to publish ends the uploads of the others.
-            published = self._read_index(path) if _code(error) is not None else None
-            if published is None:
-                raise
-        if published != files or not present.keys() <= objects.keys():
-            # What uploads left that came second or were killed.
-            named = {_object(path, name, file) for name, file in published.items()}
-            self._delete(place for place in self._list_objects(path) if place not in named)
-        if any(file.size >= 2 * PART for file in files.values()):
-            self._abort_uploads(path)
-        return published
-
     def _publish(self, path: str, files: dict[str, StoredFile]) -> dict[str, StoredFile]:
         text = json.dumps(Index(schema_version=SCHEMA, files=files).model_dump(), indent=1, sort_keys=True)
         for _ in range(TRIES):
@@ -199,28 +215,6 @@ class ObjectStore:
             chunksize=max(PART, -(-largest // MOST_PARTS)),
             max_concurrency=PARTS // FILES,
         )
-
-    def _get(self, path: str, folder: Path) -> bool:
-        files = self._read_index(path)
-        if files is None:
-            return False
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise ValueError(f"{folder} is not empty")
-        _LOG.info("downloading %.1f MB of s3://%s", sum(file.size for file in files.values()) / 1e6, path)
-        for name, file in files.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            with (folder / name).open("wb") as new:
-                new.truncate(file.size)
-        _run_together(
-            self._download,
-            (
-                (folder / name, _object(path, name, file), start, file.size)
-                for name, file in files.items()
-                for start in range(0, file.size, PART)
-            ),
-        )
-        return True
 
     def _download(self, path: Path, place: str, start: int, size: int) -> None:
         """Download one part of a file of this size in bytes."""
@@ -268,22 +262,52 @@ class ObjectStore:
                 if _code(error) != "NoSuchUpload":
                     raise
 
+    @contextmanager
+    def _explain_errors(self) -> Iterator[None]:
+        """Turn what S3 answers, or that it does not, into one UserError. Errors of the local disk pass as they are."""
+        import aiohttp
+        from botocore import exceptions
+
+        kept = "; nothing that was made on this machine is lost: start again afterwards"
+        try:
+            yield
+        except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError) as error:
+            raise UserError(self.url, "credentials", f"none ({error})", _CREDENTIALS + kept) from error
+        except (exceptions.ConnectionError, exceptions.HTTPClientError, aiohttp.ClientError) as error:
+            found = f"no answer from {_endpoint()} after {TRIES} tries ({error})"
+            remedy = "see whether the service runs and can be reached; AWS_ENDPOINT_URL names another than Amazon's"
+            raise UserError(self.url, "endpoint", found, remedy + kept) from error
+        except exceptions.BotoCoreError as error:
+            remedy = "check the variables and files that configure access to S3 (docs/store.md)"
+            raise UserError(self.url, "configuration", f"{type(error).__name__}: {error}", remedy + kept) from error
+        except OSError as error:
+            code = _code(error)
+            if code is None:
+                raise
+            found = f"{code}: {error} ({_endpoint()})"
+            if code == "NoSuchBucket":
+                found = f"no bucket {self._bucket} at {_endpoint()}"
+                remedy = "create the bucket, or correct CALIPERT_STORE or AWS_ENDPOINT_URL"
+                raise UserError(self.url, "bucket", found, remedy + kept) from error
+            if code in _REFUSED:
+                raise UserError(self.url, "credentials", found, _CREDENTIALS + kept) from error
+            raise UserError(self.url, "service", found, "see what the service's own log says" + kept) from error
+
 
 def _read(place: str, start: int | None = None, end: int | None = None) -> bytes:
     """Return the bytes of an object from start to before end; a connection that breaks on the way is not the end."""
     import aiohttp
-    from botocore.exceptions import IncompleteReadError, ResponseStreamingError  # type: ignore[import-untyped]
+    from botocore import exceptions
 
-    for again in range(TRIES - 1, -1, -1):
-        try:
-            # One connection: with more it would ask for the size first.
-            content: bytes = _open_filesystem().cat_file(place, start=start, end=end, max_concurrency=1)
-            return content
-        except (IncompleteReadError, ResponseStreamingError, aiohttp.ClientError, TimeoutError):
-            if not again:
-                raise
-            sleep(0.5 * (TRIES - again))
-    raise AssertionError("the last try returns or raises")
+    # One connection: with more it would ask for the size first.
+    read: Callable[[], bytes] = partial(_open_filesystem().cat_file, place, start=start, end=end, max_concurrency=1)
+    for again in range(1, TRIES):
+        with suppress(
+            exceptions.IncompleteReadError, exceptions.ResponseStreamingError, aiohttp.ClientError, TimeoutError
+        ):
+            return read()
+        sleep(0.5 * again)
+    return read()
 
 
 def _open_filesystem() -> Any:
@@ -325,44 +349,6 @@ def _require_plain_endpoint() -> None:
 def _endpoint() -> str:
     variables = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
     return next((os.environ[name] for name in variables if os.environ.get(name)), "https://s3.amazonaws.com")
-
-
-@contextmanager
-def _explain_errors(url: str, bucket: str) -> Iterator[None]:
-    """Turn what S3 answers, or that it does not, into one UserError. Errors of the local disk pass as they are."""
-    import aiohttp
-    from botocore.exceptions import (
-        BotoCoreError,
-        ConnectionError,
-        HTTPClientError,
-        NoCredentialsError,
-        PartialCredentialsError,
-    )
-
-    kept = "; nothing that was made on this machine is lost: start again afterwards"
-    try:
-        yield
-    except (NoCredentialsError, PartialCredentialsError) as error:
-        raise UserError(url, "credentials", f"none ({error})", _CREDENTIALS + kept) from error
-    except (ConnectionError, HTTPClientError, aiohttp.ClientError) as error:
-        found = f"no answer from {_endpoint()} after {TRIES} tries ({error})"
-        remedy = "see whether the service runs and can be reached; AWS_ENDPOINT_URL names another than Amazon's"
-        raise UserError(url, "endpoint", found, remedy + kept) from error
-    except BotoCoreError as error:
-        remedy = "check the variables and files that configure access to S3 (docs/store.md)"
-        raise UserError(url, "configuration", f"{type(error).__name__}: {error}", remedy + kept) from error
-    except OSError as error:
-        code = _code(error)
-        if code is None:
-            raise
-        found = f"{code}: {error} ({_endpoint()})"
-        if code == "NoSuchBucket":
-            found = f"no bucket {bucket} at {_endpoint()}"
-            remedy = "create the bucket, or correct CALIPERT_STORE or AWS_ENDPOINT_URL"
-            raise UserError(url, "bucket", found, remedy + kept) from error
-        if code in _REFUSED:
-            raise UserError(url, "credentials", found, _CREDENTIALS + kept) from error
-        raise UserError(url, "service", found, "see what the service's own log says" + kept) from error
 
 
 _CREDENTIALS = (

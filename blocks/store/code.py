@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache
 from hashlib import sha256
+from importlib.util import resolve_name
+from itertools import accumulate
 from modulefinder import ModuleFinder
 from pathlib import Path
 from types import CodeType
@@ -63,7 +65,8 @@ def import_closure(module: str, root: Path = PROJECT_ROOT) -> dict[str, Path]:
         path = found[name]
         package = name if path.name == "__init__.py" else name.rpartition(".")[0]
         for wanted in (name, *_imported(_content(path), package)):
-            for candidate in _with_parents(wanted):
+            # The packages around a module, then the module.
+            for candidate in accumulate(wanted.split("."), "{}.{}".format):
                 if candidate not in found and (source := _source(candidate, root)) is not None:
                     found[candidate] = source
                     waiting.append(candidate)
@@ -82,19 +85,12 @@ def _source(module: str, root: Path) -> Path | None:
     return next((p for p in (base / "__init__.py", base.with_name(f"{base.name}.py")) if p.is_file()), None)
 
 
-def _with_parents(module: str) -> Iterator[str]:
-    parts = module.split(".")
-    for length in range(1, len(parts) + 1):
-        yield ".".join(parts[:length])
-
-
 @cache
 def _imported(source: bytes, package: str) -> tuple[str, ...]:
     """Names that may be modules: `from a import b` names a and a.b, for b may be a submodule or an object."""
     names: list[str] = []
     for level, imported, objects in _imports(compile(source, package, "exec", dont_inherit=True)):
-        above = package.split(".")[: len(package.split(".")) - level + 1] if level else []
-        base = ".".join([*above, *([imported] if imported else [])])
+        base = resolve_name("." * level + imported, package)
         names += [base, *(f"{base}.{name}" for name in objects)]
     return tuple(names)
 

@@ -70,49 +70,27 @@ class Server:
     patience: for how many seconds a request is repeated; 0 for one try of at most HASTE_SECONDS.
     """
 
-    uri: str
+    tracking_uri: str
     patience: float = PATIENCE
 
     def ask(self, work: Callable[[MlflowClient], T]) -> T:
         """Return what `work` returns: it is given MLflow's client, and repeated as long as the server may come back."""
         self._require_answer()
-        client = _connect(self.uri)
+        client = _connect(self.tracking_uri)
 
         def report(error: BaseException) -> None:
-            found = _no_answer(self.uri, error).found
-            _log.warning("waiting for MLflow at %s, at most %.0f s: %s", self.uri, self.patience, found)
+            found = _no_answer(self.tracking_uri, error).found
+            _log.warning("waiting for MLflow at %s, at most %.0f s: %s", self.tracking_uri, self.patience, found)
 
         try:
             if not self.patience:
                 return _run_at_most(HASTE_SECONDS, lambda: work(client))
             return retry(lambda: work(client), self.patience, transient=_is_transient, report=report)
         except Exception as error:
-            explained = _explain_error(self.uri, error)
+            explained = _explain_error(self.tracking_uri, error)
             if explained is None:
                 raise
             raise explained from error
-
-    def find_or_create_experiment(self, name: str) -> str:
-        """Return the id of an experiment. Raises UserError for one that was deleted."""
-        found = self.ask(lambda client: client.get_experiment_by_name(name))
-        if found is None:
-            try:
-                return self.ask(lambda client: client.create_experiment(name))
-            except Refused as error:
-                if error.code != "RESOURCE_ALREADY_EXISTS":
-                    raise
-            # Another process was faster.
-            return self.find_or_create_experiment(name)
-        number = str(found.experiment_id)
-        if found.lifecycle_stage != "active":
-            raise UserError(
-                f"MLflow experiment {name}",
-                "lifecycle_stage",
-                found.lifecycle_stage,
-                f"restore it (`mlflow experiments restore --experiment-id {number}`) or remove it for good "
-                f"(`mlflow gc --experiment-ids {number}`)",
-            )
-        return number
 
     def find_experiments(self, prefix: str) -> list[str]:
         """Return the ids of the experiments whose name begins so."""
@@ -160,21 +138,20 @@ class Server:
         while True:
             page = self.ask(partial(read, max_results=PAGE, page_token=token))
             found += page
-            token = page.token
-            if not token:
+            if not (token := page.token):
                 return found
 
     def _require_answer(self) -> None:
         """Raise ServerLost unless the server answers; asked once per process, and each time without patience."""
-        if self.patience and self.uri in _answered:
+        if self.patience and self.tracking_uri in _answered:
             return
         try:
             # Nothing is sent with it and no answer is believed: it needs no certificates, which take long to read.
-            with open_client(self.uri, timeout=PROBE_SECONDS, verify=False) as client:
+            with open_client(self.tracking_uri, timeout=PROBE_SECONDS, verify=False) as client:
                 retry(lambda: client.get("/health"), min(self.patience, FIRST_PATIENCE))
         except httpx.TransportError as error:
-            raise _no_answer(self.uri, error) from error
-        _answered.add(self.uri)
+            raise _no_answer(self.tracking_uri, error) from error
+        _answered.add(self.tracking_uri)
 
 
 @cache

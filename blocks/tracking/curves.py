@@ -39,7 +39,6 @@ def follow_curve(server: Server, run_id: str) -> Callable[[Mapping[str, object]]
     run: Run | None = None
     waiting: Points = {}
     shown: Shown = {}
-    known: set[str] = set()
     due = time.monotonic() + LIVE_SECONDS
     warned = False
 
@@ -56,9 +55,7 @@ def follow_curve(server: Server, run_id: str) -> Callable[[Mapping[str, object]]
                 run = server.get_run(run_id)
                 if run.info.status != "RUNNING":
                     server.ask(lambda client: client.update_run(run_id, "RUNNING"))
-            new = {name for name, _ in waiting} - known
-            shown.update(read_points(server, run, new))
-            known.update(new)
+            shown.update(read_points(server, run, {name for name, _ in waiting} - {name for name, _ in shown}))
             write_points(server, run, waiting, {_CURVE: "growing"}, shown)
         except UserError as error:
             due = time.monotonic() + LOST_SECONDS

@@ -52,11 +52,8 @@ class WantedRun(NamedTuple):
 
 def map_threads(work: Callable[[T], R], many: Iterable[T]) -> list[R]:
     """Return the results of some work on each, in their order, a few at a time. Raises the first error."""
-    things = list(many)
-    if len(things) < 2:
-        return [work(thing) for thing in things]
     with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(work, things))
+        return list(pool.map(work, many))
 
 
 def open_or_create_runs(

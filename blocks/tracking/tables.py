@@ -9,24 +9,16 @@ import pandas as pd
 
 from core.scoring.calibration import VARIANTS
 
+# How the columns of a value end, of its interval, and of its spread over halves.
+ENDINGS = ("", "_low", "_high", "_half_sd")
 # Columns of the leaderboard that become the metrics `<metric>.<column>` of a model's run.
-SUMMARY_COLUMNS = (
-    "mean",
-    "median",
-    "n_conditions",
-    "coverage",
-    "nan_share",
-    "headroom",
-    "headroom_low",
-    "headroom_high",
-    "headroom_half_sd",
-    "rank",
-)
+HEADROOM = [f"headroom{ending}" for ending in ENDINGS]
+SUMMARY_COLUMNS = ("mean", "median", "n_conditions", "coverage", "nan_share", *HEADROOM, "rank")
 # Columns of the calibration table that become metrics `<metric>.<variant><ending>` for every variant of the DRF.
-DRF_ENDINGS = {"drf": "", "drf_low": "_low", "drf_high": "_high", "drf_half_sd": "_half_sd"}
+DRF_ENDINGS = {f"drf{ending}": ending for ending in ENDINGS}
 # Columns that are kept for the variant that carries the verdict only, as `<metric>.<column>`.
 QUOTED_VARIANT = VARIANTS[0].name
-QUOTED_COLUMNS = ("bds", "bds_low", "bds_high", "bds_half_sd", "nan_share", "n_conditions")
+QUOTED_COLUMNS = (*(f"bds{ending}" for ending in ENDINGS), "nan_share", "n_conditions")
 
 
 def summarise_model(rows: pd.DataFrame) -> tuple[dict[str, float], dict[str, str]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote, urlsplit
@@ -85,7 +85,7 @@ class OpenRun(NamedTuple):
 
 
 @dataclass(frozen=True)
-class MLflowTracking:
+class MLflowTracking(Server):
     """Writes benchmarks and calibrations to an MLflow server.
 
     Every method talks to the server at `tracking_uri` (for instance http://127.0.0.1:5000) and to nothing else, and
@@ -93,8 +93,6 @@ class MLflowTracking:
     seconds where it has never answered, within about a minute where it was lost. Credentials are never part of the URL:
     MLflow's client reads MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment.
     """
-
-    tracking_uri: str
 
     def __post_init__(self) -> None:
         """Raise UserError for an address that is not a server's, or holds a password."""
@@ -111,10 +109,6 @@ class MLflowTracking:
         else:
             return
         raise UserError("environment", "MLFLOW_TRACKING_URI", found, remedy)
-
-    @property
-    def _server(self) -> Server:
-        return Server(self.tracking_uri.rstrip("/"))
 
     def open_runs(
         self,
@@ -135,18 +129,17 @@ class MLflowTracking:
 
         Call it before any fan-out: two simultaneous callers may each create runs (the next call deletes one of them).
         """
-        server = self._server
         experiment = self._find_experiment(dataset)
         chosen = f"tags.benchmark_id = '{benchmark_id}'"
-        found = server.find_runs([experiment], chosen)
+        found = self.find_runs([experiment], chosen)
         shared = {"benchmark_id": benchmark_id, "dataset": dataset, **_describe_process(flow_run_id)}
         params = {m.key: {"model": m.model, "dataset": dataset, "seed": m.seed, **m.params} for m in models}
         wanted = [_describe_run(model, shared, params[model.key]) for model in models]
-        runs = open_or_create_runs(server, experiment, chosen, wanted, found)
+        runs = open_or_create_runs(self, experiment, chosen, wanted, found)
 
         def describe(model: ModelRun) -> None:
-            _log_params(server, runs[model.key], params[model.key])
-            _log_dataset(server, runs[model.key], dataset, digest, source)
+            _log_params(self, runs[model.key], params[model.key])
+            _log_dataset(self, runs[model.key], dataset, digest, source)
 
         # The first one makes the data set that the others share.
         for some in (models[:1], models[1:]):
@@ -156,7 +149,7 @@ class MLflowTracking:
             for model, each in zip(models, wanted, strict=True)
             for fold in model.folds
         }
-        folds = open_or_create_runs(server, experiment, chosen, list(parts.values()), found)
+        folds = open_or_create_runs(self, experiment, chosen, list(parts.values()), found)
         opened = {}
         for model in models:
             of_folds = {fold: folds[parts[model.model, fold].key].info.run_id for fold in model.folds}
@@ -165,14 +158,14 @@ class MLflowTracking:
 
     def begin_training(self, run_id: str, flow_run_id: str) -> None:
         """Say in a fold's run which flow run trains it now."""
-        self._server.log(run_id, tags={_TRAINED_BY: flow_run_id})
+        self.log(run_id, tags={_TRAINED_BY: flow_run_id})
 
     def kill_training(self, run_id: str, flow_run_id: str, reason: str) -> None:
         """End a fold's run as KILLED, as `fail` does, if this flow run was the last that began to train it.
 
         The end of an earlier one may be reported late.
         """
-        if self._server.get_run(run_id).data.tags.get(_TRAINED_BY) == flow_run_id:
+        if self.get_run(run_id).data.tags.get(_TRAINED_BY) == flow_run_id:
             self.fail(run_id, reason, "KILLED")
 
     def follow_curve(self, run_id: str) -> Callable[[Mapping[str, object]], None]:
@@ -180,11 +173,11 @@ class MLflowTracking:
 
         The training waits meanwhile: each request has a few seconds, and a lost server is not asked again at once.
         """
-        return follow_curve(Server(self._server.uri, patience=0), run_id)
+        return follow_curve(replace(self, patience=0), run_id)
 
     def log_curve(self, run_id: str, training: Path) -> None:
         """Make a fold's run show exactly the curve of its training.jsonl (blocks.tracking.curves)."""
-        log_curve(self._server, run_id, training)
+        log_curve(self, run_id, training)
 
     def log_usage(self, run_id: str, usage: Usage) -> None:
         """Write what a training took to its run.
@@ -198,8 +191,7 @@ class MLflowTracking:
             "system.peak_memory_mb": None if usage.peak_memory_bytes is None else usage.peak_memory_bytes / 1e6,
         }
         values = {name: value for name, value in took.items() if value is not None}
-        server = self._server
-        write_values(server, server.get_run(run_id), values, {"device": usage.device})
+        write_values(self, self.get_run(run_id), values, {"device": usage.device})
 
     def log_leaderboard(self, leaderboard: pd.DataFrame, run_ids: Mapping[str, str]) -> None:
         """Write each model's rows of the leaderboard as metrics `<metric>.<column>` of its run.
@@ -210,10 +202,9 @@ class MLflowTracking:
         calibrated verdict cannot have is not named). Tags: `calibrated` lists the calibrated metrics,
         `calibrated.<metric>` and `in_panel` are "true" or "false".
         """
-        server = self._server
         by_model = dict(iter(leaderboard.groupby("model", sort=False)))
         rows = [(run_id, by_model[model].set_index("metric")) for model, run_id in run_ids.items()]
-        map_threads(lambda row: write_values(server, server.get_run(row[0]), *summarise_model(row[1])), rows)
+        map_threads(lambda row: write_values(self, self.get_run(row[0]), *summarise_model(row[1])), rows)
 
     def log_scores(self, scores: Path, run_ids: Mapping[str, str]) -> None:
         """Keep with each model's run its own rows of scores.parquet, as a file of that name.
@@ -227,7 +218,6 @@ class MLflowTracking:
         # As words and their numbers: millions of rows hold the same few words.
         words = [field.name for field in schema if str(field.type) in ("string", "large_string")]
         table = pq.read_table(scores, read_dictionary=words)
-        server = self._server
 
         def keep(item: tuple[str, str]) -> None:
             model, run_id = item
@@ -235,14 +225,13 @@ class MLflowTracking:
             with scratch(scratch_folder(), "mlflow") as folder:
                 file = folder / scores.name
                 pq.write_table(own, file)
-                server.log_file(run_id, file)
+                self.log_file(run_id, file)
 
         map_threads(keep, run_ids.items())
 
     def log_report(self, report: Path, run_ids: Iterable[str]) -> None:
         """Keep the report of a benchmark with each of these runs, as a file of that name."""
-        server = self._server
-        map_threads(lambda run_id: server.log_file(run_id, report), run_ids)
+        map_threads(lambda run_id: self.log_file(run_id, report), run_ids)
 
     def log_calibration(
         self,
@@ -265,18 +254,17 @@ class MLflowTracking:
         digest: key of the calibration. key, source, params: as in `open_runs`. file: to keep with the run.
         When something fails, the run ends as FAILED with the reason, and the error goes on.
         """
-        server = self._server
         experiment = self._find_experiment(dataset)
         chosen = f"tags.`{KEY}` = '{key}'"
         whole = {"dataset": dataset, **params}
         tags = {"kind": "calibration", "dataset": dataset, **_describe_process(flow_run_id)}
         wanted = WantedRun(key, "calibration", tags, {name: format_param(value) for name, value in whole.items()})
-        run = open_or_create_runs(server, experiment, chosen, [wanted], server.find_runs([experiment], chosen))[key]
+        run = open_or_create_runs(self, experiment, chosen, [wanted], self.find_runs([experiment], chosen))[key]
         try:
-            _log_params(server, run, whole)
-            _log_dataset(server, run, dataset, digest, source)
-            write_values(server, run, *summarise_calibration(calibration))
-            server.log_file(run.info.run_id, file)
+            _log_params(self, run, whole)
+            _log_dataset(self, run, dataset, digest, source)
+            write_values(self, run, *summarise_calibration(calibration))
+            self.log_file(run.info.run_id, file)
         except ServerLost:
             # The end of the run could not be written either; the next attempt finds it.
             raise
@@ -293,24 +281,21 @@ class MLflowTracking:
         A run that had finished before keeps its first end, so that a repetition from finished artifacts does not
         stretch its duration.
         """
-        server = self._server
-        map_threads(lambda run: end_run(server, run, "FINISHED"), find_with_running_children(server, run_ids))
+        map_threads(lambda run: end_run(self, run, "FINISHED"), find_with_running_children(self, run_ids))
 
     def fail(self, run_id: str, reason: str, status: str = "FAILED") -> None:
         """End a run, and those of its folds that are still running, as FAILED, or KILLED.
 
         The tag `failure` holds the reason until the run finishes.
         """
-        server = self._server
-        map_threads(lambda run: end_run(server, run, status, reason), find_with_running_children(server, [run_id]))
+        map_threads(lambda run: end_run(self, run, status, reason), find_with_running_children(self, [run_id]))
 
     def end_interrupted(self, flow_run_id: str, reason: str) -> list[str]:
         """End as KILLED every run that a flow run left running which was cancelled or has crashed; return their ids."""
-        server = self._server
-        left = server.find_runs(
-            server.find_experiments(EXPERIMENT_PREFIX), f"{_RUNNING} and tags.`{_FLOW_RUN}` = '{flow_run_id}'"
+        left = self.find_runs(
+            self.find_experiments(EXPERIMENT_PREFIX), f"{_RUNNING} and tags.`{_FLOW_RUN}` = '{flow_run_id}'"
         )
-        map_threads(lambda run: end_run(server, run, "KILLED", reason), left)
+        map_threads(lambda run: end_run(self, run, "KILLED", reason), left)
         return sorted(run.info.run_id for run in left)
 
     def end_stale(self, dataset: str, alive: Callable[[list[str]], set[str]]) -> list[str]:
@@ -320,9 +305,8 @@ class MLflowTracking:
         alive: returns which of these flow runs (by id) may still be at work; called once, with all of them, or not at
         all. Runs without a flow run and of a process that cannot be checked from here are left alone.
         """
-        server = self._server
         experiment = self._find_experiment(dataset)
-        running = server.find_runs([experiment], _RUNNING)
+        running = self.find_runs([experiment], _RUNNING)
         left = [run for run in running if is_dead(run.data.tags.get(_PROCESS, ""))]
         unsure = [run for run in running if run not in left and _FLOW_RUN in run.data.tags]
         flows = {run.data.tags[_FLOW_RUN] for run in unsure}
@@ -331,11 +315,11 @@ class MLflowTracking:
 
         def end_unless_taken(run: Run) -> Run | None:
             # In the meantime another flow run may have gone on with it.
-            now = server.get_run(run.info.run_id)
+            now = self.get_run(run.info.run_id)
             same = all(now.data.tags.get(tag) == run.data.tags.get(tag) for tag in (_FLOW_RUN, _PROCESS))
             if now.info.status != "RUNNING" or not same:
                 return None
-            end_run(server, now, "KILLED", "it was left running by a flow run that has ended")
+            end_run(self, now, "KILLED", "it was left running by a flow run that has ended")
             return now
 
         return sorted(run.info.run_id for run in map_threads(end_unless_taken, left) if run)
@@ -358,25 +342,41 @@ class MLflowTracking:
         return f"{pages}/#/experiments/{self._find_experiment(dataset)}"
 
     def _find_experiment(self, dataset: str) -> str:
-        return self._server.find_or_create_experiment(f"{EXPERIMENT_PREFIX}{dataset}")
+        """Return the id of a data set's experiment, which is created if it is missing.
+
+        Raises UserError for one that was deleted.
+        """
+        name = f"{EXPERIMENT_PREFIX}{dataset}"
+        found = self.ask(lambda client: client.get_experiment_by_name(name))
+        if found is None:
+            try:
+                return self.ask(lambda client: client.create_experiment(name))
+            except Refused as error:
+                if error.code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            # Another process was faster.
+            return self._find_experiment(dataset)
+        number = str(found.experiment_id)
+        if found.lifecycle_stage != "active":
+            raise UserError(
+                f"MLflow experiment {name}",
+                "lifecycle_stage",
+                found.lifecycle_stage,
+                f"restore it (`mlflow experiments restore --experiment-id {number}`) or remove it for good "
+                f"(`mlflow gc --experiment-ids {number}`)",
+            )
+        return number
 
 
 def read_git_commit(root: Path) -> str | None:
     """Return the commit checked out at `root`; None if that is not the top of a git checkout, or git is absent."""
+    command = ["git", "-C", str(root), "rev-parse", "--show-toplevel", "HEAD"]
     try:
-        told = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "--show-toplevel", "HEAD"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
-        )
-    except (FileNotFoundError, subprocess.TimeoutExpired):
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (FileNotFoundError, subprocess.SubprocessError):
         return None
-    lines = told.stdout.split("\n")
-    if told.returncode != 0 or Path(lines[0]) != root.resolve():
-        return None
-    return lines[1]
+    top, commit, _ = answer.split("\n")
+    return commit if Path(top) == root.resolve() else None
 
 
 def _describe_process(flow_run_id: str | None) -> dict[str, str | None]:

@@ -6,16 +6,15 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
 from blocks.config.paths import PROJECT_ROOT
-from blocks.local import cancellation, gpus
 from blocks.local.gpus import list_holders
+from tests.helpers.gpu_host import list_free, make_host
+from tests.helpers.waiting import is_alive, wait_for
 
 ROUNDS = int(os.environ.get("CALIPERT_FAULT_ROUNDS", "1"))
 SEED = int(os.environ.get("CALIPERT_FAULT_SEED", "1"))
@@ -24,32 +23,7 @@ SEED = int(os.environ.get("CALIPERT_FAULT_SEED", "1"))
 @pytest.fixture(autouse=True)
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """A host with locks and data of the test's own and no GPU; call it to name some."""
-    monkeypatch.setenv("CALIPERT_DATA", str(tmp_path / "data"))
-    monkeypatch.setenv(gpus.LOCKS, str(tmp_path / "locks"))
-    monkeypatch.setenv(gpus.GPUS, "none")
-    monkeypatch.delenv(gpus.VISIBLE, raising=False)
-    monkeypatch.setattr(cancellation, "_STOPS", [])
-    return lambda names: monkeypatch.setenv(gpus.GPUS, names)
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> bool:
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.02)
-    return True
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def free() -> list[str]:
-    return [gpu for gpu, holder in list_holders() if holder is None]
+    return make_host(tmp_path, monkeypatch)
 
 
 # A model that claims its GPU for itself: by a lock of the test's own, which it holds until it is dead. Whoever finds
@@ -177,7 +151,7 @@ def test_eight_gpus_forty_folds_and_random_kills(host, tmp_path, seed):
         check=False,
     )
     assert flows.returncode == 0, flows.stderr
-    assert wait_for(lambda: free() == names), (seed, list_holders())
+    assert wait_for(lambda: list_free() == names), (seed, list_holders())
     log = [line.split() for line in (folder / "log").read_text().splitlines()]
     overlaps = [line for line in log if line[0] == "overlap"]
     assert not overlaps, (seed, log)

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping
 from contextvars import Context, copy_context
 from pathlib import Path
@@ -20,14 +19,15 @@ import psutil
 import pytest
 
 from blocks.config.paths import scratch_folder
+from blocks.engines import base, sources
 from blocks.engines import process as engines
-from blocks.engines import sources
 from blocks.engines.base import LAST_LINES, ModelFailed, Usage
 from blocks.engines.process import ProcessEngine
 from blocks.local import cancellation
 from blocks.local.cancellation import Stopped, end_models_with, stop_all
 from blocks.local.gpus import lease_gpu
 from core.errors import UserError
+from tests.helpers.waiting import is_alive, wait_for
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -66,22 +66,6 @@ def run(folder: Path, spec: Mapping[str, Any] | None = None, **options: Any) -> 
     events: list[Mapping[str, Any]] = []
     ProcessEngine().run("train", folder, spec or {}, **({"on_event": events.append} | options))
     return events
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 20) -> bool:
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.02)
-    return True
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def pids_in(folder: Path) -> list[int]:
@@ -150,7 +134,7 @@ def test_a_killed_model_is_told_from_one_that_exits(model):
 
 def test_timeout_ends_the_whole_process_tree(model, tmp_path, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(engines, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(base, "monotonic", lambda: clock[0])
 
     def two_hours_later(event: Mapping[str, Any]) -> None:
         clock[0] += 7200

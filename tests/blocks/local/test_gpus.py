@@ -19,15 +19,16 @@ from pathlib import Path
 from textwrap import dedent
 from types import SimpleNamespace
 
-import psutil
 import pytest
 
 from blocks.engines.lines import Event
 from blocks.engines.process import ProcessEngine
-from blocks.local import cancellation, gpus
+from blocks.local import gpus
 from blocks.local.cancellation import Stopped, stop_all
 from blocks.local.gpus import Holder, lease_gpu, list_gpus, list_holders, open_lock_folder
 from core.errors import UserError
+from tests.helpers.gpu_host import list_free, make_host
+from tests.helpers.waiting import is_alive, wait_for
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -45,32 +46,7 @@ GPU 1: NVIDIA A100 80GB PCIe (UUID: {DIVIDED})
 @pytest.fixture(autouse=True)
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """A host with locks and data of the test's own and no GPU; call it to name some."""
-    monkeypatch.setenv("CALIPERT_DATA", str(tmp_path / "data"))
-    monkeypatch.setenv(gpus.LOCKS, str(tmp_path / "locks"))
-    monkeypatch.setenv(gpus.GPUS, "none")
-    monkeypatch.delenv(gpus.VISIBLE, raising=False)
-    monkeypatch.setattr(cancellation, "_STOPS", [])
-    return lambda names: monkeypatch.setenv(gpus.GPUS, names)
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> bool:
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.02)
-    return True
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def free() -> list[str]:
-    return [gpu for gpu, holder in list_holders() if holder is None]
+    return make_host(tmp_path, monkeypatch)
 
 
 # ---- which GPUs there are
@@ -188,15 +164,15 @@ def test_a_lease_takes_the_first_free_gpu_and_gives_it_back(host):
             assert second is not None
             assert [first.id, second.id] == ["GPU-a", "GPU-b"]
             assert list_holders() == [("GPU-a", Holder(os.getpid(), "one")), ("GPU-b", Holder(os.getpid(), "two"))]
-        assert free() == ["GPU-b"]
-    assert free() == ["GPU-a", "GPU-b"]
+        assert list_free() == ["GPU-b"]
+    assert list_free() == ["GPU-a", "GPU-b"]
 
 
 def test_an_error_gives_the_gpu_back(host):
     host("GPU-a")
     with pytest.raises(KeyboardInterrupt), lease_gpu("one"):
         raise KeyboardInterrupt
-    assert free() == ["GPU-a"]
+    assert list_free() == ["GPU-a"]
 
 
 def test_a_longer_name_of_an_earlier_holder_leaves_nothing(host):
@@ -245,7 +221,7 @@ def test_who_waits_is_ended_by_a_stop(host, monkeypatch):
         pass
     with pytest.raises(Stopped), lease_gpu("three"):
         pass
-    assert free() == ["GPU-a"]
+    assert list_free() == ["GPU-a"]
 
 
 def test_threads_of_one_process_exclude_each_other(host):
@@ -267,7 +243,7 @@ def test_threads_of_one_process_exclude_each_other(host):
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(use, range(8)))
     assert set(seen) == {"GPU-a", "GPU-b"}
-    assert free() == ["GPU-a", "GPU-b"]
+    assert list_free() == ["GPU-a", "GPU-b"]
 
 
 def test_locks_are_for_all_users_whatever_the_umask(host, tmp_path):
@@ -380,7 +356,7 @@ def test_a_fork_of_a_killed_holder_does_not_keep_the_gpu(host, tmp_path, start):
         assert list_holders() == [("GPU-a", Holder(holder.pid, "one"))]
         holder.kill()
         holder.wait()
-        assert wait_for(lambda: free() == ["GPU-a"])
+        assert wait_for(lambda: list_free() == ["GPU-a"])
         assert is_alive(child)
     finally:
         os.kill(child, signal.SIGKILL)
@@ -423,7 +399,7 @@ def test_a_model_that_left_its_group_keeps_its_gpu_until_it_is_dead(host, tmp_pa
         assert list_holders() == [("GPU-a", Holder(flow.pid, "one"))]
     finally:
         os.kill(model, signal.SIGKILL)
-    assert wait_for(lambda: free() == ["GPU-a"])
+    assert wait_for(lambda: list_free() == ["GPU-a"])
 
 
 def test_a_lease_that_ends_before_its_model_does_not_free_the_gpu(host, tmp_path, runaway):
@@ -438,10 +414,10 @@ def test_a_lease_that_ends_before_its_model_does_not_free_the_gpu(host, tmp_path
     try:
         assert not is_alive(supervisor)
         assert is_alive(model)
-        assert free() == []
+        assert list_free() == []
     finally:
         os.kill(model, signal.SIGKILL)
-    assert wait_for(lambda: free() == ["GPU-a"])
+    assert wait_for(lambda: list_free() == ["GPU-a"])
 
 
 # ---- a real one

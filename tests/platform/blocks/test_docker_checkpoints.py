@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 import tarfile
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from textwrap import dedent
@@ -22,6 +21,7 @@ from blocks.engines.docker.checkpoints import FILE
 from blocks.engines.docker.engine import DockerEngine
 from blocks.engines.docker.limits import Limits
 from core.errors import UserError
+from tests.helpers.waiting import wait_for
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -90,15 +90,6 @@ def contents(kept: Path) -> dict[str, str]:
     with tarfile.open(kept) as archive:
         files = {one.name: archive.extractfile(one) for one in archive if one.isfile()}
         return {name: file.read().decode() for name, file in files.items() if file}
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> bool:
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 CALLER = """

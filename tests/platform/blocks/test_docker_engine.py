@@ -27,6 +27,7 @@ from blocks.local.cancellation import Stopped, stop_all
 from blocks.local.gpus import lease_gpu, list_holders
 from blocks.local.processes import name_this_process
 from core.errors import UserError
+from tests.helpers.waiting import wait_for
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -73,15 +74,6 @@ def run(model: Path, tmp_path: Path, code: str, spec: Mapping[str, Any] | None =
     options = {"on_event": outcome.events.append} | options
     outcome.usage = DockerEngine(limits=limits).run("train", model, whole, **options)
     return outcome
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 30) -> bool:
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 def test_events_arrive_in_order_and_output_belongs_to_the_caller(model, tmp_path):

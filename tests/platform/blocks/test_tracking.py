@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from blocks.engines.base import Usage
 from blocks.local.processes import name_this_process
 from blocks.tracking import curves as mlflow_curves
 from blocks.tracking import tracker as module
-from blocks.tracking.client import Refused, Server
+from blocks.tracking.client import Refused
 from blocks.tracking.tables import DRF_ENDINGS, QUOTED_COLUMNS, QUOTED_VARIANT, SUMMARY_COLUMNS
 from blocks.tracking.tracker import MLflowTracking, ModelRun, OpenRun, read_git_commit
 from core.errors import UserError
@@ -566,9 +566,8 @@ def test_training_outlives_the_server(
         patch.setattr(requests.Session, "request", lost)
         for step in range(3):
             take({"event": "metric", "name": "loss", "step": step, "value": 0.5})
-        patch.setattr(module, "Server", partial(Server, patience=0.0))
         with pytest.raises(UserError, match="no answer"):
-            MLflowTracking(tracking_uri=tracking.tracking_uri).finish(fold)
+            replace(tracking, patience=0.0).finish(fold)
     assert len(caplog.records) == 1
     assert "Training goes on" in caplog.text
     take({"event": "metric", "name": "loss", "step": 3, "value": 0.5})
