@@ -18,9 +18,10 @@ from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import Cancelled, Cancelling, Crashed
 
 from blocks.config.pools import GPU
-from blocks.services.pages import PAGE, find_flow_runs
+from blocks.services.pages import PAGE
 from tasks.artifacts import LOG
 from tasks.progress import make_progress_reporter
+from tasks.record import find_flow_runs
 from tasks.train import FoldJob, predictions_recipe
 
 DEPLOYMENT = "train-fold/any"

@@ -11,7 +11,6 @@ from prefect.artifacts import create_table_artifact
 from prefect.client.orchestration import get_client
 
 from blocks.http import ConnectionLost
-from blocks.services.pages import find_flow_runs
 from core.catalog.schema import DatasetSpec
 from core.errors import UserError
 from flows.benchmark import benchmark
@@ -23,7 +22,7 @@ from flows.steps import end_with
 from tasks.artifacts import LOG
 from tasks.inputs import choose_models, choose_study, list_inputs, resolve_sources
 from tasks.preflight import check_needs
-from tasks.record import end_interrupted, open_tracking
+from tasks.record import end_interrupted, find_flow_runs, open_tracking
 from tasks.sources import fetch_source
 
 LONGEST = 500  # characters of a reason

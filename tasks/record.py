@@ -14,13 +14,14 @@ import pandas as pd
 from prefect import runtime, task
 from prefect.artifacts import create_link_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import TERMINAL_STATES
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import FlowRunFilter
+from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun
 from prefect.exceptions import TerminationSignal
 
 from blocks.config.secrets import read_mlflow_credentials
 from blocks.local.cancellation import Stopped
-from blocks.services.pages import find_flow_runs
+from blocks.services.pages import read_pages
 from blocks.store.code import code_hash
 from blocks.tracking.tracker import MLflowTracking, ModelRun
 from core.catalog.schema import DatasetSpec, ResolvedModel
@@ -122,6 +123,11 @@ def open_runs(
         {name: run.run_id for name, run in opened.items()},
         {name: run.folds for name, run in opened.items() if run.folds},
     )
+
+
+def find_flow_runs(client: SyncPrefectClient, **chosen: Any) -> list[FlowRun]:
+    """Return all flow runs that a filter chooses, as `FlowRunFilter` takes it: `id={"any_": [...]}`."""
+    return read_pages(client.read_flow_runs, flow_run_filter=FlowRunFilter.model_validate(chosen))
 
 
 def list_active_flow_runs(ids: list[str]) -> set[str]:

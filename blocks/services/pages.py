@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.filters import FlowRunFilter
-from prefect.client.schemas.objects import FlowRun
-
 PAGE = 200  # entries that the server gives at once
 
 T = TypeVar("T")
@@ -20,8 +16,3 @@ def read_pages(read: Callable[..., Sequence[T]], **query: Any) -> list[T]:
     while page := read(**query, limit=PAGE, offset=len(found)):
         found += page
     return found
-
-
-def find_flow_runs(client: SyncPrefectClient, **chosen: Any) -> list[FlowRun]:
-    """All flow runs that a filter chooses, as `FlowRunFilter` takes it: `id={"any_": [...]}`."""
-    return read_pages(client.read_flow_runs, flow_run_filter=FlowRunFilter.model_validate(chosen))
