@@ -36,7 +36,6 @@ test: $(TOOLS) ## lint, types, import contracts, and all tests that take seconds
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	MYPYPATH=model_containers $(BIN)/mypy model_containers/neural.py model_containers/*/model.py
 	$(BIN)/lint-imports
 	$(PYTEST) --cov --cov-report=term:skip-covered
 

@@ -75,9 +75,8 @@ class Catalog:
         spec = _read(path, DatasetSpec)
         taken = self._files("dataset").get(spec.name)
         if taken is not None and taken.resolve() != path.resolve():
-            raise UserError(
-                path, "name", f"{spec.name!r}, a data set of the catalog ({taken})", "give your entry a name of its own"
-            )
+            found = f"{spec.name!r}, a data set of the catalog ({taken})"
+            raise UserError(path, "name", found, "give your entry a name of its own")
         return spec
 
     def embedding(self, name: str) -> EmbeddingSpec:
@@ -97,26 +96,25 @@ class Catalog:
         UserError
             For an unknown name or an entry that does not fit the schema.
         """
-        spec = self._entry("embedding", name, EmbeddingSpec)
+        spec, file = self._entry("embedding", name, EmbeddingSpec), self._files("embedding")[name]
         if spec.source and name in self._files("pretrained"):
-            taken = f"{name!r}, which published files have too ({self._files('pretrained')[name]})"
-            raise UserError(self._files("embedding")[name], "name", taken, f"rename one: --source {name}= names either")
-        published = self._named_pretrained("embedding", spec)
+            found = f"{name!r}, which published files have too ({self._files('pretrained')[name]})"
+            raise UserError(file, "name", found, f"rename one: --source {name}= names either")
+        published = self._entry("pretrained", spec.pretrained, PretrainedSpec, file) if spec.pretrained else None
         if published and spec.kind == "text" and (missing := sorted(set(GENE_FILES) - set(published.files))):
-            lacking = f"{spec.pretrained!r}, without {missing[0]}"
-            raise UserError(
-                self._files("embedding")[name], "pretrained", lacking, f"name one with {' and '.join(GENE_FILES)}"
-            )
-        found = [self._part(spec, part) for part in spec.parts]
-        if found and spec.per_fold != any(part.per_fold for part in found):
+            found = f"{spec.pretrained!r}, without {missing[0]}"
+            raise UserError(file, "pretrained", found, f"name one with {' and '.join(GENE_FILES)}")
+        per_fold = []
+        for name_of_part in spec.parts:
+            part = self._entry("embedding", name_of_part, EmbeddingSpec, file)
+            if part.form != "table":
+                found = f"{name_of_part!r}, which is no single table"
+                raise UserError(file, "parts", found, "name embeddings that are one table each")
+            per_fold.append(part.per_fold)
+        if per_fold and spec.per_fold != any(per_fold):
             made = "each fold, as one of its parts is" if not spec.per_fold else "all folds, as its parts are"
-            per_fold = str(not spec.per_fold).lower()
-            raise UserError(
-                self._files("embedding")[name],
-                "per_fold",
-                str(spec.per_fold).lower(),
-                f"{per_fold}: it is made for {made}",
-            )
+            remedy = f"{str(not spec.per_fold).lower()}: it is made for {made}"
+            raise UserError(file, "per_fold", str(spec.per_fold).lower(), remedy)
         return spec
 
     def parts(self, spec: EmbeddingSpec) -> list[EmbeddingSpec]:
@@ -151,30 +149,6 @@ class Catalog:
             For an unknown name or an entry that does not fit the schema.
         """
         return self._entry("pretrained", name, PretrainedSpec)
-
-    def _named_pretrained(
-        self, kind: Literal["embedding", "model"], spec: EmbeddingSpec | ModelSpec
-    ) -> PretrainedSpec | None:
-        """Return what an entry's field `pretrained` names.
-
-        Raises UserError, with the entry's file, for an unknown name.
-        """
-        if spec.pretrained is None:
-            return None
-        if spec.pretrained not in self._files("pretrained"):
-            raise _unknown("pretrained", spec.pretrained, self.names("pretrained"), self._files(kind)[spec.name])
-        return self.pretrained(spec.pretrained)
-
-    def _part(self, whole: EmbeddingSpec, name: str) -> EmbeddingSpec:
-        where = self._files("embedding")[whole.name]
-        if name not in self._files("embedding"):
-            raise _unknown("embedding", name, self.names("embedding"), where)
-        part = self._entry("embedding", name, EmbeddingSpec)
-        if part.form != "table":
-            raise UserError(
-                where, "parts", f"{name!r}, which is no single table", "name embeddings that are one table each"
-            )
-        return part
 
     def model(self, name: str) -> ResolvedModel:
         """Return the model of that (expanded) name: `linear`, `ridge_reactome`.
@@ -264,42 +238,34 @@ class Catalog:
         return sorted(self._resolved() if kind == "model" else self._files(kind))
 
     def _resolved(self) -> dict[str, ResolvedModel]:
-        embeddings = {name: self.embedding(name) for name in self.names("embedding")}
+        embeddings = [self.embedding(name) for name in self.names("embedding")]
         groups = self._files("group")
         found: dict[str, ResolvedModel] = {}
         for template, path in sorted(self._files("model").items()):
             spec = self._entry("model", template, ModelSpec)
             takes = TAKES["table" if spec.embedding is True else spec.embedding] if spec.embedding else ()
-            weights = self._named_pretrained("model", spec)
-            fitting = [name for name in sorted(embeddings) if embeddings[name].form in takes]
-            for choice in fitting if spec.embedding else [None]:
-                name = template if choice is None else f"{template}_{choice}"
+            weights = self._entry("pretrained", spec.pretrained, PretrainedSpec, path) if spec.pretrained else None
+            fitting = [embedding for embedding in embeddings if embedding.form in takes]
+            for embedding in fitting if spec.embedding else [None]:
+                name = f"{template}_{embedding.name}" if embedding else template
                 if name in found or name in groups:
                     other = groups[name] if name in groups else f"model {found[name].template!r}"
                     raise UserError(path, "name", f"{name!r} is also {other}", "rename one of them")
-                found[name] = ResolvedModel(
-                    name=name,
-                    title=spec.title if choice is None else f"{spec.title}, {embeddings[choice].title}",
-                    template=template,
-                    embedding=None if choice is None else embeddings[choice],
-                    pretrained=weights,
-                    hyperparameters=spec.hyperparameters,
-                    container=spec.container,
-                    time_limits=spec.time_limits,
-                    citation=spec.citation,
-                )
+                title = f"{spec.title}, {embedding.title}" if embedding else spec.title
+                own = {"name": name, "title": title, "template": template}
+                found[name] = ResolvedModel(**dict(spec) | own | {"embedding": embedding, "pretrained": weights})
         return found
 
-    def _entry(self, kind: Kind, name: str, schema: type[Spec]) -> Spec:
+    def _entry(self, kind: Kind, name: str, schema: type[Spec], where: object = "catalog") -> Spec:
+        """Return the entry of that name. Raises UserError, `where` its name is, for an unknown one."""
         files = self._files(kind)
         if name not in files:
-            raise _unknown(kind, name, list(files))
+            raise _unknown(kind, name, list(files), where)
         path = files[name]
         spec = _read_built_in(path, schema) if path.is_relative_to(BUILT_IN) else _read(path, schema)
         if spec.name != name:
-            raise UserError(
-                path, "name", repr(spec.name), f"write `name: {name}`, or rename the file to {spec.name}.yaml"
-            )
+            remedy = f"write `name: {name}`, or rename the file to {spec.name}.yaml"
+            raise UserError(path, "name", repr(spec.name), remedy)
         return spec.model_copy(deep=True)
 
     def _files(self, kind: Kind) -> dict[str, Path]:
@@ -309,12 +275,8 @@ class Catalog:
         own = self.own_folder()
         for path in _yaml_files(own / folder) if own else []:
             if path.stem in files:
-                raise UserError(
-                    path,
-                    "name",
-                    f"{path.stem!r}, which the catalog already has ({files[path.stem]})",
-                    "give your entry a name of its own",
-                )
+                found = f"{path.stem!r}, which the catalog already has ({files[path.stem]})"
+                raise UserError(path, "name", found, "give your entry a name of its own")
             files[path.stem] = path
         return files
 
@@ -331,12 +293,9 @@ class Catalog:
             Where it has none of the sub-folders.
         """
         if self._own is not None and not any((self._own / name).is_dir() for name in FOLDERS.values()):
-            raise UserError(
-                VARIABLE,
-                "folder",
-                f"{self._own}, without any of the sub-folders {', '.join(FOLDERS.values())}",
-                f"point {VARIABLE} to a folder of catalog entries ({GUIDE}), or unset it",
-            )
+            found = f"{self._own}, without any of the sub-folders {', '.join(FOLDERS.values())}"
+            remedy = f"point {VARIABLE} to a folder of catalog entries ({GUIDE}), or unset it"
+            raise UserError(VARIABLE, "folder", found, remedy)
         return self._own
 
 
@@ -358,9 +317,8 @@ def _read(path: Path, schema: type[Spec]) -> Spec:
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(path, "format", f"not readable as YAML: {error}", f"correct the file; see {GUIDE}") from error
     if not isinstance(entry, dict):
-        raise UserError(
-            path, "format", f"{type(entry).__name__}, not a mapping", f"write `field: value` lines; see {GUIDE}"
-        )
+        found = f"{type(entry).__name__}, not a mapping"
+        raise UserError(path, "format", found, f"write `field: value` lines; see {GUIDE}")
     try:
         return schema.model_validate(entry)
     except ValidationError as error:

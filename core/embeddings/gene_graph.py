@@ -133,12 +133,8 @@ def read_annotations(path: Path) -> pd.DataFrame:
         fields = line.split("\t")
         is_annotation = len(fields) > TAXON and fields[TERM].startswith("GO:") and fields[ASPECT] in ASPECTS
         if not is_annotation or not fields[SYMBOL]:
-            raise UserError(
-                path,
-                f"line {number}",
-                f"{line[:60]!r}",
-                "give a GAF 2.2 file: 13 fields or more, separated by tabs, with symbol, GO id, aspect and taxon",
-            )
+            remedy = "give a GAF 2.2 file: 13 fields or more, separated by tabs, with symbol, GO id, aspect and taxon"
+            raise UserError(path, f"line {number}", f"{line[:60]!r}", remedy)
         is_human = fields[TAXON].split("|")[0] == HUMAN
         if is_human and "NOT" not in fields[QUALIFIER].upper().split("|"):
             pairs.add((fields[SYMBOL], fields[TERM]))

@@ -59,12 +59,8 @@ def read_gene_sets(path: Path) -> pd.DataFrame:
         name, description, *genes = (field.strip() for field in [*line.split("\t"), ""])
         members = {gene for gene in genes if gene}
         if not name or not members:
-            raise UserError(
-                path,
-                f"line {number}",
-                f"{line[:60]!r}: {'no genes' if name else 'no name'}",
-                "give lines of name, description and genes, separated by tabs",
-            )
+            remedy = "give lines of name, description and genes, separated by tabs"
+            raise UserError(path, f"line {number}", f"{line[:60]!r}: {'no genes' if name else 'no name'}", remedy)
         if (name, description) in rows:
             raise UserError(path, f"line {number}", f"{name!r} for the second time", "keep one of the two")
         rows[name, description] = members
@@ -169,12 +165,9 @@ def embed_coexpression(X: sparse.csr_matrix, genes: Sequence[str], dimensions: i
     varies = _dense_row(X.max(axis=0)) > _dense_row(X.min(axis=0)) if X.shape[0] else np.zeros(len(names), dtype=bool)
     order = order[varies[order]]
     if not len(order):
-        raise UserError(
-            "coexpression embedding",
-            "training cells",
-            f"{X.shape[0]} cells in which no gene varies",
-            "choose an embedding that is made without cells, e.g. reactome",
-        )
+        found = f"{X.shape[0]} cells in which no gene varies"
+        remedy = "choose an embedding that is made without cells, e.g. reactome"
+        raise UserError("coexpression embedding", "training cells", found, remedy)
     n = X.shape[0]
     total, covariance = _sums(X, order)
     covariance -= np.outer(total, total / n)

@@ -82,8 +82,10 @@ def _require_self_contained(file: h5py.File, path: Path) -> None:
     """Refuse links, which this walk does not follow, and objects with two names, which anndata would read twice."""
 
     def look(name: str, thing: h5py.Group | h5py.Dataset) -> None:
-        links = [f"{name}/{link}" for link in thing if _is_link(thing, link)] if isinstance(thing, h5py.Group) else []
-        if isinstance(thing, h5py.Dataset) and (thing.is_virtual or thing.external):
+        links: list[str] = []
+        if isinstance(thing, h5py.Group):
+            links = [f"{name}/{key}" for key in thing if not isinstance(thing.get(key, getlink=True), h5py.HardLink)]
+        elif isinstance(thing, h5py.Dataset) and (thing.is_virtual or thing.external):
             links = [name]
         if links:
             raise UserError(
@@ -94,10 +96,6 @@ def _require_self_contained(file: h5py.File, path: Path) -> None:
 
     look("", file)
     file.visititems(look)
-
-
-def _is_link(group: h5py.Group, name: str) -> bool:
-    return not isinstance(group.get(name, getlink=True), h5py.HardLink)
 
 
 def _bytes_in_memory(file: h5py.File, most: int) -> int:
@@ -213,21 +211,6 @@ def _read(path: Path, read: Callable[[Path], T]) -> T:
             f"not a readable h5ad ({type(error).__name__}: {error})",
             "give an AnnData .h5ad file; if it is one, it is damaged: write or download it again",
         ) from error
-
-
-def read_obs(path: Path) -> pd.DataFrame:
-    """Read only the description of the rows of an h5ad.
-
-    Parameters
-    ----------
-    path : Path
-        The file.
-
-    Returns
-    -------
-    pd.DataFrame
-    """
-    return read_names(path)[0]
 
 
 def read_genes(path: Path) -> pd.Index:

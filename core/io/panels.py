@@ -35,8 +35,8 @@ def split_rows(n: int, rows: int = PANEL) -> list[slice]:
     return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
 
 
-def read_panels(X: Any, rows: Ints | None = None) -> Iterator[tuple[slice, sparse.csr_matrix]]:
-    """Read the rows of a matrix, PANEL at a time, in order.
+def read_float_panels(X: Any, rows: Ints | None = None) -> Iterator[tuple[slice, sparse.csr_matrix]]:
+    """Read the rows of a matrix in float64, PANEL at a time, in order.
 
     The next panel is read while the caller works on this one.
 
@@ -52,24 +52,8 @@ def read_panels(X: Any, rows: Ints | None = None) -> Iterator[tuple[slice, spars
     Iterator[tuple[slice, sparse.csr_matrix]]
     """
     pieces = split_rows(X.shape[0] if rows is None else len(rows))
-    return zip(pieces, read_ahead(lambda span: sparse.csr_matrix(X[_place(span, rows)]), pieces), strict=True)
-
-
-def read_float_panels(X: Any, rows: Ints | None = None) -> Iterator[tuple[slice, sparse.csr_matrix]]:
-    """Read the panels of a matrix as `read_panels` does, in float64.
-
-    Parameters
-    ----------
-    X : Any
-        Cells x genes.
-    rows : Ints | None
-        Positions of the rows that take part, ascending; None for all.
-
-    Returns
-    -------
-    Iterator[tuple[slice, sparse.csr_matrix]]
-    """
-    return ((span, panel.astype(np.float64)) for span, panel in read_panels(X, rows))
+    panels = read_ahead(lambda span: sparse.csr_matrix(X[_place(span, rows)]), pieces)
+    return ((span, panel.astype(np.float64)) for span, panel in zip(pieces, panels, strict=True))
 
 
 def _place(span: slice, rows: Ints | None) -> slice | Ints:

@@ -62,12 +62,9 @@ def read_symbols(var: pd.DataFrame, column: str, where: str) -> pd.Series:
         Without this column.
     """
     if column not in var:
-        raise UserError(
-            where,
-            f"var[{column!r}]",
-            f"no such column; there are: {shown(sorted(map(str, var.columns)), 12)}",
-            "name the right column in the catalog entry (`symbol_column`)",
-        )
+        found = f"no such column; there are: {shown(sorted(map(str, var.columns)), 12)}"
+        remedy = "name the right column in the catalog entry (`symbol_column`)"
+        raise UserError(where, f"var[{column!r}]", found, remedy)
     return var[column].astype(object).where(var[column].notna(), None)
 
 

@@ -51,20 +51,13 @@ def _condition(label: str, rules: Labels, where: str) -> str:
     if _is_control(name, rules):
         return CONTROL
     if name in NO_LABEL:
-        raise UserError(
-            where,
-            field,
-            f"the label {label!r}, text that stands for no label",
-            "add it to `labels.dropped` in the catalog entry (or to `labels.control`), or leave these labels empty",
-        )
+        remedy = "add it to `labels.dropped` in the catalog entry (or to `labels.control`), or leave these labels empty"
+        raise UserError(where, field, f"the label {label!r}, text that stands for no label", remedy)
     separator, left = rules.separator, _cut(name, rules)
     if separator is not None and separator != SEPARATOR and separator in left and SEPARATOR in left:
-        raise UserError(
-            where,
-            field,
-            f"the label {label!r} holds both separators, {separator!r} and {SEPARATOR!r}",
-            "rename it, or set `labels.separator` in the catalog entry to the one that is meant",
-        )
+        found = f"the label {label!r} holds both separators, {separator!r} and {SEPARATOR!r}"
+        remedy = "rename it, or set `labels.separator` in the catalog entry to the one that is meant"
+        raise UserError(where, field, found, remedy)
     names = _split(left, rules)
     meant = {control_label.casefold(): control_label for control_label in control}
     for part in (name, *names):
@@ -77,21 +70,13 @@ def _condition(label: str, rules: Labels, where: str) -> str:
             )
     for part in names:
         if part not in control and part.casefold() in LIKE_CONTROL:
-            raise UserError(
-                where,
-                field,
-                f"the label {label!r}: {part!r} is no gene, but a name of control",
-                f"add {part!r} to `labels.control` in the catalog entry, or the label to `labels.dropped`",
-            )
+            remedy = f"add {part!r} to `labels.control` in the catalog entry, or the label to `labels.dropped`"
+            raise UserError(where, field, f"the label {label!r}: {part!r} is no gene, but a name of control", remedy)
     # A combination with control is the perturbation alone (`A+control` in some files).
     genes = sorted(set(names) - control)
     if not genes or any(not gene for gene in genes):
-        raise UserError(
-            where,
-            field,
-            f"the label {label!r} names no gene, or an empty one",
-            "correct the label, or add it to `labels.control` in the catalog entry",
-        )
+        found = f"the label {label!r} names no gene, or an empty one"
+        raise UserError(where, field, found, "correct the label, or add it to `labels.control` in the catalog entry")
     return SEPARATOR.join(genes)
 
 
@@ -117,12 +102,9 @@ def _require_one_spelling(conditions: Iterable[str], rules: Labels, where: str) 
     genes = sorted({gene for condition in conditions for gene in genes_of(condition)}, key=lambda g: (g.casefold(), g))
     alike = [f"{a} and {b}" for a, b in pairwise(genes) if a.casefold() == b.casefold()]
     if alike:
-        raise UserError(
-            where,
-            f"obs[{rules.column!r}]",
-            f"perturbed genes that differ in case only: {shown(alike)}",
-            "spell each gene in one way, as among the measured genes: as they are, they would be two perturbations",
-        )
+        found = f"perturbed genes that differ in case only: {shown(alike)}"
+        remedy = "spell each gene in one way, as among the measured genes: as they are, they would be two perturbations"
+        raise UserError(where, f"obs[{rules.column!r}]", found, remedy)
 
 
 def find_measured_controls(labels: pd.Series, rules: Labels, symbols: pd.Index, where: str) -> list[str]:
@@ -180,9 +162,6 @@ def require_controls(obs: pd.DataFrame, rules: Labels, where: str) -> None:
     without = sorted(has_control.index[~has_control].astype(str))
     if len(has_control) == 0 or without:
         labels = sorted(obs["condition"].astype(str).unique())
-        raise UserError(
-            where,
-            f"obs[{rules.column!r}]",
-            f"no control cells in {shown(without) or 'any covariate'}; labels there: {shown(labels, 8)}",
-            f"set `labels.control` in the catalog entry (now {shown(list(rules.control))}), or --control",
-        )
+        found = f"no control cells in {shown(without) or 'any covariate'}; labels there: {shown(labels, 8)}"
+        remedy = f"set `labels.control` in the catalog entry (now {shown(list(rules.control))}), or --control"
+        raise UserError(where, f"obs[{rules.column!r}]", found, remedy)

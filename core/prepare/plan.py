@@ -114,12 +114,8 @@ def require_unique_cells(obs: pd.DataFrame, where: str) -> None:
     """
     repeated = obs.index[obs.index.duplicated()]
     if len(repeated):
-        raise UserError(
-            where,
-            "obs_names",
-            f"{len(repeated)} duplicated cell names ({shown(list(repeated))})",
-            "make the names unique, e.g. by adding the batch: adata.obs_names_make_unique()",
-        )
+        remedy = "make the names unique, e.g. by adding the batch: adata.obs_names_make_unique()"
+        raise UserError(where, "obs_names", f"{len(repeated)} duplicated cell names ({shown(list(repeated))})", remedy)
 
 
 def order_cells(obs: pd.DataFrame) -> Ints:
@@ -176,12 +172,8 @@ def _sampled(obs: pd.DataFrame, spec: PreparationSettings, where: str) -> Bools:
 def _library_sizes(obs: pd.DataFrame, column: str, where: str) -> pd.Series:
     sizes = pd.to_numeric(_column(obs, column, where), errors="coerce")
     if not (np.isfinite(sizes) & (sizes > 0)).all():
-        raise UserError(
-            where,
-            f"obs[{column!r}]",
-            "library sizes that are missing, zero or negative",
-            "fill the column, or take `library_size` out of the catalog entry",
-        )
+        remedy = "fill the column, or take `library_size` out of the catalog entry"
+        raise UserError(where, f"obs[{column!r}]", "library sizes that are missing, zero or negative", remedy)
     return sizes.astype(np.float64)
 
 
@@ -206,12 +198,9 @@ def _filtered(obs: pd.DataFrame, filters: tuple[Filter, ...], where: str) -> np.
     for row in filters:
         column = _column(obs, row.column, where)
         if row.op in (">=", "<=") and not pd.api.types.is_numeric_dtype(column):
-            raise UserError(
-                where,
-                f"obs[{row.column!r}]",
-                f"{column.dtype} values, of which none is {row.op} {row.value}",
-                "filter by a column of numbers, or use `op: ==` or `op: in`",
-            )
+            found = f"{column.dtype} values, of which none is {row.op} {row.value}"
+            remedy = "filter by a column of numbers, or use `op: ==` or `op: in`"
+            raise UserError(where, f"obs[{row.column!r}]", found, remedy)
         keep &= COMPARISONS[row.op](column, row.value).fillna(False).to_numpy(dtype=bool)
     if not keep.any():
         raise UserError(where, "filters", "no cell passes the entry's filters", "check `filters` in the catalog entry")
@@ -233,10 +222,7 @@ def _column(obs: pd.DataFrame, name: str, where: str) -> pd.Series:
 def _covariates(obs: pd.DataFrame, name: str, where: str) -> pd.Series:
     column = _column(obs, name, where)
     if column.isna().any():
-        raise UserError(
-            where,
-            f"obs[{name!r}]",
-            f"{int(column.isna().sum()):,} labelled cells without a covariate",
-            "fill the column, or leave these cells out by `filters` in the catalog entry",
-        )
+        found = f"{int(column.isna().sum()):,} labelled cells without a covariate"
+        remedy = "fill the column, or leave these cells out by `filters` in the catalog entry"
+        raise UserError(where, f"obs[{name!r}]", found, remedy)
     return column.astype(str)

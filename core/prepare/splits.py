@@ -116,20 +116,12 @@ def list_fold_columns(obs: pd.DataFrame) -> list[str]:
 def _single_plans(conditions: list[str], folds: int | Literal["leave-one-out"], seed: int) -> list[dict[str, str]]:
     combined = [c for c in conditions if SEPARATOR in c]
     if combined:
-        raise UserError(
-            "catalog entry",
-            "task",
-            f"single, but {len(combined)} conditions are combinations (first: {combined[0]})",
-            "set `task: combination`",
-        )
+        found = f"single, but {len(combined)} conditions are combinations (first: {combined[0]})"
+        raise UserError("catalog entry", "task", found, "set `task: combination`")
     n_folds = len(conditions) if folds == "leave-one-out" else folds
     if not 2 <= n_folds <= len(conditions):
-        raise UserError(
-            "catalog entry",
-            "folds",
-            f"{n_folds} folds for {len(conditions)} conditions",
-            "choose between 2 and the number of conditions",
-        )
+        found = f"{n_folds} folds for {len(conditions)} conditions"
+        raise UserError("catalog entry", "folds", found, "choose between 2 and the number of conditions")
     order = [conditions[i] for i in generator(seed, "folds").permutation(len(conditions))]
     plans = []
     for block in np.array_split(np.arange(len(order)), n_folds):
@@ -149,12 +141,8 @@ def _combination_plans(conditions: list[str], folds: int | Literal["leave-one-ou
     singles = [c for c in conditions if SEPARATOR not in c]
     combinations = [c for c in conditions if SEPARATOR in c]
     if len(combinations) < 2:
-        raise UserError(
-            "catalog entry",
-            "task",
-            f"combination, but the data hold {len(combinations)} combinations",
-            "set `task: single`, or check `labels.separator`",
-        )
+        found = f"combination, but the data hold {len(combinations)} combinations"
+        raise UserError("catalog entry", "task", found, "set `task: single`, or check `labels.separator`")
     order = [combinations[i] for i in generator(seed, "folds").permutation(len(combinations))]
     halves = [order[: len(order) // 2], order[len(order) // 2 :]]
     plans = []

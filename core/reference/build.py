@@ -17,7 +17,7 @@ from core.io.h5ad import require_space
 from core.prepare.splits import draw_halves
 from core.reference.cell_sums import CellSums, list_reference_keys, sum_cells
 from core.reference.control_profiles import interpolate_duplicate, predict_additive
-from core.reference.files import HALF_SPLITS, NEGATIVES, REFERENCE, find_dataset_means
+from core.reference.files import HALF_SPLITS, NEGATIVES, REFERENCE, find_negatives
 from core.reference.linear_baseline import predict_linear
 from core.stats.differential_expression import compare_with_rest, mask_degs
 from core.stats.moments import Moments
@@ -77,9 +77,28 @@ def build_negatives(sums: CellSums) -> ad.AnnData:
         for fold, column in enumerate(sums.splits):
             rows.append((covariate, "dataset_mean", fold))
             profiles.append(sums.mean[_trained(sums, covariate, column)].mean(axis=0))
+    return frame_negatives(rows, np.vstack(profiles), sums.genes)
+
+
+def frame_negatives(rows: list[tuple[str, str, int]], profiles: Floats, genes: pd.Index) -> ad.AnnData:
+    """Return negatives.h5ad.
+
+    Parameters
+    ----------
+    rows : list[tuple[str, str, int]]
+        Covariate, kind and fold of each profile.
+    profiles : Floats
+        Rows x genes, log1p.
+    genes : pd.Index
+        Names of the columns.
+
+    Returns
+    -------
+    ad.AnnData
+    """
     obs = pd.DataFrame(rows, columns=["covariate", "kind", "fold"])
     obs.index = pd.Index(obs["covariate"] + "|" + obs["kind"] + "|" + obs["fold"].astype(str))
-    return ad.AnnData(X=np.vstack(profiles), obs=obs, var=pd.DataFrame(index=sums.genes))
+    return ad.AnnData(X=profiles, obs=obs, var=pd.DataFrame(index=genes))
 
 
 def _trained(sums: CellSums, covariate: str, column: str) -> Ints:
@@ -109,15 +128,13 @@ def build_half_split(sums: CellSums, seed: int, negatives: ad.AnnData) -> ad.Ann
     first, second = sums.halves[seed]()
     t_first, padj_first = _differential(first, sums.keys)
     t_second, padj_second = _differential(second, sums.keys)
-    truth, duplicate = first.mean(), second.mean()
+    truth, duplicate, dataset_mean = first.mean(), second.mean(), find_negatives(negatives, "dataset_mean", sums.keys)
     obs = sums.keys.assign(n_first=first.n, n_second=second.n, n_degs=mask_degs(padj_first).sum(axis=1))
     del first, second
     layers = {
         "truth": truth,
         "technical_duplicate": duplicate,
-        "interpolated_duplicate": interpolate_duplicate(
-            duplicate, find_dataset_means(negatives, sums.keys), padj_second
-        ),
+        "interpolated_duplicate": interpolate_duplicate(duplicate, dataset_mean, padj_second),
         "t_first": t_first,
         "padj_first": padj_first,
         "t_second": t_second,

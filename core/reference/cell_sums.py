@@ -104,7 +104,7 @@ def sum_cells(
             for number in halves
             for room_of, part in zip(moments[number], parts, strict=True)
         ]
-        run_in_threads(_call, [*works, partial(add_sums, sums, members[:, span], values)])
+        run_in_threads(lambda work: work(), [*works, partial(add_sums, sums, members[:, span], values)])
 
     perturbed = np.flatnonzero(groups["condition"] != CONTROL)
 
@@ -136,10 +136,6 @@ def sum_cells(
         controls,
         dict(zip(training, sums[len(keys) :], strict=True)),
     )
-
-
-def _call(work: Callable[[], None]) -> None:
-    work()
 
 
 def _training_controls(obs: pd.DataFrame, keys: pd.DataFrame) -> dict[tuple[str, int], sparse.csr_matrix]:

@@ -13,7 +13,7 @@ from anndata.io import read_elem
 
 from core.arrays import Floats
 from core.conditions import KEYS
-from core.io.h5ad import read_genes, read_obs
+from core.io.h5ad import read_names
 
 REFERENCE = "reference.h5ad"
 NEGATIVES = "negatives.h5ad"
@@ -72,22 +72,7 @@ def read_keys(folder: Path) -> pd.DataFrame:
     -------
     pd.DataFrame
     """
-    return read_obs(folder / REFERENCE).astype(dict.fromkeys(KEYS, str)).reset_index(drop=True)
-
-
-def read_reference_genes(folder: Path) -> pd.Index:
-    """Return only the genes of the reference in `folder`.
-
-    Parameters
-    ----------
-    folder : Path
-        Where the files lie, or go.
-
-    Returns
-    -------
-    pd.Index
-    """
-    return read_genes(folder / REFERENCE)
+    return read_names(folder / REFERENCE)[0].astype(dict.fromkeys(KEYS, str)).reset_index(drop=True)
 
 
 def find_half_splits(folder: Path) -> dict[int, Path]:
@@ -106,13 +91,16 @@ def find_half_splits(folder: Path) -> dict[int, Path]:
     return dict(sorted((int(file.stem.removeprefix("seed_")), file) for file in files))
 
 
-def find_dataset_means(negatives: ad.AnnData, keys: pd.DataFrame) -> Floats:
-    """Return for each (covariate, condition) the dataset_mean of the fold in which it is test; NaN if it never is.
+def find_negatives(negatives: ad.AnnData, kind: str, keys: pd.DataFrame) -> Floats:
+    """Return for each (covariate, condition) the profile of a negative control.
 
     Parameters
     ----------
     negatives : ad.AnnData
         From negatives.h5ad.
+    kind : str
+        `control_mean` is that of the covariate, `dataset_mean` that of the fold in which the condition is test; NaN if
+        it never is.
     keys : pd.DataFrame
         The table of conditions: covariate, condition and more.
 
@@ -120,30 +108,10 @@ def find_dataset_means(negatives: ad.AnnData, keys: pd.DataFrame) -> Floats:
     -------
     Floats
     """
-    return _rows_of(negatives, "dataset_mean", keys["covariate"], keys["test_fold"])
-
-
-def find_control_means(negatives: ad.AnnData, keys: pd.DataFrame) -> Floats:
-    """Return for each (covariate, condition) the control_mean of its covariate.
-
-    Parameters
-    ----------
-    negatives : ad.AnnData
-        From negatives.h5ad.
-    keys : pd.DataFrame
-        The table of conditions: covariate, condition and more.
-
-    Returns
-    -------
-    Floats
-    """
-    return _rows_of(negatives, "control_mean", keys["covariate"], pd.Series(-1, index=keys.index))
-
-
-def _rows_of(negatives: ad.AnnData, kind: str, covariate: pd.Series, fold: pd.Series) -> Floats:
     of_kind = negatives[negatives.obs["kind"] == kind]
     index = pd.MultiIndex.from_arrays([of_kind.obs["covariate"].astype(str), of_kind.obs["fold"].astype(int)])
-    rows = index.get_indexer(pd.MultiIndex.from_arrays([covariate.astype(str), fold.astype(int)]))
+    fold = keys["test_fold"].astype(int) if kind == "dataset_mean" else np.full(len(keys), -1)
+    rows = index.get_indexer(pd.MultiIndex.from_arrays([keys["covariate"].astype(str), fold]))
     profiles = np.asarray(of_kind.X, dtype=np.float64)[rows]
     profiles[rows < 0] = np.nan
     return np.asarray(profiles)

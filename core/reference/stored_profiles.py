@@ -13,7 +13,7 @@ from core.arrays import Floats
 from core.conditions import KEYS
 from core.errors import UserError, shown
 from core.prepare.mirror import FOLD_PREFIX, list_folds
-from core.reference.build import frame_by_condition
+from core.reference.build import frame_by_condition, frame_negatives
 from core.reference.cell_sums import list_reference_keys
 from core.stats.differential_expression import mask_degs
 
@@ -79,10 +79,7 @@ def _stored_negatives(data: ad.AnnData, genes: pd.Index, covariates: set[str], w
     slots += [("dataset_mean", fold, DATASET_MEAN.format(fold=fold)) for fold in list_folds(data.obs)]
     tables = [(kind, fold, _table(data, slot, genes, covariates, where)) for kind, fold, slot in slots]
     rows = [(str(covariate), kind, fold) for kind, fold, table in tables for covariate in table.index]
-    obs = pd.DataFrame(rows, columns=["covariate", "kind", "fold"])
-    obs.index = pd.Index(obs["covariate"] + "|" + obs["kind"] + "|" + obs["fold"].astype(str))
-    values = np.vstack([table.to_numpy(np.float64) for _, _, table in tables])
-    return ad.AnnData(X=values, obs=obs, var=pd.DataFrame(index=genes))
+    return frame_negatives(rows, np.vstack([table.to_numpy(np.float64) for _, _, table in tables]), genes)
 
 
 def _table(data: ad.AnnData, slot: str, genes: pd.Index, rows: Collection[str], where: str) -> pd.DataFrame:
@@ -93,12 +90,8 @@ def _table(data: ad.AnnData, slot: str, genes: pd.Index, rows: Collection[str], 
     for what, wanted, there in (("genes of X", genes, table.columns), ("rows", pd.Index(sorted(rows)), table.index)):
         missing = wanted.difference(there)
         if len(missing):
-            raise UserError(
-                where,
-                f"uns[{slot!r}]",
-                f"{len(missing)} {what} are missing ({shown(list(missing))})",
-                "use --recompute",
-            )
+            found = f"{len(missing)} {what} are missing ({shown(list(missing))})"
+            raise UserError(where, f"uns[{slot!r}]", found, "use --recompute")
     return table[genes]
 
 

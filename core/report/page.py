@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from core.report.figures.dynamic_range import draw_dynamic_range
 from core.report.figures.edistance import draw_edistance
 from core.report.figures.headroom import draw_headroom
 from core.report.figures.per_condition import draw_per_condition
-from core.report.figures.style import STRATUM_LABELS, encode_data_uri, render_png, render_svg
+from core.report.figures.style import STRATUM_LABELS, render_figure
 from core.report.files import FIGURES
 from core.report.headline import compose_headline
 from core.report.text import format_share, spell_name
@@ -185,8 +186,8 @@ def _save_figures(figures: Mapping[str, tuple[Figure, str]], folder: Path) -> di
     folder.mkdir(parents=True, exist_ok=True)
     pictures = {}
     for name, (figure, alt) in figures.items():
-        image = render_svg(figure)
-        (folder / f"{name}.svg").write_bytes(image)
-        (folder / f"{name}.png").write_bytes(render_png(figure))
-        pictures[name] = Picture(encode_data_uri(image), alt)
+        images = {kind: render_figure(figure, kind) for kind in ("svg", "png")}
+        for kind, image in images.items():
+            (folder / f"{name}.{kind}").write_bytes(image)
+        pictures[name] = Picture("data:image/svg+xml;base64," + b64encode(images["svg"]).decode(), alt)
     return pictures

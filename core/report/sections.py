@@ -8,20 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from core.report.tables import (
-    STRATUM_NAMES,
-    VARIANT_NAMES,
-    drop_control,
-    find_extremes,
-    list_entries,
-    list_ranked_metrics,
-    list_records,
-    order_metrics,
-    pivot_strata,
-    summarise_quality,
-    tabulate_variants,
-    tabulate_verdicts,
-)
+from core.reference.controls import RANKED
+from core.report import tables
 from core.report.text import (
     DASH,
     choose_decimals,
@@ -31,7 +19,7 @@ from core.report.text import (
     format_p,
     format_share,
 )
-from core.scoring.leaderboard import COVERAGE, RANKED
+from core.scoring.leaderboard import COVERAGE
 from core.scoring.metrics import BY_NAME
 
 
@@ -61,8 +49,8 @@ def list_facts(quality: pd.DataFrame, leaderboard: pd.DataFrame, scores: pd.Data
     list of str
         Conditions, covariates where there are several, models.
     """
-    kinds = list_entries(leaderboard)["kind"]
-    conditions, covariates = len(drop_control(quality)), quality["covariate"].nunique()
+    kinds = tables.list_entries(leaderboard)["kind"]
+    conditions, covariates = len(tables.drop_control(quality)), quality["covariate"].nunique()
     facts = [format_count(conditions, "condition")]
     tested = len(scores[["covariate", "condition"]].drop_duplicates())
     if tested < conditions:
@@ -87,8 +75,8 @@ def show_leaderboard(leaderboard: pd.DataFrame) -> dict[str, Any]:
     dict
         Heads of the columns, groups of rows of cells, how many metrics are calibrated, and whether anything is ranked.
     """
-    metrics = order_metrics(leaderboard)
-    calibrated = list_ranked_metrics(leaderboard)
+    metrics = tables.order_metrics(leaderboard)
+    calibrated = tables.list_ranked_metrics(leaderboard)
     n = leaderboard.groupby("metric")["n_conditions"].max().to_dict()
     # Conditions that no model has a value for, without DEGs for example, are counted once, in the head.
     lacking = leaderboard.groupby("metric")["nan_share"].min().to_dict()
@@ -134,7 +122,7 @@ def show_headroom(leaderboard: pd.DataFrame) -> dict[str, Any]:
     dict
         The metrics, and groups of rows of cells in the leaderboard's order.
     """
-    metrics = list_ranked_metrics(leaderboard)
+    metrics = tables.list_ranked_metrics(leaderboard)
     predictors = leaderboard[leaderboard["kind"].isin(RANKED)]
     return {"metrics": metrics, "groups": _group_rows(predictors, metrics, lambda entry: _show_mean(entry, "headroom"))}
 
@@ -149,9 +137,9 @@ def _group_rows(
 ) -> list[dict[str, Any]]:
     """Rows of the leaderboard under headings: predictors, controls, and predictors of too little coverage."""
     below = f"Coverage below {format_share(COVERAGE)}: on their own conditions, not ranked"
-    known = {(entry["model"], entry["metric"]): entry for entry in list_records(leaderboard)}
+    known = {(entry["model"], entry["metric"]): entry for entry in tables.list_records(leaderboard)}
     groups: dict[str, list[dict[str, Any]]] = {}
-    for row in list_records(list_entries(leaderboard)):
+    for row in tables.list_records(tables.list_entries(leaderboard)):
         control = f"{row['kind'].capitalize()}s"
         heading = control if row["kind"] not in RANKED else "Models and baselines" if row["in_panel"] else below
         cells = [show(known[row["model"], metric]) for metric in metrics]
@@ -184,10 +172,11 @@ def show_calibration(calibration: pd.DataFrame) -> list[dict[str, Any]]:
     list of dict
         One row per metric.
     """
-    variants = tabulate_variants(calibration)
-    quoted, *others = VARIANT_NAMES
+    variants = tables.tabulate_variants(calibration)
+    quoted, *others = tables.VARIANT_NAMES
     rows = []
-    for entry in list_records(tabulate_verdicts(calibration).merge(variants, left_on="metric", right_index=True)):
+    verdicts = tables.tabulate_verdicts(calibration)
+    for entry in tables.list_records(verdicts.merge(variants, left_on="metric", right_index=True)):
         controls = [entry["positive_value"], entry["negative_value"]]
         decimals = _choose_decimals(entry["metric"], pd.Series(controls, dtype=float))
         rows.append(
@@ -219,12 +208,12 @@ def show_extremes(ratios: pd.DataFrame) -> list[dict[str, Any]]:
         return [
             " in ".join([row["condition"], row["covariate"]][: 1 + several])
             + f" (×\u202f{format_number(row['ratio'], 2)}, {format_number(row['n_degs'], 0)} DEGs)"
-            for row in list_records(table)
+            for row in tables.list_records(table)
         ]
 
     return [
         {"model": row["model"], "won": describe(row["won"]), "lost": describe(row["lost"])}
-        for row in list_records(find_extremes(ratios))
+        for row in tables.list_records(tables.find_extremes(ratios))
     ]
 
 
@@ -249,14 +238,14 @@ def show_comparison(
     dict
         `main` and `rest`, each with the tests of every model.
     """
-    table = pivot_strata(comparison)
-    quoted = tabulate_verdicts(calibration).set_index("metric")
+    table = tables.pivot_strata(comparison)
+    quoted = tables.tabulate_verdicts(calibration).set_index("metric")
     calibrated = table["metric"].isin(quoted.index[quoted["verdict"] == "calibrated"])
     kinds = leaderboard.drop_duplicates("model").set_index("model")["kind"]
     own = table["control"] == table["metric"].map(quoted["negative"])
     baseline = table["control"].map(kinds) == "baseline"
-    metric_place = {metric: i for i, metric in enumerate(order_metrics(leaderboard))}
-    model_place = {model: i for i, model in enumerate(list_entries(leaderboard)["model"])}
+    metric_place = {metric: i for i, metric in enumerate(tables.order_metrics(leaderboard))}
+    model_place = {model: i for i, model in enumerate(tables.list_entries(leaderboard)["model"])}
     largest = table.assign(largest=table[["low", "high"]].abs().max(axis=1))
     decimals = {metric: choose_decimals(part["largest"]) for metric, part in largest.groupby("metric", sort=False)}
     table = table.assign(
@@ -268,10 +257,10 @@ def show_comparison(
     ).sort_values(["model_place", "other", "metric_place"], kind="stable")
 
     def show(part: pd.DataFrame) -> list[dict[str, Any]]:
-        return [
-            {"model": model, "rows": [_show_test(entry, decimals[entry["metric"]]) for entry in list_records(group)]}
-            for model, group in part.groupby("model", sort=False)
-        ]
+        shown: dict[str, list[dict[str, Any]]] = {}
+        for entry in tables.list_records(part):
+            shown.setdefault(entry["model"], []).append(_show_test(entry, decimals[entry["metric"]]))
+        return [{"model": model, "rows": rows} for model, rows in shown.items()]
 
     return {"main": show(table[table["main"]]), "rest": show(table[~table["main"]])}
 
@@ -295,7 +284,7 @@ def _show_test(entry: Mapping[str, Any], decimals: int) -> dict[str, Any]:
                 note=f"n = {entry[f'n_{name}']:,.0f}" if entry[f"n_{name}"] > 0 else "",
                 bold=entry[f"low_{name}"] > 0,
             )
-            for name in STRATUM_NAMES
+            for name in tables.STRATUM_NAMES
         ],
     }
 
@@ -322,5 +311,5 @@ def show_quality(quality: pd.DataFrame) -> list[dict[str, str]]:
             "cells": f"{row['cells']:,.0f}",
             "without_degs": format_share(row["without_degs"]),
         }
-        for row in list_records(summarise_quality(quality))
+        for row in tables.list_records(tables.summarise_quality(quality))
     ]

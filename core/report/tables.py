@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 
 from core.conditions import CONTROL
+from core.reference.controls import RANKED
 from core.scoring.calibration import FEWEST_CONDITIONS, VARIANTS
 from core.scoring.comparison import ALPHA, STRATA
-from core.scoring.leaderboard import RANKED
 
 VARIANT_NAMES = [variant.name for variant in VARIANTS]
 STRATUM_NAMES = [name for name, _, _ in STRATA if name != "all"]

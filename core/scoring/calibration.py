@@ -111,29 +111,12 @@ def build_calibration(scores: pd.DataFrame, seed: int) -> pd.DataFrame:
         of_metric = wide.loc[wide.index.get_level_values("metric") == name].droplevel("metric")
         for variant in VARIANTS:
             negative = variant.negative or metric.negative_control
-            pairs = of_metric[[variant.positive]].assign(negative=of_metric[negative])
-            pairs.columns = pd.Index(["positive", "negative"])
+            pairs = pd.DataFrame({"positive": of_metric[variant.positive], "negative": of_metric[negative]})
             rows.append(
                 {"metric": name, "variant": variant.name, "positive": variant.positive, "negative": negative}
                 | _summarise(pairs, metric, main, seed, quoted=variant is VARIANTS[0])
             )
     return pd.DataFrame(rows)
-
-
-def list_calibrated_metrics(calibration: pd.DataFrame) -> list[str]:
-    """List the metrics whose verdict is `calibrated`.
-
-    Parameters
-    ----------
-    calibration
-        As `build_calibration` gives it.
-
-    Returns
-    -------
-    list of str
-        In the table's order.
-    """
-    return list(calibration.loc[calibration["verdict"] == "calibrated", "metric"])
 
 
 def decide_verdict(n: int, low: float, high: float) -> str:
@@ -161,14 +144,8 @@ def decide_verdict(n: int, low: float, high: float) -> str:
 def _summarise(pairs: pd.DataFrame, metric: Metric, main: int, seed: int, *, quoted: bool) -> dict[str, object]:
     pairs = pairs.where(pairs.notna().all(axis=1))
     positive, negative = pairs["positive"].to_numpy(np.float64), pairs["negative"].to_numpy(np.float64)
-    values = pd.DataFrame(
-        {
-            "drf": dynamic_range_fraction(positive, negative, metric),
-            "bds": discrimination(positive, negative, metric),
-            "positive": positive,
-            "negative": negative,
-        },
-        index=pairs.index,
+    values = pairs.assign(
+        drf=dynamic_range_fraction(positive, negative, metric), bds=discrimination(positive, negative, metric)
     )
     of_main = values.loc[values.index.get_level_values("half_seed") == main]
     quote = of_main[["drf", "bds"]].to_numpy()
@@ -176,18 +153,9 @@ def _summarise(pairs: pd.DataFrame, metric: Metric, main: int, seed: int, *, quo
     n = int(of_main["drf"].notna().sum())
     spread = values[["drf", "bds"]].groupby(level="half_seed").mean().std(ddof=1)
     mean = of_main.mean()
-    return {
-        "n_conditions": n,
-        "nan_share": float(of_main["drf"].isna().mean()),
-        "positive_value": mean["positive"],
-        "negative_value": mean["negative"],
-        "drf": mean["drf"],
-        "drf_low": low[0],
-        "drf_high": high[0],
-        "drf_half_sd": spread["drf"],
-        "bds": mean["bds"],
-        "bds_low": low[1],
-        "bds_high": high[1],
-        "bds_half_sd": spread["bds"],
-        "verdict": decide_verdict(n, low[0], high[0]) if quoted else None,
-    }
+    summary: dict[str, object] = {"n_conditions": n, "nan_share": float(of_main["drf"].isna().mean())}
+    summary |= {f"{name}_value": mean[name] for name in ("positive", "negative")}
+    for place, name in enumerate(("drf", "bds")):
+        summary |= {name: mean[name], f"{name}_low": low[place], f"{name}_high": high[place]}
+        summary[f"{name}_half_sd"] = spread[name]
+    return summary | {"verdict": decide_verdict(n, low[0], high[0]) if quoted else None}

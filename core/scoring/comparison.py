@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -10,7 +10,7 @@ import pandas as pd
 from scipy import stats
 from statsmodels.stats.power import TTestPower
 
-from core.arrays import Bools, Floats
+from core.arrays import Floats
 from core.conditions import KEYS
 from core.reference.controls import CONTROLS, name_matched_control
 from core.scoring.metrics import BY_NAME, CONSTANT
@@ -59,7 +59,8 @@ def compare_models(
     conditions = pd.MultiIndex.from_frame(scores[KEYS].drop_duplicates().sort_values(KEYS))
     everything = scores if matched is None else pd.concat([scores, matched], ignore_index=True)
     wide = everything.set_index([*KEYS, "metric", "model"])["value"].unstack(["metric", "model"]).reindex(conditions)
-    strata = list(_split_strata(n_degs.reindex(conditions).to_numpy(np.float64)))
+    n = n_degs.reindex(conditions).to_numpy(np.float64)
+    strata = {name: (n >= low) & (n <= high) for name, low, high in STRATA}
     tables = []
     for control in controls:
         pairs = [(model, metric) for model in models for metric in metrics]
@@ -74,7 +75,7 @@ def compare_models(
         )
         # A difference within the rounding error is none: it would be significant where all have one direction.
         differences[np.abs(differences) <= CONSTANT] = 0.0
-        for stratum, rows in strata:
+        for stratum, rows in strata.items():
             if rows.any():
                 table = pd.DataFrame(pairs, columns=["model", "metric"]).assign(control=control, stratum=stratum)
                 tables.append(table.join(_test_differences(differences[rows], seed)))
@@ -96,28 +97,25 @@ def _test_differences(differences: Floats, seed: int) -> pd.DataFrame:
     low[few] = high[few] = np.nan
     columns = [column[~np.isnan(column)] for column in differences.T]
     testable = [len(d) >= FEWEST_PAIRS and np.ptp(d) > 0 for d in columns]
+    tests = max(1, sum(testable))
+
+    def compute(statistic: Callable[[Floats], float]) -> list[float]:
+        return [statistic(d) if ok else np.nan for d, ok in zip(columns, testable, strict=True)]
+
     table = pd.DataFrame(
         {
             "n": [len(d) for d in columns],
             "mean_difference": [d.mean() if len(d) else np.nan for d in columns],
             "low": low,
             "high": high,
-            "t_p": [
-                stats.ttest_1samp(d, 0.0, alternative="greater").pvalue if ok else np.nan
-                for d, ok in zip(columns, testable, strict=True)
-            ],
-            "wilcoxon_p": [compute_signed_rank_p(d) if ok else np.nan for d, ok in zip(columns, testable, strict=True)],
+            "t_p": compute(lambda d: stats.ttest_1samp(d, 0.0, alternative="greater").pvalue),
+            "wilcoxon_p": compute(compute_signed_rank_p),
+            "detectable_difference": compute(lambda d: find_detectable_effect(len(d), tests) * d.std(ddof=1)),
         }
     )
     for test in ("t", "wilcoxon"):
-        p = table[f"{test}_p"].to_numpy()
-        table[f"{test}_holm"] = correct_holm(p)
-        table[f"{test}_bonferroni"] = correct_bonferroni(p)
-    tests = max(1, sum(testable))
-    table["detectable_difference"] = [
-        find_detectable_effect(len(d), tests) * d.std(ddof=1) if ok else np.nan
-        for d, ok in zip(columns, testable, strict=True)
-    ]
+        for method in ("holm", "bonferroni"):
+            table[f"{test}_{method}"] = correct_p_values(table[f"{test}_p"].to_numpy(), method)
     return table
 
 
@@ -143,40 +141,27 @@ def compute_signed_rank_p(differences: Floats) -> float:
     return float(stats.wilcoxon(differences, alternative="greater", method=method).pvalue)
 
 
-def correct_holm(p: Floats) -> Floats:
-    """Correct p-values for their number by Holm's method (Holm 1979).
+def correct_p_values(p: Floats, method: str) -> Floats:
+    """Correct p-values for their number: the larger they are, the less by Holm's method, by Bonferroni's all alike.
 
     Parameters
     ----------
     p
         p-values; NaN is not counted.
+    method
+        `holm` (Holm 1979) or `bonferroni`.
 
     Returns
     -------
     Floats
-        In the same order; NaN stays NaN.
+        In the same order, at most 1; NaN stays NaN.
     """
     n = int((~np.isnan(p)).sum())
     order = np.argsort(p, kind="stable")[:n]  # NaN comes last
+    factors = np.arange(n, 0, -1) if method == "holm" else np.full(n, n)
     result = np.full(len(p), np.nan)
-    result[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(n, 0, -1)), 1.0)
+    result[order] = np.minimum(np.maximum.accumulate(p[order] * factors), 1.0)
     return result
-
-
-def correct_bonferroni(p: Floats) -> Floats:
-    """Multiply p-values by their number, up to 1.
-
-    Parameters
-    ----------
-    p
-        p-values; NaN is not counted.
-
-    Returns
-    -------
-    Floats
-        In the same order; NaN stays NaN.
-    """
-    return np.asarray(np.minimum(p * (~np.isnan(p)).sum(), 1.0))
 
 
 @cache
@@ -200,8 +185,3 @@ def find_detectable_effect(n: int, tests: int) -> float:
     return float(
         TTestPower().solve_power(effect_size=None, nobs=n, alpha=ALPHA / tests, power=POWER, alternative="larger")
     )
-
-
-def _split_strata(n_degs: Floats) -> Iterator[tuple[str, Bools]]:
-    for name, low, high in STRATA:
-        yield name, (n_degs >= low) & (n_degs <= high)

@@ -13,7 +13,7 @@ from core.arrays import Bools, Floats, Ints, run_in_threads
 from core.conditions import KEYS, genes_of
 from core.errors import UserError
 from core.reference.controls import CONTROLS
-from core.reference.files import find_control_means, find_dataset_means
+from core.reference.files import find_negatives
 from core.scoring.metrics import FEWEST_DEGS, METRICS, Metric, add_products, sum_products
 from core.stats.differential_expression import mask_degs, weigh_effects
 from core.stats.moments import code_groups
@@ -85,15 +85,8 @@ def select_evaluated(reference: ad.AnnData, negatives: ad.AnnData) -> Evaluation
     keys = reference.obs[_tested(reference)][[*KEYS, "test_fold", "n_degs"]].reset_index(drop=True)
     keys = keys.astype({"covariate": str, "condition": str})
     truth, t, padj = (_tested_profiles(reference, layer) for layer in SCORED_LAYERS)
-    return Evaluation(
-        keys,
-        reference.var_names,
-        truth,
-        find_control_means(negatives, keys),
-        find_dataset_means(negatives, keys),
-        t,
-        padj,
-    )
+    control_mean, dataset_mean = (find_negatives(negatives, kind, keys) for kind in ("control_mean", "dataset_mean"))
+    return Evaluation(keys, reference.var_names, truth, control_mean, dataset_mean, t, padj)
 
 
 def _tested(reference: ad.AnnData) -> Bools:
@@ -212,11 +205,10 @@ def _score_one_by_one(
         at = slice(start, start + BLOCK)
         mine = rows[at]
         x, t = profiles[places[at]], evaluation.truth[mine]
-        centres = {
-            "control_mean": evaluation.control_mean[mine],
-            "dataset_mean": evaluation.dataset_mean[mine],
-        }
-        centred = {"none": (x, t)} | {name: (x - centre, t - centre) for name, centre in centres.items()}
+        centred = {"none": (x, t)}
+        for name in ("control_mean", "dataset_mean"):
+            centre = getattr(evaluation, name)[mine]
+            centred[name] = x - centre, t - centre
         degs = mask_degs(evaluation.padj[mine]).astype(np.float64)
         effect = weigh_effects(evaluation.t[mine])
         weights = {"all": None, "degs": degs, "effect": effect}

@@ -131,42 +131,27 @@ def arrange_cells(data: ad.AnnData, options: FileOptions, where: str) -> ad.AnnD
     for column in wanted:
         if column not in data.obs:
             columns = ", ".join(map(str, data.obs.columns)) or "none"
-            raise UserError(
-                where,
-                f"obs[{column!r}]",
-                f"no such column; there are: {columns}",
-                "name it with --column or --covariate",
-            )
+            found = f"no such column; there are: {columns}"
+            raise UserError(where, f"obs[{column!r}]", found, "name it with --column or --covariate")
     rules = Labels(column=options.column, control=(options.control,))
     labels = harmonise_labels(data.obs[options.column], rules, where)
     unknown = int(data.obs.loc[labels.notna(), options.covariate].isna().sum()) if options.covariate else 0
     if unknown:
-        raise UserError(
-            where,
-            f"obs[{options.covariate!r}]",
-            f"{unknown:,} cells without a covariate",
-            "fill the column, or leave them out",
-        )
+        found = f"{unknown:,} cells without a covariate"
+        raise UserError(where, f"obs[{options.covariate!r}]", found, "fill the column, or leave them out")
     covariate = data.obs[options.covariate].astype(str) if options.covariate else "all"
     obs = pd.DataFrame({"condition": labels, "covariate": covariate}, index=data.obs_names)[labels.notna().to_numpy()]
     require_controls(obs, rules, where)
     obs = obs[~mask_small_conditions(obs, SMALLEST_CONDITION)]
     conditions = sorted(set(obs["condition"]) - {CONTROL})
     if len(conditions) < FEWEST_CONDITIONS:
-        raise UserError(
-            where,
-            f"obs[{options.column!r}]",
-            f"{len(conditions)} perturbed conditions of at least {SMALLEST_CONDITION} cells",
-            f"{FEWEST_CONDITIONS} are needed",
-        )
+        found = f"{len(conditions)} perturbed conditions of at least {SMALLEST_CONDITION} cells"
+        raise UserError(where, f"obs[{options.column!r}]", found, f"{FEWEST_CONDITIONS} are needed")
     combinations = [condition for condition in conditions if SEPARATOR in condition]
     if len(combinations) == 1:
-        raise UserError(
-            where,
-            f"obs[{options.column!r}]",
-            f"one combination only ({combinations[0]}): it cannot be split into two folds",
-            "leave its cells out, or give at least two combinations",
-        )
+        found = f"one combination only ({combinations[0]}): it cannot be split into two folds"
+        remedy = "leave its cells out, or give at least two combinations"
+        raise UserError(where, f"obs[{options.column!r}]", found, remedy)
     task: Task = "combination" if combinations else "single"
     obs = obs.assign(half=draw_halves(obs, options.seed)).join(draw_folds(obs, task, FOLDS[task], options.seed))
     obs = obs.iloc[order_cells(obs)]

@@ -7,13 +7,12 @@ import pandas as pd
 
 from core.arrays import Bools, Floats
 from core.conditions import KEYS
-from core.reference.controls import CONTROLS, name_matched_control
-from core.scoring.calibration import RESAMPLES, VARIANTS, list_calibrated_metrics
+from core.reference.controls import CONTROLS, RANKED, name_matched_control
+from core.scoring.calibration import RESAMPLES, VARIANTS
 from core.scoring.metrics import BY_NAME
 from core.stats.bootstrap import bootstrap_sums, interval
 
 COVERAGE = 0.8
-RANKED = ("model", "baseline")
 
 
 def build_leaderboard(
@@ -54,7 +53,7 @@ def build_leaderboard(
     }
     panel = [model for model, conditions in own.items() if conditions.mean() >= COVERAGE]
     shared = np.logical_and.reduce([own[model] for model in panel])
-    calibrated = set(list_calibrated_metrics(calibration))
+    calibrated = set(calibration.loc[calibration["verdict"] == "calibrated", "metric"])
     kinds = dict.fromkeys(own, "model") | {c.name: c.role for c in CONTROLS if c.name in own}
 
     everything = scores if matched is None else pd.concat([scores, matched], ignore_index=True)

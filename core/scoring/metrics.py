@@ -15,6 +15,7 @@ A value that is not defined is NaN, never 0.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -75,11 +76,13 @@ class Metric(NamedTuple):
         return self.formula + _WEIGHTING_WORDS[self.weighting]
 
 
-def squared_error(prediction: Floats, truth: Floats, weights: Floats | None) -> Floats:
-    """Weighted mean over genes of (x - t)^2.
+def average_error(measure: Callable[..., Floats], prediction: Floats, truth: Floats, weights: Floats | None) -> Floats:
+    """Weighted mean over genes of a measure of x - t.
 
     Parameters
     ----------
+    measure
+        A function of numpy: the square, or the absolute value.
     prediction, truth
         Profiles, conditions x genes.
     weights
@@ -91,26 +94,11 @@ def squared_error(prediction: Floats, truth: Floats, weights: Floats | None) -> 
         One value per condition; NaN where the weights sum to 0.
     """
     error = prediction - truth
-    return _weighted_mean(np.square(error, out=error), weights)
+    return _weighted_mean(measure(error, out=error), weights)
 
 
-def absolute_error(prediction: Floats, truth: Floats, weights: Floats | None) -> Floats:
-    """Weighted mean over genes of |x - t|.
-
-    Parameters
-    ----------
-    prediction, truth
-        Profiles, conditions x genes.
-    weights
-        Of the genes, conditions x genes; None: all alike.
-
-    Returns
-    -------
-    Floats
-        One value per condition; NaN where the weights sum to 0.
-    """
-    error = prediction - truth
-    return _weighted_mean(np.abs(error, out=error), weights)
+squared_error = partial(average_error, np.square)
+absolute_error = partial(average_error, np.abs)
 
 
 def pearson(prediction: Floats, truth: Floats, weights: Floats | None) -> Floats:

@@ -15,8 +15,8 @@ from scipy import sparse
 from core.arrays import Floats
 from core.conditions import KEYS, SEPARATOR, row_names
 from core.errors import UserError, shown
-from core.io.h5ad import open_foreign_h5ad, read_foreign_json
-from core.reference.files import read_keys, read_reference_genes
+from core.io.h5ad import open_foreign_h5ad, read_foreign_json, read_genes
+from core.reference.files import REFERENCE, read_keys
 from core.scoring.files import PREDICTIONS, REASONS
 
 # Room for float32 at the largest value that a mean of log1p can have.
@@ -63,7 +63,9 @@ def align_predictions(
         For no or unknown conditions, a row or a gene twice, genes as rows, NaN, infinite values, and values that cannot
         be means of log1p(CP10k): one above log1p of target_sum, or whole numbers throughout with one above 1.
     """
-    _refuse_transposed(data, genes, where)
+    # Perturbed genes are often measured genes too, so that names of conditions among the columns say nothing.
+    if genes.isin(data.obs_names).mean() >= 0.5 > genes.isin(data.var_names).mean():
+        raise UserError(where, "shape", "genes are in rows", "transpose it to conditions x genes (adata.T)")
     repeated = data.var_names[data.var_names.duplicated()]
     if len(repeated):
         raise UserError(where, "var_names", f"gene {repeated[0]!r} more than once", "keep one column per gene")
@@ -106,12 +108,9 @@ def require_shared_genes(predicted: pd.Index, genes: pd.Index, where: str) -> No
     """
     missing = genes[~genes.isin(predicted)].astype(str).tolist()
     if len(genes) - len(missing) < SHARED_GENES * len(genes):
-        raise UserError(
-            where,
-            "var_names",
-            f"{len(missing)} of the reference's {len(genes)} genes are missing ({shown(missing)})",
-            f"predict at least {SHARED_GENES:.0%} of them, named as in the data set",
-        )
+        found = f"{len(missing)} of the reference's {len(genes)} genes are missing ({shown(missing)})"
+        remedy = f"predict at least {SHARED_GENES:.0%} of them, named as in the data set"
+        raise UserError(where, "var_names", found, remedy)
 
 
 def check_model_output(
@@ -161,12 +160,8 @@ def check_model_output(
     wanted = set(pd.MultiIndex.from_frame(keys))
     if answered & set(reasons) or (answered | set(reasons)) != wanted:
         wrong = sorted((answered & set(reasons)) | ((answered | set(reasons)) ^ wanted))
-        raise UserError(
-            where,
-            "condition",
-            f"{len(wrong)} not answered exactly once (first: {' '.join(wrong[0])})",
-            "predict each condition asked for, or name it in unpredicted.json",
-        )
+        found = f"{len(wrong)} not answered exactly once (first: {' '.join(wrong[0])})"
+        raise UserError(where, "condition", found, "predict each condition asked for, or name it in unpredicted.json")
     rows = [{"covariate": a, "condition": b, "reason": reasons[a, b]} for a, b in sorted(reasons)]
     return predictions, rows
 
@@ -197,7 +192,7 @@ def write_aligned_predictions(file: Path, reference: Path, target_sum: float, fo
     """
     keys = read_keys(reference)
     tested = keys.loc[keys["test_fold"] >= 0, KEYS].reset_index(drop=True)
-    genes = read_reference_genes(reference)
+    genes = read_genes(reference / REFERENCE)
     given = open_foreign_h5ad(file, _limit_bytes(len(tested), len(genes)))
     predictions = align_predictions(given, tested, genes, str(file), target_sum)
     if predictions.n_obs == 0:
@@ -208,20 +203,10 @@ def write_aligned_predictions(file: Path, reference: Path, target_sum: float, fo
     (folder / REASONS).write_text(json.dumps(rows), encoding="utf-8")
 
 
-def _refuse_transposed(data: ad.AnnData, genes: pd.Index, where: str) -> None:
-    # Perturbed genes are often measured genes too, so that names of conditions among the columns say nothing.
-    if genes.isin(data.obs_names).mean() >= 0.5 > genes.isin(data.var_names).mean():
-        raise UserError(where, "shape", "genes are in rows", "transpose it to conditions x genes (adata.T)")
-
-
 def _read_conditions(data: ad.AnnData, keys: pd.DataFrame, where: str) -> list[str]:
     if "condition" not in data.obs:
-        raise UserError(
-            where,
-            "obs['condition']",
-            f"no such column; there are: {shown(sorted(map(str, data.obs.columns))) or 'none'}",
-            "name each row's condition in obs['condition']",
-        )
+        found = f"no such column; there are: {shown(sorted(map(str, data.obs.columns))) or 'none'}"
+        raise UserError(where, "obs['condition']", found, "name each row's condition in obs['condition']")
     known = set(keys["condition"].astype(str))
     by_genes = {_sort_genes(name): name for name in sorted(known)}
     given: list[str] = data.obs["condition"].astype(str).tolist()
@@ -237,12 +222,8 @@ def _read_covariates(data: ad.AnnData, keys: pd.DataFrame, where: str) -> list[s
         return [str(name) for name in data.obs["covariate"]]
     covariates = sorted(map(str, keys["covariate"].unique()))
     if len(covariates) > 1:
-        raise UserError(
-            where,
-            "obs['covariate']",
-            f"no such column; the data set has {shown(covariates)}",
-            "name each row's covariate",
-        )
+        found = f"no such column; the data set has {shown(covariates)}"
+        raise UserError(where, "obs['covariate']", found, "name each row's covariate")
     return covariates * int(data.n_obs)
 
 
@@ -255,12 +236,8 @@ def _explain_unknown(unknown: pd.DataFrame, keys: pd.DataFrame, where: str) -> U
     first = unknown["condition"].iloc[0]
     near = get_close_matches(first, sorted(keys["condition"].astype(str)), n=1)
     hint = f"did you mean {near[0]}? " if near and near[0] != first else ""
-    return UserError(
-        where,
-        "obs['condition']",
-        f"{len(unknown)} rows that are not test conditions (first: {first} in {unknown['covariate'].iloc[0]})",
-        f"{hint}leave out what is not tested, control included",
-    )
+    found = f"{len(unknown)} rows that are not test conditions (first: {first} in {unknown['covariate'].iloc[0]})"
+    return UserError(where, "obs['condition']", found, f"{hint}leave out what is not tested, control included")
 
 
 def _make_dense(data: ad.AnnData, where: str) -> Floats:
@@ -277,19 +254,12 @@ def _check_values(values: Floats, rows: pd.DataFrame, genes: pd.Index, where: st
     bad = ~np.isfinite(values)
     if bad.any():
         row, column = np.argwhere(bad)[0]
-        raise UserError(
-            where,
-            "X",
-            f"{bad.sum():,} values that are NaN or infinite (first: {rows['condition'].iloc[row]}, {genes[column]})",
-            "predict every gene of a condition, or leave the condition out",
-        )
+        found = f"{bad.sum():,} values that are NaN or infinite (first: {rows['condition'].iloc[row]}, {genes[column]})"
+        raise UserError(where, "X", found, "predict every gene of a condition, or leave the condition out")
     whole = values.max() > 1 and bool((values == np.floor(values)).all())
     # A cell whose counts are all of one gene.
     largest = float(np.log1p(target_sum))
     if whole or values.max() > largest + ROUNDING:
-        raise UserError(
-            where,
-            "X",
-            f"values up to {values.max():g}{', all whole numbers' if whole else ''}: counts, or on another scale",
-            f"give means of log1p of counts per {target_sum:,.0f} (at most {largest:.2f})",
-        )
+        found = f"values up to {values.max():g}{', all whole numbers' if whole else ''}: counts, or on another scale"
+        remedy = f"give means of log1p of counts per {target_sum:,.0f} (at most {largest:.2f})"
+        raise UserError(where, "X", found, remedy)

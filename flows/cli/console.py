@@ -40,9 +40,9 @@ def make_result_table(leaderboard: pd.DataFrame, width: int = 100) -> Renderable
     What does not fit in the width with two decimals goes into further tables. NaN is a dash.
     """
     # Imported here, so that an error panel does not wait for them.
+    from core.reference.controls import RANKED
     from core.report import tables as views
     from core.report.text import format_share
-    from core.scoring.leaderboard import RANKED
 
     means, ranks = views.pivot_metrics(leaderboard, "mean"), views.pivot_metrics(leaderboard, "rank")
     ranked = views.list_ranked_metrics(leaderboard)

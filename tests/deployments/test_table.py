@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,14 @@ FLOWS = ["benchmark", "calibrate", "embed", "prepare", "reproduce", "train", "tr
 OF_DATASETS = ["benchmark", "calibrate", "prepare", "train"]
 
 
+@cache
+def table() -> list[Deployment]:
+    """The deployments of the project's own catalog."""
+    return build_table()
+
+
 def row(full_name: str) -> Deployment:
-    return next(one for one in build_table() if one.full_name == full_name)
+    return next(one for one in table() if one.full_name == full_name)
 
 
 def flow(one: Deployment) -> Flow[..., Any]:
@@ -51,7 +58,7 @@ def refusal(full_name: str, **parameters: object) -> str:
 
 
 def test_every_flow_has_a_deployment_for_every_data_set_and_every_shared_embedding_has_one() -> None:
-    names = [one.full_name for one in build_table()]
+    names = [one.full_name for one in table()]
     assert len(names) == len(set(names))
     assert set(names) == {f"{flow}/{name}" for flow in OF_DATASETS for name in [*STUDY, *BESIDE]} | {
         "embed/genept",
@@ -66,7 +73,7 @@ def test_every_flow_has_a_deployment_for_every_data_set_and_every_shared_embeddi
 
 
 def test_trainings_have_a_pool_of_their_own() -> None:
-    pools = {one.full_name: one.pool for one in build_table()}
+    pools = {one.full_name: one.pool for one in table()}
     assert pools.pop("train-fold/any") == "gpu"
     assert set(pools.values()) == {"cpu"}
 
@@ -75,7 +82,7 @@ def test_the_whole_study_has_one_deployment_with_an_example_of_a_schedule() -> N
     one = row("reproduce/all")
     assert one.parameters == {"datasets": STUDY}
     assert one.at_once == 1
-    assert [other.full_name for other in build_table() if other.schedule] == ["reproduce/all"]
+    assert [other.full_name for other in table() if other.schedule] == ["reproduce/all"]
 
 
 def test_a_row_says_what_its_runs_do_with_which_data() -> None:
@@ -91,13 +98,15 @@ def test_a_users_own_data_set_has_deployments_too(tmp_path: Path, monkeypatch: p
     (tmp_path / "datasets").mkdir()
     (tmp_path / "datasets" / "mine.yaml").write_text(yaml.safe_dump(MINE), encoding="utf-8")
     monkeypatch.setenv("CALIPERT_CATALOG", str(tmp_path))
-    assert "calibrate/mine" in {one.full_name for one in build_table()}
-    assert schema("benchmark/mine")["properties"]["dataset"]["enum"] == ["mine"]
+    mine = {one.full_name: one for one in build_table() if one.name == "mine"}
+    assert "calibrate/mine" in mine
+    found = build_form(flow(mine["benchmark/mine"]), mine["benchmark/mine"])
+    assert found["properties"]["dataset"]["enum"] == ["mine"]
 
 
 @pytest.mark.parametrize("name", FLOWS)
 def test_every_entrypoint_is_a_flow_that_takes_the_parameters(name: str) -> None:
-    rows = [one for one in build_table() if one.flow == name]
+    rows = [one for one in table() if one.flow == name]
     for one in rows:
         assert flow(one).name == name
         inspect.signature(flow(one).fn).bind_partial(**one.parameters)
@@ -109,7 +118,7 @@ def test_every_entrypoint_is_a_flow_that_takes_the_parameters(name: str) -> None
 
 @pytest.mark.parametrize("name", FLOWS)
 def test_a_form_is_a_schema_that_takes_the_rows_own_parameters(name: str) -> None:
-    for one in (one for one in build_table() if one.flow == name):
+    for one in (one for one in table() if one.flow == name):
         found = build_form(flow(one), one)
         is_valid_schema(found)
         assert validate(one.parameters, found, ignore_required=True) == []
@@ -119,7 +128,7 @@ def test_a_form_is_a_schema_that_takes_the_rows_own_parameters(name: str) -> Non
 
 @pytest.mark.parametrize("name", [name for name in FLOWS if name != "train-fold"])
 def test_every_parameter_of_a_form_has_a_title_and_an_explanation(name: str) -> None:
-    one = next(one for one in build_table() if one.flow == name)
+    one = next(one for one in table() if one.flow == name)
     found = build_form(flow(one), one)["properties"]
     for parameter, property_ in found.items():
         assert property_["title"] != parameter, parameter
@@ -234,6 +243,6 @@ def test_a_row_that_speaks_of_what_its_flow_does_not_take_is_an_error() -> None:
 
 @pytest.mark.parametrize("name", ["benchmark", "prepare", "calibrate", "reproduce", "train"])
 def test_every_flow_takes_both_origins(name: str) -> None:
-    one = next(one for one in build_table() if one.flow == name)
+    one = next(one for one in table() if one.flow == name)
     origin = parameter_schema(flow(one)).model_dump_for_openapi()["properties"]["origin"]
     assert (origin["enum"], origin["default"]) == (["raw", "mirror"], "raw")

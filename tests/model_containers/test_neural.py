@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +31,6 @@ def test_rows_are_those_of_the_matrix(form):
     batch = np.array([17, 5, 3, 5, 39, 0])
     rows = neural.held(X, CPU)
     np.testing.assert_array_equal(rows(batch).numpy(), X.toarray()[batch])
-    chosen = np.array([39, 3, 8])
-    np.testing.assert_array_equal(neural.among(rows, chosen)(np.array([2, 0])).numpy(), X.toarray()[[8, 39]])
     # What a GPU would do.
     made = neural.dense_rows(X.indptr, torch.from_numpy(X.indices), torch.from_numpy(X.data), 7, batch)
     np.testing.assert_array_equal(made.numpy(), X.toarray()[batch])
@@ -155,29 +151,3 @@ def test_a_damaged_checkpoint_is_not_taken(tmp_path, capsys, damage):
     path.write_bytes(path.read_bytes()[:-100] if damage is None else damage)
     assert train(task_in(tmp_path, checkpoint=tmp_path), count=2)[1] == [1, 2]
     assert "cannot be read" in capsys.readouterr().out
-
-
-def test_a_killed_model_goes_on(panel, tmp_path):
-    """With its process killed at a moment in the midst; the files are those of an undisturbed training."""
-    (tmp_path / "checkpoint").mkdir()
-    settings = {"epochs": 300, "validate_every": 2, "hidden": 16, "latent": 4}
-
-    def run(output: str, checkpoint: Path | None, until: int | None = None) -> str:
-        task = panel.train_task(tmp_path / output, hyperparameters=settings, checkpoint=checkpoint)
-        (tmp_path / "spec.json").write_text(json.dumps(vars(task), default=lambda path: str(path)))
-        command = [sys.executable, str(MODELS / "fmlp" / "model.py"), "train", str(tmp_path / "spec.json")]
-        with subprocess.Popen(command, env={"PYTHONPATH": str(MODELS)}, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            said = ""
-            for line in process.stdout:
-                said += line
-                if f'"done": {until},' in line:
-                    process.kill()
-        return said
-
-    run("whole", None)
-    run("broken", tmp_path / "checkpoint", until=100)
-    assert not (tmp_path / "broken" / "weights.pt").exists()
-    assert "goes on after epoch" in run("broken", tmp_path / "checkpoint")
-    for name in ("weights.pt", "model.json"):
-        assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -9,25 +9,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from core.arrays import Floats
-from core.report.figures.style import (
-    FAINT,
-    GREY,
-    INK,
-    MUTED,
-    STRATUM_COLOURS,
-    draw_grid,
-    format_tick,
-    hide_spine,
-    use_plain_ticks,
-    with_look,
-)
+from core.report.figures import style
 from core.report.tables import drop_control, find_stratum
 
 _MOST_NAMES = 30
 _ZERO = -0.325  # place of 0 DEGs on the logarithmic axis
 
 
-@with_look
+@style.apply_look()
 def draw_conditions(quality: pd.DataFrame) -> Figure:
     """Draw cells per condition, DEGs per condition, and the distance from control against DEGs.
 
@@ -70,26 +59,26 @@ def _draw_bars(axes: Axes, table: pd.DataFrame, column: str, named: bool) -> Non
     rows = np.arange(len(table))
     values = table[column].to_numpy(float)
     if column == "n_degs":
-        colours = [STRATUM_COLOURS[find_stratum(n)] for n in values]
-        axes.hlines(rows, -0.68, _place_degs(values), color=FAINT, linewidth=1, zorder=1)
+        colours = [style.STRATUM_COLOURS[find_stratum(n)] for n in values]
+        axes.hlines(rows, -0.68, _place_degs(values), color=style.FAINT, linewidth=1, zorder=1)
         axes.scatter(_place_degs(values), rows, s=20, c=colours, linewidths=0)
         _set_log_axis(axes, values)
     else:
-        axes.barh(rows, values, height=0.7, color=GREY)
+        axes.barh(rows, values, height=0.7, color=style.GREY)
         axes.xaxis.set_major_locator(MaxNLocator(4))
-        use_plain_ticks(axes.xaxis)
+        style.use_plain_ticks(axes.xaxis)
     axes.set_yticks(rows, list(table["condition"]) if named else [""] * len(rows), fontsize=7.5)
     axes.set_ylim(-0.7, len(rows) - 0.3)
-    hide_spine(axes)
-    draw_grid(axes, "x")
+    style.hide_spine(axes)
+    style.draw_grid(axes, "x")
 
 
 def _draw_cells_histogram(axes: Axes, values: Floats) -> None:
-    axes.hist(values, bins=min(30, round(2 * len(values) ** 0.5)), color=GREY, edgecolor="white", linewidth=0.5)
+    axes.hist(values, bins=min(30, round(2 * len(values) ** 0.5)), color=style.GREY, edgecolor="white", linewidth=0.5)
     axes.set_ylabel("conditions")
-    draw_grid(axes, "y")
+    style.draw_grid(axes, "y")
     axes.xaxis.set_major_locator(MaxNLocator(4))
-    use_plain_ticks(axes.xaxis)
+    style.use_plain_ticks(axes.xaxis)
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     _mark_median(axes, values, float(np.median(values)))
 
@@ -97,13 +86,13 @@ def _draw_cells_histogram(axes: Axes, values: Floats) -> None:
 def _draw_degs_histogram(axes: Axes, values: Floats) -> None:
     """Quarter-decade bins; zero has a bar of its own at the left."""
     axes.set_ylabel("conditions")
-    draw_grid(axes, "y")
+    style.draw_grid(axes, "y")
     bins = int(np.ceil(4 * np.log10(max(100.0, values.max(initial=0.0) + 1))))
     edges = np.arange(bins + 1) / 4
     counts, _ = np.histogram(np.log10(values[values > 0]), edges)
-    colours = [STRATUM_COLOURS[find_stratum(10**edge + 1e-9)] for edge in edges[:-1]]
+    colours = [style.STRATUM_COLOURS[find_stratum(10**edge + 1e-9)] for edge in edges[:-1]]
     axes.bar(edges[:-1], counts, 0.25, align="edge", color=colours, edgecolor="white", linewidth=0.5)
-    axes.bar(_ZERO, np.sum(values == 0), 0.25, color=STRATUM_COLOURS["0"], edgecolor="white", linewidth=0.5)
+    axes.bar(_ZERO, np.sum(values == 0), 0.25, color=style.STRATUM_COLOURS["0"], edgecolor="white", linewidth=0.5)
     _set_log_axis(axes, values)
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     _mark_median(axes, values, float(_place_degs(np.median(values, keepdims=True))[0]))
@@ -112,22 +101,16 @@ def _draw_degs_histogram(axes: Axes, values: Floats) -> None:
 def _draw_distance(axes: Axes, table: pd.DataFrame) -> None:
     table = table[table["edistance_to_control"].notna() & table["n_degs"].notna()]
     degs = table["n_degs"].to_numpy(float)
-    colours = [STRATUM_COLOURS[find_stratum(n)] for n in degs]
+    colours = [style.STRATUM_COLOURS[find_stratum(n)] for n in degs]
     # An unbiased estimate of a distance near 0 can be negative.
     axes.set_yscale("function", functions=(lambda y: np.sign(y) * np.sqrt(np.abs(y)), lambda y: np.sign(y) * y**2))
-    axes.scatter(
-        _place_degs(degs),
-        table["edistance_to_control"],
-        s=12 if len(degs) < 300 else 6,
-        c=colours,
-        linewidths=0,
-        rasterized=len(degs) > 3000,
-    )
+    size, raster = 12 if len(degs) < 300 else 6, len(degs) > 3000
+    axes.scatter(_place_degs(degs), table["edistance_to_control"], s=size, c=colours, linewidths=0, rasterized=raster)
     _set_log_axis(axes, degs)
     axes.set_ylabel("E-distance to control\n(square-root scale)")
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    use_plain_ticks(axes.yaxis)
-    draw_grid(axes, "y")
+    style.use_plain_ticks(axes.yaxis)
+    style.draw_grid(axes, "y")
 
 
 def _place_degs(degs: Floats) -> Floats:
@@ -137,14 +120,15 @@ def _place_degs(degs: Floats) -> Floats:
 
 def _set_log_axis(axes: Axes, degs: Floats) -> None:
     top = np.log10(max(10.0, np.nanmax(degs, initial=0.0)))
-    axes.set_xticks([_ZERO, *range(int(top) + 1)], ["0", *(format_tick(10.0**power) for power in range(int(top) + 1))])
+    powers = range(int(top) + 1)
+    axes.set_xticks([_ZERO, *powers], ["0", *(style.format_tick(10.0**power) for power in powers)])
     axes.set_xlim(-0.68, np.ceil(4 * top) / 4 + 0.1)
 
 
 def _mark_median(axes: Axes, values: Floats, position: float) -> None:
-    axes.axvline(position, color=INK, linewidth=0.9, linestyle=(0, (3, 2)))
+    axes.axvline(position, color=style.INK, linewidth=0.9, linestyle=(0, (3, 2)))
     axes.margins(y=0.16)
     axes.annotate(
         f"median {np.median(values):,.0f}", (position, 1), (3, -1), xycoords=("data", "axes fraction"),
-        textcoords="offset points", fontsize=7, color=MUTED, va="top",
+        textcoords="offset points", fontsize=7, color=style.MUTED, va="top",
     )  # fmt: skip

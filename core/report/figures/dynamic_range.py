@@ -8,17 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from core.report.figures.style import (
-    FAINT,
-    INK,
-    MUTED,
-    VERDICT_COLOURS,
-    VERDICT_MARKERS,
-    draw_grid,
-    hide_spine,
-    use_plain_ticks,
-    with_look,
-)
+from core.report.figures import style
 from core.report.tables import tabulate_verdicts
 from core.report.text import format_share
 from core.scoring.calibration import FEWEST_CONDITIONS, THRESHOLD
@@ -26,7 +16,7 @@ from core.scoring.calibration import FEWEST_CONDITIONS, THRESHOLD
 _WORDS = {"none": f"no verdict (fewer than {FEWEST_CONDITIONS} conditions)"}
 
 
-@with_look
+@style.apply_look()
 def draw_dynamic_range(calibration: pd.DataFrame) -> Figure:
     """Draw the mean DRF (left) and BDS (right) of every metric, highest DRF first.
 
@@ -54,25 +44,25 @@ def draw_dynamic_range(calibration: pd.DataFrame) -> Figure:
     left.set_ylim(len(table) - 0.4, -0.6)
     lowest = np.nanmin([0.0, *table["drf_low"], *(table["drf"] - table["drf_half_sd"])])
     left.set_xlim(max(-1.02, min(-0.03, 1.05 * lowest)), 1.02)
-    left.axvline(0, color=INK, linewidth=0.7)
-    left.axvline(THRESHOLD, color=INK, linewidth=0.9, linestyle=(0, (3, 2)))
+    left.axvline(0, color=style.INK, linewidth=0.7)
+    left.axvline(THRESHOLD, color=style.INK, linewidth=0.9, linestyle=(0, (3, 2)))
     left.set_xlabel("mean Dynamic Range Fraction (0 = negative control, 1 = perfect)")
     left.annotate(
         f"{THRESHOLD:g}", (THRESHOLD, 1), (0, 3), xycoords=("data", "axes fraction"), textcoords="offset points",
         ha="center", va="bottom", fontsize=8,
     )  # fmt: skip
-    right.axvline(0.5, color=INK, linewidth=0.9, linestyle=(0, (3, 2)))
+    right.axvline(0.5, color=style.INK, linewidth=0.9, linestyle=(0, (3, 2)))
     right.set_xlim(-0.02, 1.02)
     right.set_xlabel("Bound Discrimination Score\n(share of conditions; 0.5 = chance)")
     for axes in (left, right):
-        hide_spine(axes)
-        draw_grid(axes, "x")
-        use_plain_ticks(axes.xaxis)
+        style.hide_spine(axes)
+        style.draw_grid(axes, "x")
+        style.use_plain_ticks(axes.xaxis)
     for row, (n, nan_share) in enumerate(zip(table["n_conditions"], table["nan_share"], strict=True)):
         missing = f", {format_share(nan_share)} NaN" if nan_share > 0 else ""
         right.annotate(
             f"n = {n:,.0f}{missing}", (1.03, row), xycoords=("axes fraction", "data"), va="center", fontsize=7.5,
-            color=MUTED, annotation_clip=False,
+            color=style.MUTED, annotation_clip=False,
         )  # fmt: skip
     figure.legend(handles=_explain_marks(list(table["verdict"])), loc="outside upper left", ncols=3, columnspacing=1.6)
     return figure
@@ -81,31 +71,24 @@ def draw_dynamic_range(calibration: pd.DataFrame) -> Figure:
 def _draw_panel(axes: Axes, table: pd.DataFrame, value: str) -> None:
     """Points, intervals and half-split bars of one quantity (`drf` or `bds`), one row per metric."""
     for row, entry in enumerate(table.to_dict("records")):
-        colour = VERDICT_COLOURS[entry["verdict"]]
+        colour = style.VERDICT_COLOURS[entry["verdict"]]
         mean, low, high, sd = (entry[f"{value}{suffix}"] for suffix in ("", "_low", "_high", "_half_sd"))
         if np.isnan(mean):
-            axes.text(0.005, row, "–", va="center", color=MUTED)
+            axes.text(0.005, row, "–", va="center", color=style.MUTED)
             continue
         axes.barh(row, 2 * sd, left=mean - sd, height=0.62, color=colour, alpha=0.22, linewidth=0)
         axes.plot([low, high], [row, row], color=colour, linewidth=1.6, solid_capstyle="butt")
-        axes.plot(mean, row, VERDICT_MARKERS[entry["verdict"]], color=colour, markersize=5.5, clip_on=False)
+        axes.plot(mean, row, style.VERDICT_MARKERS[entry["verdict"]], color=colour, markersize=5.5, clip_on=False)
 
 
 def _explain_marks(present: list[str]) -> list[Line2D]:
     """Explain colours, lines and bars; verdicts in their fixed order, only those present."""
+    marker = style.VERDICT_MARKERS
     handles = [
-        Line2D(
-            [],
-            [],
-            marker=VERDICT_MARKERS[name],
-            color=colour,
-            linestyle="",
-            markersize=5.5,
-            label=_WORDS.get(name, name),
-        )
-        for name, colour in VERDICT_COLOURS.items()
+        Line2D([], [], color=colour, marker=marker[name], linestyle="", markersize=5.5, label=_WORDS.get(name, name))
+        for name, colour in style.VERDICT_COLOURS.items()
         if name in present
     ]
-    handles.append(Line2D([], [], color=MUTED, linewidth=1.6, label="95 % interval over conditions"))
-    handles.append(Line2D([], [], color=FAINT, linewidth=7, label="± 1 SD over half splits"))
+    handles.append(Line2D([], [], color=style.MUTED, linewidth=1.6, label="95 % interval over conditions"))
+    handles.append(Line2D([], [], color=style.FAINT, linewidth=7, label="± 1 SD over half splits"))
     return handles

@@ -10,12 +10,12 @@ from matplotlib.figure import Figure
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
-from core.report.figures.style import FAINT, use_plain_ticks, with_look
+from core.report.figures import style
 
 _MOST_LABELS = 100
 
 
-@with_look
+@style.apply_look()
 def draw_edistance(matrix: pd.DataFrame) -> Figure:
     """Draw a heat map of one covariate's E-distances, conditions ordered by average-linkage clustering.
 
@@ -45,7 +45,8 @@ def draw_edistance(matrix: pd.DataFrame) -> Figure:
     # Beyond the 99th percentile all are equally yellow, because one outlier would darken the rest.
     top = float(np.nanquantile(values, 0.99)) if n > 10 else float(np.nanmax(values))
     norm = PowerNorm(0.5, vmin=0, vmax=top or 1.0)
-    image = axes.imshow(values, cmap=colormaps["cividis"].with_extremes(bad=FAINT), norm=norm, interpolation="nearest")
+    colours = colormaps["cividis"].with_extremes(bad=style.FAINT)
+    image = axes.imshow(values, cmap=colours, norm=norm, interpolation="nearest")
     for spine in axes.spines.values():
         spine.set_visible(False)
     labels = list(ordered.index)
@@ -63,7 +64,7 @@ def draw_edistance(matrix: pd.DataFrame) -> Figure:
     bar = figure.colorbar(image, ax=axes, shrink=0.7, pad=0.02, aspect=28, extend=extend)
     bar.outline.set_visible(False)
     bar.set_label("E-distance (square-root colour scale)", fontsize=8)
-    use_plain_ticks(bar.ax.yaxis)
+    style.use_plain_ticks(bar.ax.yaxis)
     return figure
 
 

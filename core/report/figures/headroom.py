@@ -10,29 +10,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from core.report.figures.style import (
-    BLUE,
-    FAINT,
-    GREY,
-    INK,
-    MUTED,
-    break_name,
-    draw_grid,
-    format_tick,
-    hide_spine,
-    use_plain_ticks,
-    with_look,
-)
+from core.report.figures import style
 from core.report.tables import list_panel_models, list_ranked_metrics
 
 # Headroom has no lower bound; values farther out are drawn at the edge, with the number.
 _WIDEST = (-1.0, 1.4)
-_LABELS = {"model": "model", "baseline": "baseline"}
-_COLOURS = {"model": BLUE, "baseline": GREY}
+_WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # behind a number
+_COLOURS = {"model": style.BLUE, "baseline": style.GREY}
 _MARKERS = {"model": "o", "baseline": "s"}
 
 
-@with_look
+@style.apply_look()
 def draw_headroom(leaderboard: pd.DataFrame) -> Figure:
     """Draw the headroom of each model and baseline, best mean rank on top. NaN is drawn as a dash.
 
@@ -66,10 +54,10 @@ def draw_headroom(leaderboard: pd.DataFrame) -> Figure:
             continue
         _draw_panel(axes, rows.loc[metrics[index]].reindex(names), limits)
         n = rows.loc[metrics[index]].reindex(names)["n_conditions"].max()
-        axes.set_title(break_name(metrics[index]), fontsize=8.5)
+        axes.set_title(style.break_name(metrics[index]), fontsize=8.5)
         axes.annotate(
             f"n = {n:,.0f}", (1, 0), (0, 2), xycoords="axes fraction", textcoords="offset points", ha="right",
-            va="bottom", fontsize=7, color=MUTED, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
+            va="bottom", fontsize=7, color=style.MUTED, bbox=_WHITE,
         )  # fmt: skip
         # The last panel of each column carries the axis, also where the bottom line is not full.
         axes.tick_params(axis="x", labelbottom=index + columns >= len(metrics))
@@ -83,25 +71,24 @@ def draw_headroom(leaderboard: pd.DataFrame) -> Figure:
 
 def _draw_panel(axes: Axes, table: pd.DataFrame, limits: tuple[float, float]) -> None:
     """One metric: a row per model."""
-    axes.axvline(0, color=INK, linewidth=0.8)
-    axes.axvline(1, color=INK, linewidth=0.8, linestyle=(0, (3, 2)))
-    draw_grid(axes, "x")
-    hide_spine(axes)
-    use_plain_ticks(axes.xaxis)
+    axes.axvline(0, color=style.INK, linewidth=0.8)
+    axes.axvline(1, color=style.INK, linewidth=0.8, linestyle=(0, (3, 2)))
+    style.draw_grid(axes, "x")
+    style.hide_spine(axes)
+    style.use_plain_ticks(axes.xaxis)
     inner = (limits[0] + 0.05, limits[1] - 0.05)
     for row, entry in enumerate(table.to_dict("records")):
         mean, sd = entry["headroom"], entry["headroom_half_sd"]
         if np.isnan(mean):
-            axes.text(0.02, row, "–", va="center", color=MUTED)
+            axes.text(0.02, row, "–", va="center", color=style.MUTED)
             continue
         colour = _COLOURS[entry["kind"]]
         if not inner[0] <= mean <= inner[1]:
-            below = mean < inner[0]
-            axes.plot(inner[0] if below else inner[1], row, "<" if below else ">", color=colour, markersize=5)
+            edge, mark, side, offset = (inner[0], "<", "left", 7) if mean < inner[0] else (inner[1], ">", "right", -7)
+            axes.plot(edge, row, mark, color=colour, markersize=5)
             axes.annotate(
-                format_tick(float(f"{mean:.3g}")), (inner[0] if below else inner[1], row), (7 if below else -7, 0),
-                textcoords="offset points", ha="left" if below else "right", va="center", fontsize=7, color=MUTED,
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
+                style.format_tick(float(f"{mean:.3g}")), (edge, row), (offset, 0), textcoords="offset points",
+                ha=side, va="center", fontsize=7, color=style.MUTED, bbox=_WHITE,
             )  # fmt: skip
             continue
         axes.barh(row, 2 * sd, left=mean - sd, height=0.6, color=colour, alpha=0.22, linewidth=0)
@@ -111,10 +98,10 @@ def _draw_panel(axes: Axes, table: pd.DataFrame, limits: tuple[float, float]) ->
 
 def _explain_marks(kinds: set[str]) -> list[Line2D]:
     handles = [
-        Line2D([], [], marker=_MARKERS[kind], color=_COLOURS[kind], linestyle="", markersize=4.5, label=label)
-        for kind, label in _LABELS.items()
+        Line2D([], [], marker=_MARKERS[kind], color=colour, linestyle="", markersize=4.5, label=kind)
+        for kind, colour in _COLOURS.items()
         if kind in kinds
     ]
-    handles.append(Line2D([], [], color=MUTED, linewidth=1.4, label="95 % interval over conditions"))
-    handles.append(Line2D([], [], color=FAINT, linewidth=6, label="± 1 SD over half splits"))
+    handles.append(Line2D([], [], color=style.MUTED, linewidth=1.4, label="95 % interval over conditions"))
+    handles.append(Line2D([], [], color=style.FAINT, linewidth=6, label="± 1 SD over half splits"))
     return handles

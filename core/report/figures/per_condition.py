@@ -10,12 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
-from core.report.figures.style import INK, MUTED, STRATUM_COLOURS, STRATUM_LABELS, draw_grid, use_plain_ticks, with_look
+from core.report.figures import style
 
 _TICKS = [2.0**power for power in range(-12, 13)]
 
 
-@with_look
+@style.apply_look()
 def draw_per_condition(ratios: pd.DataFrame) -> Figure:
     """Draw the wMSE of each model divided by the dataset mean's, per condition, grouped by number of DEGs.
 
@@ -34,7 +34,7 @@ def draw_per_condition(ratios: pd.DataFrame) -> Figure:
         One panel per model, in the table's order.
     """
     models = list(ratios["model"].unique())
-    strata = [name for name in STRATUM_LABELS if name in set(ratios["stratum"])]
+    strata = [name for name in style.STRATUM_LABELS if name in set(ratios["stratum"])]
     columns = min(len(models), 2 if len(models) <= 4 else 3)
     lines = ceil(len(models) / columns)
     figure = Figure(figsize=(9.6 if columns > 1 else 6.4, max(3.1, 0.5 + 2.15 * lines)))
@@ -56,8 +56,8 @@ def draw_per_condition(ratios: pd.DataFrame) -> Figure:
     ticks = [tick for tick in _TICKS if 1 / bound <= tick <= bound and round(np.log2(tick)) % step == 0]
     first.yaxis.set_major_locator(FixedLocator(ticks))
     first.yaxis.set_minor_locator(FixedLocator([]))
-    use_plain_ticks(first.yaxis)
-    first.set_xticks([index + 0.5 for index in range(len(strata))], [STRATUM_LABELS[name] for name in strata])
+    style.use_plain_ticks(first.yaxis)
+    first.set_xticks([index + 0.5 for index in range(len(strata))], [style.STRATUM_LABELS[name] for name in strata])
     first.set_xlim(0, len(strata))
     figure.supylabel("wMSE ratio to the dataset mean\n(log scale; below 1: model better)", fontsize=8.5)
     figure.supxlabel("DEGs of the condition; within a group, conditions sorted by ratio", fontsize=8.5)
@@ -66,8 +66,8 @@ def draw_per_condition(ratios: pd.DataFrame) -> Figure:
 
 def _draw_panel(axes: Axes, table: pd.DataFrame, strata: list[str], bound: float, raster: bool) -> None:
     """One model: strata side by side, each as wide as the next whatever its number of conditions."""
-    axes.axhline(1, color=INK, linewidth=0.8)
-    draw_grid(axes, "y")
+    axes.axhline(1, color=style.INK, linewidth=0.8)
+    style.draw_grid(axes, "y")
     axes.tick_params(axis="x", length=0)
     for index, stratum in enumerate(strata):
         if index:
@@ -76,7 +76,7 @@ def _draw_panel(axes: Axes, table: pd.DataFrame, strata: list[str], bound: float
         if not len(values):
             axes.annotate(
                 "no condition", (index + 0.5, 1), (0, -2), xycoords=("data", "axes fraction"),
-                textcoords="offset points", ha="center", va="top", fontsize=7, color=MUTED,
+                textcoords="offset points", ha="center", va="top", fontsize=7, color=style.MUTED,
             )  # fmt: skip
             continue
         x = index + 0.08 + 0.84 * (np.arange(len(values)) + 0.5) / len(values)
@@ -86,12 +86,10 @@ def _draw_panel(axes: Axes, table: pd.DataFrame, strata: list[str], bound: float
             (values > bound, "^"),
             (values < 1 / bound, "v"),
         ):
-            axes.scatter(
-                x[mask], np.clip(values[mask], 1 / bound, bound), s=size, marker=marker, color=STRATUM_COLOURS[stratum],
-                linewidths=0, rasterized=raster,
-            )  # fmt: skip
+            y, colour = np.clip(values[mask], 1 / bound, bound), style.STRATUM_COLOURS[stratum]
+            axes.scatter(x[mask], y, s=size, marker=marker, color=colour, linewidths=0, rasterized=raster)
         axes.annotate(
             f"better in\n{np.sum(values < 1):,} of {len(values):,}", (index + 0.5, 1), (0, -2),
             xycoords=("data", "axes fraction"), textcoords="offset points", ha="center", va="top", fontsize=7,
-            color=MUTED, linespacing=1.15,
+            color=style.MUTED, linespacing=1.15,
         )  # fmt: skip

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from base64 import b64encode
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import wraps
 from io import BytesIO
 from math import floor, log10
 from threading import RLock
-from typing import Any, Literal, ParamSpec
+from typing import Any, Literal
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -66,50 +64,32 @@ _RC: dict[Any, Any] = {
 }
 _DPI = 200
 # The layout is measured with the font that matplotlib brings; a reader sees the narrower font of their own system.
-_READERS_FONTS = "'Helvetica Neue', Helvetica, Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
+_READERS_FONTS = b"'Helvetica Neue', Helvetica, Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
+_NO_METADATA = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}
 _RC_LOCK = RLock()
-
-P = ParamSpec("P")
 
 
 @contextmanager
 def apply_look() -> Iterator[None]:
-    """Apply the settings of all figures, whatever the user's matplotlibrc says; one thread at a time."""
+    """Apply the settings of all figures, whatever the user's matplotlibrc says; one thread at a time.
+
+    For a block (`with apply_look():`) or a function (`@apply_look()`).
+    """
     with _RC_LOCK, mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(_RC)
         yield
 
 
-def with_look(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Make a function draw its figure within `apply_look`.
-
-    Parameters
-    ----------
-    draw
-        The function.
-
-    Returns
-    -------
-    Callable
-        A function of the same parameters.
-    """
-
-    @wraps(draw)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> Figure:
-        with apply_look():
-            return draw(*args, **kwargs)
-
-    return wrapper
-
-
-def render_svg(figure: Figure) -> bytes:
-    """Render a figure as SVG with editable text: the same bytes for the same figure, no date, no version.
+def render_figure(figure: Figure, kind: str) -> bytes:
+    """Render a figure, without date or version: the same bytes for the same figure.
 
     Parameters
     ----------
     figure
         As a figure function gives it.
+    kind
+        `svg`, with editable text, or `png`, at 200 dots per inch.
 
     Returns
     -------
@@ -119,44 +99,12 @@ def render_svg(figure: Figure) -> bytes:
     buffer = BytesIO()
     # Ticks are made while drawing, so the settings must hold here as well.
     with apply_look():
-        figure.savefig(buffer, format="svg", dpi=_DPI, metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue().decode()
-    return text.replace("'DejaVu Sans', sans-serif", _READERS_FONTS).replace("'DejaVu Sans'", _READERS_FONTS).encode()
-
-
-def render_png(figure: Figure) -> bytes:
-    """Render a figure as PNG at 200 dots per inch, without metadata.
-
-    Parameters
-    ----------
-    figure
-        As a figure function gives it.
-
-    Returns
-    -------
-    bytes
-        The file's content.
-    """
-    buffer = BytesIO()
-    with apply_look():
-        figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def encode_data_uri(image: bytes) -> str:
-    """Encode an SVG as a `data:` address, so that a page can carry it.
-
-    Parameters
-    ----------
-    image
-        The file's content.
-
-    Returns
-    -------
-    str
-        The address.
-    """
-    return "data:image/svg+xml;base64," + b64encode(image).decode()
+        figure.savefig(buffer, format=kind, dpi=_DPI, metadata=_NO_METADATA[kind])
+    image = buffer.getvalue()
+    if kind == "svg":
+        for font in (b"'DejaVu Sans', sans-serif", b"'DejaVu Sans'"):
+            image = image.replace(font, _READERS_FONTS)
+    return image
 
 
 def format_tick(value: float) -> str:

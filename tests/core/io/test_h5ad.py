@@ -13,7 +13,7 @@ import pytest
 from scipy import sparse
 
 from core.errors import UserError
-from core.io.h5ad import open_h5ad, read_genes, read_names, read_obs, require_space, write_by_rows
+from core.io.h5ad import open_h5ad, read_genes, read_names, require_space, write_by_rows
 
 
 def whole(n: int = 12) -> ad.AnnData:
@@ -88,7 +88,6 @@ def test_names_are_those_that_anndata_reads(tmp_path: Path) -> None:
     obs, var = read_names(tmp_path / "whole.h5ad")
     pd.testing.assert_frame_equal(obs, there.obs)
     pd.testing.assert_frame_equal(var, there.var)
-    pd.testing.assert_frame_equal(read_obs(tmp_path / "whole.h5ad"), there.obs)
     assert list(read_genes(tmp_path / "whole.h5ad")) == list(there.var_names)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from core.io.panels import PANEL, read_ahead, read_float_panels, read_panels, split_rows
+from core.io.panels import PANEL, read_ahead, read_float_panels, split_rows
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +86,7 @@ def test_a_consumer_that_stops_early_ends_the_thread() -> None:
         if value == 3:
             break
     matrix = sparse.random(3 * PANEL, 2, density=0.1, format="csr")
-    for span, _ in read_panels(matrix):
+    for span, _ in read_float_panels(matrix):
         assert span == slice(0, PANEL)
         break
 

@@ -20,7 +20,7 @@ from core.prepare.mirror import take_mirror_cells
 from core.prepare.splits import draw_halves, list_fold_columns
 from core.reference.build import build_half_split, build_negatives, build_reference, write_reference
 from core.reference.cell_sums import CellSums
-from core.reference.files import find_control_means, find_dataset_means, find_half_splits, read_keys, read_reference
+from core.reference.files import find_half_splits, find_negatives, read_keys, read_reference
 from core.reference.linear_baseline import predict_linear
 from core.reference.stored_profiles import read_stored_reference
 from core.stats.differential_expression import compare_with_rest
@@ -185,7 +185,7 @@ def test_negatives(built: Built) -> None:
 
 def test_negatives_of_each_row(built: Built) -> None:
     keys = built.reference.obs
-    means, controls = find_dataset_means(built.negatives, keys), find_control_means(built.negatives, keys)
+    means, controls = (find_negatives(built.negatives, kind, keys) for kind in ("dataset_mean", "control_mean"))
     profile = dict(zip(built.negatives.obs_names, built.negatives.X, strict=True))
     for row, covariate, _, fold in rows_of(built):
         same(controls[row], profile[f"{covariate}|control_mean|-1"])

@@ -13,7 +13,7 @@ from core.errors import UserError
 from core.prepare.mirror import take_mirror_cells
 from core.reference.build import build_negatives, build_reference
 from core.reference.cell_sums import CellSums
-from core.reference.files import find_control_means, find_dataset_means
+from core.reference.files import find_negatives
 from core.reference.stored_profiles import read_stored_reference
 
 Sums = Callable[..., CellSums]
@@ -44,7 +44,7 @@ def test_stored_tables_are_taken_as_they_are(mirror: ad.AnnData) -> None:
             expected = table.loc[key, reference.var_names] if key in table.index else np.full(reference.n_vars, np.nan)
             np.testing.assert_array_equal(reference.layers[layer][row], expected)
     covariate = reference.obs["covariate"].iloc[0]
-    c, m = find_control_means(negatives, reference.obs), find_dataset_means(negatives, reference.obs)
+    c, m = (find_negatives(negatives, kind, reference.obs) for kind in ("control_mean", "dataset_mean"))
     expected = mirror.uns["ctrl_baseline"].loc[covariate, reference.var_names]
     np.testing.assert_array_equal(c, np.broadcast_to(expected, c.shape))
     for row, fold in enumerate(reference.obs["test_fold"]):

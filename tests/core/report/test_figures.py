@@ -88,7 +88,10 @@ def test_same_tables_give_the_same_bytes_and_leave_no_trace():
     before = dict(mpl.rcParams)
     tables = {"models": 1, "conditions": 12}
     first, again = (
-        {name: (style.render_svg(figure), style.render_png(figure)) for name, figure in drawn(build(**tables)).items()}
+        {
+            name: (style.render_figure(figure, "svg"), style.render_figure(figure, "png"))
+            for name, figure in drawn(build(**tables)).items()
+        }
         for _ in range(2)
     )
     assert first == again
@@ -101,9 +104,9 @@ def test_same_tables_give_the_same_bytes_and_leave_no_trace():
 
 def test_rendering_does_not_depend_on_the_users_settings():
     tables = build(models=1, conditions=12)
-    plain = style.render_svg(draw_dynamic_range(tables["calibration"]))
+    plain = style.render_figure(draw_dynamic_range(tables["calibration"]), "svg")
     with mpl.rc_context({"font.size": 20, "axes.grid": True, "svg.fonttype": "path", "text.color": "red"}):
-        assert style.render_svg(draw_dynamic_range(tables["calibration"])) == plain
+        assert style.render_figure(draw_dynamic_range(tables["calibration"]), "svg") == plain
 
 
 def xs_of(line: Line2D) -> np.ndarray:
@@ -127,7 +130,7 @@ def test_dynamic_range_shows_each_mean_interval_spread_and_n():
         spread = left.patches[row]
         assert isinstance(spread, Rectangle)
         assert spread.get_width() == pytest.approx(2 * entry["drf_half_sd"])
-    image = style.render_svg(figure).decode()
+    image = style.render_figure(figure, "svg").decode()
     assert image.count("n = 60") == len(names)
     assert "18 % NaN" in image
 
@@ -143,7 +146,7 @@ def test_a_metric_without_a_value_is_a_dash_and_no_point():
 
 def test_calibration_of_a_single_half_split_has_no_spread():
     calibration = build(conditions=60)["calibration"].assign(drf_half_sd=np.nan, bds_half_sd=np.nan)
-    assert b"wmse" in style.render_svg(draw_dynamic_range(calibration))
+    assert b"wmse" in style.render_figure(draw_dynamic_range(calibration), "svg")
 
 
 def test_headroom_has_a_panel_per_calibrated_metric_and_leaves_low_coverage_out():
@@ -183,7 +186,7 @@ def test_per_condition_counts_wins_by_stratum():
 
 def test_names_with_dollar_signs_are_no_formulas():
     quality = build(conditions=6)["quality"].replace({"GENE001": "$A_1$ & <b>"})
-    image = style.render_svg(draw_conditions(quality)).decode()
+    image = style.render_figure(draw_conditions(quality), "svg").decode()
     assert "$A_1$ &amp; &lt;b&gt;" in image
 
 
@@ -203,7 +206,7 @@ def test_clusters_stand_together_and_unknown_distances_do_not_break_the_order():
     matrix.loc[:, "a"] = np.nan
     assert sorted(order_conditions(matrix)) == names
     assert order_conditions(matrix)[0] == "a" or order_conditions(matrix)[-1] == "a"
-    assert b"svg" in style.render_svg(draw_edistance(matrix))
+    assert b"svg" in style.render_figure(draw_edistance(matrix), "svg")
 
 
 def test_ticks_are_plain_numbers():

@@ -14,7 +14,6 @@ from core.scoring.calibration import (
     decide_verdict,
     discrimination,
     dynamic_range_fraction,
-    list_calibrated_metrics,
 )
 from core.scoring.metrics import BY_NAME
 
@@ -228,7 +227,12 @@ def test_models_in_the_table_change_nothing() -> None:
 
 def test_calibrated_metrics_are_those_with_the_verdict() -> None:
     table = build_calibration(score_table(conditions=30), 0)
-    assert list_calibrated_metrics(table) == ["mse", "pearson_deltactrl", "weighted_r2_deltapert"]
+    assert list(table.loc[table["verdict"] == "calibrated", "metric"]) == [
+        "mse",
+        "pearson_deltactrl",
+        "weighted_r2_deltapert",
+    ]
     bad = score_table(("mse",), conditions=30)
     swapped = {"interpolated_duplicate": "dataset_mean", "dataset_mean": "interpolated_duplicate"}
-    assert list_calibrated_metrics(build_calibration(bad.assign(model=bad["model"].replace(swapped)), 0)) == []
+    table = build_calibration(bad.assign(model=bad["model"].replace(swapped)), 0)
+    assert not (table["verdict"] == "calibrated").any()

@@ -14,8 +14,7 @@ from core.scoring.comparison import (
     RESAMPLES,
     compare_models,
     compute_signed_rank_p,
-    correct_bonferroni,
-    correct_holm,
+    correct_p_values,
     find_detectable_effect,
 )
 
@@ -136,27 +135,29 @@ def test_corrections_run_over_models_and_metrics_of_a_control_and_stratum(compar
         assert len(rows) == 4
         for test in ("t", "wilcoxon"):
             p = rows[f"{test}_p"].to_numpy()
-            np.testing.assert_allclose(rows[f"{test}_holm"], correct_holm(p), rtol=1e-12)
-            np.testing.assert_allclose(rows[f"{test}_bonferroni"], correct_bonferroni(p), rtol=1e-12)
+            np.testing.assert_allclose(rows[f"{test}_holm"], correct_p_values(p, "holm"), rtol=1e-12)
+            np.testing.assert_allclose(rows[f"{test}_bonferroni"], correct_p_values(p, "bonferroni"), rtol=1e-12)
             if stratum == "all":
-                np.testing.assert_allclose(correct_holm(p), multipletests(p, method="holm")[1], rtol=1e-12)
+                np.testing.assert_allclose(correct_p_values(p, "holm"), multipletests(p, method="holm")[1], rtol=1e-12)
 
 
 def test_corrections_by_hand_and_without_missing_values() -> None:
     p = np.array([0.01, np.nan, 0.04, 0.03, np.nan])
-    np.testing.assert_allclose(correct_holm(p), [0.03, np.nan, 0.06, 0.06, np.nan])
-    np.testing.assert_allclose(correct_bonferroni(p), [0.03, np.nan, 0.12, 0.09, np.nan])
-    for correct in (correct_holm, correct_bonferroni):
-        assert np.isnan(correct(np.full(3, np.nan))).all()
-        assert correct(np.array([])).shape == (0,)
+    np.testing.assert_allclose(correct_p_values(p, "holm"), [0.03, np.nan, 0.06, 0.06, np.nan])
+    np.testing.assert_allclose(correct_p_values(p, "bonferroni"), [0.03, np.nan, 0.12, 0.09, np.nan])
+    for method in ("holm", "bonferroni"):
+        assert np.isnan(correct_p_values(np.full(3, np.nan), method)).all()
+        assert correct_p_values(np.array([]), method).shape == (0,)
 
 
 def test_corrections_equal_statsmodels() -> None:
     rng = np.random.default_rng(0)
     for n in (1, 2, 5, 12, 40):
         p = np.round(rng.random(n) ** 3, 2)  # rounded: with ties, and some 0
-        np.testing.assert_allclose(correct_holm(p), multipletests(p, method="holm")[1], rtol=1e-12)
-        np.testing.assert_allclose(correct_bonferroni(p), multipletests(p, method="bonferroni")[1], rtol=1e-12)
+        np.testing.assert_allclose(correct_p_values(p, "holm"), multipletests(p, method="holm")[1], rtol=1e-12)
+        np.testing.assert_allclose(
+            correct_p_values(p, "bonferroni"), multipletests(p, method="bonferroni")[1], rtol=1e-12
+        )
 
 
 def test_covariates_are_conditions_of_their_own() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,12 @@ from tests.helpers import by_definition
 DEFINITIONS = Path(__file__).parents[3] / "docs" / "science.md"
 ROWS, GENES = 9, 23
 PROFILES = arrays(np.float64, (ROWS, GENES), elements=st.floats(0, 9, width=16))
-FUNCTIONS = {"squared": squared_error, "absolute": absolute_error, "pearson": pearson, "r2": r2}
+FUNCTIONS: dict[str, Callable[..., np.ndarray]] = {
+    "squared": squared_error,
+    "absolute": absolute_error,
+    "pearson": pearson,
+    "r2": r2,
+}
 
 
 def value_of(metric: Metric, x: np.ndarray, t: np.ndarray, second: np.ndarray | None) -> np.ndarray:

@@ -8,6 +8,7 @@ import re
 import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
@@ -74,7 +75,15 @@ def write_spec(path: Path, **fields: Any) -> Path:
     return path
 
 
-@pytest.fixture(scope="session", params=[name for name in NAMES if name not in {*IN_IMAGE, *MAKERS}])
+@pytest.fixture(autouse=True, scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A data folder of the tests' own: the engine keeps its scratch there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CALIPERT_DATA", str(tmp_path_factory.mktemp("data")))
+        yield
+
+
+@pytest.fixture(scope="module", params=[name for name in NAMES if name not in {*IN_IMAGE, *MAKERS}])
 def trained(request, two_lines, tmp_path_factory) -> SimpleNamespace:
     """A model trained and asked in two environments of other threads and hash seed; on one the rows asked turned."""
     name = request.param
@@ -237,3 +246,29 @@ def test_the_model_in_the_guide_works(panel, tmp_path):
     means = contract.dataset_means(contract.read_means(panel.folder / "train.h5ad"))
     assert predictions.n_obs == len(panel.held_out) - 1
     np.testing.assert_allclose(predictions.X, np.repeat(means.to_numpy(), predictions.n_obs, axis=0), rtol=1e-12)
+
+
+def test_a_killed_model_goes_on(panel, tmp_path):
+    """Its process is killed halfway; the files are those of an undisturbed training."""
+    (tmp_path / "checkpoint").mkdir()
+    settings = {"epochs": 300, "validate_every": 2, "hidden": 16, "latent": 4}
+
+    def run(output: str, checkpoint: Path | None, until: int | None = None) -> str:
+        task = panel.train_task(tmp_path / output, hyperparameters=settings, checkpoint=checkpoint)
+        (tmp_path / "spec.json").write_text(json.dumps(vars(task), default=lambda path: str(path)))
+        command = [sys.executable, str(MODELS / "fmlp" / "model.py"), "train", str(tmp_path / "spec.json")]
+        with subprocess.Popen(command, env={"PYTHONPATH": str(MODELS)}, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            said = ""
+            for line in process.stdout:
+                said += line
+                if f'"done": {until},' in line:
+                    process.kill()
+        return said
+
+    run("whole", None)
+    run("broken", tmp_path / "checkpoint", until=100)
+    assert not (tmp_path / "broken" / "weights.pt").exists()
+    assert "goes on after epoch" in run("broken", tmp_path / "checkpoint")
+    for name in ("weights.pt", "model.json"):
+        assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -1,0 +1,1 @@
+from model_containers.neural import *  # noqa: F403
