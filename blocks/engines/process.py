@@ -75,8 +75,9 @@ class ProcessEngine(Engine):
         Raises UserError if the environment lacks a package of the model's requirements.txt.
         """
         requirements = find_sources(model_folder).get("requirements.txt")
-        names = () if requirements is None else _read_requirements(requirements)
-        versions = _read_versions(self.python, names, model_folder)
+        lines = [] if requirements is None else requirements.read_text(encoding="utf-8").splitlines()
+        names = sorted(found.group() for line in lines if (found := re.match(r"[A-Za-z0-9][A-Za-z0-9._-]*", line)))
+        versions = _read_versions(self.python, tuple(names), model_folder)
         return sha256((hash_sources(model_folder) + versions).encode()).hexdigest()
 
     def _environment(self, home: Path, run: StageRun) -> dict[str, str]:
@@ -125,12 +126,6 @@ def _read_status(status: Path, supervisor_code: int, device: str) -> tuple[int, 
         return supervisor_code, None
     report = json.loads(status.read_text(encoding="ascii"))
     return report.pop("exit_code"), Usage(**report, device=device)
-
-
-def _read_requirements(path: Path) -> tuple[str, ...]:
-    """Return the names of the packages in a requirements.txt, sorted."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return tuple(sorted(found.group() for line in lines if (found := re.match(r"[A-Za-z0-9][A-Za-z0-9._-]*", line))))
 
 
 @cache

@@ -1,11 +1,11 @@
 """Runs one command and ends together with it, with all that it started, and with the process that started this one.
 
 `python supervisor.py STATUS COMMAND...`, as the leader of a process group of its own, with the read end of a pipe as
-stdin whose write end only the starter holds. How the command ended is written to the file STATUS
-(`main`); then the whole group is killed, this process included. The group is killed, too, as soon as the
-starter is gone, however it died: the pipe ends, or, where a fork of the starter's still holds the pipe, this process
-gets another parent. The command joins the group before it runs: there is no moment at which it could be left. What else
-this process holds (the lock of a GPU) the command gets too.
+stdin whose write end only the starter holds. How the command ended is written to the file STATUS (`main`); then the
+whole group is killed, this process included. The group is killed, too, as soon as the starter is gone, however it died:
+the pipe ends, or, where a fork of the starter's still holds the pipe, this process gets another parent. The command
+joins the group before it runs: there is no moment at which it could be left. What else this process holds (the lock of
+a GPU) the command gets too.
 """
 
 from __future__ import annotations

@@ -297,10 +297,8 @@ def connect() -> Iterator[docker.DockerClient]:
             " CALIPERT_ENGINE=process runs models without containers"
         )
         raise UserError("Docker", "engine", f"no answer: {error}", remedy) from error
-    try:
+    with closing(client):
         yield client
-    finally:
-        client.close()
 
 
 @contextmanager

@@ -113,13 +113,16 @@ def model_options(
     image: str, run: StageRun, mounts: list[Mount], volumes: Mapping[str, str], limits: Limits, machine: Machine
 ) -> dict[str, Any]:
     """Return the options of the model's own container. volumes: as in `keeper_options`."""
-    memory = memory_limit(limits, machine)
+    memory, environment = memory_limit(limits, machine), model_variables(TEMPORARY, run.threads)
+    if run.gpu is None:
+        # Images of CUDA ask for all GPUs by this variable, and get them where NVIDIA's runtime is the default one.
+        environment |= {"NVIDIA_VISIBLE_DEVICES": "void", VISIBLE: ""}
     return isolation_options() | {
         "image": image,
         "command": [run.stage, SPEC],
         "hostname": "calipert",
         "working_dir": TEMPORARY,
-        "environment": _environment(run),
+        "environment": environment,
         "mounts": [*mounts, *(Mount(at, name, type="volume", no_copy=True) for at, name in volumes.items())],
         # Executable: compilers of GPU kernels load what they wrote there.
         "tmpfs": {TEMPORARY: f"size={int(limits.temporary)},mode=1777,nosuid,nodev,exec"},
@@ -155,12 +158,6 @@ def _is_readable(path: Path) -> bool:
     found, (user, group) = path.stat(), find_user()
     mine = stat.S_IRUSR if found.st_uid == user else stat.S_IRGRP if found.st_gid == group else stat.S_IROTH
     return bool(found.st_mode & mine)
-
-
-def _environment(run: StageRun) -> dict[str, str]:
-    fixed = model_variables(TEMPORARY, run.threads)
-    # Images of CUDA ask for all GPUs by this variable, and get them where NVIDIA's runtime is the default one.
-    return fixed if run.gpu is not None else fixed | {"NVIDIA_VISIBLE_DEVICES": "void", VISIBLE: ""}
 
 
 def _mount_read_only(source: Path, target: str) -> Mount:

@@ -82,7 +82,11 @@ class Api:
 
     def create_job(self, job: Object) -> None:
         """Create a Job, unless there is one of its name: this very one, of which the answer was lost, or another."""
-        self._request(self._jobs.create_namespaced_job, (409,), body=job)
+        try:
+            self._request(self._jobs.create_namespaced_job, body=job)
+        except RequestFailed as error:
+            if error.status != 409 or self.job(job["metadata"]["name"]) is None:
+                raise
 
     def job(self, name: str) -> Object | None:
         """Return the Job of this name, None if there is none."""
@@ -101,9 +105,9 @@ class Api:
 
     def last_lines(self, pod: str, container: str, most: int) -> list[str]:
         """Return the end of a container's log, for a message: nothing where there is none."""
-        which = {"name": pod, "container": container, "tail_lines": most}
+        read = self._pods.read_namespaced_pod_log
         try:
-            with self._send(self._pods.read_namespaced_pod_log, **which) as answer:
+            with self._send(read, name=pod, container=container, tail_lines=most) as answer:
                 return answer.data.decode("utf-8", errors="replace").splitlines()
         except RequestFailed as error:
             return [] if error.status else [f"(its log could not be read: {error.found})"]
@@ -114,7 +118,7 @@ class Api:
 
         One try. Raises RequestFailed, also where the connection breaks within the block.
         """
-        which: Object = {"name": pod, "container": container, "follow": True, "timestamps": True}
+        which: dict[str, Any] = {"name": pod, "container": container, "follow": True, "timestamps": True}
         which |= {} if since_s is None else {"since_seconds": since_s}
         with self._send(self._pods.read_namespaced_pod_log, silence_s=SILENCE_S, **which) as answer:
             yield answer

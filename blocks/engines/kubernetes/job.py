@@ -11,7 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from blocks.engines.base import StageRun, model_variables
 from blocks.engines.kubernetes.api import Object
@@ -36,11 +36,7 @@ ISOLATION = {
 }
 _DIGEST = re.compile(r"\S+@sha256:[0-9a-f]{64}")
 # As Kubernetes writes quantities: 500m, 2, 8Gi.
-Quantity = Annotated[
-    str,
-    BeforeValidator(lambda value: str(value) if isinstance(value, int | float) else value),
-    StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)?(m|[kMGT]|[KMGT]i)?$"),
-]
+Quantity = Annotated[str, StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)?(m|[kMGT]|[KMGT]i)?$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")]
 
 
@@ -50,7 +46,7 @@ class ModelPod(BaseModel):
     gpus: for training and prediction; whole ones, which the cluster hands out.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
     image: str
     cpu: Quantity
@@ -109,7 +105,8 @@ def translate_spec(spec: Mapping[str, Any], store: Path) -> Inputs:
 
     Raises ValueError for a path that leads elsewhere: nothing but the store's artifacts is in the bucket.
     """
-    translated, paths = dict(spec), set()
+    translated = dict(spec)
+    paths: set[str] = set()
     for field, value in spec.items():
         if field == "output":
             translated[field] = OUTPUT
