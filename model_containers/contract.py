@@ -1,35 +1,52 @@
 """The contract between the benchmark and a model, or a maker of gene embeddings: commands that are given one JSON file.
 
 `python model.py describe|train|predict|embed SPEC.json`. This module is copied into every model's image and lies on
-the path of every model that runs as a process. It imports nothing of the project, and numpy, pandas, scipy and
-anndata only inside the functions that need them: `describe` answers at once, and `main` can set the number of
-threads before a BLAS is loaded. The contract in full, file by file, is docs/models.md.
+the path of every model that runs as a process. It imports nothing of the project, and heavy packages only when
+they are used: `describe` answers at once, and `main` can set the number of threads before a BLAS is loaded. The
+contract in full, file by file, is docs/models.md.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
-
-if TYPE_CHECKING:
-    import anndata as ad
-    import numpy as np
-    import pandas as pd
-    from scipy.sparse import csr_matrix
+from types import NoneType
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_args, get_type_hints
 
 CONTROL = "control"
 INPUTS = ("cells", "means", "files")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 # How many cells `read_means` holds at a time. Fixed, so that its sums keep their bits on every machine.
 BLOCK_OF_CELLS = 65_536
+MODEL = "model.json"
 
 Settings = TypeVar("Settings")
+ShapeOf = TypeVar("ShapeOf")
 _METRICS: list[tuple[str, int, float]] = []
+
+
+class LateModule:
+    """A module that is imported when something of it is first used."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(importlib.import_module(self._name), attribute)
+
+
+if not TYPE_CHECKING:
+    ad, np, pd, sparse = map(LateModule, ("anndata", "numpy", "pandas", "scipy.sparse"))
+else:
+    import anndata as ad
+    import numpy as np
+    import pandas as pd
+    from scipy import sparse
 
 
 class ContractError(Exception):
@@ -59,9 +76,9 @@ class Description:
     name: str
     combinations: bool
     embedding: bool
-    counts: bool
-    gpu: bool
-    input: str
+    counts: bool = False
+    gpu: bool = False
+    input: str = "cells"
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -71,6 +88,25 @@ class Description:
                 raise ContractError(f"describe: {field}: {getattr(self, field)!r} is neither true nor false")
         if self.input not in INPUTS:
             raise ContractError(f"describe: input: {self.input!r} is none of {', '.join(INPUTS)}")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What else than its settings the size of a model of one embedding hangs on.
+
+    dimensions of the embedding, names of the measured genes, names of the covariates of the train cells.
+    """
+
+    dimensions: int
+    genes: list[str]
+    covariates: list[str]
+
+
+@dataclass(frozen=True)
+class DescribeTask:
+    """A question for the model's description, which goes into the folder `output`."""
+
+    output: Path
 
 
 @dataclass(frozen=True)
@@ -151,23 +187,21 @@ def main(
     is one line on stderr and exit status 2; any other error of the model is its traceback and exit status 1.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    calls = {"train": train, "predict": predict, "embed": embed}
-    stages = ["describe", *(stage for stage, call in calls.items() if call)]
+
+    def describe(task: DescribeTask) -> None:
+        write_json(task.output / "describe.json", asdict(description))
+
+    calls: dict[str, Callable[[Any], None] | None]
+    calls = {"describe": describe, "train": train, "predict": predict, "embed": embed}
+    known = {stage: call for stage, call in calls.items() if call}
     try:
-        if len(arguments) != 2 or arguments[0] not in stages:
+        if len(arguments) != 2 or arguments[0] not in known:
             given = " ".join(arguments) or "nothing"
-            raise ContractError(f"wanted: {'|'.join(stages)} SPEC.json; given: {given}")
+            raise ContractError(f"wanted: {'|'.join(known)} SPEC.json; given: {given}")
         stage, spec = arguments[0], _read_spec(arguments[0], Path(arguments[1]))
-        if stage == "describe":
-            write_json(spec["output"] / "describe.json", asdict(description))
-            return
-        _use_threads(spec["threads"])
-        if train and stage == "train":
-            train(TrainTask(**spec))
-        elif predict and stage == "predict":
-            predict(PredictTask(**spec))
-        elif embed:
-            embed(EmbedTask(**spec))
+        if "threads" in spec:
+            _use_threads(spec["threads"])
+        known[stage](_TASKS[stage](**spec))
     except ContractError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -207,6 +241,18 @@ def _settings(where: str, wanted: Mapping[str, Any], settings: type[Settings]) -
         return settings(**given)
     except ValueError as error:
         raise ContractError(f"{where}: {error}") from None
+
+
+def check_numbers(settings: object, or_zero: Sequence[str] = (), others: Sequence[str] = ()) -> None:
+    """Raise ValueError unless each field of a dataclass is a number above 0: for its `__post_init__`.
+
+    or_zero: fields that may be 0 too. others: fields that are not checked here.
+    """
+    for name, value in vars(settings).items():
+        if name in or_zero and value < 0:
+            raise ValueError(f"{name}: wanted a number of at least 0")
+        if name not in (*or_zero, *others) and value <= 0:
+            raise ValueError(f"{name}: wanted a number above 0")
 
 
 # ---- events: one JSON object a line on stdout
@@ -250,7 +296,6 @@ def read_cells(path: Path, *, counts: bool = False) -> ad.AnnData:
     Layers stay on disk, except layers["counts"] (CSR float32, whole numbers) when `counts` is true. Raises
     ContractError if a column or the counts are missing.
     """
-    import anndata as ad
     import h5py
     from anndata.io import read_elem
 
@@ -271,11 +316,6 @@ def read_means(path: Path) -> ad.AnnData:
     `n_cells`; rows sorted by these names. Cells are summed by one sparse product per block of cells, so that the
     file may be far larger than memory. Raises ContractError if a column is missing.
     """
-    import anndata as ad
-    import numpy as np
-    import pandas as pd
-    from scipy.sparse import csr_matrix
-
     cells = ad.read_h5ad(path, backed="r")
     try:
         names = ["covariate", "condition", "split"]
@@ -286,7 +326,7 @@ def read_means(path: Path) -> ad.AnnData:
         for start in range(0, cells.n_obs, BLOCK_OF_CELLS):
             block = _csr(cells.X[start : start + BLOCK_OF_CELLS])
             rows = row_of[start : start + BLOCK_OF_CELLS]
-            member = csr_matrix((np.ones(len(rows)), (rows, np.arange(len(rows)))), (len(sums), len(rows)))
+            member = sparse.csr_matrix((np.ones(len(rows)), (rows, np.arange(len(rows)))), (len(sums), len(rows)))
             sums += (member @ block).toarray()
         var = pd.DataFrame(index=cells.var_names)
     finally:
@@ -303,21 +343,21 @@ def read_embedding(path: Path | None, dimensions: int | None = None) -> pd.DataF
     Raises ContractError if there is no embedding, its dimensions are others, a gene occurs twice, or a value is
     not finite.
     """
-    import numpy as np
-    import pandas as pd
-
-    if path is None:
-        raise ContractError("embedding: this model needs one, and the spec names none")
-    table: pd.DataFrame = pd.read_parquet(path).astype(np.float64).rename(index=str)
+    table = _read_table(path)
     if dimensions not in (None, table.shape[1]):
         raise ContractError(f"{path}: {table.shape[1]} dimensions; the model was trained with {dimensions}")
     return _checked(table, path)
 
 
-def _checked(table: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """Drop the rows of zeros; raise ContractError where a gene occurs twice or a value is not finite."""
-    import numpy as np
+def _read_table(path: Path | None) -> pd.DataFrame:
+    if path is None:
+        raise ContractError("embedding: this model needs one, and the spec names none")
+    table: pd.DataFrame = pd.read_parquet(path).astype(np.float64).rename(index=str)
+    return table
 
+
+def _checked(table: pd.DataFrame, path: Path | None) -> pd.DataFrame:
+    """Drop the rows of zeros; raise ContractError where a gene occurs twice or a value is not finite."""
     if table.index.has_duplicates:
         twice = table.index[table.index.duplicated()][0]
         raise ContractError(f"{path}: gene {twice} occurs more than once")
@@ -333,15 +373,10 @@ def read_sources(path: Path | None) -> dict[str, pd.DataFrame]:
     In the file the columns are `<source>/<dimension>`, with NaN where a source lacks the gene: its table has no such
     row. A plain embedding is one source, "embedding". Raises ContractError as `read_embedding` does.
     """
-    import numpy as np
-    import pandas as pd
-
-    if path is None:
-        raise ContractError("embedding: this model needs one, and the spec names none")
-    table = pd.read_parquet(path).astype(np.float64).rename(index=str)
+    table = _read_table(path)
     sources = [column.rpartition("/")[0] for column in table.columns]
     if not all(sources):
-        return {"embedding": read_embedding(path)}
+        return {"embedding": _checked(table, path)}
     found = {}
     for source in dict.fromkeys(sources):
         own = table.loc[:, [source == other for other in sources]]
@@ -355,9 +390,6 @@ def read_graph(path: Path | None) -> pd.DataFrame:
     Columns `gene`, `neighbour` (str) and `weight` (float64, 0 < weight <= 1), sorted by gene, falling weight,
     neighbour. A gene without a row is not in the graph. Raises ContractError for any other file.
     """
-    import numpy as np
-    import pandas as pd
-
     if path is None:
         raise ContractError("embedding: this model needs a graph between genes, and the spec names none")
     table = pd.read_parquet(path)
@@ -371,8 +403,6 @@ def read_graph(path: Path | None) -> pd.DataFrame:
 
 def unit_norm(embedding: pd.DataFrame) -> pd.DataFrame:
     """Each gene's embedding divided by its Euclidean length; a row of zeros stays one."""
-    import numpy as np
-
     length = np.linalg.norm(embedding.to_numpy(), axis=1)
     return embedding.div(np.where(length > 0, length, 1.0), axis=0)
 
@@ -389,6 +419,19 @@ def standardised(embedding: pd.DataFrame) -> pd.DataFrame:
     return unit_norm((embedding - embedding.mean()) / spread.where(varies, float("inf")))
 
 
+def scaled(embedding: pd.DataFrame) -> pd.DataFrame:
+    """`standardised`, with rows of the length sqrt(dimensions): a value is about 1 in size, whatever the source."""
+    return standardised(embedding) * embedding.shape[1] ** 0.5
+
+
+def sum_embeddings(conditions: Sequence[str], embedding: pd.DataFrame) -> np.ndarray:
+    """Sum the embeddings of each condition's genes: conditions x dimensions, float64; zeros for control."""
+    rows = np.zeros((len(conditions), embedding.shape[1]))
+    for row, condition in enumerate(conditions):
+        rows[row] = embedding.loc[list(genes_of(condition))].to_numpy().sum(axis=0)
+    return rows
+
+
 # ---- conditions
 
 
@@ -397,10 +440,49 @@ def genes_of(condition: str) -> tuple[str, ...]:
     return () if condition == CONTROL else tuple(condition.split("+"))
 
 
+def genes_in(keys: Iterable[Key]) -> list[str]:
+    """List the perturbed genes of some conditions, sorted."""
+    return sorted({gene for key in keys for gene in genes_of(key.condition)})
+
+
+def mark_genes(conditions: Sequence[str], names: Sequence[str]) -> np.ndarray:
+    """Mark the genes that each condition perturbs: conditions x names, bool."""
+    column = {gene: index for index, gene in enumerate(names)}
+    marks = np.zeros((len(conditions), len(names)), dtype=bool)
+    for row, condition in enumerate(conditions):
+        marks[row, [column[gene] for gene in genes_of(condition) if gene in column]] = True
+    return marks
+
+
+def keys_of(obs: pd.DataFrame) -> list[Key]:
+    """List the key of each row."""
+    return list(map(Key, obs["covariate"], obs["condition"]))
+
+
+def rows_among(keys: Iterable[Key], obs: pd.DataFrame) -> np.ndarray:
+    """Find the row of each cell's key in `keys`, -1 where it is not among them."""
+    row_of = {key: row for row, key in enumerate(keys)}
+    return np.array([row_of.get(key, -1) for key in keys_of(obs)])
+
+
+def number_conditions(obs: pd.DataFrame, kept: np.ndarray) -> tuple[list[Key], np.ndarray]:
+    """List the distinct keys of the kept cells, sorted, and find the row of each cell's key (`rows_among`)."""
+    keys = sorted(set(keys_of(obs[kept])))
+    return keys, rows_among(keys, obs)
+
+
 def is_embedded(condition: str, embedding: pd.DataFrame) -> bool:
     """Whether a condition is a perturbation each of whose genes has an embedding (control is none)."""
     genes = genes_of(condition)
     return bool(genes) and all(gene in embedding.index for gene in genes)
+
+
+def perturb_known(conditions: pd.Series, genes: Iterable[str]) -> np.ndarray:
+    """Whether each condition is a perturbation all of whose genes are among these (control is none): bool."""
+    known = set(genes)
+    found = [name for name in set(conditions) - {CONTROL} if known.issuperset(genes_of(name))]
+    are_known: np.ndarray = conditions.isin(found).to_numpy()
+    return are_known
 
 
 def learnable(obs: pd.DataFrame, embedding: pd.DataFrame) -> tuple[np.ndarray, list[str]]:
@@ -409,14 +491,19 @@ def learnable(obs: pd.DataFrame, embedding: pd.DataFrame) -> tuple[np.ndarray, l
     Train cells of control and of conditions with embeddings, val cells of the latter; only of covariates with such a
     train perturbation. Raises ContractError if there is none.
     """
-    conditions = obs["condition"].astype("category")
-    known = [name for name in conditions.cat.categories if is_embedded(name, embedding)]
-    is_known, is_train = conditions.isin(known).to_numpy(), (obs["split"] == "train").to_numpy()
+    is_known = perturb_known(obs["condition"], embedding.index)
+    is_train = (obs["split"] == "train").to_numpy()
     covariates = sorted(set(obs["covariate"][is_known & is_train]))
     if not covariates:
         raise ContractError("cells: no train perturbation has an embedding")
-    is_control = (conditions == CONTROL).to_numpy()
+    is_control = (obs["condition"] == CONTROL).to_numpy()
     return (is_known | (is_control & is_train)) & obs["covariate"].isin(covariates).to_numpy(), covariates
+
+
+def select_cells(cells: ad.AnnData, embedding: pd.DataFrame) -> tuple[np.ndarray, Shape]:
+    """Which cells a model of one embedding can learn from, as `learnable` says, and what its size hangs on."""
+    kept, covariates = learnable(cells.obs, embedding)
+    return kept, Shape(embedding.shape[1], cells.var_names.tolist(), covariates)
 
 
 def require_controls(obs: pd.DataFrame, covariates: Iterable[str]) -> None:
@@ -444,18 +531,63 @@ def unpredictable(keys: Iterable[Key], embedding: pd.DataFrame, covariates: Iter
     embedding:  what `read_embedding` returned; every gene of a condition must be in it.
     covariates: those that the model learned.
     """
+    known = {"no embedding for": embedding.index}
+    return find_gaps(keys, known, covariates, "has no training perturbation with an embedding")
+
+
+def split_keys(
+    task: PredictTask, embedding: pd.DataFrame, covariates: Iterable[str]
+) -> tuple[list[Key], dict[Key, str]]:
+    """List the asked keys that a model of embeddings can predict, sorted, and the others (`unpredictable`)."""
+    reasons = unpredictable(task.conditions, embedding, covariates)
+    return sorted(set(task.conditions) - set(reasons)), reasons
+
+
+def find_gaps(
+    keys: Iterable[Key], known: Mapping[str, Container[str]], covariates: Iterable[str], lack: str
+) -> dict[Key, str]:
+    """List the keys that a model cannot predict, each with the first reason that applies.
+
+    known:      from how a reason begins, before the genes that it names, to the genes of which it does not hold.
+    covariates: those that the model learned. lack: what is said of another.
+    """
     learned = set(covariates)
-    reasons = {}
+    reasons: dict[Key, str] = {}
     for key in keys:
-        missing = [gene for gene in genes_of(key.condition) if gene not in embedding.index]
-        if missing:
-            reasons[key] = f"no embedding for {', '.join(missing)}"
-        elif key.covariate not in learned:
-            reasons[key] = f"covariate {key.covariate} has no training perturbation with an embedding"
+        for reason, genes in known.items():
+            missing = [gene for gene in genes_of(key.condition) if gene not in genes]
+            if missing:
+                reasons.setdefault(key, f"{reason} {', '.join(missing)}")
+        if key.covariate not in learned:
+            reasons.setdefault(key, f"covariate {key.covariate} {lack}")
     return reasons
 
 
 # ---- writing
+
+
+def predict_differences(
+    task: PredictTask,
+    model: Mapping[str, np.ndarray],
+    embedding: pd.DataFrame,
+    covariates: Iterable[str],
+    difference_of: Callable[[int, list[str]], np.ndarray],
+) -> None:
+    """Predict dataset_mean plus a difference for each condition with embeddings, and write it.
+
+    model:         `genes`, `covariates` and their `dataset_means`.
+    covariates:    those with a training perturbation that has an embedding.
+    difference_of: from a covariate's row in `model`, and conditions, to their differences, conditions x genes.
+    """
+    reasons = unpredictable(task.conditions, embedding, covariates)
+    keys = [key for key in task.conditions if key not in reasons]
+    profiles = np.empty((len(keys), len(model["genes"])))
+    for row, covariate in enumerate(model["covariates"]):
+        asked = [index for index, key in enumerate(keys) if key.covariate == covariate]
+        if asked:
+            differences = difference_of(row, [keys[index].condition for index in asked])
+            profiles[asked] = model["dataset_means"][row] + differences
+    write_predictions(task, keys, profiles, model["genes"], reasons)
 
 
 def write_predictions(
@@ -472,10 +604,6 @@ def write_predictions(
     unpredicted: the reason of every asked key that is not predicted.
     Raises ContractError unless every asked key is answered exactly once and every number is finite.
     """
-    import anndata as ad
-    import numpy as np
-    import pandas as pd
-
     var = pd.DataFrame(index=pd.Index([str(gene) for gene in genes], dtype=object))
     values = np.asarray(profiles, dtype=np.float64)
     if values.shape != (len(keys), len(var)):
@@ -501,8 +629,6 @@ def write_embedding(task: EmbedTask, embedding: pd.DataFrame) -> None:
     Raises ContractError where a gene occurs twice or has a value that is not finite, or only zeros: a gene of which
     nothing is known is left out.
     """
-    import numpy as np
-
     table = embedding.astype(np.float64).rename(index=str).sort_index().rename_axis("gene")
     path = task.output / "embedding.parquet"
     known = _checked(table, path)
@@ -516,6 +642,28 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object. Raises ContractError for any other."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ContractError(f"{path}: not a JSON file: {error}") from None
+    if not isinstance(value, dict):
+        raise ContractError(f"{path}: wanted an object, found {value!r:.200}")
+    return value
+
+
+def write_model(task: TrainTask, settings: Any, shape: Any) -> None:
+    """Write model.json: the settings and the shape of a model, both dataclasses."""
+    write_json(task.output / MODEL, {"settings": asdict(settings), "shape": asdict(shape)})
+
+
+def read_model(task: PredictTask, settings: type[Settings], shape: type[ShapeOf]) -> tuple[Settings, ShapeOf]:
+    """Read what `write_model` wrote."""
+    stored = read_object(task.model / MODEL)
+    return settings(**stored["settings"]), shape(**stored["shape"])
+
+
 # ---- the spec: the check of each field of each stage says what was wanted if it fails
 
 
@@ -525,19 +673,11 @@ def _existing(value: object) -> Path:
     raise ValueError("the path of something that exists")
 
 
-def _existing_or_none(value: object) -> Path | None:
-    return None if value is None else _existing(value)
-
-
 def _folder(value: object) -> Path:
     if isinstance(value, str) and value:
         Path(value).mkdir(parents=True, exist_ok=True)
         return Path(value)
     raise ValueError("the path of a folder")
-
-
-def _folder_or_none(value: object) -> Path | None:
-    return None if value is None else _folder(value)
 
 
 def _object(value: object) -> dict[str, Any]:
@@ -575,55 +715,37 @@ def _keys(value: object) -> tuple[Key, ...]:
     return keys
 
 
-_FIELDS: dict[str, dict[str, Callable[[object], object]]] = {
-    "describe": {"output": _folder},
-    "train": {
-        "cells": _existing,
-        "embedding": _existing_or_none,
-        "pretrained": _existing_or_none,
-        "hyperparameters": _object,
-        "seed": _whole,
-        "threads": _threads,
-        "output": _folder,
-        "checkpoint": _folder_or_none,
-    },
-    "predict": {
-        "model": _existing,
-        "control": _existing,
-        "conditions": _keys,
-        "embedding": _existing_or_none,
-        "pretrained": _existing_or_none,
-        "seed": _whole,
-        "threads": _threads,
-        "output": _folder,
-    },
-    "embed": {
-        "pretrained": _existing,
-        "settings": _object,
-        "threads": _threads,
-        "output": _folder,
-        "checkpoint": _folder_or_none,
-    },
+_TASKS: dict[str, type] = {"describe": DescribeTask, "train": TrainTask, "predict": PredictTask, "embed": EmbedTask}
+# A stage has the fields of its task; one may be null where its type says so.
+_CHECKS: dict[str, Callable[[object], object]] = {
+    "cells": _existing,
+    "model": _existing,
+    "control": _existing,
+    "conditions": _keys,
+    "embedding": _existing,
+    "pretrained": _existing,
+    "hyperparameters": _object,
+    "settings": _object,
+    "seed": _whole,
+    "threads": _threads,
+    "output": _folder,
+    "checkpoint": _folder,
 }
 _DEFAULTS: dict[str, object] = {"embedding": None, "hyperparameters": {}, "settings": {}, "threads": 1}
 
 
 def _read_spec(stage: str, path: Path) -> dict[str, Any]:
-    try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ContractError(f"{path}: not a JSON file: {error}") from None
-    if not isinstance(given, dict):
-        raise ContractError(f"{path}: wanted an object, found {given!r}")
-    checks = _FIELDS[stage]
+    given, types = read_object(path), get_type_hints(_TASKS[stage])
+    known = [field for field in _CHECKS if field in types]
     for field in given:
-        if field not in checks:
-            raise ContractError(f"{path}: {field}: unknown; {stage} has {', '.join(checks)}")
+        if field not in known:
+            raise ContractError(f"{path}: {field}: unknown; {stage} has {', '.join(known)}")
     values = {}
-    for field, check in checks.items():
+    for field in known:
         value = given.get(field, _DEFAULTS.get(field))
+        may_be_null = NoneType in get_args(types[field])
         try:
-            values[field] = check(value)
+            values[field] = None if value is None and may_be_null else _CHECKS[field](value)
         except ValueError as wanted:
             raise ContractError(f"{path}: {field}: wanted {wanted}; found {value!r:.200}") from None
     return values
@@ -651,11 +773,8 @@ def _say(event: dict[str, object]) -> None:
     print(json.dumps(event), flush=True)
 
 
-def _csr(matrix: Any) -> csr_matrix:
-    import numpy as np
-    from scipy.sparse import csr_matrix
-
-    return csr_matrix(matrix, dtype=np.float32)
+def _csr(matrix: Any) -> sparse.csr_matrix:
+    return sparse.csr_matrix(matrix, dtype=np.float32)
 
 
 def _labels(obs: pd.DataFrame, path: Path) -> pd.DataFrame:

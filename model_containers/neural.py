@@ -1,9 +1,9 @@
 """What the neural models share.
 
-The device, cells by the batch, Adam, the best weights, and trainings that continue where they were killed.
+The device, cells by the batch, layers, Adam, the best weights, and trainings that continue where they were killed.
 
-Copied into the image of every model that uses it, beside contract.py. Imports torch only inside the functions that need
-it: `describe` answers at once.
+Copied into the image of every model that uses it, beside contract.py. torch is imported when it is first used:
+`describe` answers at once.
 """
 
 from __future__ import annotations
@@ -13,21 +13,32 @@ import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from hashlib import sha256
+from itertools import pairwise
+from math import inf
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import contract
 
-if TYPE_CHECKING:
+if not TYPE_CHECKING:
+    np, torch = map(contract.LateModule, ("numpy", "torch"))
+else:
     import numpy as np
     import torch
     from scipy.sparse import csr_matrix
 
+
 DENSE_BYTES = 2**30  # cells are held dense up to here: quicker, and small enough for any machine
 CHECKPOINT = "checkpoint.pt"
+WEIGHTS = "weights.pt"
+# Of Adam, as published.
+ADAM: dict[str, Any] = {"fused": True, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "amsgrad": False, "maximize": False}
 # Saving takes no more than this share of the training.
 SAVING_SHARE = 0.05
+
+
+Net = TypeVar("Net", bound="torch.nn.Module")
 
 
 class Stateful(Protocol):
@@ -43,8 +54,6 @@ class Stateful(Protocol):
 def start_torch(threads: int) -> tuple[Any, Any]:
     """torch, set to as many threads and to repeat its bits, and the device: a GPU where there is one."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS does not repeat its bits
-    import torch
-
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)  # Adam's vanishing moments would slow it down
     if not torch.cuda.is_available():
@@ -65,9 +74,6 @@ def held(matrix: csr_matrix, device: Any) -> Callable[[np.ndarray], torch.Tensor
     They are held dense up to DENSE_BYTES, else as they are, and made dense batch by batch; on the device if they leave
     half of its free memory to the rest.
     """
-    import numpy as np
-    import torch
-
     n_cells, n_genes = matrix.shape
     if 4 * n_cells * n_genes <= DENSE_BYTES:
         (dense,) = _on_device(device, matrix.toarray())
@@ -82,8 +88,6 @@ def held(matrix: csr_matrix, device: Any) -> Callable[[np.ndarray], torch.Tensor
 
 def _on_device(device: Any, *arrays: np.ndarray) -> list[torch.Tensor]:
     """Move the arrays to a GPU if they leave half of its free memory to the rest; else leave them where they are."""
-    import torch
-
     tensors = [torch.from_numpy(array) for array in arrays]
     fit = device.type == "cuda" and sum(t.nbytes for t in tensors) < torch.cuda.mem_get_info(device)[0] / 2
     return [tensor.to(device) for tensor in tensors] if fit else tensors
@@ -93,9 +97,6 @@ def dense_rows(
     start: np.ndarray, gene: torch.Tensor, value: torch.Tensor, n_genes: int, batch: np.ndarray
 ) -> torch.Tensor:
     """Rows of CSR (start: of each row; gene, value: of each entry), dense: a few kernels for all entries of a batch."""
-    import numpy as np
-    import torch
-
     length = start[batch + 1] - start[batch]
     n_entries = int(length.sum())
     # Entry i of the batch is entry i + skipped of the store, where `skipped` is one number for each cell.
@@ -108,14 +109,47 @@ def dense_rows(
     return dense.view(len(batch), n_genes)
 
 
-def among(rows: Callable[[np.ndarray], torch.Tensor], chosen: np.ndarray) -> Callable[[np.ndarray], torch.Tensor]:
-    """From numbers among some chosen rows to these rows: two selections from what is held once."""
-    return lambda batch: rows(chosen[batch])
-
-
 def batches(rows: np.ndarray, size: int) -> list[np.ndarray]:
     """Consecutive pieces of `size` rows; the last may be shorter."""
     return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+# ---- networks
+
+
+def perceptron(*widths: int, negative_slope: float) -> torch.nn.Sequential:
+    """Build linear layers between these widths, with a leaky ReLU between any two of them."""
+    from torch import nn
+
+    steps: list[nn.Module] = []
+    for before, after in pairwise(widths):
+        steps += [nn.Linear(before, after), nn.LeakyReLU(negative_slope)]
+    return nn.Sequential(*steps[:-1])
+
+
+def sum_latents(
+    net: torch.nn.ModuleDict,
+    genes: np.ndarray,
+    covariates: np.ndarray,
+    encode: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Sum the latents of each condition's genes and, where the network has one, that of its covariate.
+
+    genes: conditions x genes, float32, 1 where a gene is perturbed. covariates: the number of each condition's.
+    encode: from numbers of genes to their latents, asked once for those that occur.
+    """
+    device = next(net.parameters()).device
+    used = np.flatnonzero(genes.any(axis=0))
+    latent = torch.from_numpy(genes[:, used]).to(device) @ encode(torch.from_numpy(used).to(device))
+    if "covariate" in net:
+        latent = latent + net["covariate"](torch.from_numpy(covariates).to(device))
+    return latent
+
+
+def load_weights(net: Net, task: contract.PredictTask, device: Any) -> Net:
+    """Give a network the weights that training kept, and move it to the device."""
+    net.load_state_dict(torch.load(task.model / WEIGHTS, weights_only=True))
+    return net.to(device).eval()
 
 
 # ---- training
@@ -128,8 +162,6 @@ class Adam:
     """
 
     def __init__(self, weights: list[torch.nn.Parameter], weight_decay: float = 0.0) -> None:
-        import torch
-
         self._weights = weights
         self._weight_decay = weight_decay
         self._averages = [torch.zeros_like(weight) for weight in weights]
@@ -141,40 +173,17 @@ class Adam:
 
         largest_norm: a longer gradient (over all weights together) is scaled down to it.
         """
-        import torch
-
-        gradients = torch.autograd.grad(loss, self._weights, allow_unused=True)
-        self.update(gradients, rate, largest_norm)
-
-    def update(self, gradients: Any, rate: float, largest_norm: float | None = None) -> None:
-        """`step` with gradients at hand; None for a weight that stays."""
-        import torch
         from torch.optim.adam import adam
 
+        gradients = torch.autograd.grad(loss, self._weights, allow_unused=True)
         used = [index for index, gradient in enumerate(gradients) if gradient is not None]
-        lists = (self._weights, gradients, self._averages, self._squares)
-        weights, given, averages, squares = ([one[index] for index in used] for one in lists)
+        lists = (self._weights, gradients, self._averages, self._squares, self._steps)
+        weights, given, averages, squares, steps = ([one[index] for index in used] for one in lists)
         with torch.no_grad():
             if largest_norm is not None:
-                norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(one) for one in given]))
-                scale = (largest_norm / (norm + 1e-6)).clamp(max=1.0)
+                scale = (largest_norm / (torch.nn.utils.get_total_norm(given) + 1e-6)).clamp(max=1.0)
                 given = [one * scale for one in given]
-            adam(
-                weights,
-                given,
-                averages,
-                squares,
-                [],
-                [self._steps[index] for index in used],
-                fused=True,
-                lr=rate,
-                beta1=0.9,
-                beta2=0.999,
-                eps=1e-8,
-                weight_decay=self._weight_decay,
-                amsgrad=False,
-                maximize=False,
-            )
+            adam(weights, given, averages, squares, [], steps, lr=rate, weight_decay=self._weight_decay, **ADAM)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the moments of every weight."""
@@ -220,6 +229,58 @@ class Best:
         self._weights, self.least, self.stale = state["weights"], state["least"], state["stale"]
 
 
+def mean_loss(
+    net: torch.nn.Module, loss_of: Callable[[np.ndarray], torch.Tensor], rows: np.ndarray, batch_size: int
+) -> float:
+    """Compute the mean over some rows of a loss that is one over a batch, without dropout or a gradient."""
+    net.eval()
+    with torch.no_grad():
+        of_batch = [loss_of(batch).double() * len(batch) for batch in batches(rows, batch_size)]
+    return float(sum(of_batch)) / len(rows)
+
+
+def fit(
+    task: contract.TrainTask,
+    net: torch.nn.Module,
+    settings: Any,
+    train_rows: np.ndarray,
+    val_rows: np.ndarray,
+    loss_of: Callable[[np.ndarray, np.random.Generator], torch.Tensor],
+    val_loss: Callable[[], float],
+    *,
+    chooses: bool = True,
+    weigh: Callable[[np.ndarray], int] = len,
+) -> None:
+    """Train a network by Adam, and write its weights at the least validation loss, else the last: WEIGHTS.
+
+    settings: of the model: `epochs`, `batch_size`, `learning_rate`; where it has them, `decay` and `decay_every`
+    (epochs) of the rate, `weight_decay`, `largest_norm` of a gradient, `validate_every` (epochs), and `patience`:
+    epochs without a lower validation loss after which training ends.
+    loss_of: the loss of a batch of train rows, which may draw from the epoch's generator. val_loss: asked only if
+    there are val rows. chooses: whether it decides on the weights. weigh: the weight of a batch in the reported loss.
+    """
+    option = vars(settings).get
+    adam, best = Adam(list(net.parameters()), option("weight_decay", 0.0)), Best(net)
+    parts: dict[str, Stateful] = {"net": net, "adam": adam, "best": best}
+    for epoch in epochs(task, settings.epochs, parts, lambda: best.stale >= option("patience", inf)):
+        rate = settings.learning_rate * option("decay", 1.0) ** ((epoch - 1) // option("decay_every", 1))
+        draws = generator(task.seed, epoch)
+        total = torch.zeros((), dtype=torch.float64, device=next(net.parameters()).device)
+        all_batches = batches(draws.permutation(train_rows), settings.batch_size)
+        net.train()
+        for batch in all_batches:
+            loss = loss_of(batch, draws)
+            adam.step(loss, rate, option("largest_norm"))
+            total += loss.detach() * weigh(batch)
+        contract.metric("train_loss", epoch, float(total) / sum(map(weigh, all_batches)))
+        if len(val_rows) and epoch % option("validate_every", 1) == 0:
+            loss_now = val_loss()
+            contract.metric("val_loss", epoch, loss_now)
+            if chooses:
+                best.offer(loss_now)
+    torch.save(best.weights, task.output / WEIGHTS)
+
+
 def copy_of(net: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Copy the present weights to the CPU."""
     return {name: weights.detach().cpu().clone() for name, weights in net.state_dict().items()}
@@ -227,8 +288,6 @@ def copy_of(net: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def generator(seed: int, epoch: int) -> np.random.Generator:
     """Make the generator of one epoch: its draws depend on no other epoch, so that a training can continue at any."""
-    import numpy as np
-
     return np.random.default_rng((seed, epoch))
 
 
@@ -245,8 +304,6 @@ def epochs(
     the device); other draws have to come from `generator(seed, epoch)`. So a training that
     continues ends with the same bits.
     """
-    import torch
-
     done = _restored(task, parts)
     saved, took = monotonic(), 0.0
     for epoch in range(done + 1, count + 1):
@@ -264,10 +321,8 @@ def epochs(
 
 
 def _save(task: contract.TrainTask, folder: Path, epoch: int, parts: Mapping[str, Stateful]) -> None:
-    import torch
-
     state = {
-        "task": _identity(task),
+        "task": identity(task),
         "epoch": epoch,
         "metrics": contract.metrics(),
         "parts": {name: part.state_dict() for name, part in parts.items()},
@@ -279,33 +334,40 @@ def _save(task: contract.TrainTask, folder: Path, epoch: int, parts: Mapping[str
 
 def _restored(task: contract.TrainTask, parts: Mapping[str, Stateful]) -> int:
     """Restore the parts of a killed training; its metrics are printed again. Returns the number of its epochs."""
-    import torch
-
     path = task.checkpoint / CHECKPOINT if task.checkpoint else None
     if path is None or not path.exists():
         return 0
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        contract.log(
-            f"the checkpoint of an earlier training cannot be read: this one starts from the beginning: {error}"
-        )
-        return 0
-    if state["task"] != _identity(task):
-        other = "another seed, other hyperparameters or another kind of device"
-        contract.log(f"the checkpoint is of a training with {other}: this one starts from the beginning")
+    state = accept_checkpoint(task, lambda: torch.load(path, map_location="cpu", weights_only=True))
+    if state is None:
         return 0
     for name, part in parts.items():
         part.load_state_dict(state["parts"][name])
-    for name, step, value in state["metrics"]:
-        contract.metric(name, step, value)
     contract.log(f"goes on after epoch {state['epoch']}, where an earlier training was cut off")
     return int(state["epoch"])
 
 
-def _identity(task: contract.TrainTask) -> str:
-    """Identify the training and its device: a GPU computes other bits than a CPU, so no training is half of each."""
-    import torch
+def accept_checkpoint(task: contract.TrainTask, read: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+    """Read what a killed training kept, with its identity as `task` and its `metrics`, which are printed again.
 
+    None where it cannot be read or is of another training; the log says so.
+    """
+    try:
+        state = read()
+    except (OSError, EOFError, ValueError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
+        contract.log(
+            f"the checkpoint of an earlier training cannot be read: this one starts from the beginning: {error}"
+        )
+        return None
+    if state["task"] != identity(task):
+        other = "another seed, other hyperparameters or another kind of device"
+        contract.log(f"the checkpoint is of a training with {other}: this one starts from the beginning")
+        return None
+    for name, step, value in state["metrics"]:
+        contract.metric(name, step, value)
+    return state
+
+
+def identity(task: contract.TrainTask) -> str:
+    """Identify the training and its device: a GPU computes other bits than a CPU, so no training is half of each."""
     text = json.dumps([task.seed, task.hyperparameters, torch.cuda.is_available()], sort_keys=True)
     return sha256(text.encode()).hexdigest()

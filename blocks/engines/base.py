@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import signal
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
+from time import monotonic
 from typing import Any, ClassVar, Literal
 
 from blocks.config.paths import scratch_folder
-from blocks.engines.lines import LONGEST_LINE, Event
+from blocks.engines.lines import LONGEST_LINE, Event, read_event, split_lines
+from blocks.local.cancellation import raise_if_stopped
 from blocks.local.gpus import Gpu
 from blocks.local.scratch import scratch
 from core.io.h5ad import read_foreign_json
@@ -39,6 +43,7 @@ class Usage:
     device: str
 
 
+@dataclass(eq=False)
 class ModelFailed(Exception):
     """A model's stage did not end well.
 
@@ -46,14 +51,12 @@ class ModelFailed(Exception):
     it, or None if it was stopped here. last_lines: the end of what it wrote to stderr.
     """
 
-    def __init__(self, model: str, stage: str, ending: str, exit_code: int | None, last_lines: tuple[str, ...]) -> None:
-        self.model = model
-        self.stage = stage
-        self.ending = ending
-        self.exit_code = exit_code
-        self.last_lines = last_lines
-        # All go to Exception, so that the error survives pickling between processes.
-        super().__init__(model, stage, ending, exit_code, last_lines)
+    # All go to Exception as well, in this order, so that the error survives pickling between processes.
+    model: str
+    stage: str
+    ending: str
+    exit_code: int | None
+    last_lines: tuple[str, ...]
 
     def __str__(self) -> str:
         """Return the message."""
@@ -62,7 +65,11 @@ class ModelFailed(Exception):
 
 @dataclass(frozen=True)
 class StageRun:
-    """One stage of a model that an engine runs: the arguments of `Engine.run`."""
+    """One stage of a model that an engine runs: the arguments of `Engine.run`, and what has come of it so far.
+
+    began: when, on the monotonic clock. last: the end of what it wrote to stderr. rests: of each stream (whether it is
+    stdout), the beginning of a line.
+    """
 
     stage: Stage
     model_folder: Path
@@ -70,6 +77,9 @@ class StageRun:
     on_event: Callable[[Event], None]
     timeout_s: float | None
     gpu: Gpu | None
+    began: float
+    last: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_LINES))
+    rests: dict[bool, bytes] = field(default_factory=lambda: {True: b"", False: b""})
 
     @property
     def model(self) -> str:
@@ -91,9 +101,38 @@ class StageRun:
         """What Usage says of a leased GPU, or none."""
         return "cpu" if self.gpu is None else f"GPU {self.gpu.id}"
 
-    def failure(self, ending: str, exit_code: int | None = None, last_lines: tuple[str, ...] = ()) -> ModelFailed:
+    def check(self) -> None:
+        """Raise what ends the stage before its own end: Stopped with its flow, ModelFailed at its time limit."""
+        raise_if_stopped(self.name)
+        if self.timeout_s is not None and monotonic() - self.began >= self.timeout_s:
+            raise self.failure(self.describe_time_limit())
+
+    def pass_on(self, stdout: bool, chunk: bytes) -> None:
+        """Pass on the events in what the model printed next on stdout, or keep what it wrote to stderr.
+
+        An empty chunk is the end of the stream.
+        """
+        lines, self.rests[stdout] = split_lines(self.rests[stdout], chunk)
+        for line in lines:
+            raise_if_stopped(self.name)
+            if stdout:
+                self.on_event(read_event(line))
+            else:
+                self.last.append(line)
+
+    def failure(self, ending: str, exit_code: int | None = None) -> ModelFailed:
         """Create the error that says how the stage ended."""
-        return ModelFailed(self.model, self.stage, ending, exit_code, last_lines)
+        return ModelFailed(self.model, self.stage, ending, exit_code, tuple(self.last))
+
+    def describe_time_limit(self, doing: str = "") -> str:
+        """Say that the stage was stopped after its limit, while what, and where to change it."""
+        stopped = f"was stopped after {self.timeout_s:g} s, its limit{doing}"
+        if self.stage == "describe":
+            return f"{stopped}: a model has to describe itself at once (docs/models.md)"
+        limit, entry = f"time_limits: {{{self.stage}: SECONDS}}", "model"
+        if self.stage == "embed":
+            limit, entry = "time_limit: SECONDS", "embedding"
+        return f"{stopped}: to change it, set `{limit}` in the {entry}'s entry of the catalog (docs/models.md)"
 
 
 class Engine(ABC):
@@ -123,7 +162,7 @@ class Engine(ABC):
         cancellation or the death of this process by any signal, ends all that runs of the model; the GPU stays leased
         until then.
         """
-        return self.run_stage(StageRun(stage, model_folder, spec, on_event, timeout_s, gpu))
+        return self.run_stage(StageRun(stage, model_folder, spec, on_event, timeout_s, gpu, monotonic()))
 
     @abstractmethod
     def run_stage(self, run: StageRun) -> Usage:
@@ -161,15 +200,9 @@ def model_variables(home: str, threads: int) -> dict[str, str]:
     }
 
 
-def describe_time_limit(stage: Stage, timeout_s: float | None, doing: str = "") -> str:
-    """Say that a stage was stopped after its limit in seconds, while what, and where to change it."""
-    stopped = f"was stopped after {timeout_s:g} s, its limit{doing}"
-    if stage == "describe":
-        return f"{stopped}: a model has to describe itself at once (docs/models.md)"
-    limit, entry = f"time_limits: {{{stage}: SECONDS}}", "model"
-    if stage == "embed":
-        limit, entry = "time_limit: SECONDS", "embedding"
-    return f"{stopped}: to change it, set `{limit}` in the {entry}'s entry of the catalog (docs/models.md)"
+def count_seconds(began: str, ended: str) -> float:
+    """Return the seconds between two times as the APIs of containers write them."""
+    return (datetime.fromisoformat(ended) - datetime.fromisoformat(began)).total_seconds()
 
 
 def describe_exit(exit_code: int) -> str:

@@ -10,27 +10,14 @@ import selectors
 import signal
 import subprocess
 import sys
-from collections import deque
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
-from time import monotonic
 
 from blocks.config.paths import MODEL_CONTAINERS, scratch_folder
-from blocks.engines.base import (
-    LAST_LINES,
-    WAIT_S,
-    Engine,
-    StageRun,
-    Usage,
-    describe_exit,
-    describe_time_limit,
-    model_variables,
-)
-from blocks.engines.lines import read_event, split_lines
+from blocks.engines.base import WAIT_S, Engine, StageRun, Usage, describe_exit, model_variables
 from blocks.engines.sources import find_sources, hash_sources
 from blocks.local.cancellation import kill_on_stop, raise_if_stopped
 from blocks.local.gpus import VISIBLE
@@ -56,8 +43,6 @@ class ProcessEngine(Engine):
 
     def run_stage(self, run: StageRun) -> Usage:
         """Run `model.py STAGE SPEC.json` under a supervisor that ends it, and all it started, with this process."""
-        deadline = float("inf") if run.timeout_s is None else monotonic() + run.timeout_s
-        last: deque[str] = deque(maxlen=LAST_LINES)
         raise_if_stopped(run.name)
         with scratch(scratch_folder(), "model") as folder:
             status, spec_file = folder / "status", folder / "spec.json"
@@ -75,19 +60,12 @@ class ProcessEngine(Engine):
             ) as process:
                 try:
                     with kill_on_stop(run.name, partial(_kill_group, process)):
-                        for stream, line in _read_lines(process, deadline):
-                            raise_if_stopped(run.name)
-                            if stream is process.stdout:
-                                run.on_event(read_event(line))
-                            else:
-                                last.append(line)
-                except _LimitReached:
-                    raise run.failure(describe_time_limit(run.stage, run.timeout_s), last_lines=tuple(last)) from None
+                        _follow(process, run)
                 finally:
                     _kill_group(process)
             exit_code, usage = _read_status(status, process.returncode, run.device)
         if exit_code or usage is None:
-            raise run.failure(describe_exit(exit_code), exit_code, tuple(last))
+            raise run.failure(describe_exit(exit_code), exit_code)
         LOG.debug("%s took %.1f s on %s", run.name, usage.seconds, usage.device)
         return usage
 
@@ -97,51 +75,39 @@ class ProcessEngine(Engine):
         Raises UserError if the environment lacks a package of the model's requirements.txt.
         """
         requirements = find_sources(model_folder).get("requirements.txt")
-        names = () if requirements is None else _read_requirements(requirements)
-        versions = _read_versions(self.python, names, model_folder)
+        lines = [] if requirements is None else requirements.read_text(encoding="utf-8").splitlines()
+        names = sorted(found.group() for line in lines if (found := re.match(r"[A-Za-z0-9][A-Za-z0-9._-]*", line)))
+        versions = _read_versions(self.python, tuple(names), model_folder)
         return sha256((hash_sources(model_folder) + versions).encode()).hexdigest()
 
     def _environment(self, home: Path, run: StageRun) -> dict[str, str]:
         kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
-        return (
-            kept
-            | model_variables(str(home), run.threads)
-            | {
-                "PATH": os.pathsep.join([str(Path(self.python).parent), kept.get("PATH", os.defpath)]),
-                "PYTHONPATH": str(MODEL_CONTAINERS),
-                VISIBLE: "" if run.gpu is None else run.gpu.id,
-            }
-        )
+        own = {
+            "PATH": os.pathsep.join([str(Path(self.python).parent), kept.get("PATH", os.defpath)]),
+            "PYTHONPATH": str(MODEL_CONTAINERS),
+            VISIBLE: "" if run.gpu is None else run.gpu.id,
+        }
+        return kept | model_variables(str(home), run.threads) | own
 
 
-class _LimitReached(Exception):
-    """The model took longer than it may. Not TimeoutError, which `on_event` may raise for reasons of its own."""
-
-
-def _read_lines(process: subprocess.Popen[bytes], deadline: float) -> Iterator[tuple[object, str]]:
-    """Yield (stream, line) as the model writes them, until both streams end. Raises _LimitReached at the deadline.
+def _follow(process: subprocess.Popen[bytes], run: StageRun) -> None:
+    """Pass on what the model prints until both streams end.
 
     The supervisor holds both streams to its own end, so they end when all is over.
     """
     with selectors.DefaultSelector() as selector:
-        for stream in (process.stdout, process.stderr):
-            if stream is not None:
-                selector.register(stream, selectors.EVENT_READ, data=b"")
+        for stream in filter(None, (process.stdout, process.stderr)):
+            selector.register(stream, selectors.EVENT_READ)
         while selector.get_map():
-            if monotonic() >= deadline:
-                raise _LimitReached
-            ready = selector.select(min(WAIT_S, max(0.0, deadline - monotonic())))
+            run.check()
+            ready = selector.select(WAIT_S)
             if not ready and process.poll() is not None:
                 return  # the supervisor was killed from outside; another process may hold the streams open for long
             for key, _ in ready:
                 chunk = os.read(key.fd, 2**16)
-                lines, rest = split_lines(key.data, chunk)
-                if chunk:
-                    selector.modify(key.fileobj, selectors.EVENT_READ, data=rest)
-                else:
+                if not chunk:
                     selector.unregister(key.fileobj)
-                for line in lines:
-                    yield key.fileobj, line
+                run.pass_on(key.fileobj is process.stdout, chunk)
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
@@ -160,12 +126,6 @@ def _read_status(status: Path, supervisor_code: int, device: str) -> tuple[int, 
         return supervisor_code, None
     report = json.loads(status.read_text(encoding="ascii"))
     return report.pop("exit_code"), Usage(**report, device=device)
-
-
-def _read_requirements(path: Path) -> tuple[str, ...]:
-    """Return the names of the packages in a requirements.txt, sorted."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return tuple(sorted(found.group() for line in lines if (found := re.match(r"[A-Za-z0-9][A-Za-z0-9._-]*", line))))
 
 
 @cache

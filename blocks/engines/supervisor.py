@@ -1,11 +1,11 @@
 """Runs one command and ends together with it, with all that it started, and with the process that started this one.
 
 `python supervisor.py STATUS COMMAND...`, as the leader of a process group of its own, with the read end of a pipe as
-stdin whose write end only the starter holds. How the command ended is written to the file STATUS
-(`_format_report`); then the whole group is killed, this process included. The group is killed, too, as soon as the
-starter is gone, however it died: the pipe ends, or, where a fork of the starter's still holds the pipe, this process
-gets another parent. The command joins the group before it runs: there is no moment at which it could be left. What else
-this process holds (the lock of a GPU) the command gets too.
+stdin whose write end only the starter holds. How the command ended is written to the file STATUS (`main`); then the
+whole group is killed, this process included. The group is killed, too, as soon as the starter is gone, however it died:
+the pipe ends, or, where a fork of the starter's still holds the pipe, this process gets another parent. The command
+joins the group before it runs: there is no moment at which it could be left. What else this process holds (the lock of
+a GPU) the command gets too.
 """
 
 from __future__ import annotations
@@ -19,42 +19,32 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
-
-if TYPE_CHECKING:
-    import resource
+from typing import NoReturn
 
 CHECK_S = 1.0
 
 
 def main(status: str, *command: str) -> NoReturn:
-    """Run a command, write how it ended, and kill the group."""
+    """Run a command, write how it ended and what it took, and kill the group.
+
+    exit_code: minus the signal's number for a command that was killed; seconds: of wall clock; cpu_seconds: of the
+    command and of the children that it waited for; peak_memory_bytes: of the largest of these processes.
+    """
     threading.Thread(target=_end_with_starter, args=(os.getppid(),), daemon=True).start()
     began = time.monotonic()
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, close_fds=False)
     _, ending, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(ending)
+    report = {
+        "exit_code": process.returncode,
+        "seconds": time.monotonic() - began,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "peak_memory_bytes": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+    }
     partial = Path(f"{status}.partial")
-    partial.write_text(_format_report(process.returncode, time.monotonic() - began, usage), encoding="ascii")
+    partial.write_text(json.dumps(report), encoding="ascii")
     partial.replace(status)
     _kill_group()
-
-
-def _format_report(exit_code: int, seconds: float, usage: resource.struct_rusage) -> str:
-    """Return JSON of how the command ended and what it took.
-
-    exit_code: minus the signal's number for a command that was killed; seconds: of wall clock; cpu_seconds: of the
-    command and of the children that it waited for; peak_memory_bytes: of the largest of these processes.
-    """
-    kilobyte = 1 if sys.platform == "darwin" else 1024
-    return json.dumps(
-        {
-            "exit_code": exit_code,
-            "seconds": seconds,
-            "cpu_seconds": usage.ru_utime + usage.ru_stime,
-            "peak_memory_bytes": usage.ru_maxrss * kilobyte,
-        }
-    )
 
 
 def _end_with_starter(starter: int) -> None:

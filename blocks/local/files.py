@@ -42,11 +42,9 @@ def lock_file(path: Path, waiting_for: str) -> Iterator[None]:
     """
     lock = filelock.FileLock(path)
     try:
-        lock.acquire(timeout=QUIET_S)
+        held = lock.acquire(timeout=QUIET_S)
     except filelock.Timeout:
         _LOG.info("%s: waiting for it", waiting_for)
-        lock.acquire()
-    try:
+        held = lock.acquire()
+    with held:
         yield
-    finally:
-        lock.release()

@@ -110,7 +110,10 @@ def lease_gpu(name: str) -> Iterator[Gpu | None]:
     raise_if_stopped(name)
     gpus = list_gpus()
     if not gpus:
-        LOG.info("%s runs on the CPU: %s", name, _why_none())
+        values = {GPUS: read_settings().gpus, VISIBLE: os.environ.get(VISIBLE)}
+        set_to = [f"{variable}={value}" for variable, value in values.items() if value is not None]
+        why = f"no GPU is to be used here ({shown(set_to)})" if set_to else "this host has no GPU"
+        LOG.info("%s runs on the CPU: %s", name, why)
         yield None
         return
     gpu, file = _wait(gpus, name)
@@ -300,9 +303,3 @@ def _ids(name: str, known: Mapping[str, list[str]]) -> list[str] | None:
         return known[name]
     fitting = [whole for whole in known if whole.startswith(name)] if re.match("GPU-|MIG-", name) else []
     return known[fitting[0]] if len(fitting) == 1 else None
-
-
-def _why_none() -> str:
-    values = {GPUS: read_settings().gpus, VISIBLE: os.environ.get(VISIBLE)}
-    set_to = [f"{name}={value}" for name, value in values.items() if value is not None]
-    return f"no GPU is to be used here ({shown(set_to)})" if set_to else "this host has no GPU"

@@ -182,9 +182,8 @@ def _watch_runs(services: Services) -> None:
 
 
 def _launch_server(records: Records, server: _Server, port: int) -> None:
-    ports = {one.name: records[one.name].port if one.name in records else 0 for one in SERVERS}
-    addresses = {name: f"http://{HOST}:{number}" for name, number in (ports | {server.name: port}).items()}
-    environment = build_child_environment(Services(**addresses))
+    own = f"http://{HOST}:{port}"
+    environment = build_child_environment(Services(prefect=own, mlflow=own))
     # Each server gets its own address only: the other's port may not be known yet, and MLflow's must not call itself.
     del environment["MLFLOW_TRACKING_URI"]
     if server.name != "prefect":

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -41,8 +42,7 @@ _KEY = re.compile(r"[0-9a-f]{64}")
 _TEMPORARY = ".temporary"
 _LOCKS = ".locks"
 _SCRATCH = "artifact"
-# What this process (by its id) has done: the stores that it swept, and what it knows to be in which bucket.
-_swept: set[tuple[int, str]] = set()
+# What this process (by its id) knows to be in which bucket.
 _shared: set[tuple[int, str | None, str]] = set()
 
 
@@ -132,7 +132,7 @@ class ArtifactStore:
             _settle(content)
 
         with self._explain_errors(kind):
-            self._sweep()
+            _sweep(os.getpid(), self.root)
             if _find_damage(final, kind, key) is not None:
                 self._place(kind, key, make)
             elif not self._is_shared(kind, key):
@@ -147,7 +147,7 @@ class ArtifactStore:
         """
         final = self._folder(kind, key)
         with self._explain_errors(kind):
-            self._sweep()
+            _sweep(os.getpid(), self.root)
             if _find_damage(final, kind, key) is None:
                 return final
             if self.remote is None or not self._is_shared(kind, key):
@@ -191,13 +191,6 @@ class ArtifactStore:
         folder.mkdir(parents=True, exist_ok=True)
         with lock_file(folder / key, f"another run on this machine computes the same {kind} ({key[:12]}...)"):
             yield
-
-    def _sweep(self) -> None:
-        """Once in a process: also where all is there, and nothing is built, the remains of a killed one go."""
-        place = (os.getpid(), self.root)
-        if place not in _swept:
-            sweep(Path(self.root) / _TEMPORARY, _SCRATCH)
-            _swept.add(place)
 
     def _place(self, kind: str, key: str, make: Callable[[Path], None] | None) -> bool:
         """Put an artifact that is not there, or damaged, under its name: from the bucket, else by `make`.
@@ -281,6 +274,12 @@ class ArtifactStore:
                 kind,
                 key,
             )
+
+
+@cache
+def _sweep(process: int, root: str) -> None:
+    """Once in a process: also where all is there, and nothing is built, the remains of a killed one go."""
+    sweep(Path(root) / _TEMPORARY, _SCRATCH)
 
 
 def _to_json(value: object, where: str) -> object:

@@ -13,7 +13,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path, PurePosixPath
@@ -38,8 +38,6 @@ MOST_PARTS = 10_000
 CONNECT_S = 5.0
 READ_S = 60.0
 TRIES = 4
-# A cancellation of the flow reaches this thread only between two waits.
-WAIT_S = 0.5
 
 _LOG = logging.getLogger("calipert.store")
 _URL = re.compile(r"s3://([A-Za-z0-9._-]{3,63})(?:/(.*?))?/*")
@@ -136,14 +134,14 @@ class ObjectStore:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 with (folder / name).open("wb") as new:
                     new.truncate(file.size)
-            _run_together(
-                self._download,
-                (
-                    (folder / name, _object(path, name, file), start, file.size)
-                    for name, file in files.items()
-                    for start in range(0, file.size, PART)
-                ),
-            )
+            parts = [
+                (folder / name, _object(path, name, file), start, file.size)
+                for name, file in files.items()
+                for start in range(0, file.size, PART)
+            ]
+            with ThreadPoolExecutor(PARTS) as pool:
+                # The first error, or a cancellation of the flow, ends the rest.
+                list(pool.map(lambda part: self._download(*part), parts))
             return True
 
     def files(self, name: str) -> dict[str, StoredFile] | None:
@@ -361,19 +359,6 @@ def _code(error: BaseException) -> str | None:
     """Return S3's code of an error that s3fs has translated; None for any other error."""
     answer = getattr(error.__cause__, "response", None)
     return str(answer["Error"].get("Code")) if isinstance(answer, dict) and "Error" in answer else None
-
-
-def _run_together(work: Callable[..., None], arguments: Iterable[tuple[Any, ...]]) -> None:
-    """Call a function with each of the arguments, PARTS at a time; the first error ends the rest and is raised."""
-    pool = ThreadPoolExecutor(PARTS)
-    try:
-        waiting = {pool.submit(work, *each) for each in arguments}
-        while waiting:
-            done, waiting = wait(waiting, WAIT_S, FIRST_COMPLETED)
-            for future in done:
-                future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _is_path(name: str) -> bool:

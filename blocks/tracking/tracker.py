@@ -409,10 +409,8 @@ def _log_params(server: Server, run: Run, params: Mapping[str, object]) -> None:
     whole = {name: format_param(value) for name, value in params.items()}
     if all(fit_name(name) == name and fit_param(text) == text for name, text in whole.items()):
         return
-    with scratch(scratch_folder(), "mlflow") as folder:
-        file = folder / "params.json"
-        file.write_text(json.dumps(whole, indent=2), encoding="utf-8")
-        server.log_file(run.info.run_id, file)
+    text = json.dumps(whole, indent=2)
+    server.ask(lambda client: client.log_text(run.info.run_id, text, "params.json"))
 
 
 def _log_dataset(server: Server, run: Run, name: str, digest: str, source: str) -> None:

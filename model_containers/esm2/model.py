@@ -11,21 +11,24 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import contract
 import neural
 
-if TYPE_CHECKING:
+if not TYPE_CHECKING:
+    np, pd, torch = map(contract.LateModule, ("numpy", "pandas", "torch"))
+else:
     import numpy as np
+    import pandas as pd
     import torch
 
-DESCRIPTION = contract.Description(
-    name="esm2", combinations=False, embedding=False, counts=False, gpu=True, input="files"
-)
+
+DESCRIPTION = contract.Description(name="esm2", combinations=False, embedding=False, gpu=True, input="files")
 POOLINGS = ("mean", "bos", "sum", "max")
 LONGEST = 15_000
 # Tokens of a batch, padding included: one protein of the longest has fewer.
@@ -61,11 +64,8 @@ class Protein(NamedTuple):
 
 def embed(task: contract.EmbedTask) -> None:
     """Compute the pooled last hidden state of each symbol's protein."""
-    import numpy as np
-    import pandas as pd
-
     pooling = contract.embedding_settings(task, Settings).pooling
-    torch, device = neural.start_torch(task.threads)
+    _, device = neural.start_torch(task.threads)
     sequences = sequences_of(task.pretrained)
     vocabulary = read_vocabulary(task.pretrained / "vocab.txt")
     net = network(task.pretrained, len(vocabulary), device)
@@ -75,23 +75,15 @@ def embed(task: contract.EmbedTask) -> None:
         with torch.no_grad():
             # float32 on every device: half precision would keep three digits of a mean over thousands of residues.
             states = net(input_ids=tokens.to(device), attention_mask=real.to(device)).last_hidden_state
-        return np.stack(
-            [
-                pooled(one, len(sequences[symbol]), pooling).cpu().numpy()
-                for symbol, one in zip(symbols, states, strict=True)
-            ]
-        )
+        found = [pooled(one, len(sequences[name]), pooling) for name, one in zip(symbols, states, strict=True)]
+        return torch.stack(found).cpu().numpy()
 
     tables = []
     done = 0
     for number, symbols in enumerate(batches(sequences)):
         # A GPU computes other bits than a CPU: no table is half of one and half of the other.
         path = task.checkpoint / f"{device.type}-{number}.npy" if task.checkpoint else None
-        found = kept(path)
-        if found is None:
-            found = vectors(symbols)
-            keep(path, found)
-        tables.append(pd.DataFrame(found, index=symbols))
+        tables.append(pd.DataFrame(kept(path, partial(vectors, symbols)), index=symbols))
         done += len(symbols)
         contract.progress(done, len(sequences), "protein")
     contract.write_embedding(task, pd.concat(tables))
@@ -100,29 +92,24 @@ def embed(task: contract.EmbedTask) -> None:
 # ---- what lets a run go on that was killed: the vectors of each batch, in a file of its own
 
 
-def keep(path: Path | None, vectors: np.ndarray) -> None:
-    """Write the vectors of a batch, if there is a place for them."""
-    import numpy as np
+def kept(path: Path | None, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """Read the vectors of a batch as an earlier run kept them, else make them, and keep them if there is a place.
 
+    The log names what cannot be read.
+    """
+    if path is not None and path.exists():
+        try:
+            earlier: np.ndarray = np.load(path, allow_pickle=False)
+            return earlier
+        except (OSError, ValueError, EOFError) as error:
+            why = type(error).__name__
+            contract.log(f"what an earlier run kept in {path.name} cannot be read ({why}), and is made again")
+    vectors = make()
     if path is not None:
         unfinished = path.with_name(f"{path.name}.partial")
         with unfinished.open("wb") as file:
             np.save(file, vectors, allow_pickle=False)
         unfinished.replace(path)
-
-
-def kept(path: Path | None) -> np.ndarray | None:
-    """Read the vectors of a batch as an earlier run kept them, or None; the log names what cannot be read."""
-    import numpy as np
-
-    if path is None or not path.exists():
-        return None
-    try:
-        vectors: np.ndarray = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        why = type(error).__name__
-        contract.log(f"what an earlier run kept in {path.name} cannot be read ({why}), and is made again")
-        return None
     return vectors
 
 
@@ -167,11 +154,8 @@ def proteins_of(lines: Iterable[str], transcripts: set[str]) -> dict[str, Protei
         # ENSP.. pep chromosome:GRCh38:14:start:end:1 gene:ENSG.. transcript:ENST.. .. gene_symbol:TRDD1 description:..
         parts = header.partition(" description:")[0].split()
         fields = dict(part.split(":", 1) for part in parts[3:] if ":" in part)
-        if (
-            "gene_symbol" not in fields
-            or without_version(fields.get("transcript", "")) not in transcripts
-            or not sequence
-        ):
+        transcript = without_version(fields.get("transcript", ""))
+        if "gene_symbol" not in fields or transcript not in transcripts or not sequence:
             continue
         region = parts[2].split(":")[2:3]
         elsewhere = not (region and CHROMOSOME.fullmatch(region[0]))
@@ -220,7 +204,6 @@ def network(folder: Path, n_tokens: int, device: Any) -> torch.nn.Module:
     nothing stays random.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
-    import torch
     from safetensors import SafetensorError
     from transformers import EsmModel
     from transformers.utils import logging
@@ -299,8 +282,6 @@ def batches(sequences: Mapping[str, str]) -> Iterator[list[str]]:
 
 def padded(rows: list[list[int]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Encode proteins: tokens, padded to the longest, and 1 where there is no padding; both proteins x tokens."""
-    import torch
-
     width = max(map(len, rows))
     tokens = torch.tensor([row + [padding] * (width - len(row)) for row in rows])
     lengths = torch.tensor([len(row) for row in rows])

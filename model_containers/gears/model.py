@@ -9,24 +9,26 @@ paper leaves open.
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import contract
 import neural
 
-if TYPE_CHECKING:
+if not TYPE_CHECKING:
+    np, pd, torch = map(contract.LateModule, ("numpy", "pandas", "torch"))
+    functional = contract.LateModule("torch.nn.functional")
+else:
     from collections.abc import Callable, Iterable, Sequence
 
     import anndata as ad
     import numpy as np
     import pandas as pd
     import torch
+    from torch.nn import functional
 
-DESCRIPTION = contract.Description(
-    name="gears", combinations=True, embedding=True, counts=False, gpu=True, input="cells"
-)
+
+DESCRIPTION = contract.Description(name="gears", combinations=True, embedding=True, gpu=True, input="cells")
 # So few val conditions tell no epoch from another (README.md).
 FEWEST_TO_CHOOSE_BY = 10
 CELLS_AT_ONCE = 2048
@@ -62,10 +64,11 @@ class Settings:
     weight_decay: float = 5e-4
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value, may_be_0 = getattr(self, field.name), field.name in ("focus", "direction", "weight_decay")
-            if value < 0 or (value == 0 and not may_be_0):
-                raise ValueError(f"{field.name}: wanted a number above 0{' or 0' if may_be_0 else ''}")
+        or_zero = ("focus", "direction", "weight_decay")
+        contract.check_numbers(self, others=or_zero)
+        for name in or_zero:
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: wanted a number above 0 or 0")
 
 
 @dataclass(frozen=True)
@@ -152,9 +155,7 @@ def train(task: contract.TrainTask) -> None:
 
     With fewer than FEWEST_TO_CHOOSE_BY val conditions that can be predicted, the last weights are kept.
     """
-    import numpy as np
-
-    torch, device = neural.start_torch(task.threads)
+    _, device = neural.start_torch(task.threads)
     settings = contract.hyperparameters(task, Settings)
     graph = contract.read_graph(task.embedding)
     file = contract.read_cells(task.cells)
@@ -162,10 +163,9 @@ def train(task: contract.TrainTask) -> None:
     links = go_links(graph, shape, settings)
     del graph
     is_train = (file.obs["split"] == "train").to_numpy()
-    keys = list(map(contract.Key, file.obs["covariate"], file.obs["condition"]))
-    asked = {key for key in keys if key.condition != contract.CONTROL}
+    asked = {key for key in contract.keys_of(file.obs) if key.condition != contract.CONTROL}
     names = sorted(asked - set(unpredictable(asked, links, shape)))
-    cells = cells_of(file, {key: row for row, key in enumerate(names)}, shape, device)
+    cells = cells_of(file, names, shape, device)
     measured = coexpression(cells, np.flatnonzero(is_train & (cells.covariate >= 0)), shape, settings)
     measured.to_parquet(task.output / "coexpression.parquet")
     conditions = conditions_of(names, links, measured, shape, settings, device)
@@ -177,26 +177,17 @@ def train(task: contract.TrainTask) -> None:
 
     torch.manual_seed(task.seed)  # the initial weights, drawn on the CPU: the same for every device
     net = network(shape, settings).to(device)
-    adam, best = neural.Adam(list(net.parameters()), settings.weight_decay), neural.Best(net)
-    for epoch in neural.epochs(task, settings.epochs, {"net": net, "adam": adam, "best": best}):
-        rate = settings.learning_rate * settings.decay ** (epoch - 1)
-        total = torch.zeros((), dtype=torch.float64, device=device)
-        draws = neural.generator(task.seed, epoch)
-        batches = neural.batches(draws.permutation(of_train), settings.batch_size)
-        for batch in batches:
-            pairs = paired(cells, batch, draws)
-            rows, of_pair = np.unique(pairs.condition, return_inverse=True)
-            loss = error(shift(net, conditions, rows)[torch.from_numpy(of_pair).to(device)], pairs, cells, settings)
-            adam.step(loss, rate)
-            total += loss.detach()
-        contract.metric("train_loss", epoch, float(total) / len(batches))
-        if len(of_val):
-            val_loss = mean_error(net, conditions, val, cells, settings)
-            contract.metric("val_loss", epoch, val_loss)
-            if is_choosing:
-                best.offer(val_loss)
-    torch.save(best.weights, task.output / "weights.pt")
-    contract.write_json(task.output / "model.json", {"settings": asdict(settings), "shape": asdict(shape)})
+
+    def loss(batch: np.ndarray, draws: np.random.Generator) -> torch.Tensor:
+        pairs = paired(cells, batch, draws)
+        rows, of_pair = np.unique(pairs.condition, return_inverse=True)
+        return error(shift(net, conditions, rows)[torch.from_numpy(of_pair).to(device)], pairs, cells, settings)
+
+    def val_loss() -> float:
+        return mean_error(net, conditions, val, cells, settings)
+
+    neural.fit(task, net, settings, of_train, of_val, loss, val_loss, chooses=is_choosing, weigh=lambda batch: 1)
+    contract.write_model(task, settings, shape)
 
 
 def predict(task: contract.PredictTask) -> None:
@@ -204,25 +195,20 @@ def predict(task: contract.PredictTask) -> None:
 
     In the covariates of the train cells; a prediction is the mean control cell, shifted.
     """
-    import numpy as np
-    import pandas as pd
-
-    torch, device = neural.start_torch(task.threads)
-    stored = json.loads((task.model / "model.json").read_text(encoding="utf-8"))
-    settings, shape = Settings(**stored["settings"]), Shape(**stored["shape"])
+    _, device = neural.start_torch(task.threads)
+    settings, shape = contract.read_model(task, Settings, Shape)
     links = go_links(contract.read_graph(task.embedding), shape, settings)
     reasons = unpredictable(task.conditions, links, shape)
     keys = sorted(set(task.conditions) - set(reasons))
     profiles = np.empty((len(keys), len(shape.genes)))
     if keys:
-        net = network(shape, settings)
-        net.load_state_dict(torch.load(task.model / "weights.pt", weights_only=True))
+        net = neural.load_weights(network(shape, settings), task, device)
         measured = pd.read_parquet(task.model / "coexpression.parquet")
         conditions = conditions_of(keys, links, measured, shape, settings, device)
         means = contract.read_means(task.control)
         control = means.to_df().set_index(means.obs["covariate"].to_numpy())[shape.genes]
         profiles = control.loc[[key.covariate for key in keys]].to_numpy()
-        profiles = profiles + all_shifts(net.to(device), conditions, settings).double().cpu().numpy()
+        profiles = profiles + all_shifts(net, conditions, settings).double().cpu().numpy()
     contract.write_predictions(task, keys, profiles, shape.genes, reasons)
 
 
@@ -236,9 +222,6 @@ def normalised(graph: pd.DataFrame, most: int, names: Iterable[str]) -> pd.DataF
     and every gene of `names`, all there are, is linked to itself with weight 1. Each weight is divided by the root of
     the product of the sums of the weights of its two ends (Wu et al. 2019).
     """
-    import numpy as np
-    import pandas as pd
-
     names = sorted(names)
     itself = pd.DataFrame({"gene": names, "neighbour": names, "weight": 1.0})
     links = pd.concat([itself, graph.groupby("gene", sort=False).head(most)], ignore_index=True)
@@ -256,9 +239,6 @@ def go_links(graph: pd.DataFrame, shape: Shape, settings: Settings) -> pd.DataFr
 
 def graph_of(links: pd.DataFrame, names: Sequence[str], layers: int, device: Any) -> Graph:
     """Find the part of a normalised graph on which the vectors of some genes depend."""
-    import numpy as np
-    import torch
-
     within, reach = list(names), [len(names)]
     for _ in range(layers):
         known = set(within)
@@ -281,10 +261,6 @@ def coexpression(cells: Cells, numbers: np.ndarray, shape: Shape, settings: Sett
     Pearson's correlation, of either sign, over the train cells (`numbers`), each cell minus the mean of its covariate.
     A gene that does not vary has no link.
     """
-    import numpy as np
-    import pandas as pd
-    import torch
-
     n_genes = len(shape.genes)
     products = torch.zeros(n_genes, n_genes, device=cells.control_mean.device)
     for covariate in range(len(shape.covariates)):
@@ -313,24 +289,15 @@ def coexpression(cells: Cells, numbers: np.ndarray, shape: Shape, settings: Sett
 
 def mean_of(rows: Callable[[np.ndarray], torch.Tensor], numbers: np.ndarray) -> torch.Tensor:
     """Mean expression of some cells."""
-    import torch
-
     sums = [rows(batch).sum(dim=0, dtype=torch.float64) for batch in neural.batches(numbers, CELLS_AT_ONCE)]
     return (torch.stack(sums).sum(dim=0) / len(numbers)).float()
 
 
-def cells_of(file: ad.AnnData, row_of: dict[contract.Key, int], shape: Shape, device: Any) -> Cells:
-    """Read the cells of a file. row_of: the row of each condition that is learned from or validated with."""
-    import numpy as np
-    import torch
-
-    rows = neural.held(file.X, device)
-    obs = file.obs
-    condition = np.array(
-        [row_of.get(contract.Key(*key), -1) for key in zip(obs["covariate"], obs["condition"], strict=True)]
-    )
-    covariate = obs["covariate"].map({name: row for row, name in enumerate(shape.covariates)})
-    covariate = covariate.fillna(-1).to_numpy(np.int64)
+def cells_of(file: ad.AnnData, names: Iterable[contract.Key], shape: Shape, device: Any) -> Cells:
+    """Read the cells of a file. names: the conditions that are learned from or validated with."""
+    rows, obs = neural.held(file.X, device), file.obs
+    condition = contract.rows_among(names, obs)
+    covariate = pd.Index(shape.covariates).get_indexer(obs["covariate"])
     is_control = ((obs["condition"] == contract.CONTROL) & (obs["split"] == "train")).to_numpy()
     controls = [np.flatnonzero(is_control & (covariate == row)) for row in range(len(shape.covariates))]
     return Cells(rows, condition, covariate, controls, torch.stack([mean_of(rows, group) for group in controls]))
@@ -342,42 +309,27 @@ def shape_of(cells: ad.AnnData, graph: pd.DataFrame) -> Shape:
     Raises ContractError if there is none.
     """
     obs = cells.obs[cells.obs["split"] == "train"]
-    controlled = set(obs["covariate"][obs["condition"] == contract.CONTROL])
-    in_graph = set(graph["gene"])
-    seen = {
-        (covariate, contract.genes_of(condition))
-        for covariate, condition in set(zip(obs["covariate"], obs["condition"], strict=True))
-        if covariate in controlled
-        and condition != contract.CONTROL
-        and in_graph.issuperset(contract.genes_of(condition))
-    }
+    controlled = obs["covariate"][obs["condition"] == contract.CONTROL]
+    is_known = contract.perturb_known(obs["condition"], graph["gene"])
+    seen = set(contract.keys_of(obs[is_known & obs["covariate"].isin(controlled).to_numpy()]))
     if not seen:
         raise contract.ContractError("cells: no train perturbation has GO neighbours and control cells beside it")
-    perturbed = sorted({gene for _, genes in seen for gene in genes})
-    return Shape(cells.var_names.tolist(), sorted({covariate for covariate, _ in seen}), perturbed)
+    return Shape(cells.var_names.tolist(), sorted({key.covariate for key in seen}), contract.genes_in(seen))
 
 
 def unpredictable(keys: Iterable[contract.Key], links: pd.DataFrame, shape: Shape) -> dict[contract.Key, str]:
     """List the keys that cannot be predicted, each with its reason. links: of `go_links`."""
     in_graph, linked = set(links["gene"]), set(links["gene"][links["gene"] != links["neighbour"]])
     near = linked | (in_graph & set(shape.perturbed))
-    reasons = {}
-    for key in keys:
-        genes = contract.genes_of(key.condition)
-        outside, far = ([gene for gene in genes if gene not in known] for known in (in_graph, near))
-        if outside:
-            reasons[key] = f"no GO neighbours for {', '.join(outside)}"
-        elif far:
-            reasons[key] = f"no GO neighbours among the perturbations of the training for {', '.join(far)}"
-        elif key.covariate not in shape.covariates:
-            reasons[key] = f"covariate {key.covariate} has no training perturbation with GO neighbours"
-    return reasons
+    known = {
+        "no GO neighbours for": in_graph,
+        "no GO neighbours among the perturbations of the training for": near,
+    }
+    return contract.find_gaps(keys, known, shape.covariates, "has no training perturbation with GO neighbours")
 
 
 def paired(cells: Cells, perturbed: np.ndarray, draws: np.random.Generator) -> Pairs:
     """Perturbed cells (numbers), each with a random control cell of its covariate."""
-    import numpy as np
-
     condition, covariate = cells.condition[perturbed], cells.covariate[perturbed]
     size = np.array([len(group) for group in cells.controls])
     control = np.concatenate(cells.controls)[(np.cumsum(size) - size)[covariate] + draws.integers(size[covariate])]
@@ -429,20 +381,14 @@ def conditions_of(
     device: Any,
 ) -> Conditions:
     """Encode the distinct keys as the network takes them. links, measured: the normalised graphs."""
-    import numpy as np
-    import torch
-
-    names = sorted({gene for key in keys for gene in contract.genes_of(key.condition)})
-    column = {gene: index for index, gene in enumerate(names)}
-    genes = np.zeros((len(keys), len(names)), dtype=np.float32)
-    for row, key in enumerate(keys):
-        genes[row, [column[gene] for gene in contract.genes_of(key.condition)]] = 1
+    names = contract.genes_in(keys)
+    marks = contract.mark_genes([key.condition for key in keys], names)
     graph = graph_of(links, names, settings.go_layers, device)
     row_of = {gene: row for row, gene in enumerate(shape.perturbed)}
     vector = torch.tensor([row_of.get(gene, len(row_of)) for gene in graph.names])
     covariates = torch.tensor([shape.covariates.index(key.covariate) for key in keys])
     return Conditions(
-        torch.from_numpy(genes).to(device),
+        torch.from_numpy(marks.astype(np.float32)).to(device),
         graph,
         graph_of(measured, shape.genes, settings.coexpression_layers, device),
         vector.to(device),
@@ -450,46 +396,34 @@ def conditions_of(
     )
 
 
-def weight_of(net: torch.nn.ModuleDict, part: str) -> torch.Tensor:
-    """Look up the vectors of a part of the network that is a table."""
-    return cast("torch.nn.Embedding", net[part]).weight
-
-
 def convolved(net: torch.nn.ModuleDict, part: str, vectors: torch.Tensor, graph: Graph) -> torch.Tensor:
     """Spread the vectors of graph.names over the graph and map them, layer by layer: those of the names asked for.
 
     A ReLU between layers.
     """
-    from torch.nn import functional
-
     layers = cast("torch.nn.ModuleList", net[part])
     for number, layer in enumerate(layers):
         n = graph.reach[len(layers) - 1 - number]
         if number:
             vectors = vectors.relu()
         start, n_links = graph.start[:n], len(graph.to) if n == len(graph.start) else int(graph.start[n])
-        vectors = layer(
-            functional.embedding_bag(
-                graph.to[:n_links], vectors, start, mode="sum", per_sample_weights=graph.weight[:n_links]
-            )
-        )
+        to, weight = graph.to[:n_links], graph.weight[:n_links]
+        vectors = layer(functional.embedding_bag(to, vectors, start, mode="sum", per_sample_weights=weight))
     return vectors
 
 
 def shift(net: torch.nn.ModuleDict, conditions: Conditions, rows: np.ndarray) -> torch.Tensor:
     """By how much some conditions move the expression of a cell: rows x measured genes."""
-    import torch
-    from torch.nn import functional
-
+    parts: Any = net  # torch's types do not say what a ModuleDict holds
     of = torch.from_numpy(rows).to(conditions.genes.device)
     # One row more, of zeros: genes that no training perturbed have no vector of their own.
-    vectors = functional.pad(weight_of(net, "perturbation"), (0, 0, 0, 1)).index_select(0, conditions.vector)
+    vectors = functional.pad(parts["perturbation"].weight, (0, 0, 0, 1)).index_select(0, conditions.vector)
     total = conditions.genes[of] @ convolved(net, "perturbation_convolutions", vectors, conditions.graph)
     if "covariate" in net:
         total = total + net["covariate"](conditions.covariates[of])
-    gene = convolved(net, "gene_convolutions", weight_of(net, "gene"), conditions.measured).relu()
+    gene = convolved(net, "gene_convolutions", parts["gene"].weight, conditions.measured).relu()
     first = response(net, gene, net["condition"](total))
-    last = cast("torch.nn.Linear", net["last"])
+    last = parts["last"]
     own, shared = last.weight[:, 0], last.weight[:, 1:]
     moved: torch.Tensor = first * own + net["summary"](first) @ shared.T + last.bias
     return moved
@@ -516,8 +450,6 @@ def _pairwise(genes: torch.Tensor, conditions: torch.Tensor, weight: torch.Tenso
     not fit a processor's cache, and on a GPU most of its memory. So many genes at a time that they do; on a GPU all, in
     bfloat16, added up in float32.
     """
-    import torch
-
     on_gpu = genes.device.type == "cuda"
     n_genes, width = genes.shape
     half = torch.bfloat16 if on_gpu else torch.float32
@@ -552,9 +484,6 @@ def _pairwise(genes: torch.Tensor, conditions: torch.Tensor, weight: torch.Tenso
 
 def all_shifts(net: torch.nn.ModuleDict, conditions: Conditions, settings: Settings) -> torch.Tensor:
     """`shift` of all conditions, without a gradient."""
-    import numpy as np
-    import torch
-
     with torch.no_grad():
         parts = neural.batches(np.arange(len(conditions.genes)), settings.batch_size)
         return torch.cat([shift(net, conditions, part) for part in parts])
@@ -568,8 +497,6 @@ def error(shifts: torch.Tensor, pairs: Pairs, cells: Cells, settings: Settings) 
 
     shifts: pairs x measured genes. A sign has no gradient: the second term counts in the validation alone.
     """
-    import torch
-
     device = shifts.device
     measured, predicted = cells.rows(pairs.perturbed), cells.rows(pairs.control) + shifts
     distance = (predicted - measured).square().pow(1 + settings.focus / 2).mean(dim=1)
@@ -583,9 +510,6 @@ def mean_error(
     net: torch.nn.ModuleDict, conditions: Conditions, pairs: Pairs, cells: Cells, settings: Settings
 ) -> float:
     """`error` of many pairs, without a gradient."""
-    import numpy as np
-    import torch
-
     with torch.no_grad():
         shifts = all_shifts(net, conditions, settings)
         total = 0.0

@@ -14,9 +14,7 @@ import contract
 if TYPE_CHECKING:
     import numpy as np
 
-DESCRIPTION = contract.Description(
-    name="geneformer", combinations=False, embedding=False, counts=False, gpu=False, input="files"
-)
+DESCRIPTION = contract.Description(name="geneformer", combinations=False, embedding=False, gpu=False, input="files")
 TENSOR = "bert.embeddings.word_embeddings.weight"
 # How a pickle calls what makes a number of numpy's, before its version 2 and since.
 NUMBER = (("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar"))

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 
 import contract
 
-if TYPE_CHECKING:
+if not TYPE_CHECKING:
+    np = contract.LateModule("numpy")
+else:
     import numpy as np
 
-DESCRIPTION = contract.Description(
-    name="knn", combinations=True, embedding=True, counts=False, gpu=False, input="means"
-)
+
+DESCRIPTION = contract.Description(name="knn", combinations=True, embedding=True, gpu=False, input="means")
 # Cosines that differ by less are equal: rounding must not decide which of two equally near genes is a neighbour.
 COSINE_DECIMALS = 12
 
@@ -35,8 +36,6 @@ class Settings:
 
 def train(task: contract.TrainTask) -> None:
     """Store the single-gene conditions that have an embedding, train and val: model.npz."""
-    import numpy as np
-
     settings = contract.hyperparameters(task, Settings)
     embedding = contract.unit_norm(contract.read_embedding(task.embedding))
     means = contract.read_means(task.cells)
@@ -60,25 +59,22 @@ def train(task: contract.TrainTask) -> None:
 
 def predict(task: contract.PredictTask) -> None:
     """dataset_mean of the covariate plus the sum of the predicted differences of each condition's genes."""
-    import numpy as np
     from scipy.sparse import csr_matrix
 
     with np.load(task.model / "model.npz", allow_pickle=False) as file:
         model = dict(file)
     embedding = contract.unit_norm(contract.read_embedding(task.embedding, model["embedding_of"].shape[1]))
-    reasons = contract.unpredictable(task.conditions, embedding, model["covariate_of"])
-    keys = [key for key in task.conditions if key not in reasons]
-    profiles = np.empty((len(keys), len(model["genes"])))
-    for covariate, dataset_mean in zip(model["covariates"], model["dataset_means"], strict=True):
-        rows = model["covariate_of"] == covariate
-        asked = [index for index, key in enumerate(keys) if key.covariate == covariate]
-        weights = np.zeros((len(asked), rows.sum()))
-        for row, index in enumerate(asked):
-            genes = embedding.loc[list(contract.genes_of(keys[index].condition))].to_numpy()
-            cosines = genes @ model["embedding_of"][rows].T
+
+    def difference_of(covariate: int, conditions: list[str]) -> np.ndarray:
+        rows = model["covariate_of"] == model["covariates"][covariate]
+        weights = np.zeros((len(conditions), rows.sum()))
+        for row, condition in enumerate(conditions):
+            cosines = embedding.loc[list(contract.genes_of(condition))].to_numpy() @ model["embedding_of"][rows].T
             weights[row] = neighbour_weights(cosines, int(model["k"])).sum(axis=0)
-        profiles[asked] = dataset_mean + csr_matrix(weights) @ model["difference_of"][rows]
-    contract.write_predictions(task, keys, profiles, model["genes"], reasons)
+        differences: np.ndarray = csr_matrix(weights) @ model["difference_of"][rows]
+        return differences
+
+    contract.predict_differences(task, model, embedding, model["covariate_of"], difference_of)
 
 
 def neighbour_weights(cosines: np.ndarray, k: int) -> np.ndarray:
@@ -88,8 +84,6 @@ def neighbour_weights(cosines: np.ndarray, k: int) -> np.ndarray:
     negative cosine weighs 0. A row without a positive cosine has all weights 0: its predicted difference is 0.
     A gene that was itself perturbed in training is its own neighbour, with cosine 1.
     """
-    import numpy as np
-
     cosines = np.round(cosines, COSINE_DECIMALS)
     nearest = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
     weights = np.zeros_like(cosines)

@@ -9,25 +9,27 @@ paper leaves open.
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import contract
 import neural
 
-if TYPE_CHECKING:
+if not TYPE_CHECKING:
+    np, pd, torch = map(contract.LateModule, ("numpy", "pandas", "torch"))
+    functional = contract.LateModule("torch.nn.functional")
+else:
     from collections.abc import Mapping, Sequence
 
     import anndata as ad
     import numpy as np
     import pandas as pd
     import torch
+    from torch.nn import functional
 
-DESCRIPTION = contract.Description(
-    name="presage", combinations=True, embedding=True, counts=False, gpu=True, input="means"
-)
+
+DESCRIPTION = contract.Description(name="presage", combinations=True, embedding=True, gpu=True, input="means")
 NEGATIVE_SLOPE = 0.2  # of every leaky ReLU
 
 
@@ -54,9 +56,7 @@ class Settings:
     patience: int = 50
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if field.name not in ("item_layers", "attention") and getattr(self, field.name) <= 0:
-                raise ValueError(f"{field.name}: wanted a number above 0")
+        contract.check_numbers(self, others=("item_layers", "attention"))
         if self.item_layers < 0:
             raise ValueError("item_layers: wanted a number of layers, 0 for none")
         if not 0 <= self.attention <= 1:
@@ -96,16 +96,14 @@ def train(task: contract.TrainTask) -> None:
     The head begins as the mean of the train perturbations. Without a val condition that has an embedding, all epochs
     are trained and the last weights kept.
     """
-    import numpy as np
-
-    torch, device = neural.start_torch(task.threads)
+    _, device = neural.start_torch(task.threads)
     if device.type == "cuda":
         # TF32. Half precision would cast every weight again in each step, of a few conditions only.
         torch.set_float32_matmul_precision("high")
     settings = contract.hyperparameters(task, Settings)
     sources = standardised(contract.read_sources(task.embedding))
     changes, shape = usable(contract.read_means(task.cells), sources)
-    conditions = conditions_of(keys_of(changes.obs), sources, shape, device)
+    conditions = conditions_of(contract.keys_of(changes.obs), sources, shape, device)
     measured = torch.from_numpy(changes.X.astype(np.float32)).to(device)
     is_train = (changes.obs["split"] == "train").to_numpy()
     train_rows, val_rows = is_train.nonzero()[0], (~is_train).nonzero()[0]
@@ -114,45 +112,32 @@ def train(task: contract.TrainTask) -> None:
     net = network(shape, settings).to(device)
     head: Any = net["head"]
     head[-1].bias.data = measured[torch.from_numpy(train_rows).to(device)].mean(dim=0)
-    adam, best = neural.Adam(list(net.parameters())), neural.Best(net)
-    parts: dict[str, neural.Stateful] = {"net": net, "adam": adam, "best": best}
-    for epoch in neural.epochs(task, settings.epochs, parts, lambda: best.stale >= settings.patience):
-        total = torch.zeros((), dtype=torch.float64, device=device)
-        order = neural.generator(task.seed, epoch).permutation(train_rows)
-        for batch in neural.batches(order, settings.batch_size):
-            wanted = measured[torch.from_numpy(batch).to(device)]
-            loss = (forward(net, settings, conditions, batch) - wanted).square().mean()
-            adam.step(loss, settings.learning_rate)
-            total += loss.detach() * len(batch)
-        contract.metric("train_loss", epoch, float(total) / len(train_rows))
-        if len(val_rows):
-            with torch.no_grad():
-                predicted = forward(net, settings, conditions, val_rows)
-            val_loss = 1 - mean_correlation(predicted, measured[torch.from_numpy(val_rows).to(device)])
-            contract.metric("val_loss", epoch, val_loss)
-            best.offer(val_loss)
-    torch.save(best.weights, task.output / "weights.pt")
-    contract.write_json(task.output / "model.json", {"settings": asdict(settings), "shape": asdict(shape)})
+
+    def error(batch: np.ndarray, _: object) -> torch.Tensor:
+        wanted = measured[torch.from_numpy(batch).to(device)]
+        return (forward(net, settings, conditions, batch) - wanted).square().mean()
+
+    def val_loss() -> float:
+        with torch.no_grad():
+            predicted = forward(net, settings, conditions, val_rows)
+        return 1 - mean_correlation(predicted, measured[torch.from_numpy(val_rows).to(device)])
+
+    neural.fit(task, net, settings, train_rows, val_rows, error, val_loss)
+    contract.write_model(task, settings, shape)
 
 
 def predict(task: contract.PredictTask) -> None:
     """Predict each condition whose genes have embeddings: the covariate's control mean plus its log fold change."""
-    import numpy as np
-
-    torch, device = neural.start_torch(task.threads)
-    stored = json.loads((task.model / "model.json").read_text(encoding="utf-8"))
-    settings, shape = Settings(**stored["settings"]), Shape(**stored["shape"])
+    _, device = neural.start_torch(task.threads)
+    settings, shape = contract.read_model(task, Settings, Shape)
     sources = standardised(contract.read_sources(task.embedding))
     found = dimensions_of(sources)
     if found != shape.sources:
         raise contract.ContractError(
             f"{task.embedding}: sources and dimensions {found}; the model was trained with {shape.sources}"
         )
-    net = network(shape, settings)
-    net.load_state_dict(torch.load(task.model / "weights.pt", weights_only=True))
-    net.to(device)
-    reasons = contract.unpredictable(task.conditions, covered(sources), shape.covariates)
-    keys = sorted(set(task.conditions) - set(reasons))
+    net = neural.load_weights(network(shape, settings), task, device)
+    keys, reasons = contract.split_keys(task, covered(sources), shape.covariates)
     conditions = conditions_of(keys, sources, shape, device)
     controls = control_means(contract.read_means(task.control))
     profiles = controls.loc[[key.covariate for key in keys], shape.genes].to_numpy()
@@ -177,8 +162,6 @@ def dimensions_of(sources: Mapping[str, pd.DataFrame]) -> dict[str, int]:
 
 def covered(sources: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """List the genes that at least one source has, as the index of a table without columns."""
-    import pandas as pd
-
     return pd.DataFrame(index=pd.Index(sorted(set().union(*(table.index for table in sources.values())))))
 
 
@@ -195,38 +178,22 @@ def usable(means: ad.AnnData, sources: Mapping[str, pd.DataFrame]) -> tuple[ad.A
     Mean log1p profile minus the covariate's control mean, in the covariates that have such a perturbation in the train
     split. Raises ContractError if there is none.
     """
-    known = covered(sources)
-    is_known = means.obs["condition"].map(lambda name: contract.is_embedded(name, known)).to_numpy(bool)
-    is_train = (means.obs["split"] == "train").to_numpy()
-    covariates = sorted(set(means.obs["covariate"][is_known & is_train]))
-    if not covariates:
-        raise contract.ContractError("cells: no train perturbation has an embedding")
-    changes = means[is_known & means.obs["covariate"].isin(covariates).to_numpy()].copy()
+    kept, covariates = contract.learnable(means.obs, covered(sources))
+    changes = means[kept & (means.obs["condition"] != contract.CONTROL).to_numpy()].copy()
     changes.X -= control_means(means).loc[changes.obs["covariate"]].to_numpy()
     return changes, Shape(dimensions_of(sources), means.var_names.tolist(), covariates)
-
-
-def keys_of(obs: pd.DataFrame) -> list[contract.Key]:
-    """List the key of each row."""
-    return list(map(contract.Key, obs["covariate"], obs["condition"]))
 
 
 def conditions_of(
     keys: Sequence[contract.Key], sources: Mapping[str, pd.DataFrame], shape: Shape, device: Any
 ) -> Conditions:
     """Encode the keys as the network takes them."""
-    import numpy as np
-    import torch
-
-    names = sorted({gene for key in keys for gene in contract.genes_of(key.condition)})
-    column = {gene: index for index, gene in enumerate(names)}
-    genes = np.zeros((len(keys), len(names)), dtype=np.float32)
-    for row, key in enumerate(keys):
-        genes[row, [column[gene] for gene in contract.genes_of(key.condition)]] = 1
+    names = contract.genes_in(keys)
+    marks = contract.mark_genes([key.condition for key in keys], names)
     tables = [table.reindex(names).fillna(0.0).to_numpy(np.float32) for table in sources.values()]
     is_lacking = np.array([[name not in table.index for name in names] for table in sources.values()], dtype=bool)
     return Conditions(
-        genes,
+        marks.astype(np.float32),
         [torch.from_numpy(table).to(device) for table in tables],
         torch.from_numpy(is_lacking.reshape(len(tables), len(names), 1)).to(device),
         np.array([shape.covariates.index(key.covariate) for key in keys], dtype=np.int64),
@@ -246,7 +213,6 @@ def network(shape: Shape, settings: Settings) -> torch.nn.ModuleDict:
     covariate: with several of them, a latent for each, 0 at first.
     head:      from summed latents to log fold changes.
     """
-    import torch
     from torch import nn
 
     def stacked(before: int, after: int) -> nn.ParameterList:
@@ -268,38 +234,29 @@ def network(shape: Shape, settings: Settings) -> torch.nn.ModuleDict:
         covariate = nn.Embedding(len(shape.covariates), item)
         nn.init.zeros_(covariate.weight)
         net["covariate"] = covariate
-    head: list[nn.Module] = []
-    for _ in range(settings.item_layers):
-        head += [nn.Linear(item, item), nn.LeakyReLU(NEGATIVE_SLOPE)]
-    net["head"] = nn.Sequential(*head, nn.Linear(item, len(shape.genes)))
+    head = [item] * (settings.item_layers + 1)
+    net["head"] = neural.perceptron(*head, len(shape.genes), negative_slope=NEGATIVE_SLOPE)
     return net
 
 
 def forward(net: torch.nn.ModuleDict, settings: Settings, conditions: Conditions, rows: np.ndarray) -> torch.Tensor:
     """Predicted log fold changes of some conditions: rows x measured genes. Each of their genes is encoded once."""
-    import torch
 
-    device = conditions.is_lacking.device
-    used = conditions.genes[rows].any(axis=0).nonzero()[0]
-    member = torch.from_numpy(conditions.genes[rows][:, used]).to(device)
-    genes = torch.from_numpy(used).to(device)
-    sources = [table[genes] for table in conditions.sources]
-    latent = member @ pooled(net, settings, aligned(net, sources), conditions.is_lacking[:, genes])
-    if "covariate" in net:
-        latent = latent + net["covariate"](torch.from_numpy(conditions.covariates[rows]).to(device))
+    def encode(genes: torch.Tensor) -> torch.Tensor:
+        latents = aligned(net, [table[genes] for table in conditions.sources])
+        return pooled(net, settings, latents, conditions.is_lacking[:, genes])
+
+    latent = neural.sum_latents(net, conditions.genes[rows], conditions.covariates[rows], encode)
     changes: torch.Tensor = net["head"](latent)
     return changes
 
 
 def aligned(net: torch.nn.ModuleDict, sources: list[torch.Tensor]) -> torch.Tensor:
     """Map each source's embeddings (genes x dimensions) by its MLP: sources x genes x latent."""
-    import torch
-    from torch.nn.functional import leaky_relu
-
     parts: Any = net  # torch's types do not say what a ModuleDict holds
     latent = torch.stack([layer(table) for layer, table in zip(parts["first"], sources, strict=True)])
     for weight, bias in parts["later"]:
-        latent = torch.baddbmm(bias, leaky_relu(latent, NEGATIVE_SLOPE), weight)
+        latent = torch.baddbmm(bias, functional.leaky_relu(latent, NEGATIVE_SLOPE), weight)
     return latent
 
 
@@ -311,7 +268,6 @@ def pooled(
     latents: sources x genes x latent; is_lacking: sources x genes x 1. The graph is a star: the gene, which is the
     mean by learned weights, among its sources; a source's score comes from both (Brody et al. 2022).
     """
-    from torch.nn.functional import leaky_relu
 
     def mean(scores: torch.Tensor) -> torch.Tensor:
         return (scores.masked_fill(is_lacking, float("-inf")).softmax(dim=0) * latents).sum(dim=0)
@@ -319,16 +275,15 @@ def pooled(
     parts: Any = net  # torch's types do not say what a ModuleDict holds
     by_weight = mean(parts["pool"][0] / settings.temperature)
     of_gene, of_source, score = parts["attention"]
-    by_attention = mean(score(leaky_relu(of_gene(by_weight) + of_source(latents), NEGATIVE_SLOPE)))
+    scores = score(functional.leaky_relu(of_gene(by_weight) + of_source(latents), NEGATIVE_SLOPE))
+    by_attention = mean(scores)
     return settings.attention * by_attention + (1 - settings.attention) * by_weight
 
 
 def mean_correlation(predicted: torch.Tensor, measured: torch.Tensor) -> float:
     """Average the Pearson correlation over genes of the two (both conditions x genes); 0 for a constant row."""
-    from torch.nn.functional import cosine_similarity
-
     a, b = (values - values.mean(dim=1, keepdim=True) for values in (predicted, measured))
-    return float(cosine_similarity(a, b, dim=1).mean())
+    return float(functional.cosine_similarity(a, b, dim=1).mean())
 
 
 if __name__ == "__main__":

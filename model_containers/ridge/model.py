@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 import contract
 
-if TYPE_CHECKING:
+if not TYPE_CHECKING:
+    np = contract.LateModule("numpy")
+else:
     import numpy as np
-    import pandas as pd
 
-DESCRIPTION = contract.Description(
-    name="ridge", combinations=True, embedding=True, counts=False, gpu=False, input="means"
-)
+
+DESCRIPTION = contract.Description(name="ridge", combinations=True, embedding=True, gpu=False, input="means")
 
 
 @dataclass(frozen=True)
@@ -33,18 +33,16 @@ class Settings:
 
 def train(task: contract.TrainTask) -> None:
     """Fit every covariate that has a train perturbation and a perturbation with an embedding: model.npz."""
-    import numpy as np
-
     settings = contract.hyperparameters(task, Settings)
     embedding = contract.unit_norm(contract.read_embedding(task.embedding))
     means = contract.read_means(task.cells)
     dataset_means = contract.dataset_means(means)
     coefficients = {}
-    is_embedded = np.array([contract.is_embedded(name, embedding) for name in means.obs["condition"]])
+    is_embedded = contract.perturb_known(means.obs["condition"], embedding.index)
     for done, covariate in enumerate(dataset_means.index, start=1):
         known = means[is_embedded & (means.obs["covariate"] == covariate).to_numpy()]
         if known.n_obs:
-            x = inputs(known.obs["condition"], embedding)
+            x = contract.sum_embeddings(known.obs["condition"].tolist(), embedding)
             y = known.X - dataset_means.loc[covariate].to_numpy()
             is_val = (known.obs["split"] == "val").to_numpy()
             alpha, errors = choose_alpha(x, y, is_val, settings.alphas)
@@ -65,34 +63,19 @@ def train(task: contract.TrainTask) -> None:
 
 def predict(task: contract.PredictTask) -> None:
     """dataset_mean of the covariate plus the predicted difference of each condition."""
-    import numpy as np
+    with np.load(task.model / "model.npz", allow_pickle=False) as file:
+        model = dict(file)
+    embedding = contract.unit_norm(contract.read_embedding(task.embedding, model["coefficients"].shape[1]))
 
-    with np.load(task.model / "model.npz", allow_pickle=False) as model:
-        row_of = {str(covariate): row for row, covariate in enumerate(model["covariates"])}
-        genes, dataset_means, coefficients = model["genes"], model["dataset_means"], model["coefficients"]
-    embedding = contract.unit_norm(contract.read_embedding(task.embedding, coefficients.shape[1]))
-    reasons = contract.unpredictable(task.conditions, embedding, row_of)
-    keys = [key for key in task.conditions if key not in reasons]
-    profiles = np.empty((len(keys), len(genes)))
-    for covariate, row in row_of.items():
-        asked = [index for index, key in enumerate(keys) if key.covariate == covariate]
-        if asked:
-            x = inputs([keys[index].condition for index in asked], embedding)
-            profiles[asked] = dataset_means[row] + x @ coefficients[row]
-    contract.write_predictions(task, keys, profiles, genes, reasons)
+    def difference_of(covariate: int, conditions: list[str]) -> np.ndarray:
+        differences: np.ndarray = contract.sum_embeddings(conditions, embedding) @ model["coefficients"][covariate]
+        return differences
 
-
-def inputs(conditions: list[str] | pd.Series, embedding: pd.DataFrame) -> np.ndarray:
-    """Sum the unit-norm embeddings of each condition's genes: conditions x dimensions."""
-    import numpy as np
-
-    return np.stack([embedding.loc[list(contract.genes_of(name))].to_numpy().sum(axis=0) for name in conditions])
+    contract.predict_differences(task, model, embedding, model["covariates"], difference_of)
 
 
 def solve(x: np.ndarray, y: np.ndarray, alpha: float) -> np.ndarray:
     """Compute the ridge coefficients X'(XX' + alpha I)^-1 Y (dimensions x genes), no intercept, in the dual form."""
-    import numpy as np
-
     return x.T @ np.linalg.solve(x @ x.T + alpha * np.eye(len(x)), y)
 
 
@@ -103,8 +86,6 @@ def choose_alpha(
 
     Fitted on the other rows. Without val rows, or without others, there is nothing to choose by: 1.
     """
-    import numpy as np
-
     if not is_val.any() or is_val.all():
         return 1.0, {}
     errors = {}

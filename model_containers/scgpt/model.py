@@ -8,9 +8,8 @@ README.md says what is decided here that the paper leaves open.
 
 from __future__ import annotations
 
-import json
 import pickle
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,7 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import contract
 import neural
 
-if TYPE_CHECKING:
+if not TYPE_CHECKING:
+    np, pd, torch = map(contract.LateModule, ("numpy", "pandas", "torch"))
+else:
     from collections.abc import Callable
 
     import anndata as ad
@@ -26,9 +27,8 @@ if TYPE_CHECKING:
     import pandas as pd
     import torch
 
-DESCRIPTION = contract.Description(
-    name="scgpt", combinations=True, embedding=False, counts=False, gpu=True, input="cells"
-)
+
+DESCRIPTION = contract.Description(name="scgpt", combinations=True, embedding=False, gpu=True, input="cells")
 # What fine-tuning takes over from a checkpoint; the decoder and the flag of perturbed genes begin at random.
 TAKEN_OVER = ("encoder.", "value_encoder.", "transformer_encoder.")
 EMBEDDING = "encoder.embedding.weight"
@@ -67,9 +67,7 @@ class Settings:
     pool: int = 300
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if field.name != "dropout" and getattr(self, field.name) <= 0:
-                raise ValueError(f"{field.name}: wanted a number above 0")
+        contract.check_numbers(self, others=("dropout",))
         if not 0 <= self.dropout < 1:
             raise ValueError("dropout: wanted a number from 0 to below 1")
         if self.width % self.heads:
@@ -126,7 +124,7 @@ def train(task: contract.TrainTask) -> None:
     Without a val condition all of whose genes are tokens, the last weights are kept. rest.parquet holds the dataset
     means of the measured genes that are no tokens.
     """
-    torch, device = neural.start_torch(task.threads)
+    _, device = neural.start_torch(task.threads)
     settings = contract.hyperparameters(task, Settings)
     pretrained = None if task.pretrained is None else read_pretrained(task.pretrained)
     cells = contract.read_cells(task.cells)
@@ -142,38 +140,24 @@ def train(task: contract.TrainTask) -> None:
     else:
         take_over(net, pretrained, shape.tokens)
     net.to(device)
-    adam, best = neural.Adam(list(net.parameters())), neural.Best(net)
-    parts: dict[str, neural.Stateful] = {"net": net, "adam": adam, "best": best}
-    for epoch in neural.epochs(task, settings.epochs, parts, lambda: best.stale >= settings.patience):
-        rate = settings.learning_rate * settings.decay ** ((epoch - 1) // settings.decay_every)
-        draws = neural.generator(task.seed, epoch)
-        total = torch.zeros((), dtype=torch.float64, device=device)
-        net.train()
-        for batch in neural.batches(draws.permutation(train_cells), settings.batch_size):
-            loss = squared_error(net, screen, batch, settings.sequence, draws)
-            adam.step(loss, rate, settings.largest_norm)
-            total += loss.detach() * len(batch)
-        contract.metric("train_loss", epoch, float(total) / len(train_cells))
-        if len(val_cells):
-            val_loss = mean_error(net, screen, val_cells, settings, neural.generator(task.seed, VALIDATION))
-            contract.metric("val_loss", epoch, val_loss)
-            best.offer(val_loss)
-    torch.save(best.weights, task.output / "weights.pt")
+
+    def loss(batch: np.ndarray, draws: np.random.Generator) -> torch.Tensor:
+        return squared_error(net, screen, batch, settings.sequence, draws)
+
+    def val_loss() -> float:
+        draws = neural.generator(task.seed, VALIDATION)
+        return neural.mean_loss(net, lambda batch: loss(batch, draws), val_cells, settings.batch_size)
+
+    neural.fit(task, net, settings, train_cells, val_cells, loss, val_loss)
     dataset_means(task.cells, shape).to_parquet(task.output / "rest.parquet")
-    contract.write_json(task.output / "model.json", {"settings": asdict(settings), "shape": asdict(shape)})
+    contract.write_model(task, settings, shape)
 
 
 def predict(task: contract.PredictTask) -> None:
     """Predict every condition whose genes are tokens: the mean over a pool of control cells of the covariate."""
-    import numpy as np
-    import pandas as pd
-
-    torch, device = neural.start_torch(task.threads)
-    stored = json.loads((task.model / "model.json").read_text(encoding="utf-8"))
-    settings, shape = Settings(**stored["settings"]), Shape(**stored["shape"])
-    net = network(shape, settings.dropout)
-    net.load_state_dict(torch.load(task.model / "weights.pt", weights_only=True))
-    net.to(device).eval()
+    _, device = neural.start_torch(task.threads)
+    settings, shape = contract.read_model(task, Settings, Shape)
+    net = neural.load_weights(network(shape, settings.dropout), task, device)
     control = contract.read_cells(task.control)
     if control.var_names.tolist() != shape.genes:
         raise contract.ContractError(f"{task.control}: other genes than the model was trained with")
@@ -203,10 +187,9 @@ def read_pretrained(folder: Path) -> Pretrained:
 
     Raises ContractError if a file is missing or malformed, or if best_model.pt holds more than tensors.
     """
-    import torch
     from torch.serialization import get_unsafe_globals_in_checkpoint
 
-    args, vocabulary = (_object(folder / name) for name in ("args.json", "vocab.json"))
+    args, vocabulary = (contract.read_object(folder / name) for name in ("args.json", "vocab.json"))
     names = {"width": "embsize", "heads": "nheads", "layers": "nlayers", "hidden": "d_hid"}
     for name in names.values():
         if type(args.get(name)) is not int or args[name] < 1:
@@ -245,16 +228,6 @@ def take_over(net: torch.nn.ModuleDict, pretrained: Pretrained, tokens: list[str
         contract.log(f"at random, for the checkpoint has none that fits: {', '.join(sorted(set(mine) - set(fitting)))}")
 
 
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise contract.ContractError(f"{path}: not a JSON file: {error}") from None
-    if not isinstance(value, dict):
-        raise contract.ContractError(f"{path}: wanted an object")
-    return value
-
-
 # ---- the cells
 
 
@@ -272,7 +245,7 @@ def shape_of(cells: ad.AnnData, settings: Settings, pretrained: Pretrained | Non
         contract.log(f"{len(tokens)} of {len(genes)} measured genes are in the checkpoint's vocabulary")
     obs = cells.obs[cells.obs["split"] == "train"]
     is_control = obs["condition"] == contract.CONTROL
-    is_known = obs["condition"].isin(known_conditions(cells, tokens))
+    is_known = contract.perturb_known(obs["condition"], tokens)
     covariates = sorted(set(obs["covariate"][is_control]) & set(obs["covariate"][is_known]))
     if not covariates:
         raise contract.ContractError(
@@ -281,32 +254,18 @@ def shape_of(cells: ad.AnnData, settings: Settings, pretrained: Pretrained | Non
     return Shape(**widths, genes=genes, tokens=tokens, covariates=covariates)
 
 
-def known_conditions(cells: ad.AnnData, tokens: list[str]) -> list[str]:
-    """List the perturbations all of whose genes are tokens."""
-    known = {*tokens}
-    names = sorted(set(cells.obs["condition"]) - {contract.CONTROL})
-    return [name for name in names if known.issuperset(contract.genes_of(name))]
-
-
 def usable(cells: ad.AnnData, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of the perturbed cells to train on and of those to validate on."""
-    known = cells.obs["condition"].isin(known_conditions(cells, shape.tokens))
-    kept = (known & cells.obs["covariate"].isin(shape.covariates)).to_numpy()
+    is_known = contract.perturb_known(cells.obs["condition"], shape.tokens)
+    kept = is_known & cells.obs["covariate"].isin(shape.covariates).to_numpy()
     is_train = (cells.obs["split"] == "train").to_numpy()
     return (kept & is_train).nonzero()[0], (kept & ~is_train).nonzero()[0]
 
 
 def screen_of(cells: ad.AnnData, shape: Shape, device: Any) -> Screen:
     """Encode the cells as the network takes them."""
-    import numpy as np
-    import pandas as pd
-    import torch
-
-    token = {gene: index for index, gene in enumerate(shape.tokens)}
     conditions = cells.obs["condition"].astype("category")
-    perturbed = np.zeros((len(conditions.cat.categories), len(token)), dtype=bool)
-    for row, name in enumerate(conditions.cat.categories):
-        perturbed[row, [token[gene] for gene in contract.genes_of(name) if gene in token]] = True
+    perturbed = contract.mark_genes(conditions.cat.categories.tolist(), shape.tokens)
     covariate = pd.Categorical(cells.obs["covariate"], categories=shape.covariates).codes
     is_control = (cells.obs[["condition", "split"]] == [contract.CONTROL, "train"]).all(axis=1).to_numpy()
     controls = [(is_control & (covariate == number)).nonzero()[0] for number in range(len(shape.covariates))]
@@ -317,26 +276,13 @@ def screen_of(cells: ad.AnnData, shape: Shape, device: Any) -> Screen:
 
 def unpredictable(keys: tuple[contract.Key, ...], shape: Shape, screen: Screen) -> dict[contract.Key, str]:
     """List the keys that cannot be predicted, each with its reason."""
-    measured, tokens = {*shape.genes}, {*shape.tokens}
+    known = {"not measured:": {*shape.genes}, "not in the checkpoint's vocabulary:": {*shape.tokens}}
     learned = {name for name, cells in zip(shape.covariates, screen.controls, strict=True) if len(cells)}
-    reasons = {}
-    for key in keys:
-        genes = contract.genes_of(key.condition)
-        unmeasured = [gene for gene in genes if gene not in measured]
-        unknown = [gene for gene in genes if gene not in tokens]
-        if unmeasured:
-            reasons[key] = f"not measured: {', '.join(unmeasured)}"
-        elif unknown:
-            reasons[key] = f"not in the checkpoint's vocabulary: {', '.join(unknown)}"
-        elif key.covariate not in learned:
-            reasons[key] = f"covariate {key.covariate} lacks training perturbations or control cells"
-    return reasons
+    return contract.find_gaps(keys, known, learned, "lacks training perturbations or control cells")
 
 
 def dataset_means(path: Path, shape: Shape) -> pd.DataFrame:
     """Average what is predicted for measured genes that are no tokens, whatever is perturbed: covariates x genes."""
-    import pandas as pd
-
     tokens = {*shape.tokens}
     rest = [gene for gene in shape.genes if gene not in tokens]
     if not rest:
@@ -362,8 +308,7 @@ def network(shape: Shape, dropout: float) -> torch.nn.ModuleDict:
         return nn.TransformerEncoderLayer(width, shape.heads, shape.hidden, dropout, batch_first=True)
 
     def number() -> nn.Sequential:
-        hidden = [nn.Linear(width, width), nn.LeakyReLU(), nn.Linear(width, width), nn.LeakyReLU()]
-        return nn.Sequential(*hidden, nn.Linear(width, 1))
+        return neural.perceptron(width, width, width, 1, negative_slope=0.01)
 
     value = {"linear1": nn.Linear(1, width), "linear2": nn.Linear(width, width), "norm": nn.LayerNorm(width)}
     return nn.ModuleDict(
@@ -385,8 +330,6 @@ def forward(
     tokens: of these genes. values: their expression before it, cells x genes. perturbed: 1 where a gene is perturbed
     in the cell, else 0, cells x genes (or 1 x genes, the same in all cells).
     """
-    import torch
-
     parts: Any = net  # torch's types do not say what a ModuleDict holds
     # In half precision where the device has it; its own kind has the range of float32, so that no loss is scaled.
     with torch.autocast(values.device.type, torch.bfloat16, enabled=is_mixed(values.device)):
@@ -403,8 +346,6 @@ def forward(
 
 def is_mixed(device: Any) -> bool:
     """Whether the device computes in bfloat16."""
-    import torch
-
     return bool(device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
 
 
@@ -418,9 +359,6 @@ def squared_error(
 
     Each is predicted from a control cell of its covariate, at genes that all share; both are drawn.
     """
-    import numpy as np
-    import torch
-
     controls = np.array([draws.choice(screen.controls[number]) for number in screen.covariate[cells]])
     perturbed = screen.perturbed[screen.condition[cells]]
     genes = drawn_genes(perturbed.any(axis=0), sequence, draws)
@@ -434,26 +372,9 @@ def squared_error(
 
 def drawn_genes(perturbed: np.ndarray, sequence: int, draws: np.random.Generator) -> np.ndarray:
     """Tokens to look at together: all that are perturbed in a batch (bool for each token), filled up at random."""
-    import numpy as np
-
     others = draws.permutation((~perturbed).nonzero()[0])
     genes = perturbed.nonzero()[0]
     return np.concatenate([genes, others[: max(0, sequence - len(genes))]])
-
-
-def mean_error(
-    net: torch.nn.ModuleDict, screen: Screen, cells: np.ndarray, settings: Settings, draws: np.random.Generator
-) -> float:
-    """`squared_error` over all these cells, without dropout or a gradient."""
-    import torch
-
-    net.eval()
-    with torch.no_grad():
-        of_batch = [
-            squared_error(net, screen, batch, settings.sequence, draws).double() * len(batch)
-            for batch in neural.batches(cells, settings.batch_size)
-        ]
-    return float(sum(of_batch)) / len(cells)
 
 
 # ---- prediction
@@ -476,9 +397,6 @@ def profile(
     perturbed: tokens. More tokens than a training sequence are looked at in pieces of that length at most, each with
     all perturbed ones in it; `order` says which come together.
     """
-    import numpy as np
-    import torch
-
     others = order[~np.isin(order, perturbed)]
     n_pieces = max(1, ceil(len(others) / max(1, settings.sequence - len(perturbed))))
     found = np.empty(len(order))
@@ -496,10 +414,6 @@ def profile(
 
 def embed(task: contract.EmbedTask) -> None:
     """Encode each gene of a checkpoint's vocabulary by its gene encoder: its row, normalised."""
-    import pandas as pd
-    import torch
-    from torch.nn.functional import layer_norm
-
     contract.no_settings(task)
     pretrained = read_pretrained(task.pretrained)
     genes = sorted(gene for gene in pretrained.vocabulary if not gene.startswith(NO_GENE))
@@ -508,7 +422,7 @@ def embed(task: contract.EmbedTask) -> None:
         raise contract.ContractError(f"{task.pretrained / 'best_model.pt'}: there is no {missing[0]}")
     weight, bias = (pretrained.tensors[name].to(torch.float64) for name in NORM)
     rows = pretrained.tensors[EMBEDDING][[pretrained.vocabulary[gene] for gene in genes]].to(torch.float64)
-    table = layer_norm(rows, (rows.shape[1],), weight, bias)
+    table = torch.nn.functional.layer_norm(rows, (rows.shape[1],), weight, bias)
     contract.write_embedding(task, pd.DataFrame(table.numpy(), index=genes))
     contract.progress(1, 1, "table")
 

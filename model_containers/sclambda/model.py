@@ -9,26 +9,25 @@ leaves open.
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, fields
-from itertools import pairwise
+import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import contract
 import neural
 
-if TYPE_CHECKING:
+if not TYPE_CHECKING:
+    np, pd, torch = map(contract.LateModule, ("numpy", "pandas", "torch"))
+else:
     from collections.abc import Callable, Sequence
 
-    import anndata as ad
     import numpy as np
     import pandas as pd
     import torch
     from scipy.sparse import csr_matrix
 
-DESCRIPTION = contract.Description(
-    name="sclambda", combinations=True, embedding=True, counts=False, gpu=True, input="cells"
-)
+
+DESCRIPTION = contract.Description(name="sclambda", combinations=True, embedding=True, gpu=True, input="cells")
 
 
 @dataclass(frozen=True)
@@ -56,32 +55,14 @@ class Settings:
     validate_every: int = 10
 
     def __post_init__(self) -> None:
-        may_be_zero = ("information_weight", "adversarial_step", "critic_weight_decay")
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in may_be_zero and value < 0:
-                raise ValueError(f"{field.name}: wanted a number of at least 0")
-            if field.name not in may_be_zero and value <= 0:
-                raise ValueError(f"{field.name}: wanted a number above 0")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What else the networks' sizes hang on; stored with the settings in model.json.
-
-    dimensions of the embedding, names of the measured genes, names of the covariates of the train cells.
-    """
-
-    dimensions: int
-    genes: list[str]
-    covariates: list[str]
+        contract.check_numbers(self, or_zero=("information_weight", "adversarial_step", "critic_weight_decay"))
 
 
 class Conditions(NamedTuple):
     """Distinct (covariate, condition)s as the networks take them, on the device.
 
     embedding:  conditions x dimensions, summed over the perturbed genes; zeros for control.
-    covariates: the row of each condition's covariate in Shape.covariates.
+    covariates: the number of each condition's covariate.
     """
 
     embedding: torch.Tensor
@@ -92,7 +73,7 @@ class Cells(NamedTuple):
     """Cells, of which none lies in two splits.
 
     condition: the row of each cell's condition in Conditions.
-    covariate: the row of each cell's covariate in Shape.covariates.
+    covariate: the number of each cell's covariate.
     rows:      from numbers of cells to their log1p expression, dense, on the device.
     baseline:  covariates x genes on the device, the mean over control cells that is taken off.
     """
@@ -104,8 +85,6 @@ class Cells(NamedTuple):
 
     def shifts(self, batch: np.ndarray) -> torch.Tensor:
         """Expression of some cells minus their covariate's control mean: cells x genes."""
-        import torch
-
         return self.rows(batch) - self.baseline[torch.from_numpy(self.covariate[batch]).to(self.baseline.device)]
 
 
@@ -114,18 +93,15 @@ def train(task: contract.TrainTask) -> None:
 
     Without a val condition that has an embedding, the last weights are kept.
     """
-    import numpy as np
-
-    torch, device = neural.start_torch(task.threads)
+    _, device = neural.start_torch(task.threads)
     settings = contract.hyperparameters(task, Settings)
-    embedding = scaled(contract.read_embedding(task.embedding))
+    embedding = contract.scaled(contract.read_embedding(task.embedding))
     cells = contract.read_cells(task.cells)
-    kept, shape = usable(cells, embedding)
-    keys = list(map(contract.Key, cells.obs["covariate"], cells.obs["condition"]))
-    row_of = {key: row for row, key in enumerate(sorted({key for key, keep in zip(keys, kept, strict=True) if keep}))}
-    conditions = conditions_of(list(row_of), embedding, shape, device)
-    condition = np.array([row_of.get(key, -1) for key in keys])
-    covariate = np.array([shape.covariates.index(key.covariate) if key in row_of else -1 for key in keys])
+    kept, shape = contract.select_cells(cells, embedding)
+    contract.require_controls(cells.obs, shape.covariates)
+    keys, condition = contract.number_conditions(cells.obs, kept)
+    conditions = conditions_of(keys, embedding, shape, device)
+    covariate = pd.Index(shape.covariates).get_indexer(cells.obs["covariate"])
     is_train = kept & (cells.obs["split"] == "train").to_numpy()
     is_control = is_train & (cells.obs["condition"] == contract.CONTROL).to_numpy()
     baseline = group_means(cells.X[is_control], covariate[is_control], len(shape.covariates))
@@ -134,10 +110,9 @@ def train(task: contract.TrainTask) -> None:
     val_rows, val_of_cell = np.unique(condition[is_val], return_inverse=True)
     val_covariates = conditions.covariates[torch.from_numpy(val_rows).to(device)].cpu().numpy()
     val_shifts = group_means(cells.X[is_val], val_of_cell, len(val_rows)) - baseline[val_covariates]
-    rows = neural.among(neural.held(cells.X, device), np.flatnonzero(is_train))
+    held = Cells(condition, covariate, neural.held(cells.X, device), on_device(baseline, device))
     del cells
-    train_cells = Cells(condition[is_train], covariate[is_train], rows, on_device(baseline, device))
-    controls = np.flatnonzero(is_control[is_train])
+    train_rows, controls = np.flatnonzero(is_train), np.flatnonzero(is_control)
 
     torch.manual_seed(task.seed)  # the initial weights, drawn on the CPU: the same for every device
     net = networks(shape, settings).to(device)
@@ -149,21 +124,20 @@ def train(task: contract.TrainTask) -> None:
     for epoch in neural.epochs(task, settings.epochs, parts | {"best": best}):
         rate = settings.learning_rate * settings.decay ** ((epoch - 1) // settings.decay_every)
         total = torch.zeros(len(Losses._fields), dtype=torch.float64, device=device)
-        order = neural.generator(task.seed, epoch).permutation(len(train_cells.condition))
+        order = neural.generator(task.seed, epoch).permutation(train_rows)
         for batch in neural.batches(order, settings.batch_size):
-            losses = step(net, critic, (adam, critic_adam), rate, settings, conditions, train_cells, batch)
+            losses = step(net, critic, (adam, critic_adam), rate, settings, conditions, held, batch)
             total += torch.hstack(losses).detach() * len(batch)
         for name, value in zip(Losses._fields, (total / len(order)).tolist(), strict=True):
             contract.metric(name, epoch, value)
         if len(val_rows) and epoch % settings.validate_every == 0:
-            states = latents(net, train_cells, controls, settings.batch_size)
-            of_covariate = covariate[is_train][controls]
-            predicted = mean_shifts(net, conditions, val_rows, states, of_covariate)
+            states = latents(net, held, controls, settings.batch_size)
+            predicted = mean_shifts(net, conditions, val_rows, states, covariate[controls])
             correlation = float(np.mean(np.nan_to_num(list(map(pearson, predicted, val_shifts)))))
             contract.metric("val_correlation", epoch, correlation)
             best.offer(-correlation)
-    torch.save(best.weights, task.output / "weights.pt")
-    contract.write_json(task.output / "model.json", {"settings": asdict(settings), "shape": asdict(shape)})
+    torch.save(best.weights, task.output / neural.WEIGHTS)
+    contract.write_model(task, settings, shape)
 
 
 def predict(task: contract.PredictTask) -> None:
@@ -172,17 +146,11 @@ def predict(task: contract.PredictTask) -> None:
     A covariate's prediction is its control mean, plus the mean over its control cells of what the networks make of
     the cell's latent and the condition's.
     """
-    import numpy as np
-
-    torch, device = neural.start_torch(task.threads)
-    stored = json.loads((task.model / "model.json").read_text(encoding="utf-8"))
-    settings, shape = Settings(**stored["settings"]), Shape(**stored["shape"])
-    embedding = scaled(contract.read_embedding(task.embedding, shape.dimensions))
-    net = networks(shape, settings)
-    net.load_state_dict(torch.load(task.model / "weights.pt", weights_only=True))
-    net.to(device)
-    reasons = contract.unpredictable(task.conditions, embedding, shape.covariates)
-    keys = sorted(set(task.conditions) - set(reasons))
+    _, device = neural.start_torch(task.threads)
+    settings, shape = contract.read_model(task, Settings, contract.Shape)
+    embedding = contract.scaled(contract.read_embedding(task.embedding, shape.dimensions))
+    net = neural.load_weights(networks(shape, settings), task, device)
+    keys, reasons = contract.split_keys(task, embedding, shape.covariates)
     conditions = conditions_of(keys, embedding, shape, device)
     control = contract.read_cells(task.control)
     control = control[control.obs["covariate"].isin(shape.covariates), shape.genes]
@@ -199,27 +167,8 @@ def predict(task: contract.PredictTask) -> None:
 # ---- what goes in
 
 
-def scaled(embedding: pd.DataFrame) -> pd.DataFrame:
-    """Standardise, with rows of the length sqrt(dimensions).
-
-    A value is about 1 in size, whatever the source (README.md).
-    """
-    return contract.standardised(embedding) * embedding.shape[1] ** 0.5
-
-
-def usable(cells: ad.AnnData, embedding: pd.DataFrame) -> tuple[np.ndarray, Shape]:
-    """Select the cells to learn from (`contract.learnable`).
-
-    Raises ContractError also where a covariate has no control cell in the train split.
-    """
-    kept, covariates = contract.learnable(cells.obs, embedding)
-    contract.require_controls(cells.obs, covariates)
-    return kept, Shape(embedding.shape[1], cells.var_names.tolist(), covariates)
-
-
 def group_means(matrix: csr_matrix, group: np.ndarray, count: int) -> np.ndarray:
     """Mean rows of `count` groups: count x columns, float64. group: the number of each row's; each group has one."""
-    import numpy as np
     from scipy.sparse import csr_matrix
 
     share = 1 / np.bincount(group, minlength=count)
@@ -228,23 +177,17 @@ def group_means(matrix: csr_matrix, group: np.ndarray, count: int) -> np.ndarray
     return means
 
 
-def conditions_of(keys: Sequence[contract.Key], embedding: pd.DataFrame, shape: Shape, device: Any) -> Conditions:
+def conditions_of(
+    keys: Sequence[contract.Key], embedding: pd.DataFrame, shape: contract.Shape, device: Any
+) -> Conditions:
     """Encode the distinct keys as the networks take them."""
-    import numpy as np
-    import torch
-
-    summed = np.zeros((len(keys), shape.dimensions))
-    for row, key in enumerate(keys):
-        summed[row] = embedding.loc[list(contract.genes_of(key.condition))].to_numpy().sum(axis=0)
+    summed = contract.sum_embeddings([key.condition for key in keys], embedding)
     covariates = np.array([shape.covariates.index(key.covariate) for key in keys], dtype=np.int64)
     return Conditions(on_device(summed, device), torch.from_numpy(covariates).to(device))
 
 
 def on_device(array: np.ndarray, device: Any) -> torch.Tensor:
     """Copy the numbers as float32 to the device."""
-    import numpy as np
-    import torch
-
     return torch.from_numpy(array.astype(np.float32)).to(device)
 
 
@@ -253,15 +196,10 @@ def on_device(array: np.ndarray, device: Any) -> torch.Tensor:
 
 def layers(settings: Settings, before: int, after: int) -> torch.nn.Sequential:
     """Build a network with one hidden layer."""
-    from torch import nn
-
-    steps: list[nn.Module] = []
-    for width, following in pairwise((before, settings.hidden, after)):
-        steps += [nn.Linear(width, following), nn.LeakyReLU(settings.negative_slope)]
-    return nn.Sequential(*steps[:-1])
+    return neural.perceptron(before, settings.hidden, after, negative_slope=settings.negative_slope)
 
 
-def networks(shape: Shape, settings: Settings) -> torch.nn.ModuleDict:
+def networks(shape: contract.Shape, settings: Settings) -> torch.nn.ModuleDict:
     """Build the networks.
 
     cell: a cell's shift -> mean and log variance of z; perturbation: embedding -> s; covariate: a latent each;
@@ -288,8 +226,6 @@ def through(net: torch.nn.Module, given: torch.Tensor) -> torch.Tensor:
 
     Each call casts the weights again: between two of them an optimizer may have changed them.
     """
-    import torch
-
     with torch.autocast(given.device.type, torch.bfloat16, enabled=given.device.type == "cuda"):
         result: torch.Tensor = net(given)
     return result.float()
@@ -315,6 +251,19 @@ class Losses(NamedTuple):
     information: torch.Tensor
 
 
+class Batch(NamedTuple):
+    """A batch of cells.
+
+    given: its conditions, whose own embeddings are to be decoded. at: the condition of each cell. z, shifts: the
+    latent and the shift of each cell.
+    """
+
+    given: Conditions
+    at: torch.Tensor
+    z: torch.Tensor
+    shifts: torch.Tensor
+
+
 def step(
     net: torch.nn.ModuleDict,
     critic: torch.nn.Sequential,
@@ -323,27 +272,25 @@ def step(
     settings: Settings,
     conditions: Conditions,
     cells: Cells,
-    batch: np.ndarray,
+    drawn: np.ndarray,
 ) -> Losses:
     """Take steps of the critic up the information, then one of the networks down their loss.
 
-    optimizers: of the networks and of the critic.
+    optimizers: of the networks and of the critic. drawn: numbers of the cells of the batch.
     """
-    import numpy as np
-    import torch
-
-    numbers, of_cell = np.unique(cells.condition[batch], return_inverse=True)
+    numbers, of_cell = np.unique(cells.condition[drawn], return_inverse=True)
     device = conditions.embedding.device
     rows, at = torch.from_numpy(numbers).to(device), torch.from_numpy(of_cell).to(device)
-    given, shifts = Conditions(conditions.embedding[rows], conditions.covariates[rows]), cells.shifts(batch)
+    given, shifts = Conditions(conditions.embedding[rows], conditions.covariates[rows]), cells.shifts(drawn)
     mean, log_variance = through(net["cell"], shifts).chunk(2, dim=1)
     z = mean + torch.randn_like(mean) * (log_variance / 2).exp()
-    moved = against(net, settings, given, at, z.detach(), shifts)
-    s, expression_error, embedding_error = decoded(net, given, moved, at, z, shifts)
+    batch = Batch(given, at, z, shifts)
+    moved = against(net, settings, batch._replace(z=z.detach()))
+    s, expression_error, embedding_error = decoded(net, batch, moved)
     s = s[at]
 
     def shuffled() -> torch.Tensor:
-        return torch.randperm(len(batch), device=device)
+        return torch.randperm(len(drawn), device=device)
 
     for _ in range(settings.critic_steps):
         critic_loss = -information(critic, z.detach(), s.detach(), shuffled())
@@ -355,43 +302,28 @@ def step(
     return Losses(loss, expression_error, embedding_error, divergence, shared)
 
 
-def against(
-    net: torch.nn.ModuleDict,
-    settings: Settings,
-    given: Conditions,
-    at: torch.Tensor,
-    z: torch.Tensor,
-    shifts: torch.Tensor,
-) -> torch.Tensor:
+def against(net: torch.nn.ModuleDict, settings: Settings, batch: Batch) -> torch.Tensor:
     """Move each value of the embeddings by a step in the direction that makes both decodings worse.
 
     Goodfellow et al. 2015. Returns conditions x dimensions. The step is meant for an embedding of length 1, of which
     ours is a multiple.
     """
-    import torch
-
-    embedding = given.embedding.clone().requires_grad_()
-    _, expression_error, embedding_error = decoded(net, given, embedding, at, z, shifts)
+    embedding = batch.given.embedding.clone().requires_grad_()
+    _, expression_error, embedding_error = decoded(net, batch, embedding)
     (gradient,) = torch.autograd.grad(expression_error + embedding_error, embedding)
-    moved: torch.Tensor = given.embedding + settings.adversarial_step * gradient.shape[1] ** 0.5 * gradient.sign()
+    length = settings.adversarial_step * gradient.shape[1] ** 0.5
+    moved: torch.Tensor = batch.given.embedding + length * gradient.sign()
     return moved
 
 
 def decoded(
-    net: torch.nn.ModuleDict,
-    given: Conditions,
-    embedding: torch.Tensor,
-    at: torch.Tensor,
-    z: torch.Tensor,
-    shifts: torch.Tensor,
+    net: torch.nn.ModuleDict, batch: Batch, embedding: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute the latents s of these embeddings (conditions x latent), and the errors of both decodings.
 
-    given: the conditions of a batch, whose own embeddings are to be decoded. embedding: theirs, moved or not.
-    at: the condition of each cell. z, shifts: the latent and the shift of each cell.
+    embedding: of the batch's conditions, moved or not.
     """
-    import torch
-
+    given, at, z, shifts = batch
     s = through(net["perturbation"], embedding)
     predicted = through(net["expression"], z + with_covariate(net, given, s)[at])
     expression_error = (predicted - shifts).square().sum(dim=1).mean()
@@ -410,10 +342,6 @@ def information(critic: torch.nn.Sequential, z: torch.Tensor, s: torch.Tensor, o
 
     z, s: cells x latent. others: a permutation of the cells, which gives z the s of another.
     """
-    import math
-
-    import torch
-
     joint = through(critic, torch.cat([z, s], dim=1)).mean()
     apart = through(critic, torch.cat([z, s[others]], dim=1))
     return joint - (torch.logsumexp(apart, dim=0)[0] - math.log(len(z)))
@@ -424,8 +352,6 @@ def information(critic: torch.nn.Sequential, z: torch.Tensor, s: torch.Tensor, o
 
 def latents(net: torch.nn.ModuleDict, cells: Cells, numbers: np.ndarray, batch_size: int) -> torch.Tensor:
     """Compute the mean latents z of some cells: cells x latent."""
-    import torch
-
     with torch.no_grad():
         found = [net["cell"](cells.shifts(batch)).chunk(2, dim=1)[0] for batch in neural.batches(numbers, batch_size)]
     return torch.cat(found)
@@ -439,9 +365,6 @@ def mean_shifts(
     states: latents of control cells. covariate: of each of them. The last layer is linear, so that the mean over the
     cells is taken before it.
     """
-    import numpy as np
-    import torch
-
     parts: Any = net  # torch's types do not say what a ModuleDict holds
     *hidden, last = parts["expression"]
     own = [states[torch.from_numpy(covariate == one).to(states.device)] for one in range(covariate.max() + 1)]
@@ -461,8 +384,6 @@ def mean_shifts(
 
 def pearson(predicted: np.ndarray, measured: np.ndarray) -> float:
     """Correlation over genes; NaN, which counts as 0 in the mean, if either is constant."""
-    import numpy as np
-
     one, other = predicted - predicted.mean(), measured - measured.mean()
     length = np.linalg.norm(one) * np.linalg.norm(other)
     return float(one @ other / length) if length > 0 else float("nan")

@@ -13,23 +13,25 @@ import pickle
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field, fields
-from hashlib import sha256
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import contract
+import neural
 
-if TYPE_CHECKING:
+if not TYPE_CHECKING:
+    ad, np, pd, torch = map(contract.LateModule, ("anndata", "numpy", "pandas", "torch"))
+else:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     import anndata as ad
     import numpy as np
     import pandas as pd
+    import torch
 
-DESCRIPTION = contract.Description(
-    name="state", combinations=True, embedding=True, counts=False, gpu=True, input="cells"
-)
+
+DESCRIPTION = contract.Description(name="state", combinations=True, embedding=True, gpu=True, input="cells")
 LICENCE = "arc-state is published under CC BY-NC-SA 4.0: for non-commercial use"
 WORK, RUN = "work", "run"
 LAST, BEST, PROGRESS = "last.ckpt", "best.ckpt", "progress.json"
@@ -67,28 +69,11 @@ class Settings:
     predicted_cells: int = 1024
 
     def __post_init__(self) -> None:
-        for each in fields(self):
-            value = getattr(self, each.name)
-            if each.name == "workers" and value < 0:
-                raise ValueError("workers: wanted a number of at least 0")
-            if each.name != "workers" and value <= 0:
-                raise ValueError(f"{each.name}: wanted a number above 0")
+        contract.check_numbers(self, or_zero=("workers",))
         if self.hidden % self.heads:
             raise ValueError(f"heads: wanted a divisor of hidden ({self.hidden})")
         if self.steps % self.validate_every:
             raise ValueError(f"steps: wanted a multiple of validate_every ({self.validate_every})")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What else a prediction has to know; stored in model.json.
-
-    dimensions of the embedding, names of the measured genes, names of the covariates of the train cells.
-    """
-
-    dimensions: int
-    genes: list[str]
-    covariates: list[str]
 
 
 @dataclass
@@ -109,9 +94,10 @@ def train(task: contract.TrainTask) -> None:
     """
     settings = contract.hyperparameters(task, Settings)
     contract.log(LICENCE)
-    embedding = scaled(contract.read_embedding(task.embedding))
+    embedding = contract.scaled(contract.read_embedding(task.embedding))
     cells = contract.read_cells(task.cells)
-    kept, shape = usable(cells, embedding)
+    kept, shape = contract.select_cells(cells, embedding)
+    contract.require_controls(cells.obs, shape.covariates)
     work = task.output / WORK
     work.mkdir()
     write_screen(cells[kept].copy(), embedding, shape, work)
@@ -119,12 +105,15 @@ def train(task: contract.TrainTask) -> None:
     progress = restored(task, work)
     while progress.steps < settings.steps:
         progress.steps += settings.validate_every
-        losses = run_part(work, settings, seed_of(task.seed, progress.steps), progress.steps)
+        # Its draws depend on no other part.
+        seed = int(neural.generator(task.seed, progress.steps).integers(2**31))
+        losses = run_part(work, settings, seed, progress.steps)
         for name, value in losses.items():
             contract.metric(name, progress.steps, value)
         loss = losses.get("val_loss", progress.least)
         if "val_loss" not in losses or loss < progress.least or not (work / BEST).exists():
-            keep_weights(work)
+            checkpoint = load_plain(work / LAST)
+            torch.save({name: checkpoint[name] for name in OF_WEIGHTS}, work / BEST)
         progress.least = min(progress.least, loss)  # in this order: it stays where the loss is NaN
         progress.metrics = contract.metrics()
         contract.progress(progress.steps, settings.steps, "step")
@@ -132,7 +121,7 @@ def train(task: contract.TrainTask) -> None:
             save(progress, work, task.checkpoint)
     (work / BEST).rename(task.output / WEIGHTS)
     shutil.rmtree(work)
-    contract.write_json(task.output / "model.json", {"settings": asdict(settings), "shape": asdict(shape)})
+    contract.write_model(task, settings, shape)
 
 
 def predict(task: contract.PredictTask) -> None:
@@ -140,13 +129,9 @@ def predict(task: contract.PredictTask) -> None:
 
     The mean over predicted cells, each of a control cell that is drawn from those of the covariate.
     """
-    import numpy as np
-
-    stored = json.loads((task.model / "model.json").read_text(encoding="utf-8"))
-    settings, shape = Settings(**stored["settings"]), Shape(**stored["shape"])
-    embedding = scaled(contract.read_embedding(task.embedding, shape.dimensions))
-    reasons = contract.unpredictable(task.conditions, embedding, shape.covariates)
-    keys = sorted(set(task.conditions) - set(reasons))
+    settings, shape = contract.read_model(task, Settings, contract.Shape)
+    embedding = contract.scaled(contract.read_embedding(task.embedding, shape.dimensions))
+    keys, reasons = contract.split_keys(task, embedding, shape.covariates)
     work = task.output / WORK
     write_run(work, {f"p{row}": key.condition for row, key in enumerate(keys)}, embedding)
     load_plain(task.model / WEIGHTS)  # STATE loads any pickle: ours is seen to be none before
@@ -165,28 +150,11 @@ def predict(task: contract.PredictTask) -> None:
 # ---- what STATE gets
 
 
-def scaled(embedding: pd.DataFrame) -> pd.DataFrame:
-    """Standardised, with rows of the length sqrt(dimensions): a value is about 1 in size, whatever the source."""
-    return contract.standardised(embedding) * embedding.shape[1] ** 0.5
-
-
-def usable(cells: ad.AnnData, embedding: pd.DataFrame) -> tuple[np.ndarray, Shape]:
-    """Select the cells to learn from (`contract.learnable`).
-
-    Raises ContractError also where a covariate has no control cell in the train split.
-    """
-    kept, covariates = contract.learnable(cells.obs, embedding)
-    contract.require_controls(cells.obs, covariates)
-    return kept, Shape(embedding.shape[1], cells.var_names.tolist(), covariates)
-
-
-def write_screen(cells: ad.AnnData, embedding: pd.DataFrame, shape: Shape, work: Path) -> None:
+def write_screen(cells: ad.AnnData, embedding: pd.DataFrame, shape: contract.Shape, work: Path) -> None:
     """cells.h5ad, features.pt (a vector for each condition) and screen.toml (what is for validation).
 
     Names are replaced by numbers: no gene's or cell line's name can mean something to STATE, TOML or its shell.
     """
-    import pandas as pd
-
     names = sorted(set(cells.obs["condition"]) - {contract.CONTROL})
     code = {name: f"p{row}" for row, name in enumerate(names)} | {contract.CONTROL: contract.CONTROL}
     line = {name: f"line{row}" for row, name in enumerate(shape.covariates)}
@@ -212,14 +180,9 @@ def write_run(work: Path, conditions: Mapping[str, str], embedding: pd.DataFrame
 
 def write_features(path: Path, conditions: Mapping[str, str], embedding: pd.DataFrame) -> None:
     """Make a vector for each code: the sum of the embeddings of its condition's genes; zeros for control."""
-    import numpy as np
-    import torch
-
-    def vector(condition: str) -> torch.Tensor:
-        rows = embedding.loc[list(contract.genes_of(condition))].to_numpy()
-        return torch.from_numpy(rows.sum(axis=0).astype(np.float32))
-
-    torch.save({code: vector(name) for code, name in {contract.CONTROL: contract.CONTROL, **conditions}.items()}, path)
+    of_code = {contract.CONTROL: contract.CONTROL, **conditions}
+    summed = contract.sum_embeddings(list(of_code.values()), embedding).astype(np.float32)
+    torch.save({code: torch.tensor(vector) for code, vector in zip(of_code, summed, strict=True)}, path)
 
 
 # ---- training
@@ -230,8 +193,6 @@ def run_part(work: Path, settings: Settings, seed: int, steps: int) -> dict[str,
 
     Returns the mean train_loss of the part and, where there are val conditions, the val_loss at its end.
     """
-    import torch
-
     checkpoints = work / RUN / "checkpoints"
     checkpoints.mkdir(parents=True)
     if (work / LAST).exists():
@@ -282,8 +243,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
     It holds numpy's numbers, which its own next run would refuse to load.
     """
-    import numpy as np
-    import torch
     from numpy._core.multiarray import scalar
 
     with torch.serialization.safe_globals([scalar, np.dtype, np.dtypes.Int64DType]):
@@ -301,36 +260,17 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def load_plain(path: Path) -> dict[str, Any]:
     """Read a checkpoint of plain values and tensors. Raises an error for any other pickle."""
-    import torch
-
     checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return checkpoint
 
 
 def read_losses(path: Path) -> dict[str, float]:
     """Read the mean train_loss and the last val_loss of what STATE has logged; what it has not logged is left out."""
-    import numpy as np
-
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     logged = {name: [float(row[name]) for row in rows if row.get(name)] for name in ("train_loss", "val_loss")}
     means = {"train_loss": float(np.mean(logged["train_loss"]))}
     return means | ({"val_loss": logged["val_loss"][-1]} if logged["val_loss"] else {})
-
-
-def keep_weights(work: Path) -> None:
-    """Take the weights of LAST as the best."""
-    import torch
-
-    checkpoint = load_plain(work / LAST)
-    torch.save({name: checkpoint[name] for name in OF_WEIGHTS}, work / BEST)
-
-
-def seed_of(seed: int, steps: int) -> int:
-    """Derive the seed of the part that ends after so many steps: its draws depend on no other part."""
-    import numpy as np
-
-    return int(np.random.default_rng((seed, steps)).integers(2**31))
 
 
 def save(progress: Progress, work: Path, folder: Path) -> None:
@@ -351,44 +291,25 @@ def save(progress: Progress, work: Path, folder: Path) -> None:
 
 def restored(task: contract.TrainTask, work: Path) -> Progress:
     """Find where a killed training stopped, with its files in place and its metrics printed again; else the start."""
-    began = Progress(identity(task))
+    began = Progress(neural.identity(task))
     kept = sorted(task.checkpoint.glob("steps_*[0-9]")) if task.checkpoint else []
     if not kept:
         return began
-    try:
-        progress = Progress(**json.loads((kept[-1] / PROGRESS).read_text(encoding="utf-8")))
+
+    def read() -> dict[str, Any]:
         for file in (LAST, BEST):
             load_plain(kept[-1] / file)
-    except (OSError, EOFError, ValueError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
-        contract.log(
-            f"the checkpoint of an earlier training cannot be read: this one starts from the beginning: {error}"
-        )
-        return begun_anew(began, kept)
-    if progress.task != began.task:
-        other = "another seed, other hyperparameters or another kind of device"
-        contract.log(f"the checkpoint is of a training with {other}: this one starts from the beginning")
-        return begun_anew(began, kept)
+        return asdict(Progress(**json.loads((kept[-1] / PROGRESS).read_text(encoding="utf-8"))))
+
+    found = neural.accept_checkpoint(task, read)
+    if found is None:
+        for folder in kept:
+            shutil.rmtree(folder)
+        return began
     for file in (LAST, BEST):
         shutil.copyfile(kept[-1] / file, work / file)
-    for name, step, value in progress.metrics:
-        contract.metric(name, step, value)
-    contract.log(f"goes on after step {progress.steps}, where an earlier training was cut off")
-    return progress
-
-
-def begun_anew(began: Progress, kept: Iterable[Path]) -> Progress:
-    """Begin, with the kept folders out of the way."""
-    for folder in kept:
-        shutil.rmtree(folder)
-    return began
-
-
-def identity(task: contract.TrainTask) -> str:
-    """Identify the training and its device: a GPU computes other bits than a CPU, so no training is half of each."""
-    import torch
-
-    text = json.dumps([task.seed, task.hyperparameters, torch.cuda.is_available()], sort_keys=True)
-    return sha256(text.encode()).hexdigest()
+    contract.log(f"goes on after step {found['steps']}, where an earlier training was cut off")
+    return Progress(**found)
 
 
 # ---- prediction
@@ -409,9 +330,6 @@ def mean_profiles(work: Path, task: contract.PredictTask, control: Any, codes: S
     control: CSR, the covariate's control cells. `state tx infer` replaces each further cell of a file by a prediction
     from a control cell that it draws, so that their own expression may be left empty.
     """
-    import anndata as ad
-    import numpy as np
-    import pandas as pd
     from scipy.sparse import csr_matrix, vstack
 
     n_control, n_genes = control.shape

@@ -21,16 +21,10 @@ from core.entry import Entry
 from core.errors import UserError
 from core.prepare.labels import harmonise_labels
 from core.simulate import SimulationSettings
+from tests.helpers.entries import MINE
 
 PROJECT = Path(__file__).parents[2]
 LOCAL_FILES = {"papalexi21_panel": "papalexi21.h5ad", "norman19_small": "norman19_small.h5ad"}
-MINIMAL = {
-    "name": "mine",
-    "title": "my screen",
-    "task": "single",
-    "source": {"kind": "local", "hint": "mine.h5ad"},
-    "labels": {"column": "guide", "control": ["NT"]},
-}
 
 SIMULATED = [name for name in Catalog().names("dataset") if Catalog().dataset(name).source.kind == "simulated"]
 
@@ -261,10 +255,10 @@ def test_an_unknown_name_like_no_other_lists_all():
 
 
 def test_a_users_entry_gets_the_defaults(write):
-    spec = open_catalog().dataset(write(MINIMAL))
+    spec = open_catalog().dataset(write(MINE))
     assert spec.name == "mine"
     assert (spec.folds, spec.min_genes_per_cell, spec.max_control_cells, spec.seed) == (5, 200, 8192, 42)
-    assert open_catalog().dataset(str(write(MINIMAL, "again.yml"))) == spec
+    assert open_catalog().dataset(str(write(MINE, "again.yml"))) == spec
 
 
 def test_the_example_of_the_guide_is_a_valid_entry():
@@ -313,7 +307,7 @@ def test_the_example_of_the_guide_is_a_valid_entry():
     ],
 )
 def test_a_wrong_entry_is_refused_with_its_remedy(write, change, field, found, remedy):
-    path = write({**MINIMAL, **change})
+    path = write({**MINE, **change})
     with pytest.raises(UserError) as error:
         open_catalog().dataset(path)
     assert error.value.where == str(path)
@@ -326,7 +320,7 @@ def test_a_wrong_entry_is_refused_with_its_remedy(write, change, field, found, r
 @pytest.mark.parametrize("field", ["name", "title", "task", "source", "labels"])
 def test_a_missing_field_is_named(write, field):
     with pytest.raises(UserError) as error:
-        open_catalog().dataset(write({key: value for key, value in MINIMAL.items() if key != field}))
+        open_catalog().dataset(write({key: value for key, value in MINE.items() if key != field}))
     assert (error.value.field, error.value.found) == (field, "nothing")
 
 
@@ -358,7 +352,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_a_users_data_set_cannot_take_a_name_of_the_catalog(write):
     with pytest.raises(UserError, match="a data set of the catalog"):
-        open_catalog().dataset(write({**MINIMAL, "name": "norman19"}))
+        open_catalog().dataset(write({**MINE, "name": "norman19"}))
     assert open_catalog().dataset(PROJECT / "core" / "catalog" / "datasets" / "demo.yaml") == open_catalog().dataset(
         "demo"
     )
@@ -368,7 +362,7 @@ def test_a_users_data_set_cannot_take_a_name_of_the_catalog(write):
 
 
 def test_a_users_folder_adds_entries(users):
-    users(MINIMAL, "datasets/mine.yaml")
+    users(MINE, "datasets/mine.yaml")
     users({"name": "atlas", "title": "atlas", "kind": "gmt", "dimensions": 8,
            "source": {"kind": "local", "hint": "atlas.gmt"}}, "embeddings/atlas.yml")  # fmt: skip
     users({"name": "mean", "title": "mean", "container": "mean"}, "models/mean.yaml")
@@ -380,7 +374,7 @@ def test_a_users_folder_adds_entries(users):
 
 
 def test_without_the_variable_the_users_entries_are_gone(users, monkeypatch):
-    users(MINIMAL, "datasets/mine.yaml")
+    users(MINE, "datasets/mine.yaml")
     assert "mine" in open_catalog().names("dataset")
     monkeypatch.delenv("CALIPERT_CATALOG")
     assert "mine" not in open_catalog().names("dataset")
@@ -409,7 +403,7 @@ def test_a_model_cannot_have_the_name_of_a_control(users):
 
 
 def test_file_and_entry_have_one_name(users):
-    users(MINIMAL, "datasets/other.yaml")
+    users(MINE, "datasets/other.yaml")
     with pytest.raises(UserError, match=r"write `name: other`, or rename the file to mine\.yaml"):
         open_catalog().dataset("other")
 
@@ -545,7 +539,7 @@ def test_names_that_a_model_may_not_have_are_those_of_the_controls() -> None:
 )
 def test_a_password_in_an_address_is_refused_and_not_repeated(write, source) -> None:
     with pytest.raises(UserError) as caught:
-        open_catalog().dataset(write(MINIMAL | {"source": source}))
+        open_catalog().dataset(write(MINE | {"source": source}))
     told = "".join(traceback.format_exception(caught.value))
     assert "s3cr3t" not in told
     assert "source" in told
@@ -553,6 +547,6 @@ def test_a_password_in_an_address_is_refused_and_not_repeated(write, source) -> 
 
 def test_an_at_sign_in_the_path_of_an_address_is_no_password(write) -> None:
     source = {"kind": "https", "url": "https://example.org/x@2.h5ad"}
-    found = open_catalog().dataset(write(MINIMAL | {"source": source})).source
+    found = open_catalog().dataset(write(MINE | {"source": source})).source
     assert isinstance(found, schema.HttpsSource)
     assert found.url == source["url"]

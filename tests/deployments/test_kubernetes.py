@@ -13,6 +13,7 @@ import yaml
 
 from blocks.config.paths import MODEL_CONTAINERS, PROJECT_ROOT
 from blocks.config.pools import CPU, GPU
+from blocks.engines.base import StageRun
 from blocks.engines.kubernetes.job import SETTINGS, StageJob, read_cluster, translate_spec
 
 FOLDER = PROJECT_ROOT / "deployments" / "kubernetes"
@@ -54,8 +55,10 @@ def flow_run_job(pool: str) -> dict[str, Any]:
 
 def stage_job() -> dict[str, Any]:
     cluster = read_cluster(FOLDER / "cluster.yaml")
-    inputs = translate_spec({"output": "/output"}, Path("/store"))
-    job = StageJob(cluster, "fmlp", "train", inputs, "s3://calipert/store", 60.0, str(uuid.uuid4()), "1", None)
+    spec = {"output": "/output"}
+    run = StageRun("train", Path("fmlp"), spec, lambda event: None, 60.0, None, 0.0)
+    inputs = translate_spec(spec, Path("/store"))
+    job = StageJob(cluster, run, inputs, "s3://calipert/store", str(uuid.uuid4()), "1", None)
     return job.manifest()
 
 

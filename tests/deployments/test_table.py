@@ -16,23 +16,8 @@ from blocks.config.catalog import open_catalog
 from deployments.forms import build_form
 from deployments.table import Deployment, build_table
 from tasks.train import FoldJob
+from tests.helpers.entries import MINE, STUDY
 
-STUDY = [
-    "adamson16",
-    "frangieh21",
-    "kaden25fibroblast",
-    "kaden25rpe1",
-    "nadig25hepg2",
-    "nadig25jurkat",
-    "norman19",
-    "replogle22k562",
-    "replogle22k562gwps",
-    "replogle22rpe1",
-    "sunshine23",
-    "tian21crispra",
-    "tian21crispri",
-    "wessels23",
-]
 BESIDE = ["demo", "demo_combinations", "demo_covariates", "norman19_small", "papalexi21", "papalexi21_panel"]
 
 
@@ -110,15 +95,8 @@ def test_a_row_says_what_its_runs_do_with_which_data() -> None:
 
 
 def test_a_users_own_data_set_has_deployments_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = {
-        "name": "mine",
-        "title": "my screen",
-        "task": "single",
-        "source": {"kind": "local", "hint": "the file on my desk"},
-        "labels": {"column": "perturbation", "control": ["control"]},
-    }
     (tmp_path / "datasets").mkdir()
-    (tmp_path / "datasets" / "mine.yaml").write_text(yaml.safe_dump(entry), encoding="utf-8")
+    (tmp_path / "datasets" / "mine.yaml").write_text(yaml.safe_dump(MINE), encoding="utf-8")
     monkeypatch.setenv("CALIPERT_CATALOG", str(tmp_path))
     mine = {one.full_name: one for one in build_table() if one.name == "mine"}
     assert "calibrate/mine" in mine

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -151,6 +152,13 @@ def test_a_wrong_description_is_refused(field):
     fields = vars(DESCRIPTION) | {field: 0}
     with pytest.raises(ContractError, match=f"describe: {field}"):
         contract.Description(**fields)
+
+
+def test_a_late_module_is_imported_when_it_is_first_used(monkeypatch):
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    late = contract.LateModule("colorsys")
+    assert "colorsys" not in sys.modules
+    assert late.rgb_to_hsv(1, 0, 0) == (0, 1, 1)
 
 
 # ---- hyperparameters
@@ -334,6 +342,46 @@ def test_what_cannot_be_predicted_has_its_reason():
     assert contract.is_embedded("A+B", embedding)
     assert not contract.is_embedded("A+C", embedding)
     assert not contract.is_embedded("control", embedding)
+
+
+def test_genes_of_conditions_are_marked_and_their_embeddings_summed():
+    embedding = pd.DataFrame({"d0": [1.0, 2.0, 4.0], "d1": [0.0, 1.0, 1.0]}, index=["A", "B", "C"])
+    conditions = ["control", "B", "A+C"]
+    assert contract.genes_in([Key("x", name) for name in conditions]) == ["A", "B", "C"]
+    marks = contract.mark_genes(conditions, ["C", "B"])
+    assert marks.tolist() == [[False, False], [False, True], [True, False]], "A is not asked for"
+    assert contract.sum_embeddings(conditions, embedding).tolist() == [[0, 0], [2, 1], [5, 1]]
+    known = contract.perturb_known(pd.Series([*conditions, "A+D"]), embedding.index)
+    assert known.tolist() == [False, True, True, False]
+
+
+def test_rows_of_cells_are_found_by_condition_and_covariate():
+    obs = pd.DataFrame({"covariate": ["x", "y", "x"], "condition": ["A", "A", "B"]})
+    assert contract.keys_of(obs) == [Key("x", "A"), Key("y", "A"), Key("x", "B")]
+    assert contract.rows_among([Key("x", "B"), Key("x", "A")], obs).tolist() == [1, -1, 0]
+
+
+def test_the_first_reason_why_a_condition_is_not_predicted_is_given():
+    known = {"unmeasured:": {"A", "B"}, "far:": {"A"}}
+    keys = [Key("x", "A"), Key("x", "B"), Key("y", "B+C"), Key("y", "A")]
+    assert contract.find_gaps(keys, known, ["x"], "is new") == {
+        Key("x", "B"): "far: B",
+        Key("y", "B+C"): "unmeasured: C",
+        Key("y", "A"): "covariate y is new",
+    }
+
+
+def test_numbers_of_settings_are_above_0_or_at_least_0():
+    @dataclass
+    class Numbers:
+        k: float = 1
+        decay: float = 0
+        share: float = -1
+
+    for given, message in (({"k": 0}, "k: wanted a number above 0"), ({"decay": -1}, "decay: wanted a number of at")):
+        with pytest.raises(ValueError, match=message):
+            contract.check_numbers(Numbers(**given), or_zero=("decay",), others=("share",))
+    contract.check_numbers(Numbers(), or_zero=("decay",), others=("share",))
 
 
 # ---- writing

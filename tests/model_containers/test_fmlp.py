@@ -29,7 +29,7 @@ def case(fmlp):
     names = [("x", "control"), ("x", "A"), ("x", "A+B"), ("y", "B"), ("y", "C")]
     keys = [contract.Key(*name) for name in names]
     embedding = pd.DataFrame(rng.normal(size=(3, 5)), index=["A", "B", "C"])
-    shape = fmlp.Shape(5, [f"g{column}" for column in range(7)], ["x", "y"])
+    shape = contract.Shape(5, [f"g{column}" for column in range(7)], ["x", "y"])
     torch.manual_seed(0)
     net = fmlp.network(shape, fmlp.Settings(**SMALL))
     conditions = fmlp.conditions_of(keys, embedding, shape, CPU)
@@ -66,7 +66,7 @@ def form(request, monkeypatch) -> str:
 def test_loss_and_gradient_are_those_of_single_cells(fmlp, case, form):
     net, keys, embedding, conditions, X, of_cell = case
     batch = np.random.default_rng(0).permutation(40)[:25]
-    loss = fmlp.squared_error(net, conditions, fmlp.Cells(of_cell, neural.held(X, CPU)), batch)
+    loss = fmlp.squared_error(net, conditions, of_cell[batch], neural.held(X, CPU)(batch))
     loss.backward()
     found = {name: weights.grad.clone() for name, weights in net.named_parameters()}
     net.zero_grad()
@@ -81,12 +81,17 @@ def test_loss_and_gradient_are_those_of_single_cells(fmlp, case, form):
 def test_mean_error_is_that_of_all_cells(fmlp, case):
     net, keys, embedding, conditions, X, of_cell = case
     predicted = torch.stack([one_by_one(net, keys[row], embedding) for row in of_cell]).detach().numpy()
-    found = fmlp.mean_error(net, conditions, fmlp.Cells(of_cell, neural.held(X, CPU)), 16)
+    rows = neural.held(X, CPU)
+
+    def loss(batch: np.ndarray) -> torch.Tensor:
+        return fmlp.squared_error(net, conditions, of_cell[batch], rows(batch))
+
+    found = neural.mean_loss(net, loss, np.arange(40), 16)
     assert found == pytest.approx(((predicted - X.toarray()) ** 2).mean(), rel=1e-5)
 
 
 def test_one_covariate_has_no_latent(fmlp):
-    assert "covariate" not in fmlp.network(fmlp.Shape(5, ["g"], ["x"]), fmlp.Settings(**SMALL))
+    assert "covariate" not in fmlp.network(contract.Shape(5, ["g"], ["x"]), fmlp.Settings(**SMALL))
 
 
 def test_standardising_forgets_scale_offset_and_length():
@@ -100,11 +105,11 @@ def test_standardising_forgets_scale_offset_and_length():
     np.testing.assert_allclose(found.drop(columns="constant"), other, atol=1e-9)
 
 
-def test_what_is_trained_on(fmlp, two_lines):
+def test_what_is_trained_on(two_lines):
     cells = contract.read_cells(two_lines.folder / "train.h5ad")
     cells.obs.loc[(cells.obs["condition"] == "control") & (np.arange(cells.n_obs) % 2 == 0), "split"] = "val"
     cells.obs.loc[(cells.obs["covariate"] == "RPE1") & (cells.obs["split"] == "train"), "condition"] = "P11"
-    kept, shape = fmlp.usable(cells, contract.read_embedding(two_lines.folder / "embedding.parquet"))
+    kept, shape = contract.select_cells(cells, contract.read_embedding(two_lines.folder / "embedding.parquet"))
     used = cells.obs[kept]
     assert shape.covariates == ["K562"], "RPE1 has val conditions alone"
     assert set(used["covariate"]) == {"K562"}

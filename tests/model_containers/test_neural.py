@@ -31,8 +31,6 @@ def test_rows_are_those_of_the_matrix(form):
     batch = np.array([17, 5, 3, 5, 39, 0])
     rows = neural.held(X, CPU)
     np.testing.assert_array_equal(rows(batch).numpy(), X.toarray()[batch])
-    chosen = np.array([39, 3, 8])
-    np.testing.assert_array_equal(neural.among(rows, chosen)(np.array([2, 0])).numpy(), X.toarray()[[8, 39]])
     # What a GPU would do.
     made = neural.dense_rows(X.indptr, torch.from_numpy(X.indices), torch.from_numpy(X.data), 7, batch)
     np.testing.assert_array_equal(made.numpy(), X.toarray()[batch])

@@ -371,7 +371,12 @@ def test_the_weights_of_the_least_validation_loss_are_kept_and_training_ends_ear
     cells = contract.read_cells(panel.folder / "train.h5ad")
     _, val = scgpt.usable(cells, shape)
     draws = neural.generator(1, 0)
-    found = scgpt.mean_error(net, scgpt.screen_of(cells, shape, CPU), val, settings, draws)
+    screen = scgpt.screen_of(cells, shape, CPU)
+
+    def loss(batch: np.ndarray) -> torch.Tensor:
+        return scgpt.squared_error(net, screen, batch, settings.sequence, draws)
+
+    found = neural.mean_loss(net, loss, val, settings.batch_size)
     assert found == pytest.approx(min(losses), rel=1e-5)
 
 

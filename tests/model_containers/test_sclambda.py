@@ -31,7 +31,7 @@ class Case:
         rng = np.random.default_rng(2)
         self.embedding = pd.DataFrame(rng.normal(size=(2, 5)), index=["A", "B"])
         self.settings = sclambda.Settings(**SMALL)
-        shape = sclambda.Shape(5, [f"g{column}" for column in range(7)], ["x", "y"])
+        shape = contract.Shape(5, [f"g{column}" for column in range(7)], ["x", "y"])
         torch.manual_seed(0)
         self.net = sclambda.networks(shape, self.settings)
         self.critic = sclambda.layers(self.settings, 8, 1)
@@ -69,12 +69,12 @@ def test_embeddings_of_a_combination_are_summed_and_control_has_none(case):
     assert case.conditions.covariates.tolist() == [0, 0, 0, 1, 1]
 
 
-def test_scaling_forgets_scale_and_offset_and_makes_values_of_size_one(sclambda):
+def test_scaling_forgets_scale_and_offset_and_makes_values_of_size_one():
     table = pd.DataFrame(np.random.default_rng(1).normal(size=(20, 4)))
-    found = sclambda.scaled(table.assign(constant=7.0))
+    found = contract.scaled(table.assign(constant=7.0))
     np.testing.assert_allclose((found**2).sum(axis=1), 5)
     assert (found["constant"] == 0).all()
-    other = sclambda.scaled(table * [1e-3, 1, 10, 1e4] + [5, -3, 0, 1e3])
+    other = contract.scaled(table * [1e-3, 1, 10, 1e4] + [5, -3, 0, 1e3])
     np.testing.assert_allclose(found.drop(columns="constant") / 5**0.5, other / 4**0.5, atol=1e-9)
 
 
@@ -170,12 +170,13 @@ def test_an_embedding_is_moved_to_where_it_is_decoded_worse(sclambda, case):
     settings = sclambda.Settings(**SMALL, adversarial_step=0.02)
     z, at = torch.randn(40, 4), torch.from_numpy(case.of_cell)
     shifts = case.cells.shifts(np.arange(40))
-    moved = sclambda.against(case.net, settings, case.conditions, at, z, shifts)
+    batch = sclambda.Batch(case.conditions, at, z, shifts)
+    moved = sclambda.against(case.net, settings, batch)
     distance = (moved - case.conditions.embedding).abs()
     torch.testing.assert_close(distance, torch.full((5, 5), 0.02 * 5**0.5))
 
     def error(embedding: torch.Tensor) -> float:
-        _, *errors = sclambda.decoded(case.net, case.conditions, embedding, at, z, shifts)
+        _, *errors = sclambda.decoded(case.net, batch, embedding)
         return float(sum(errors).detach())
 
     assert error(moved) > error(case.conditions.embedding)
@@ -200,14 +201,14 @@ def test_correlation(sclambda):
 
 
 def test_one_covariate_has_no_latent(sclambda):
-    assert "covariate" not in sclambda.networks(sclambda.Shape(5, ["g"], ["x"]), sclambda.Settings(**SMALL))
+    assert "covariate" not in sclambda.networks(contract.Shape(5, ["g"], ["x"]), sclambda.Settings(**SMALL))
 
 
-def test_what_is_trained_on(sclambda, two_lines):
+def test_what_is_trained_on(two_lines):
     cells = contract.read_cells(two_lines.folder / "train.h5ad")
     cells.obs.loc[(cells.obs["condition"] == "control") & (np.arange(cells.n_obs) % 2 == 0), "split"] = "val"
     cells.obs.loc[(cells.obs["covariate"] == "RPE1") & (cells.obs["split"] == "train"), "condition"] = "P11"
-    kept, shape = sclambda.usable(cells, contract.read_embedding(two_lines.folder / "embedding.parquet"))
+    kept, shape = contract.select_cells(cells, contract.read_embedding(two_lines.folder / "embedding.parquet"))
     used = cells.obs[kept]
     assert shape.covariates == ["K562"], "RPE1 has val conditions alone"
     assert set(used["covariate"]) == {"K562"}
@@ -216,11 +217,12 @@ def test_what_is_trained_on(sclambda, two_lines):
     assert set(used["condition"][used["split"] == "train"]) == train
 
 
-def test_a_covariate_without_control_cells_is_refused(sclambda, two_lines):
+def test_a_covariate_without_control_cells_is_refused(sclambda, two_lines, tmp_path):
     cells = contract.read_cells(two_lines.folder / "train.h5ad")
-    cells = cells[(cells.obs["covariate"] == "K562") | (cells.obs["condition"] != "control")].copy()
+    cells = cells[(cells.obs["covariate"] == "K562") | (cells.obs["condition"] != "control")]
+    cells.write_h5ad(tmp_path / "train.h5ad")
     with pytest.raises(contract.ContractError, match="covariate RPE1 has no control cell in the train split"):
-        sclambda.usable(cells, contract.read_embedding(two_lines.folder / "embedding.parquet"))
+        sclambda.train(two_lines.train_task(tmp_path, cells=tmp_path / "train.h5ad"))
 
 
 def keys_of(*conditions: str) -> tuple[contract.Key, ...]:

@@ -126,7 +126,7 @@ def test_the_screen_that_it_is_told(state, two_lines, tmp_path):
     cells.obs.loc[(cells.obs["condition"] == "control") & (np.arange(cells.n_obs) % 2 == 0), "split"] = "val"
     cells.obs.loc[(cells.obs["covariate"] == "RPE1") & (cells.obs["condition"] == "P07"), "split"] = "train"
     embedding = contract.read_embedding(two_lines.folder / "embedding.parquet")
-    kept, shape = state.usable(cells, embedding)
+    kept, shape = contract.select_cells(cells, embedding)
     state.write_screen(cells[kept].copy(), embedding, shape, tmp_path)
     written = ad.read_h5ad(tmp_path / "cells.h5ad")
     np.testing.assert_array_equal(written.X.toarray(), cells[kept].X.toarray())
@@ -147,11 +147,12 @@ def test_the_screen_that_it_is_told(state, two_lines, tmp_path):
     assert val == {"K562": sorted([code["P04+P05"], code["P07"]]), "RPE1": [code["P04+P05"]]}
 
 
-def test_a_covariate_without_control_cells_is_refused(state, two_lines):
+def test_a_covariate_without_control_cells_is_refused(state, two_lines, tmp_path):
     cells = contract.read_cells(two_lines.folder / "train.h5ad")
-    cells = cells[(cells.obs["covariate"] == "K562") | (cells.obs["condition"] != "control")].copy()
+    cells = cells[(cells.obs["covariate"] == "K562") | (cells.obs["condition"] != "control")]
+    cells.write_h5ad(tmp_path / "train.h5ad")
     with pytest.raises(contract.ContractError, match="covariate RPE1 has no control cell in the train split"):
-        state.usable(cells, contract.read_embedding(two_lines.folder / "embedding.parquet"))
+        state.train(two_lines.train_task(tmp_path, cells=tmp_path / "train.h5ad"))
 
 
 def test_the_weights_of_the_least_validation_loss_are_kept(state, program, panel, tmp_path, capsys):
@@ -244,7 +245,7 @@ def test_predictions_are_means_over_the_cells_of_each_condition(state, program, 
     (tmp_path / "output").mkdir()
     state.predict(two_lines.predict_task(tmp_path, tmp_path / "output"))
     predictions = ad.read_h5ad(tmp_path / "output" / "predictions.h5ad")
-    embedding = state.scaled(contract.read_embedding(two_lines.folder / "embedding.parquet"))
+    embedding = contract.scaled(contract.read_embedding(two_lines.folder / "embedding.parquet"))
     assert predictions.n_obs == 6
     for key, profile in zip(predictions.obs["condition"], predictions.X, strict=True):
         vector = embedding.loc[list(contract.genes_of(key))].to_numpy().sum()

@@ -21,6 +21,7 @@ from tasks.inputs import (
     list_study,
     resolve_sources,
 )
+from tests.helpers.entries import STUDY
 
 
 def test_baselines_take_part_without_training() -> None:
@@ -75,24 +76,6 @@ def test_a_mirror_has_its_own_folds() -> None:
     with pytest.raises(UserError) as caught:
         choose_dataset("replogle22rpe1", 3, "mirror")
     assert (caught.value.where, caught.value.found) == ("--folds", "3, with origin mirror")
-
-
-STUDY = [
-    "adamson16",
-    "frangieh21",
-    "kaden25fibroblast",
-    "kaden25rpe1",
-    "nadig25hepg2",
-    "nadig25jurkat",
-    "norman19",
-    "replogle22k562",
-    "replogle22k562gwps",
-    "replogle22rpe1",
-    "sunshine23",
-    "tian21crispra",
-    "tian21crispri",
-    "wessels23",
-]
 
 
 def test_the_study_is_reproduced_unless_data_sets_are_named() -> None:

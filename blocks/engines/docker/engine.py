@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import queue
 import signal
 import subprocess
 import sys
-from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import datetime
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -25,28 +23,16 @@ from prefect_docker.host import DockerHost
 from requests.exceptions import RequestException
 
 from blocks.config.paths import data_folder, scratch_folder
-from blocks.engines.base import (
-    LAST_LINES,
-    WAIT_S,
-    Engine,
-    ModelFailed,
-    Stage,
-    StageRun,
-    Usage,
-    describe_exit,
-    describe_time_limit,
-)
+from blocks.engines.base import WAIT_S, Engine, ModelFailed, Stage, StageRun, Usage, count_seconds, describe_exit
 from blocks.engines.docker import guard as docker_guard
-from blocks.engines.docker.checkpoints import Checkpoint
+from blocks.engines.docker.checkpoints import FILE, Checkpoint
 from blocks.engines.docker.images import find_image
 from blocks.engines.docker.limits import Limits, how_to_change, read_limits
-from blocks.engines.docker.logs import LogReader
-from blocks.engines.docker.output import RefusedOutput, move_into, read_members, unpack
+from blocks.engines.docker.logs import start
+from blocks.engines.docker.output import RefusedOutput, move_into, open_folder, unpack
 from blocks.engines.docker.stage import (
     CHECKPOINT,
     OUTPUT,
-    Machine,
-    User,
     describe_limit_met,
     keeper_options,
     memory_limit,
@@ -54,7 +40,6 @@ from blocks.engines.docker.stage import (
     volume_options,
     write_spec,
 )
-from blocks.engines.lines import read_event, split_lines
 from blocks.local.cancellation import kill_on_stop, raise_if_stopped
 from blocks.local.gpus import GPUS, NONE, Gpu
 from blocks.local.processes import is_dead, name_this_process
@@ -69,7 +54,6 @@ METER_S = 1.0
 # How long the guard may take in the end before this process goes on without it.
 GUARD_LIMIT_S = 120.0
 GUARD = Path(docker_guard.__file__)
-CHUNK = 2**20
 NO_GPU = ("could not select device driver", "nvidia-container-cli", "unknown or invalid runtime", "cdi device")
 
 
@@ -90,16 +74,17 @@ class DockerEngine(Engine):
         files and folders. Whatever ends this call removes the containers and volumes.
         """
         raise_if_stopped(run.name)
-        deadline = float("inf") if run.timeout_s is None else monotonic() + run.timeout_s
         with connect() as client, _explain_errors(run.model, run.stage, run.gpu):
             _remove_leftovers(client)
             image = find_image(client, run.model_folder)
             _require_unused(client, run)
-            container = _StageContainer(client, str(image.id), run, self.limits, deadline)
-            with scratch(scratch_folder(), "stage") as folder, _Guard(client, container.id, run.gpu) as guard:
-                container.guard = guard
-                with kill_on_stop(run.name, guard.remove):
-                    return container.run_to_end(folder)
+            stage_id = uuid4().hex
+            with (
+                scratch(scratch_folder(), "stage") as folder,
+                _start_guard(client, f"{STAGE}={stage_id}", run.gpu) as guard,
+                kill_on_stop(run.name, partial(_tell, guard, docker_guard.REMOVE)),
+            ):
+                return _StageContainer(client, stage_id, run, self.limits, guard).run_to_end(str(image.id), folder)
 
     def identity(self, model_folder: Path) -> str:
         """Return the id of a model's image, `sha256:...`: all that decides the model's results is in it.
@@ -110,83 +95,83 @@ class DockerEngine(Engine):
             return str(find_image(client, model_folder).id)
 
 
+@dataclass
+class _Meter:
+    """What a container took when it was last measured, once a second; None before the first time.
+
+    cpu_seconds: of all its processes. peak_memory_bytes: the most that was seen at one time, of all its processes
+    together, files in memory not counted.
+    """
+
+    cpu_seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    due: float = 0.0
+
+    def read(self, container: Container) -> None:
+        if monotonic() < self.due:
+            return
+        self.due = monotonic() + METER_S
+        found = container.client.api.stats(container.id, stream=False, one_shot=True)
+        memory = found.get("memory_stats", {}).get("stats", {})
+        used = memory.get("anon", memory.get("rss"))  # of cgroups, version 2 or 1
+        # Nothing of it is there after the container's end.
+        if used is not None:
+            self.cpu_seconds = found["cpu_stats"]["cpu_usage"]["total_usage"] / 1e9
+            self.peak_memory_bytes = max(used, self.peak_memory_bytes or 0)
+
+
+@dataclass
 class _StageContainer:
     """One stage from the creation of its containers to the download of its output; the guard removes all of it."""
 
-    def __init__(self, client: docker.DockerClient, image: str, run: StageRun, limits: Limits, deadline: float) -> None:
-        self.client = client
-        self.image = image
-        self.stage_run = run
-        self.limits = limits
-        self.deadline = deadline
-        self.id = uuid4().hex
-        self.guard: _Guard
-        self.last: deque[str] = deque(maxlen=LAST_LINES)
-        self.meter = _Meter()
-        self.checkpoint: Checkpoint | None = None
+    client: docker.DockerClient
+    id: str
+    run: StageRun
+    limits: Limits
+    guard: subprocess.Popen[bytes]
+    meter: _Meter = field(default_factory=_Meter)
+    checkpoint: Checkpoint | None = None
 
-    def run_to_end(self, folder: Path) -> Usage:
+    def run_to_end(self, image: str, folder: Path) -> Usage:
         """Run the stage and bring out its output. folder: an empty one for temporary files."""
-        run, spec = self.stage_run, self.stage_run.spec
-        info = self.client.info()
-        machine, user = Machine(info["NCPU"], info["MemTotal"]), User.of_container()
+        run, spec = self.run, self.run.spec
+        machine = self.client.info()
         named = f"calipert-{run.model}-{run.stage}-{self.id[:12]}"
         labels = {STAGE: self.id, OWNER: name_this_process(), DATA: str(data_folder())}
         labels |= {} if run.gpu is None else {GPU: run.gpu.id}
-        mounts = write_spec(spec, folder / "spec.json", user)
+        mounts = write_spec(spec, folder / "spec.json")
         create = self.client.containers.create
         kept = spec.get("checkpoint")
         volumes = {place: f"{named}-{place[1:]}" for place in ([OUTPUT] if kept is None else [OUTPUT, CHECKPOINT])}
         for volume in volumes.values():
             self.client.volumes.create(volume, driver="local", driver_opts=volume_options(self.limits), labels=labels)
-        keeper = create(name=f"{named}-keeper", labels=labels, **keeper_options(self.image, volumes, user))
-        options = model_options(self.image, run, mounts, volumes, user, self.limits, machine)
+        keeper = create(name=f"{named}-keeper", labels=labels, **keeper_options(image, volumes))
+        options = model_options(image, run, mounts, volumes, self.limits, machine)
         container = create(name=named, labels=labels, **options)
         keeper.start()
         if kept is not None:
-            self.checkpoint = Checkpoint(container, Path(kept), self.limits, user, self._check)
+            self.checkpoint = Checkpoint(container, Path(kept) / FILE, self.limits, self._check)
             self.checkpoint.restore()
-        printed = LogReader(container)
-        try:
-            container.start()
-            printed.start()
-            self._follow(container, printed)
-            state = self._wait_for_end(container)
-        finally:
-            printed.leave()
-        usage = self._judge_end(state, memory_limit(self.limits, machine))
+        self._follow(container)
+        usage = self._judge_end(self._wait_for_end(container), memory_limit(self.limits, machine))
         self._download(container, folder / "output", Path(spec["output"]))
         return usage
 
-    def _follow(self, container: Container, printed: LogReader) -> None:
-        """Pass on what the model prints, to its end. Raises ModelFailed when a limit is reached."""
-        rests: dict[bool, bytes] = {True: b"", False: b""}
+    def _follow(self, container: Container) -> None:
+        """Start the model, and pass on what it prints, to its end. Raises ModelFailed when a limit is reached."""
         size = 0
-        while True:
-            self._look(container)
-            try:
-                chunk = printed.chunks.get(timeout=max(0.0, min(WAIT_S, self.deadline - monotonic())))
-            except queue.Empty:
-                continue
-            if chunk is None:
-                break
-            size += len(chunk.data)
-            if size > self.limits.printed:
-                limit = self.limits.printed.human_readable()
-                raise self._failure(f"was stopped after it had printed {limit}, its limit{how_to_change('printed')}")
-            lines, rests[chunk.stdout] = split_lines(rests[chunk.stdout], chunk.data)
-            for line in lines:
-                self._check()
-                self._pass_on(line, chunk.stdout)
-        for stdout, rest in rests.items():
-            for line in split_lines(rest, b"")[0]:
-                self._pass_on(line, stdout)
-
-    def _pass_on(self, line: str, stdout: bool) -> None:
-        if stdout:
-            self.stage_run.on_event(read_event(line))
-        else:
-            self.last.append(line)
+        with closing(start(container)) as printed:
+            for stdout, chunk in printed:
+                self._look(container)
+                size += len(chunk)
+                if size > self.limits.printed:
+                    limit = self.limits.printed.human_readable()
+                    change = how_to_change("printed")
+                    raise self.run.failure(f"was stopped after it had printed {limit}, its limit{change}")
+                if chunk:
+                    self.run.pass_on(stdout, chunk)
+        for stdout in self.run.rests:
+            self.run.pass_on(stdout, b"")
 
     def _look(self, container: Container) -> None:
         """Do what is due while the container runs. Raises what ends a stage before its own end."""
@@ -196,15 +181,13 @@ class _StageContainer:
             try:
                 self.checkpoint.keep()
             except RefusedOutput as error:
-                raise self._failure(f"wrote what is refused as a checkpoint: {error}") from error
+                raise self.run.failure(f"wrote what is refused as a checkpoint: {error}") from error
 
     def _check(self) -> None:
         """Raise what ends a stage before its own end."""
-        raise_if_stopped(self.stage_run.name)
-        if monotonic() >= self.deadline:
-            raise self._failure(describe_time_limit(self.stage_run.stage, self.stage_run.timeout_s))
-        if self.guard.is_gone():
-            raise self._failure("was given up: the process that guards its container was killed")
+        self.run.check()
+        if self.guard.poll() is not None:
+            raise self.run.failure("was given up: the process that guards its container was killed")
 
     def _wait_for_end(self, container: Container) -> dict[str, Any]:
         """Return the container's state once it has ended, which may be long after it closed its streams."""
@@ -223,102 +206,58 @@ class _StageContainer:
         exit_code = 128 - code if code > 128 and code - 128 in set(signal.Signals) else code
         # First, whatever the exit code: a model may go on without the child that was killed.
         if state["OOMKilled"]:
-            raise self._failure(
-                f"ran out of memory, of which it may use {memory / 2**30:.3g} GiB{how_to_change('memory')}", exit_code
-            )
+            limit = f"{memory / 2**30:.3g} GiB{how_to_change('memory')}"
+            raise self.run.failure(f"ran out of memory, of which it may use {limit}", exit_code)
         if exit_code:
-            raise self._failure(describe_exit(exit_code) + describe_limit_met(list(self.last)), exit_code)
-        began, ended = (_parse_time(state[name]) for name in ("StartedAt", "FinishedAt"))
-        seconds = (ended - began).total_seconds()
-        return Usage(seconds, self.meter.cpu_seconds, self.meter.peak_memory_bytes, self.stage_run.device)
+            raise self.run.failure(describe_exit(exit_code) + describe_limit_met(list(self.run.last)), exit_code)
+        seconds = count_seconds(state["StartedAt"], state["FinishedAt"])
+        return Usage(seconds, self.meter.cpu_seconds, self.meter.peak_memory_bytes, self.run.device)
 
     def _download(self, container: Container, folder: Path, output: Path) -> None:
         folder.mkdir()
         try:
-            # What is refused is not read to its end; the engine removes no container while it is being read.
-            with closing(container.get_archive(OUTPUT, chunk_size=CHUNK)[0]) as chunks:
-                found = read_members(chunks, OUTPUT, int(self.limits.output), self.limits.output_files)
+            with open_folder(container, OUTPUT, self.limits, partial(raise_if_stopped, self.run.name)) as found:
                 unpack(found, folder)
             move_into(folder, output)
         except RefusedOutput as error:
-            raise self._failure(f"wrote what is refused: {error}", 0) from error
-
-    def _failure(self, ending: str, exit_code: int | None = None) -> ModelFailed:
-        return self.stage_run.failure(ending, exit_code, tuple(self.last))
+            raise self.run.failure(f"wrote what is refused: {error}", 0) from error
 
 
-class _Meter:
-    """What a container took when it was last measured, once a second; None before the first time.
+@contextmanager
+def _start_guard(client: docker.DockerClient, label: str, gpu: Gpu | None) -> Iterator[subprocess.Popen[bytes]]:
+    """Start the process that removes a stage's containers and volumes at the end of the block, or if this process dies.
 
-    cpu_seconds: of all its processes. peak_memory_bytes: the most that was seen at one time, of all its processes
-    together, files in memory not counted.
+    It holds the lock of the GPU.
     """
-
-    def __init__(self) -> None:
-        self.cpu_seconds: float | None = None
-        self.peak_memory_bytes: int | None = None
-        self._next = 0.0
-
-    def read(self, container: Container) -> None:
-        if monotonic() < self._next:
-            return
-        self._next = monotonic() + METER_S
-        found = container.client.api.stats(container.id, stream=False, one_shot=True)
-        memory = found.get("memory_stats", {}).get("stats", {})
-        used = memory.get("anon", memory.get("rss"))  # of cgroups, version 2 or 1
-        # Nothing of it is there after the container's end.
-        if used is not None:
-            self.cpu_seconds = found["cpu_stats"]["cpu_usage"]["total_usage"] / 1e9
-            self.peak_memory_bytes = max(used, self.peak_memory_bytes or 0)
-
-
-class _Guard:
-    """The process that removes a stage's containers and volumes at the end of the block, and if this process dies.
-
-    It holds the lock of the GPU. `remove` is one write to a pipe, which a signal's handler may do.
-    """
-
-    def __init__(self, client: docker.DockerClient, stage_id: str, gpu: Gpu | None) -> None:
-        self._client = client
-        self._label = f"{STAGE}={stage_id}"
-        self._gpu = gpu
-
-    def __enter__(self) -> _Guard:
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", str(GUARD), str(os.getpid()), self._label],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            bufsize=0,
-            pass_fds=() if self._gpu is None else (self._gpu.descriptor,),
-            # A signal for the flow's group, as of ctrl-C, must not reach it.
-            start_new_session=True,
-        )
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._write(docker_guard.END)
+    process = subprocess.Popen(
+        [sys.executable, "-I", str(GUARD), str(os.getpid()), label],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        bufsize=0,
+        pass_fds=() if gpu is None else (gpu.descriptor,),
+        # A signal for the flow's group, as of ctrl-C, must not reach it.
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        _tell(process, docker_guard.END)
         try:
-            said = self._process.communicate(timeout=GUARD_LIMIT_S)[1]
+            said = process.communicate(timeout=GUARD_LIMIT_S)[1]
         except subprocess.TimeoutExpired:
-            LOG.error("what is labelled %s is still there after %g s; its guard goes on", self._label, GUARD_LIMIT_S)
-            return
-        if self._process.returncode:
-            LOG.warning("the guard of %s failed: %s", self._label, said.decode(errors="replace")[-2000:])
-            docker_guard.remove(self._client, self._label)
+            LOG.error("what is labelled %s is still there after %g s; its guard goes on", label, GUARD_LIMIT_S)
+        else:
+            if process.returncode:
+                LOG.warning("the guard of %s failed: %s", label, said.decode(errors="replace")[-2000:])
+                docker_guard.remove(client, label)
 
-    def remove(self) -> None:
-        """Tell the guard to remove all now."""
-        self._write(docker_guard.REMOVE)
 
-    def is_gone(self) -> bool:
-        """Whether the process has ended."""
-        return self._process.poll() is not None
-
-    def _write(self, word: bytes) -> None:
-        if self._process.stdin is not None:
-            with suppress(BrokenPipeError):  # it was killed
-                self._process.stdin.write(word)
+def _tell(guard: subprocess.Popen[bytes], word: bytes) -> None:
+    """Tell a guard what to do: one write to a pipe, which a signal's handler may do."""
+    if guard.stdin is not None:
+        with suppress(BrokenPipeError):  # it was killed
+            guard.stdin.write(word)
 
 
 def _remove_leftovers(client: docker.DockerClient) -> None:
@@ -358,10 +297,8 @@ def connect() -> Iterator[docker.DockerClient]:
             " CALIPERT_ENGINE=process runs models without containers"
         )
         raise UserError("Docker", "engine", f"no answer: {error}", remedy) from error
-    try:
+    with closing(client):
         yield client
-    finally:
-        client.close()
 
 
 @contextmanager
@@ -377,9 +314,3 @@ def _explain_errors(model: str, stage: Stage, gpu: Gpu | None) -> Iterator[None]
         raise ModelFailed(model, stage, f"could not be run by Docker: {what}", None, ()) from error
     except (DockerException, RequestException) as error:
         raise ModelFailed(model, stage, f"was given up: the Docker engine is lost: {error}", None, ()) from error
-
-
-def _parse_time(text: str) -> datetime:
-    """Parse a time as Docker writes it, with nanoseconds, which are more than Python 3.11 reads."""
-    whole, _, rest = text.rstrip("Z").partition(".")
-    return datetime.fromisoformat(f"{whole}.{rest[:6]:0<6}+00:00")

@@ -13,7 +13,7 @@ import select
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 
 import docker
 from docker.errors import APIError, DockerException, NotFound
@@ -43,19 +43,24 @@ def main(starter: int, label: str) -> None:
 
 
 def remove(client: docker.DockerClient, label: str) -> None:
-    """Remove the containers with a label, running ones too, then the volumes, and wait until they are gone.
+    """Remove the containers with a label, running ones too, and the volumes, and wait until they are gone.
 
     Raises TimeoutError if they are still there after a minute, and the engine's errors.
     """
+    api, which = client.api, {"label": label}
     end = time.monotonic() + REMOVAL_LIMIT_S
-    while containers := client.api.containers(all=True, quiet=True, filters={"label": label}):
+    while True:
+        containers = api.containers(all=True, quiet=True, filters=which)
+        volumes = api.volumes(filters=which)["Volumes"] or []
+        if not containers and not volumes:
+            return
+        if time.monotonic() >= end:
+            raise TimeoutError(f"what is labelled {label} is still there {REMOVAL_LIMIT_S:g} s after it was removed")
         for container in containers:
-            _remove_one(client.api.remove_container, container["Id"], force=True, v=True)
-        _pause(end, label)
-    while volumes := client.api.volumes(filters={"label": label})["Volumes"]:
+            _remove_one(api.remove_container, container["Id"], force=True, v=True)
         for volume in volumes:
-            _remove_one(client.api.remove_volume, volume["Name"], force=True)
-        _pause(end, label)
+            _remove_one(api.remove_volume, volume["Name"], force=True)
+        time.sleep(POLL_S)
 
 
 def _remove_one(remove_one: Callable[..., None], name: str, **options: bool) -> None:
@@ -71,12 +76,6 @@ def _remove_one(remove_one: Callable[..., None], name: str, **options: bool) -> 
             raise
 
 
-def _pause(end: float, label: str) -> None:
-    if time.monotonic() >= end:
-        raise TimeoutError(f"what is labelled {label} is still there {REMOVAL_LIMIT_S:g} s after it was removed")
-    time.sleep(POLL_S)
-
-
 def _read_word(starter: int) -> bytes | None:
     """Return what the starter says next; None once it will say nothing more."""
     while not select.select([sys.stdin], [], [], CHECK_S)[0]:
@@ -90,17 +89,13 @@ def _remove_patiently(label: str) -> None:
     end = time.monotonic() + PATIENCE_S
     while True:
         try:
-            client = docker.from_env(version="auto")
-            try:
+            with closing(docker.from_env(version="auto")) as client:
                 remove(client, label)
-            finally:
-                client.close()
+            return
         except (DockerException, RequestException, OSError):
             if time.monotonic() >= end:
                 raise
-            time.sleep(CHECK_S)
-        else:
-            return
+        time.sleep(CHECK_S)
 
 
 if __name__ == "__main__":

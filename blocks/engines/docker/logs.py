@@ -3,68 +3,42 @@
 from __future__ import annotations
 
 import logging
-import queue
-import threading
-from collections.abc import Iterator
-from typing import NamedTuple
+import selectors
+from collections.abc import Generator
+from contextlib import closing
 
 from docker.errors import DockerException
 from docker.models.containers import Container
+from docker.utils.socket import STDOUT, frames_iter_no_tty
 from requests.exceptions import RequestException
+
+from blocks.engines.base import WAIT_S
 
 LOG = logging.getLogger("calipert.engines")
 
-# Chunks that are kept for a busy reader, each of at most 32 KB. Then the engine waits, and then the model: nothing
-# in between keeps what it prints.
-KEPT_CHUNKS = 64
-WAIT_S = 0.5
 
+def start(container: Container) -> Generator[tuple[bool, bytes], None, None]:
+    """Start a container, and yield (whether on stdout, bytes) as it prints them, no bytes after a moment without any.
 
-class Chunk(NamedTuple):
-    """Bytes as they were printed, not cut at lines."""
-
-    stdout: bool
-    data: bytes
-
-
-class LogReader(threading.Thread):
-    """Reads what a container prints, in a thread, since a read cannot be interrupted.
-
-    Create it before the container starts, so that nothing is missed. `chunks` ends with None when the container has
-    ended, or when the connection broke. After `leave` it reads on and keeps nothing: the engine cannot remove a
-    container while its output is not read.
+    The end comes when the container has closed its streams, or when the connection broke. Nothing in between keeps
+    what is printed: the engine waits for a busy reader, and then the model does. Close this generator in any case: the
+    engine cannot remove a container while its output is not read.
     """
-
-    def __init__(self, container: Container) -> None:
-        super().__init__(name=f"log of {container.name}", daemon=True)
-        self.chunks: queue.Queue[Chunk | None] = queue.Queue(KEPT_CHUNKS)
-        self._left = threading.Event()
-        self._stream: Iterator[tuple[bytes | None, bytes | None]] = container.attach(
-            stdout=True, stderr=True, stream=True, logs=False, demux=True
-        )
-
-    def run(self) -> None:
-        """Read until the container ends."""
+    socket = container.attach_socket(params={"stdout": 1, "stderr": 1, "stream": 1})
+    # The answer that the socket belongs to: closing the socket alone leaves the connection open.
+    with closing(socket._response), selectors.DefaultSelector() as selector:
+        selector.register(socket, selectors.EVENT_READ)
+        container.start()
+        frames = frames_iter_no_tty(socket)
         try:
-            for out, err in self._stream:
-                if out:
-                    self._put(Chunk(True, out))
-                if err:
-                    self._put(Chunk(False, err))
+            while True:
+                if not selector.select(WAIT_S):
+                    yield False, b""
+                    continue
+                stream, chunk = next(frames, (None, b""))
+                if stream is None:
+                    return
+                yield stream == STDOUT, chunk
         except (DockerException, RequestException, OSError, ValueError) as error:
             # Next the container's end is asked for, which shows what is wrong with the engine, too.
-            LOG.debug("%s broke off: %s", self.name, error)
-        finally:
-            self._put(None)
-
-    def leave(self) -> None:
-        """Keep nothing of what comes from now on."""
-        self._left.set()
-
-    def _put(self, chunk: Chunk | None) -> None:
-        while not self._left.is_set():
-            try:
-                self.chunks.put(chunk, timeout=WAIT_S)
-            except queue.Full:
-                continue
-            return
+            LOG.debug("the log of %s broke off: %s", container.name, error)

@@ -11,14 +11,19 @@ from __future__ import annotations
 import os
 import shutil
 import tarfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from io import RawIOBase
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, NamedTuple
+from types import SimpleNamespace
+from typing import IO, Any, NamedTuple
+
+from docker.models.containers import Container
+
+from blocks.engines.docker.limits import Limits
 
 # Of a member's path, in bytes: what any file system takes.
 LONGEST_PATH = 1024
+CHUNK = 2**20
 _KINDS = {
     tarfile.SYMTYPE: "a symbolic link",
     tarfile.LNKTYPE: "a hard link",
@@ -40,6 +45,25 @@ class Member(NamedTuple):
     size: int
 
 
+@contextmanager
+def open_folder(
+    container: Container, place: str, limits: Limits, check: Callable[[], None]
+) -> Iterator[Iterator[Member]]:
+    """Yield what is in a folder of a container, as `read_members` does.
+
+    check: called while it is read; what it raises ends that. What is refused is not read to its end: the engine removes
+    no container while it is being read.
+    """
+
+    def check_each(chunks: Iterator[bytes]) -> Iterator[bytes]:
+        for chunk in chunks:
+            check()
+            yield chunk
+
+    with closing(container.get_archive(place, chunk_size=CHUNK)[0]) as chunks:
+        yield read_members(check_each(chunks), place, int(limits.output), limits.output_files)
+
+
 def read_members(chunks: Iterable[bytes], root: str, most_bytes: int, most_files: int) -> Iterator[Member]:
     """Yield the files and folders in an archive of a folder, each checked; a content can be read until the next one.
 
@@ -47,8 +71,9 @@ def read_members(chunks: Iterable[bytes], root: str, most_bytes: int, most_files
     Raises RefusedOutput for anything but plain files and folders, for names that lead out of the folder, and for more
     bytes or files than the limits; TarError where the archive cannot be read.
     """
-    size = 0
-    with tarfile.open(fileobj=_Stream(iter(chunks)), mode="r|", bufsize=2**18) as archive:
+    size, left = 0, filter(None, chunks)
+    stream: Any = SimpleNamespace(read=lambda _: next(left, b""))
+    with tarfile.open(fileobj=stream, mode="r|", bufsize=CHUNK) as archive:
         for number, member in enumerate(archive):
             if number > most_files:
                 raise RefusedOutput(f"more than {most_files:,} files and folders")
@@ -132,26 +157,3 @@ def _locate(name: str, root: str) -> PurePosixPath:
     if len(os.fsencode(name)) > LONGEST_PATH:
         raise RefusedOutput(f"a path of more than {LONGEST_PATH} bytes, {name[:80]!r}...")
     return path.relative_to(root)
-
-
-class _Stream(RawIOBase):
-    """Chunks as a file that can be read once, from its beginning to its end."""
-
-    def __init__(self, chunks: Iterator[bytes]) -> None:
-        self._chunks = chunks
-        self._rest = b""
-
-    def readable(self) -> bool:
-        """Return True."""
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        """Return at most so many bytes; none at the end."""
-        while not self._rest:
-            chunk = next(self._chunks, None)
-            if chunk is None:
-                return b""
-            self._rest = chunk
-        taken = self._rest if size < 0 else self._rest[:size]
-        self._rest = self._rest[len(taken) :]
-        return taken

@@ -6,7 +6,6 @@ import json
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,9 @@ from blocks.engines.base import StageRun, model_variables
 from blocks.engines.docker.limits import Limits, how_to_change
 from blocks.local.gpus import VISIBLE
 from core.errors import UserError
+
+# What the engine says of its machine: processors `NCPU`, and bytes of memory `MemTotal`.
+Machine = Mapping[str, Any]
 
 # Places within the container.
 INPUT, OUTPUT, CHECKPOINT, SPEC, TEMPORARY = "/input", "/output", "/checkpoint", "/spec.json", "/tmp"  # noqa: S108
@@ -34,35 +36,12 @@ MET = {
 }
 
 
-@dataclass(frozen=True)
-class Machine:
-    """What the engine's machine has: processors, and bytes of memory."""
-
-    cpus: int
-    memory: int
+def find_user() -> tuple[int, int]:
+    """Return the ids of a container's user and group: the caller's, who can read their files; `nobody`'s for root."""
+    return (os.geteuid(), os.getegid()) if os.geteuid() != 0 else (NOBODY, NOBODY)
 
 
-@dataclass(frozen=True)
-class User:
-    """The user of a container: the caller, who can read their own files; `nobody` where that is root."""
-
-    uid: int
-    gid: int
-
-    @classmethod
-    def of_container(cls) -> User:
-        """Return the user that a model runs as."""
-        return cls(os.geteuid(), os.getegid()) if os.geteuid() != 0 else cls(NOBODY, NOBODY)
-
-    def can_read(self, path: Path) -> bool:
-        """Whether the modes of a file or folder let this user in."""
-        found = path.stat()
-        owner, group, others = stat.S_IRUSR, stat.S_IRGRP, stat.S_IROTH
-        mine = owner if found.st_uid == self.uid else group if found.st_gid == self.gid else others
-        return bool(found.st_mode & mine)
-
-
-def write_spec(spec: Mapping[str, Any], path: Path, user: User) -> list[Mount]:
+def write_spec(spec: Mapping[str, Any], path: Path) -> list[Mount]:
     """Write the spec with the paths that its container has, and return what of the host it sees there, read-only.
 
     Raises UserError for an input that the container's user may not read.
@@ -73,8 +52,9 @@ def write_spec(spec: Mapping[str, Any], path: Path, user: User) -> list[Mount]:
         if spec.get(field) is None:
             continue
         source = Path(spec[field]).resolve(strict=True)
-        if not user.can_read(source):
-            remedy = f"let all read it (chmod -R a+rX), or run calipert as its owner; the model runs as user {user.uid}"
+        if not _is_readable(source):
+            user = find_user()[0]
+            remedy = f"let all read it (chmod -R a+rX), or run calipert as its owner; the model runs as user {user}"
             raise UserError(source, field, "a file that the model's user may not read", remedy)
         inside[field] = f"{INPUT}/{field}{source.suffix if source.is_file() else ''}"
         mounts.append(_mount_read_only(source, inside[field]))
@@ -93,10 +73,10 @@ def volume_options(limits: Limits) -> dict[str, str]:
     }
 
 
-def isolation_options(user: User) -> dict[str, Any]:
+def isolation_options() -> dict[str, Any]:
     """Return the options of every container here: it may do nothing but compute."""
     return {
-        "user": f"{user.uid}:{user.gid}",
+        "user": "{}:{}".format(*find_user()),
         "read_only": True,
         "network_mode": "none",
         "ipc_mode": "private",
@@ -112,12 +92,12 @@ def isolation_options(user: User) -> dict[str, Any]:
     }
 
 
-def keeper_options(image: str, volumes: Mapping[str, str], user: User) -> dict[str, Any]:
+def keeper_options(image: str, volumes: Mapping[str, str]) -> dict[str, Any]:
     """Return the options of the container that keeps the volumes while the model does not run, and can only read them.
 
     volumes: where each lies -> its name.
     """
-    return isolation_options(user) | {
+    return isolation_options() | {
         "image": image,
         "entrypoint": ["sleep"],
         "command": ["infinity"],
@@ -130,29 +110,26 @@ def keeper_options(image: str, volumes: Mapping[str, str], user: User) -> dict[s
 
 
 def model_options(
-    image: str,
-    run: StageRun,
-    mounts: list[Mount],
-    volumes: Mapping[str, str],
-    user: User,
-    limits: Limits,
-    machine: Machine,
+    image: str, run: StageRun, mounts: list[Mount], volumes: Mapping[str, str], limits: Limits, machine: Machine
 ) -> dict[str, Any]:
     """Return the options of the model's own container. volumes: as in `keeper_options`."""
-    memory = memory_limit(limits, machine)
-    return isolation_options(user) | {
+    memory, environment = memory_limit(limits, machine), model_variables(TEMPORARY, run.threads)
+    if run.gpu is None:
+        # Images of CUDA ask for all GPUs by this variable, and get them where NVIDIA's runtime is the default one.
+        environment |= {"NVIDIA_VISIBLE_DEVICES": "void", VISIBLE: ""}
+    return isolation_options() | {
         "image": image,
         "command": [run.stage, SPEC],
         "hostname": "calipert",
         "working_dir": TEMPORARY,
-        "environment": _environment(run),
+        "environment": environment,
         "mounts": [*mounts, *(Mount(at, name, type="volume", no_copy=True) for at, name in volumes.items())],
         # Executable: compilers of GPU kernels load what they wrote there.
         "tmpfs": {TEMPORARY: f"size={int(limits.temporary)},mode=1777,nosuid,nodev,exec"},
         "shm_size": int(limits.shared_memory),
         "mem_limit": memory,
         "memswap_limit": memory,
-        "nano_cpus": int(min(limits.cpus or run.threads, machine.cpus) * 1e9),
+        "nano_cpus": int(min(limits.cpus or run.threads, machine["NCPU"]) * 1e9),
         "pids_limit": limits.pids,
         "ulimits": [
             Ulimit(name="nofile", soft=limits.open_files, hard=limits.open_files),
@@ -164,7 +141,7 @@ def model_options(
 
 def memory_limit(limits: Limits, machine: Machine) -> int:
     """Return the bytes of memory that a container may use."""
-    return int(limits.memory or machine.memory // 2)
+    return int(limits.memory or machine["MemTotal"] // 2)
 
 
 def describe_limit_met(last_lines: list[str]) -> str:
@@ -176,10 +153,11 @@ def describe_limit_met(last_lines: list[str]) -> str:
     return "" if field is None else f"; its {field.replace('_', ' ')} are limited{how_to_change(field)}"
 
 
-def _environment(run: StageRun) -> dict[str, str]:
-    fixed = model_variables(TEMPORARY, run.threads)
-    # Images of CUDA ask for all GPUs by this variable, and get them where NVIDIA's runtime is the default one.
-    return fixed if run.gpu is not None else fixed | {"NVIDIA_VISIBLE_DEVICES": "void", VISIBLE: ""}
+def _is_readable(path: Path) -> bool:
+    """Whether the modes of a file or folder let the container's user in."""
+    found, (user, group) = path.stat(), find_user()
+    mine = stat.S_IRUSR if found.st_uid == user else stat.S_IRGRP if found.st_gid == group else stat.S_IROTH
+    return bool(found.st_mode & mine)
 
 
 def _mount_read_only(source: Path, target: str) -> Mount:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
-from time import monotonic, sleep
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from urllib3.exceptions import HTTPError
 
+from blocks.http import is_transient_status, retry
 from core.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,171 +28,143 @@ Object = dict[str, Any]
 
 # Short: a stopped flow reaches its thread between two requests only.
 ANSWER_S = 5.0
-PAUSE_S = 0.5
 # A restart or an upgrade of the API's servers; the Jobs go on meanwhile.
 PATIENCE_S = 300.0
 # A model may print nothing for long; then the connection is only opened again.
 SILENCE_S = 60.0
-# HTTP statuses that can pass; 0 is the client's own for a connection that TLS refuses.
-TRANSIENT = (0, 429, 500, 502, 503, 504)
-CHUNK = 2**16
 
 
-class RequestRefused(Exception):
-    """The API does not do what it was asked. status: of HTTP; request: in words; message: the API's own."""
+@dataclass(eq=False)
+class RequestFailed(Exception):
+    """The API does not do what it was asked, or does not answer.
 
-    def __init__(self, status: int, request: str, message: str) -> None:
-        self.status = status
-        self.request = request
-        self.message = message
-        super().__init__(status, request, message)
+    status: of HTTP, 0 where there is no answer; request: in words; found: what came, with the API's own words.
+    """
+
+    status: int
+    request: str
+    found: str
 
     def __str__(self) -> str:
         """Return the message."""
-        return f"{self.request}: HTTP {self.status}: {self.message}"
+        return f"{self.request}: {self.found}"
 
 
-class OutOfReach(Exception):
-    """The API gave no answer, or errors that can pass, for longer than it is waited for."""
-
-
-class LogStream:
-    """A container's log while it grows. `close` may be called from any thread and ends `chunks`."""
-
-    def __init__(self, response: HTTPResponse) -> None:
-        self._response = response
-
-    def chunks(self) -> Iterator[bytes]:
-        """Return the log in pieces as they come, until it ends. Raises HTTPError where the connection breaks."""
-        return self._response.stream(CHUNK)
-
-    def close(self) -> None:
-        """End the connection, from whichever thread."""
-        # It may be closed already.
-        with suppress(OSError, RuntimeError, ValueError):
-            self._response.shutdown()
+def is_lost(error: BaseException) -> bool:
+    """Whether a request failed with what can pass."""
+    return isinstance(error, RequestFailed) and (error.status == 0 or is_transient_status(error.status))
 
 
 class Api:
     """Jobs, pods and their logs in one namespace. Callable from any thread.
 
-    What can pass (no connection, HTTP 429 and 5xx) is tried again for `patience_s` seconds, then OutOfReach is raised;
-    other errors are RequestRefused at once. interrupt: called between two tries; what it raises ends them.
+    What can pass is tried again for `patience_s` seconds (blocks.http); an error that stays is RequestFailed. sleep:
+    waits between two tries; what it raises ends them.
     """
 
-    def __init__(self, address: str | None, namespace: str, interrupt: Callable[[], None]) -> None:
+    def __init__(self, address: str | None, namespace: str, sleep: Callable[[float], object]) -> None:
         """Connect to an address, or, where it is None, to the cluster in which this process runs.
 
         Raises UserError for None outside of a cluster, and where the client is not installed.
         """
         self.patience_s = PATIENCE_S
+        self.sleep = sleep
+        self.client = _create_client(address)
         self._namespace = namespace
-        self._interrupt = interrupt
-        self._client = _create_client(address)
         from kubernetes.client import BatchV1Api, CoreV1Api
 
-        self._jobs = BatchV1Api(self._client)
-        self._pods = CoreV1Api(self._client)
+        self._jobs = BatchV1Api(self.client)
+        self._pods = CoreV1Api(self.client)
 
     def close(self) -> None:
         """Close the client's connections."""
-        self._client.rest_client.close()
+        self.client.rest_client.close()
 
-    def create_job(self, job: Object, attempt: str) -> Object:
-        """Create a Job and return it as the API has it.
-
-        attempt: the label `calipert/attempt` of the Job, unique to it: an answer may be lost after the Job was made.
-        Raises RequestRefused with status 409 if another one has its name.
-        """
+    def create_job(self, job: Object) -> None:
+        """Create a Job, unless there is one of its name: this very one, of which the answer was lost, or another."""
         try:
-            return self._request(self._jobs.create_namespaced_job, body=job)
-        except RequestRefused as error:
-            if error.status != 409:
+            self._request(self._jobs.create_namespaced_job, body=job)
+        except RequestFailed as error:
+            if error.status != 409 or self.job(job["metadata"]["name"]) is None:
                 raise
-            existing = self.job(job["metadata"]["name"])
-            if existing is None or existing["metadata"].get("labels", {}).get("calipert/attempt") != attempt:
-                raise
-            return existing
 
     def job(self, name: str) -> Object | None:
         """Return the Job of this name, None if there is none."""
-        try:
-            return self._request(self._jobs.read_namespaced_job, name=name)
-        except RequestRefused as error:
-            if error.status == 404:
-                return None
-            raise
+        found: Object | None = self._request(self._jobs.read_namespaced_job, (404,), name=name)
+        return found
 
     def delete_job(self, name: str, uid: str) -> None:
         """Ask to delete this very Job, its pods before it; nothing happens if it is gone or another has its name."""
         options = {"propagationPolicy": "Foreground", "preconditions": {"uid": uid}}
-        try:
-            self._request(self._jobs.delete_namespaced_job, name=name, body=options)
-        except RequestRefused as error:
-            if error.status not in (404, 409):
-                raise
+        self._request(self._jobs.delete_namespaced_job, (404, 409), name=name, body=options)
 
     def pod(self, selector: str) -> Object | None:
         """Return the youngest pod with these labels, None if there is none."""
         found = self._request(self._pods.list_namespaced_pod, label_selector=selector)["items"]
         return max(found, key=lambda pod: str(pod["metadata"].get("creationTimestamp")), default=None)
 
-    def last_lines(self, pod: str, container: str, most: int) -> tuple[str, ...]:
+    def last_lines(self, pod: str, container: str, most: int) -> list[str]:
         """Return the end of a container's log, for a message: nothing where there is none."""
+        read = self._pods.read_namespaced_pod_log
         try:
-            text = self._call(self._pods.read_namespaced_pod_log, name=pod, container=container, tail_lines=most).data
-        except RequestRefused:
-            return ()
-        except HTTPError as error:
-            return (f"(its log could not be read: {error})",)
-        return tuple(text.decode("utf-8", errors="replace").splitlines())
+            with self._send(read, name=pod, container=container, tail_lines=most) as answer:
+                return answer.data.decode("utf-8", errors="replace").splitlines()
+        except RequestFailed as error:
+            return [] if error.status else [f"(its log could not be read: {error.found})"]
 
     @contextmanager
-    def log(self, pod: str, container: str, since_s: int | None) -> Iterator[LogStream]:
+    def log(self, pod: str, container: str, since_s: int | None) -> Iterator[HTTPResponse]:
         """Follow a container's log from its beginning, or its last seconds, with a time before each line.
 
-        One try: raises HTTPError where there is no connection, RequestRefused for any answer but a log.
+        One try. Raises RequestFailed, also where the connection breaks within the block.
         """
-        which = {"name": pod, "container": container, "follow": True, "timestamps": True}
-        if since_s is not None:
-            which["since_seconds"] = since_s
-        with closing(self._call(self._pods.read_namespaced_pod_log, silence_s=SILENCE_S, **which)) as response:
-            yield LogStream(response)
+        which: dict[str, Any] = {"name": pod, "container": container, "follow": True, "timestamps": True}
+        which |= {} if since_s is None else {"since_seconds": since_s}
+        with self._send(self._pods.read_namespaced_pod_log, silence_s=SILENCE_S, **which) as answer:
+            yield answer
 
-    def _call(self, method: Callable[..., Any], silence_s: float = ANSWER_S, **arguments: Any) -> HTTPResponse:
-        """Send one request. Raises HTTPError where there is no connection, RequestRefused for an error's answer."""
+    @contextmanager
+    def _send(
+        self, method: Callable[..., Any], *, silence_s: float = ANSWER_S, **arguments: Any
+    ) -> Iterator[HTTPResponse]:
+        """Send one request, and yield its answer, to be read within the block. Raises RequestFailed."""
         from kubernetes.client import ApiException
 
+        request = method.__name__.replace("_namespaced_", " ").replace("_", " ")
+        # The answer as it came: the client's own objects refuse what a newer or older API leaves out.
+        own = {"namespace": self._namespace, "_preload_content": False, "_request_timeout": (ANSWER_S, silence_s)}
         try:
-            # The answer as it came: the client's own objects refuse what a newer or older API leaves out.
-            response: HTTPResponse = method(
-                namespace=self._namespace, _preload_content=False, _request_timeout=(ANSWER_S, silence_s), **arguments
-            )
+            with closing(method(**own, **arguments)) as answer:
+                yield answer
         except ApiException as error:
-            raise RequestRefused(int(error.status or 0), _describe(method), _message(error)) from error
-        return response
+            # Without a status where TLS refuses the connection.
+            status = int(error.status or 0)
+            raise RequestFailed(status, request, f"HTTP {status}: {_read_message(error)}") from error
+        except HTTPError as error:
+            raise RequestFailed(0, request, f"no connection ({type(error).__name__}: {error})") from error
 
-    def _request(self, method: Callable[..., Any], **arguments: Any) -> Object:
-        """Send a request until it is answered. Raises RequestRefused and OutOfReach."""
-        end = monotonic() + self.patience_s
-        logged = False
-        while True:
-            try:
-                answer: Object = json.loads(self._call(method, **arguments).data)
-                return answer
-            except HTTPError as error:
-                problem = f"no connection ({type(error).__name__}: {error})"
-            except RequestRefused as error:
-                if error.status not in TRANSIENT:
-                    raise
-                problem = f"HTTP {error.status}: {error.message}"
-            if monotonic() >= end:
-                raise OutOfReach(f"{_describe(method)} ({self._client.configuration.host}): {problem}")
-            if not logged:
-                LOG.warning("the Kubernetes API: %s; trying again", problem)
-                logged = True
-            sleep(PAUSE_S)
-            self._interrupt()
+    def _request(self, method: Callable[..., Any], passed: tuple[int, ...] = (), **arguments: Any) -> Any:
+        """Return the answer to a request, None for the statuses that are passed over."""
+
+        def ask() -> Any:
+            with self._send(method, **arguments) as answer:
+                return json.loads(answer.data)
+
+        def report(error: BaseException) -> None:
+            LOG.warning("the Kubernetes API: %s; trying again", getattr(error, "found", error))
+
+        try:
+            return retry(ask, self.patience_s, transient=is_lost, report=report, sleep=self.sleep)
+        except RequestFailed as error:
+            if error.status in passed:
+                return None
+            raise
+
+
+def read_attempt(job: Object) -> str | None:
+    """Return which attempt a Job is of; it is the label that tells two Jobs of one name apart."""
+    attempt: str | None = job["metadata"].get("labels", {}).get("calipert/attempt")
+    return attempt
 
 
 def _create_client(address: str | None) -> ApiClient:
@@ -216,12 +189,7 @@ def _create_client(address: str | None) -> ApiClient:
     return ApiClient(configuration)
 
 
-def _describe(method: Callable[..., Any]) -> str:
-    """Say in words what a method of the client asks for, as `read job`."""
-    return method.__name__.replace("_namespaced_", " ").replace("_", " ")
-
-
-def _message(error: ApiException) -> str:
+def _read_message(error: ApiException) -> str:
     """Return what the API says about an error, in its own words."""
     body = (error.body or b"") if isinstance(error.body, str | bytes) else b""
     try:

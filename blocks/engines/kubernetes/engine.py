@@ -6,11 +6,9 @@ import json
 import logging
 import queue
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from time import monotonic, sleep
 from typing import ClassVar
@@ -18,22 +16,22 @@ from uuid import uuid4
 
 from blocks.config.paths import scratch_folder, store_folder
 from blocks.config.settings import read_settings
-from blocks.engines.base import LAST_LINES, WAIT_S, Engine, ModelFailed, StageRun, Usage
-from blocks.engines.kubernetes.api import Api, Object, OutOfReach, RequestRefused
-from blocks.engines.kubernetes.job import MODEL, SETTINGS, Cluster, StageJob, read_cluster, read_digest, translate_spec
-from blocks.engines.kubernetes.logs import Follower
-from blocks.engines.kubernetes.status import (
-    Ending,
-    find_job_failure,
-    find_scheduling_problem,
-    find_start_problem,
-    has_begun,
-    read_ending,
-    read_model_state,
+from blocks.engines.base import LAST_LINES, WAIT_S, Engine, ModelFailed, StageRun, Usage, count_seconds
+from blocks.engines.kubernetes import status
+from blocks.engines.kubernetes.api import Api, Object, RequestFailed, is_lost, read_attempt
+from blocks.engines.kubernetes.job import (
+    MODEL,
+    SETTINGS,
+    Cluster,
+    StageJob,
+    read_cluster,
+    require_digest,
+    translate_spec,
 )
+from blocks.engines.kubernetes.logs import Follower
 from blocks.engines.kubernetes.transfer import download, open_bucket
-from blocks.engines.lines import Event, read_event
-from blocks.local.cancellation import kill_on_stop
+from blocks.engines.lines import read_event
+from blocks.local.cancellation import kill_on_stop, raise_if_stopped
 from blocks.local.scratch import scratch
 from blocks.store.bucket import DamagedFolder, ObjectStore
 from core.errors import UserError
@@ -47,8 +45,6 @@ START_PROBLEM_LIMIT_S = 180.0
 GONE_LIMIT_S = 120.0
 # At the end: a user who cancels waits for it.
 TIDY_LIMIT_S = 20.0
-# Set by the pods of flow runs (deployments/kubernetes/pools): which pod this process runs in.
-POD_NAME, POD_UID = "CALIPERT_POD_NAME", "CALIPERT_POD_UID"
 
 
 @dataclass(frozen=True)
@@ -72,40 +68,34 @@ class KubernetesEngine(Engine):
         the moment that a node takes the Job's pod. No GPU may be leased: the cluster gives its own GPUs to Jobs.
         Raises ModelFailed if the Job does not end well, UserError for wrong settings and errors of the bucket or API.
         """
+        from prefect.runtime import flow_run
+
         if run.gpu is not None:
             raise ValueError("a GPU of this machine was leased for a Job, which gets its own from the cluster")
-        cluster, store = self._cluster(run.model), open_bucket()
+        cluster, store, own = self._cluster(run.model), open_bucket(), read_settings()
         job = StageJob(
             cluster=cluster,
-            model=run.model,
-            stage=run.stage,
+            run=run,
             inputs=translate_spec(run.spec, store_folder()),
             store=store.url,
-            timeout_s=run.timeout_s,
-            flow_run=_flow_run(),
+            flow_run=flow_run.id,
             attempt=uuid4().hex,
-            owner=_own_pod(),
+            # Set by the pods of flow runs (deployments/kubernetes/pools): in which this process runs.
+            owner=(own.pod_name, own.pod_uid) if own.pod_name and own.pod_uid else None,
         )
-        read_digest(job.pod.image, self.settings, f"models.{job.model}.image")
-        stops: list[bool] = []
-        with kill_on_stop(run.name, lambda: stops.append(True)):
-            watch = _Watch(job, run.on_event, stops)
-            try:
-                with _explain_errors(watch):
-                    return watch.run(store, Path(run.spec["output"]))
-            finally:
-                watch.close()
+        # A stop is heard between two looks at the Job.
+        with kill_on_stop(run.name, lambda: None), closing(_Watch(job)) as watch, _explain_errors(watch):
+            return watch.run_to_end(store, Path(run.spec["output"]))
 
     def identity(self, model_folder: Path) -> str:
         """Return the digest of a model's image, `sha256:...`: it decides the model's results.
 
         Raises UserError if the settings name no image for it, or one without a digest.
         """
-        image = self._cluster(model_folder.name).models[model_folder.name].image
-        return read_digest(image, self.settings, f"models.{model_folder.name}.image")
+        return self._cluster(model_folder.name).models[model_folder.name].image.rpartition("@")[2]
 
     def _cluster(self, model: str) -> Cluster:
-        """Read the settings. Raises UserError unless they name this model."""
+        """Read the settings. Raises UserError unless they name this model, and its image by a digest."""
         if not self.settings:
             remedy = "set it to the file of the cluster's settings (docs/kubernetes.md)"
             raise UserError("environment", SETTINGS, "no file", remedy)
@@ -113,23 +103,22 @@ class KubernetesEngine(Engine):
         if model not in cluster.models:
             remedy = "add its image and what its container gets (docs/kubernetes.md)"
             raise UserError(self.settings, f"models.{model}", "no entry", remedy)
+        require_digest(cluster.models[model].image, self.settings, f"models.{model}.image")
         return cluster
 
 
 class _Watch:
     """One Job from its creation to its removal."""
 
-    def __init__(self, job: StageJob, on_event: Callable[[Event], None], stops: list[bool]) -> None:
+    def __init__(self, job: StageJob) -> None:
         self.job = job
-        self.on_event = on_event
-        self.stops = stops
-        self.last: deque[str] = deque(maxlen=LAST_LINES)
-        self.api = Api(job.cluster.api, job.cluster.namespace, self._check)
+        self.api = Api(job.cluster.api, job.cluster.namespace, self._pause)
+        self.lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.follower: Follower | None = None
         self.last_message: str | None = None
 
-    def run(self, store: ObjectStore, output: Path) -> Usage:
-        """Start the Job, wait for it, download its output into a folder, remove it."""
+    def run_to_end(self, store: ObjectStore, output: Path) -> Usage:
+        """Start the Job, wait for it, download its output into a folder, beside what is there, and remove it."""
         job = self.job
         self._remove_old()
         _remove_folders(store, job)
@@ -138,11 +127,14 @@ class _Watch:
             with scratch(scratch_folder(), "spec") as folder:
                 (folder / "spec.json").write_text(json.dumps(job.inputs.spec), encoding="utf-8")
                 store.put(folder, job.specification)
-            self.api.create_job(job.manifest(), job.attempt)
+            self.api.create_job(job.manifest())
             usage = self._wait()
             well = True
-            if not _download_output(store, job.output, output):
-                raise self.failure("ended well, but its output is not in the bucket", 0)
+            with scratch(scratch_folder(), "output") as folder:
+                if not download(store, job.output, folder):
+                    raise self.failure("ended well, but its output is not in the bucket", 0)
+                for path in sorted(folder.iterdir()):
+                    shutil.move(path, output / path.name)
             return usage
         finally:
             self._tidy(store, well)
@@ -154,26 +146,19 @@ class _Watch:
             self.follower.join()
         self.api.close()
 
-    def _check(self) -> None:
-        """Raise what ends a stopped flow; `kill_on_stop` then says why it was stopped."""
-        if self.stops:
-            raise InterruptedError
-
     def _remove_old(self) -> None:
         """Delete the Job that a killed flow left under this name, and wait until it is gone."""
-        end = monotonic() + GONE_LIMIT_S
-        logged = False
-        while (old := self.api.job(self.job.name)) is not None:
-            if not logged:
-                LOG.warning("removing the Job %s, which an earlier run left", self.job.name)
-                logged = True
-            self.api.delete_job(self.job.name, old["metadata"]["uid"])
+        end, name = monotonic() + GONE_LIMIT_S, self.job.name
+        old = self.api.job(name)
+        if old is not None:
+            LOG.warning("removing the Job %s, which an earlier run left", name)
+        while old is not None:
+            self.api.delete_job(name, old["metadata"]["uid"])
             if monotonic() >= end:
-                raise self.failure(
-                    f"cannot start: its Job of an earlier run, {self.job.name}, was deleted {GONE_LIMIT_S:g} s ago and"
-                    " is still there; see `kubectl describe job`"
-                )
-            self._pause()
+                deleted = f"was deleted {GONE_LIMIT_S:g} s ago and is still there; see `kubectl describe job`"
+                raise self.failure(f"cannot start: its Job of an earlier run, {name}, {deleted}")
+            self._pause(POLL_S)
+            old = self.api.job(name)
 
     def _wait(self) -> Usage:
         """Pass on what the model prints until the Job has ended. Raises ModelFailed unless it ended well."""
@@ -181,18 +166,17 @@ class _Watch:
         problems_since: dict[str, float] = {}
         begun = False
         while True:
-            self._pause()
+            self._pause(POLL_S)
             pod = self._pod()
             if pod is None:
                 if not begun:
                     self._limit_pending(began, "no pod was made for its Job yet")
                 continue
-            if (end := read_ending(pod, self.job)) is not None:
+            self._follow(pod)
+            if (end := status.read_ending(pod, self.job)) is not None:
                 return self._judge_end(pod, end)
-            begun = begun or has_begun(pod)
-            if (state := read_model_state(pod)).keys() & {"running", "terminated"}:
-                self._follow(pod, over="terminated" in state)
-            if (problem := find_start_problem(pod)) is not None:
+            begun = begun or status.has_begun(pod)
+            if (problem := status.find_start_problem(pod)) is not None:
                 container, what = problem
                 self._log_once(f"cannot start: {what}")
                 # The reasons of one image that cannot be pulled alternate: only the container's start ends the problem.
@@ -200,7 +184,7 @@ class _Watch:
                     raise self.failure(f"could not start within {START_PROBLEM_LIMIT_S:g} s: {what}")
                 continue
             if not begun:
-                waits = find_scheduling_problem(pod)
+                waits = status.find_scheduling_problem(pod)
                 self._limit_pending(began, f"no node takes its pod: {waits}" if waits else "a node prepares its pod")
 
     def _pod(self) -> Object | None:
@@ -211,9 +195,9 @@ class _Watch:
         job = self.api.job(self.job.name)
         if job is None:
             raise self.failure("lost its Job, which was deleted from outside")
-        if not self._is_own(job):
+        if read_attempt(job) != self.job.attempt:
             raise self.failure("lost its Job to another flow run that does the same")
-        why = find_job_failure(job)
+        why = status.find_job_failure(job)
         if why is not None:
             raise self.failure(f"lost its pod: {why}")
         return None
@@ -224,69 +208,65 @@ class _Watch:
         if monotonic() - began >= limit:
             raise self.failure(f"did not start within {limit:g} s: {why}")
 
-    def _follow(self, pod: Object, over: bool) -> None:
-        if self.follower is None:
-            self.follower = Follower(self.api, pod["metadata"]["name"], MODEL)
+    def _follow(self, pod: Object) -> None:
+        """Read the model's log from its start on, and to its end."""
+        state = status.read_model_state(pod)
+        if self.follower is None and state.keys() & {"running", "terminated"}:
+            self.follower = Follower(self.api, pod["metadata"]["name"], MODEL, self.lines)
             self.follower.start()
-        if over:
-            self.follower.finish()
+        if self.follower is not None and "terminated" in state:
+            self.follower.over.set()
 
-    def _judge_end(self, pod: Object, end: Ending) -> Usage:
-        state = read_model_state(pod)
-        if "terminated" in state:
-            self._follow(pod, over=True)
+    def _judge_end(self, pod: Object, end: status.Ending) -> Usage:
+        if self.follower is not None:
+            self.follower.over.set()
+            while self.follower.is_alive():
+                self._pause(WAIT_S)
+            if self.follower.problem is not None:
+                LOG.warning("%s: the end of its log is lost: %s", self.job.run.name, self.follower.problem)
         self._drain()
         if end.words is None:
-            return _read_usage(state["terminated"], self.job.device)
+            # Kubernetes keeps the times alone, in whole seconds.
+            ended = status.read_model_state(pod)["terminated"]
+            return Usage(count_seconds(ended["startedAt"], ended["finishedAt"]), None, None, self.job.device)
         if end.container != MODEL:
-            self.last.extend(self.api.last_lines(pod["metadata"]["name"], end.container, LAST_LINES))
+            self.job.run.last.extend(self.api.last_lines(pod["metadata"]["name"], end.container, LAST_LINES))
         raise self.failure(end.words, end.exit_code)
 
     def failure(self, words: str, exit_code: int | None = None) -> ModelFailed:
         """Create the error to raise, and first pass on all that the model printed up to now."""
-        while self.follower is not None and self._pass_on(self.follower, 0.0):
-            pass
-        return ModelFailed(self.job.model, self.job.stage, words, exit_code, tuple(self.last))
+        self._drain()
+        return self.job.run.failure(words, exit_code)
 
     def _log_once(self, what: str) -> None:
         """Log a message once, until another one comes."""
         if what != self.last_message:
-            LOG.info("%s %s %s", self.job.model, self.job.stage, what)
+            LOG.info("%s %s", self.job.run.name, what)
             self.last_message = what
 
-    def _pause(self) -> None:
-        """Wait until it is time to look at the Job again, and pass on what the model prints meanwhile."""
-        end = monotonic() + POLL_S
+    def _pause(self, seconds: float) -> None:
+        """Wait, and pass on what the model prints meanwhile. Raises Stopped with its flow."""
+        end = monotonic() + seconds
         while (left := end - monotonic()) > 0:
-            self._check()
-            if self.follower is None:
-                sleep(min(WAIT_S, left))
-            else:
-                self._pass_on(self.follower, min(WAIT_S, left))
-        self._check()
+            raise_if_stopped(self.job.run.name)
+            self._pass_on(min(WAIT_S, left))
+        raise_if_stopped(self.job.run.name)
 
     def _drain(self) -> None:
-        """Pass on the rest of what the model printed."""
-        if self.follower is None:
-            return
-        while self.follower.is_alive():
-            self._check()
-            self._pass_on(self.follower, WAIT_S)
-        while self._pass_on(self.follower, 0.0):
+        """Pass on all that the model printed up to now."""
+        while self._pass_on(0.0):
             pass
-        if self.follower.problem is not None:
-            LOG.warning("%s %s: the end of its log is lost: %s", self.job.model, self.job.stage, self.follower.problem)
 
-    def _pass_on(self, follower: Follower, wait_s: float) -> bool:
+    def _pass_on(self, wait_s: float) -> bool:
         """Pass on the next line, if one comes in time."""
         try:
-            line = follower.lines.get(timeout=wait_s) if wait_s else follower.lines.get_nowait()
+            line = self.lines.get(timeout=wait_s)
         except queue.Empty:
             return False
         event = read_event(line)
         if event.get("message") == line:
-            self.last.append(line)
-        self.on_event(event)
+            self.job.run.last.append(line)
+        self.job.run.on_event(event)
         return True
 
     def _tidy(self, store: ObjectStore, well: bool) -> None:
@@ -294,30 +274,21 @@ class _Watch:
 
         well: its pod has ended by itself.
         """
-        self.stops = []
-        self.api.patience_s = TIDY_LIMIT_S
+        job, name = self.job, self.job.name
+        self.api.sleep, self.api.patience_s = sleep, TIDY_LIMIT_S
         try:
             # Read by its name: it may have been created although the answer was lost.
-            created = self.api.job(self.job.name)
-            if created is not None and self._is_own(created):
-                self.api.delete_job(self.job.name, created["metadata"]["uid"])
+            created = self.api.job(name)
+            if created is not None and read_attempt(created) == job.attempt:
+                self.api.delete_job(name, created["metadata"]["uid"])
                 end = monotonic() + TIDY_LIMIT_S
                 # Until the pod is gone it may still write into the bucket.
-                while not well and self.api.pod(self.job.selector) is not None and monotonic() < end:
+                while not well and self.api.pod(job.selector) is not None and monotonic() < end:
                     sleep(WAIT_S)
-            _remove_folders(store, self.job)
-        except (RequestRefused, OutOfReach, UserError, OSError) as error:
-            LOG.error(
-                "%s %s is over, but its Job %s or the folder .jobs/%s in the bucket is left: %s",
-                self.job.model,
-                self.job.stage,
-                self.job.name,
-                self.job.name,
-                error,
-            )
-
-    def _is_own(self, job: Object) -> bool:
-        return bool(job["metadata"].get("labels", {}).get("calipert/attempt") == self.job.attempt)
+            _remove_folders(store, job)
+        except (RequestFailed, UserError, OSError) as error:
+            left = "%s is over, but its Job %s or the folder .jobs/%s in the bucket is left: %s"
+            LOG.error(left, job.run.name, name, name, error)
 
 
 @contextmanager
@@ -325,50 +296,20 @@ def _explain_errors(watch: _Watch) -> Iterator[None]:
     """Turn errors of the API and the bucket into what they mean to a user."""
     try:
         yield
-    except RequestRefused as error:
+    except RequestFailed as error:
+        if is_lost(error):
+            asked = f"{error.request} ({watch.api.client.configuration.host})"
+            raise watch.failure(f"was given up: the Kubernetes API is lost: {asked}: {error.found}") from error
         remedy = {
             401: "check the service account of this pod (deployments/kubernetes), or the login of `kubectl proxy`",
             403: "let the service account manage Jobs and read pods (deployments/kubernetes), within its quota",
             404: f"create the namespace {watch.job.cluster.namespace}, or correct the settings ({SETTINGS})",
         }.get(error.status, f"correct the settings ({SETTINGS}) as docs/kubernetes.md says")
-        raise UserError("Kubernetes", error.request, f"HTTP {error.status}: {error.message}", remedy) from error
-    except OutOfReach as error:
-        raise watch.failure(f"was given up: the Kubernetes API is lost: {error}") from error
+        raise UserError("Kubernetes", error.request, error.found, remedy) from error
     except DamagedFolder as error:
         raise watch.failure(f"ended well, but its output in the bucket is damaged: {error}", 0) from error
-
-
-def _download_output(store: ObjectStore, name: str, output: Path) -> bool:
-    """Download a folder of the bucket and put what is in it into `output`, beside what is there.
-
-    Returns False where it is not in the bucket.
-    """
-    with scratch(scratch_folder(), "output") as folder:
-        there = download(store, name, folder)
-        for path in sorted(folder.iterdir()):
-            shutil.move(path, output / path.name)
-    return there
 
 
 def _remove_folders(store: ObjectStore, job: StageJob) -> None:
     store.remove(job.specification)
     store.remove(job.output)
-
-
-def _read_usage(terminated: Object, device: str) -> Usage:
-    """Return what the model's container took, of which Kubernetes keeps the times alone, in whole seconds."""
-    began, ended = (datetime.fromisoformat(terminated[name]) for name in ("startedAt", "finishedAt"))
-    seconds = (ended - began).total_seconds()
-    return Usage(seconds, cpu_seconds=None, peak_memory_bytes=None, device=device)
-
-
-def _flow_run() -> str | None:
-    from prefect.runtime import flow_run
-
-    found: str | None = flow_run.id
-    return found
-
-
-def _own_pod() -> tuple[str, str] | None:
-    own = read_settings()
-    return (own.pod_name, own.pod_uid) if own.pod_name and own.pod_uid else None

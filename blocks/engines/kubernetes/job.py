@@ -11,9 +11,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from blocks.engines.base import Stage, model_variables
+from blocks.engines.base import StageRun, model_variables
 from blocks.engines.kubernetes.api import Object
 from blocks.engines.yaml_settings import read_yaml_settings
 from core.errors import UserError
@@ -28,13 +28,15 @@ KEPT_S = 3600
 # Between the signal to end and the kill: what the model did not write by then is of no use.
 GRACE_S = 5
 
+ISOLATION = {
+    "allowPrivilegeEscalation": False,
+    "capabilities": {"drop": ["ALL"]},
+    "privileged": False,
+    "readOnlyRootFilesystem": True,
+}
 _DIGEST = re.compile(r"\S+@sha256:[0-9a-f]{64}")
 # As Kubernetes writes quantities: 500m, 2, 8Gi.
-Quantity = Annotated[
-    str,
-    BeforeValidator(lambda value: str(value) if isinstance(value, int | float) else value),
-    StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)?(m|[kMGT]|[KMGT]i)?$"),
-]
+Quantity = Annotated[str, StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)?(m|[kMGT]|[KMGT]i)?$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")]
 
 
@@ -44,7 +46,7 @@ class ModelPod(BaseModel):
     gpus: for training and prediction; whole ones, which the cluster hands out.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
     image: str
     cpu: Quantity
@@ -78,20 +80,12 @@ def read_cluster(path: Path) -> Cluster:
     return read_yaml_settings(Cluster, path, SETTINGS, "docs/kubernetes.md", secret=("api",))
 
 
-def read_digest(image: str, where: object, field: str) -> str:
-    """Return `sha256:...` of an image's reference.
-
-    Raises UserError for one without: a tag can be moved to other software.
-    """
+def require_digest(image: str, where: object, field: str) -> None:
+    """Raise UserError for an image's reference without a digest: a tag can be moved to other software."""
     if not _DIGEST.fullmatch(image):
-        raise UserError(
-            where,
-            field,
-            f"{image!r}, which names no digest: the software behind a model's results would be unknown",
-            "write it as name@sha256:..., as `docker push` and"
-            " `docker inspect --format '{{index .RepoDigests 0}}' NAME` print it",
-        )
-    return image.rpartition("@")[2]
+        found = f"{image!r}, which names no digest: the software behind a model's results would be unknown"
+        how = "`docker push` and `docker inspect --format '{{index .RepoDigests 0}}' NAME`"
+        raise UserError(where, field, found, f"write it as name@sha256:..., as {how} print it")
 
 
 @dataclass(frozen=True)
@@ -111,8 +105,8 @@ def translate_spec(spec: Mapping[str, Any], store: Path) -> Inputs:
 
     Raises ValueError for a path that leads elsewhere: nothing but the store's artifacts is in the bucket.
     """
-    translated: dict[str, Any] = {}
-    paths = []
+    translated = dict(spec)
+    paths: set[str] = set()
     for field, value in spec.items():
         if field == "output":
             translated[field] = OUTPUT
@@ -121,12 +115,10 @@ def translate_spec(spec: Mapping[str, Any], store: Path) -> Inputs:
             if not path.is_relative_to(store) or len(path.relative_to(store).parts) < 2:
                 raise ValueError(f"{field}: {value} is no artifact of the store {store}, nor lies in one")
             name = path.relative_to(store).as_posix()
-            paths.append(name)
+            paths.add(name)
             translated[field] = f"{INPUT}/{name}"
-        else:
-            translated[field] = value
     artifacts = sorted({"/".join(name.split("/")[:2]) for name in paths})
-    return Inputs(translated, tuple(sorted(set(paths))), tuple(artifacts))
+    return Inputs(translated, tuple(sorted(paths)), tuple(artifacts))
 
 
 @dataclass(frozen=True)
@@ -140,11 +132,9 @@ class StageJob:
     """
 
     cluster: Cluster
-    model: str
-    stage: Stage
+    run: StageRun
     inputs: Inputs
     store: str
-    timeout_s: float | None
     flow_run: str | None
     attempt: str
     owner: tuple[str, str] | None
@@ -152,22 +142,17 @@ class StageJob:
     @property
     def pod(self) -> ModelPod:
         """What the model's container gets."""
-        return self.cluster.models[self.model]
+        return self.cluster.models[self.run.model]
 
     @property
     def name(self) -> str:
         """The Job's name in the cluster."""
-        if self.stage == "describe":
-            # Several may run at the same time with the same spec, and each is over in a moment.
-            return f"{self._begin}-{self.attempt[:16]}"
-        recipe = [self.model, self.stage, self.pod.image, self.store, self.inputs.spec]
-        fingerprint = sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
-        return f"{self._begin}-{fingerprint}"
-
-    @property
-    def _begin(self) -> str:
-        word = re.sub(r"[^a-z0-9]+", "-", self.model.lower())[:20].strip("-")
-        return f"calipert-{word}-{self.stage}".replace("--", "-")
+        run = self.run
+        word = re.sub(r"[^a-z0-9]+", "-", run.model.lower())[:20].strip("-")
+        recipe = json.dumps([run.model, run.stage, self.pod.image, self.store, self.inputs.spec], sort_keys=True)
+        # Several may describe the same model at the same time, and each is over in a moment.
+        last = self.attempt if run.stage == "describe" else sha256(recipe.encode()).hexdigest()
+        return f"calipert-{word}-{run.stage}-{last[:16]}".replace("--", "-")
 
     @property
     def specification(self) -> str:
@@ -189,8 +174,8 @@ class StageJob:
         labels = {
             "app.kubernetes.io/name": "calipert",
             "app.kubernetes.io/component": "model",
-            "calipert/model": _label(self.model),
-            "calipert/stage": self.stage,
+            "calipert/model": _label(self.run.model),
+            "calipert/stage": self.run.stage,
             "calipert/attempt": self.attempt,
         }
         if self.flow_run is not None:
@@ -200,10 +185,10 @@ class StageJob:
             "ttlSecondsAfterFinished": KEPT_S,
             "template": {"metadata": {"labels": labels}, "spec": self._pod_spec()},
         }
-        if self.timeout_s is not None:
+        if self.run.timeout_s is not None:
             # The limit itself is the pod's, which counts from the moment a node takes it. This one ends a Job that no
             # node takes, and for which no process waits any more.
-            spec["activeDeadlineSeconds"] = math.ceil(self.timeout_s) + math.ceil(self.cluster.pending_limit_s)
+            spec["activeDeadlineSeconds"] = math.ceil(self.run.timeout_s) + math.ceil(self.cluster.pending_limit_s)
         metadata: Object = {"name": self.name, "namespace": self.cluster.namespace, "labels": labels}
         if self.owner is not None:
             name, uid = self.owner
@@ -211,8 +196,10 @@ class StageJob:
         return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
 
     def _pod_spec(self) -> Object:
+        # The spec goes along as a folder of the bucket, into /input/.jobs/<name>/spec, of which the model sees /spec.
+        fetch = ["fetch", INPUT, self.specification, *self.inputs.artifacts]
+        publish = ["publish", OUTPUT, self.output]
         volumes = [
-            {"name": "spec", "emptyDir": {}},
             {"name": "input", "emptyDir": {}},
             {"name": "output", "emptyDir": {"sizeLimit": self.pod.disk}},
             {"name": "model-tmp", "emptyDir": {"sizeLimit": self.pod.disk}},
@@ -231,11 +218,11 @@ class StageJob:
                 "seccompProfile": {"type": "RuntimeDefault"},
             },
             "volumes": volumes,
-            "initContainers": [self._fetch(), self._model()],
-            "containers": [self._publish()],
+            "initContainers": [self._transfer(FETCH, fetch, {"name": "input", "mountPath": INPUT}), self._model()],
+            "containers": [self._transfer(PUBLISH, publish, {"name": "output", "mountPath": OUTPUT, "readOnly": True})],
         }
-        if self.timeout_s is not None:
-            pod["activeDeadlineSeconds"] = math.ceil(self.timeout_s)
+        if self.run.timeout_s is not None:
+            pod["activeDeadlineSeconds"] = math.ceil(self.run.timeout_s)
         if self.cluster.pull_secrets:
             pod["imagePullSecrets"] = [{"name": name} for name in self.cluster.pull_secrets]
         if self._gpus:
@@ -249,18 +236,9 @@ class StageJob:
 
     @property
     def _gpus(self) -> int:
-        return 0 if self.stage == "describe" else self.pod.gpus
+        return 0 if self.run.stage == "describe" else self.pod.gpus
 
-    def _fetch(self) -> Object:
-        # The spec goes along as a folder of the bucket, into /input/.jobs/<name>/spec, of which the model sees /spec.
-        command = ["fetch", INPUT, self.specification, *self.inputs.artifacts]
-        return self._transfer(FETCH, command, [{"name": "input", "mountPath": INPUT}])
-
-    def _publish(self) -> Object:
-        mounts = [{"name": "output", "mountPath": OUTPUT, "readOnly": True}]
-        return self._transfer(PUBLISH, ["publish", OUTPUT, self.output], mounts)
-
-    def _transfer(self, name: str, command: list[str], mounts: list[Object]) -> Object:
+    def _transfer(self, name: str, command: list[str], mount: Object) -> Object:
         resources = {"cpu": "1", "memory": "1Gi"}
         return {
             "name": name,
@@ -278,12 +256,12 @@ class StageJob:
             ),
             "envFrom": [{"secretRef": {"name": self.cluster.store_secret}}],
             "resources": {"requests": resources, "limits": resources},
-            "securityContext": _isolation(),
-            "volumeMounts": [*mounts, {"name": "transfer-tmp", "mountPath": TEMPORARY}],
+            "securityContext": ISOLATION,
+            "volumeMounts": [mount, {"name": "transfer-tmp", "mountPath": TEMPORARY}],
         }
 
     def _model(self) -> Object:
-        environment = model_variables(TEMPORARY, int(self.inputs.spec.get("threads", 1)))
+        environment = model_variables(TEMPORARY, self.run.threads)
         resources = {"cpu": self.pod.cpu, "memory": self.pod.memory}
         if self._gpus:
             resources[GPU_RESOURCE] = str(self._gpus)
@@ -294,11 +272,11 @@ class StageJob:
             "name": MODEL,
             "image": self.pod.image,
             # The image's entry point runs model.py.
-            "args": [self.stage, f"{SPEC}/spec.json"],
+            "args": [self.run.stage, f"{SPEC}/spec.json"],
             "workingDir": TEMPORARY,
             "env": _variables(environment),
             "resources": {"requests": resources, "limits": resources},
-            "securityContext": _isolation(),
+            "securityContext": ISOLATION,
             "volumeMounts": [
                 {"name": "input", "mountPath": SPEC, "subPath": self.specification, "readOnly": True},
                 # What the spec names and nothing beside it: no other file of the same artifact.
@@ -314,15 +292,6 @@ class StageJob:
 
 def _variables(values: Mapping[str, str]) -> list[Object]:
     return [{"name": name, "value": value} for name, value in values.items()]
-
-
-def _isolation() -> Object:
-    return {
-        "allowPrivilegeEscalation": False,
-        "capabilities": {"drop": ["ALL"]},
-        "privileged": False,
-        "readOnlyRootFilesystem": True,
-    }
 
 
 def _label(value: str) -> str:

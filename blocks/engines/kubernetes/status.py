@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from blocks.engines.base import describe_time_limit
 from blocks.engines.kubernetes.api import Object
 from blocks.engines.kubernetes.job import FETCH, MODEL, PUBLISH, SETTINGS, StageJob
 
@@ -20,6 +19,9 @@ START_PROBLEMS = (
     "CreateContainerError",
     "RunContainerError",
 )
+# What a pod does, one after the other, and how it fails to do what is not the model's.
+DOING = {FETCH: " while its inputs were fetched", MODEL: "", PUBLISH: " while its output was uploaded"}
+FAILED = {FETCH: "could not get its inputs", PUBLISH: "ended well, but its output could not be uploaded"}
 
 
 @dataclass(frozen=True)
@@ -43,35 +45,28 @@ def read_ending(pod: Object, job: StageJob) -> Ending | None:
     status = pod.get("status", {})
     if status.get("phase") not in ("Succeeded", "Failed"):
         return None
-    states = _read_states(pod)
-    ended = {name: states[name]["terminated"] for name in states if "terminated" in states[name]}
-    order = (FETCH, MODEL, PUBLISH)
-    reached = next((name for name in order if name not in ended or _code(ended[name])), PUBLISH)
-    doing = {FETCH: " while its inputs were fetched", MODEL: "", PUBLISH: " while its output was uploaded"}[reached]
-    if reached == MODEL and MODEL not in ended:
-        doing = " before it began"
+    ended = {name: state["terminated"] for name, state in _read_states(pod).items() if "terminated" in state}
+    codes = {name: int(state["exitCode"]) for name, state in ended.items()}
+    reached = next((name for name in DOING if codes.get(name) != 0), PUBLISH)
+    doing = " before it began" if reached == MODEL and MODEL not in codes else DOING[reached]
     if not ended:
         doing = ""
     if ended.get(MODEL, {}).get("reason") == "OOMKilled":
         # Also where only a child of the model was killed, and the model itself ended well.
-        more = f"`models.{job.model}.memory` of {SETTINGS} gives it more"
-        return Ending(
-            f"was killed: it took more than its {job.pod.memory} of memory; {more}", _code(ended[MODEL]), MODEL
-        )
+        more = f"`models.{job.run.model}.memory` of {SETTINGS} gives it more"
+        words = f"was killed: it took more than its {job.pod.memory} of memory; {more}"
+        return Ending(words, codes[MODEL], MODEL)
     if status["phase"] == "Succeeded":
         return Ending(None, 0, MODEL)
     if status.get("reason") == "DeadlineExceeded":
-        return Ending(describe_time_limit(job.stage, job.timeout_s, doing), None, reached)
-    if status.get("reason"):
+        return Ending(job.run.describe_time_limit(doing), None, reached)
+    if status.get("reason") or reached not in codes:
         # Evicted, NodeLost, Terminated: the message says why.
-        return Ending(f"lost its pod{doing}: {status['reason']}: {status.get('message', '')}".strip(), None, reached)
-    code = _code(ended[reached]) if reached in ended else None
-    if code is None:
-        return Ending(f"lost its pod{doing}", None, reached)
-    if reached == FETCH:
-        return Ending(f"could not get its inputs: exit code {code}", None, FETCH)
-    if reached == PUBLISH:
-        return Ending(f"ended well, but its output could not be uploaded: exit code {code}", None, PUBLISH)
+        why = [status[name] for name in ("reason", "message") if status.get(name)]
+        return Ending(": ".join([f"lost its pod{doing}", *why]), None, reached)
+    code = codes[reached]
+    if reached != MODEL:
+        return Ending(f"{FAILED[reached]}: exit code {code}", None, reached)
     killed = " (SIGKILL)" if code == 137 else ""
     return Ending(f"ended with exit code {code}{killed}", code, MODEL)
 
@@ -119,7 +114,3 @@ def _read_states(pod: Object) -> dict[str, Object]:
     status = pod.get("status", {})
     containers = [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]
     return {container["name"]: container.get("state", {}) for container in containers}
-
-
-def _code(terminated: Object) -> int:
-    return int(terminated["exitCode"])

@@ -19,8 +19,8 @@ import psutil
 import pytest
 
 from blocks.config.paths import scratch_folder
+from blocks.engines import base, sources
 from blocks.engines import process as engines
-from blocks.engines import sources
 from blocks.engines.base import LAST_LINES, ModelFailed, Usage
 from blocks.engines.process import ProcessEngine
 from blocks.local import cancellation
@@ -134,7 +134,7 @@ def test_a_killed_model_is_told_from_one_that_exits(model):
 
 def test_timeout_ends_the_whole_process_tree(model, tmp_path, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(engines, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(base, "monotonic", lambda: clock[0])
 
     def two_hours_later(event: Mapping[str, Any]) -> None:
         clock[0] += 7200

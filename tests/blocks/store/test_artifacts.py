@@ -30,6 +30,7 @@ from core.errors import UserError
 from core.prepare.cells import write_cells
 from core.simulate import SimulationSettings, simulate
 from tasks.artifacts import Recipe, build_or_get
+from tests.helpers.small_artifact import refuse, write
 
 INPUTS = {"cells": "ab12"}
 PARAMETERS: dict[str, JSON] = {"seed": 42, "rate": 0.1, "names": ["a", "b"]}
@@ -40,16 +41,6 @@ KEY = artifact_key("reference", INPUTS, PARAMETERS, CODE)
 @pytest.fixture
 def store(tmp_path: Path) -> ArtifactStore:
     return ArtifactStore(root=str(tmp_path / "store"))
-
-
-def write(folder: Path) -> None:
-    (folder / "table.txt").write_text("0123456789", encoding="utf-8")
-    (folder / "weights").mkdir()
-    (folder / "weights" / "layer.bin").write_bytes(b"\0" * 1000)
-
-
-def refuse(folder: Path) -> None:
-    raise AssertionError(f"{folder} was built again")
 
 
 def obtain(store: ArtifactStore, build: Callable[[Path], None] = write) -> Path:

@@ -29,6 +29,7 @@ from blocks.store.artifacts import ArtifactStore, artifact_key
 from blocks.store.bucket import DamagedFolder, ObjectStore
 from blocks.store.checksums import StoredFile, checksum_files
 from core.errors import UserError
+from tests.helpers.small_artifact import refuse, write
 
 URL = "s3://screens/group/store"
 KEY = artifact_key("cells", {}, {}, "c0de")
@@ -468,16 +469,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", noted)
     return made
-
-
-def write(folder: Path) -> None:
-    (folder / "table.txt").write_text("0123456789", encoding="utf-8")
-    (folder / "weights").mkdir()
-    (folder / "weights" / "layer.bin").write_bytes(b"\0" * 1000)
-
-
-def refuse(folder: Path) -> None:
-    raise AssertionError(f"{folder} was built again")
 
 
 def obtain(store: ArtifactStore, build: Callable[[Path], None] = write) -> Path:

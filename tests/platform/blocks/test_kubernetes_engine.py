@@ -17,7 +17,9 @@ from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from ipaddress import ip_address
 from pathlib import Path
+from queue import SimpleQueue
 from textwrap import dedent
+from time import sleep
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,10 +29,12 @@ import pytest
 import yaml
 from kubernetes.config import incluster_config
 
-from blocks.engines.base import LAST_LINES, ModelFailed, Usage
+from blocks import http
+from blocks.engines.base import LAST_LINES, ModelFailed, StageRun, Usage
 from blocks.engines.kubernetes import api as kubernetes_api
 from blocks.engines.kubernetes import engine as kubernetes_engine
 from blocks.engines.kubernetes import logs as kubernetes_logs
+from blocks.engines.kubernetes import status as kubernetes_status
 from blocks.engines.kubernetes import transfer
 from blocks.engines.kubernetes.engine import KubernetesEngine
 from blocks.engines.kubernetes.job import Cluster, ModelPod, StageJob, read_cluster, translate_spec
@@ -107,7 +111,8 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looks often, and gives up what never comes at the second look."""
     monkeypatch.setattr(kubernetes_engine, "POLL_S", 0.05)
     monkeypatch.setattr(kubernetes_engine, "WAIT_S", 0.05)
-    monkeypatch.setattr(kubernetes_api, "PAUSE_S", 0.02)
+    monkeypatch.setattr(http, "_FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(http, "_QUIET_SECONDS", 0.0)
     monkeypatch.setattr(kubernetes_logs, "PAUSE_S", 0.02)
 
 
@@ -225,9 +230,11 @@ def test_events_come_while_the_model_runs(model, output, tmp_path):
     run(folder, output, on_event=lambda event: answer.touch())
 
 
-def test_usage_is_the_time_of_the_models_container():
-    terminated = {"startedAt": "2026-01-01T00:00:00Z", "finishedAt": "2026-01-01T01:00:05Z"}
-    usage = kubernetes_engine._read_usage(terminated, "cpu")
+def test_usage_is_the_time_of_the_models_container(model, output, monkeypatch):
+    ended = {"exitCode": 0, "startedAt": "2026-01-01T00:00:00Z", "finishedAt": "2026-01-01T01:00:05Z"}
+    monkeypatch.setattr(kubernetes_status, "read_model_state", lambda pod: {"terminated": ended})
+    folder = model("")
+    usage = KubernetesEngine().run("train", folder, {"output": str(output)}, on_event=lambda event: None)
     assert usage == Usage(seconds=3605.0, cpu_seconds=None, peak_memory_bytes=None, device="cpu")
 
 
@@ -597,10 +604,10 @@ def test_lines_of_any_length(monkeypatch):
 
 def test_what_came_is_remembered_for_a_while_only(monkeypatch):
     monkeypatch.setattr(kubernetes_logs, "REMEMBERED", 5)
-    follower = kubernetes_logs.Follower(None, "pod", "model")  # type: ignore[arg-type]
+    follower = kubernetes_logs.Follower(None, "pod", "model", SimpleQueue())  # type: ignore[arg-type]
     for number in range(20):
         follower._take(kubernetes_logs._Piece(b"%d" % number, 0, b"text"))
-    assert len(follower._known) == len(follower._order) == 5
+    assert len(follower._known) == 5
 
 
 # ---- whatever ends the call ends the Job
@@ -719,9 +726,12 @@ def stage_job(**changes: Any) -> StageJob:
     store = Path("/data/store")
     spec = {"cells": f"/data/store/fold/{KEYS['a']}/train.h5ad", "embedding": None, "output": "/data/store/x"}
     cluster = Cluster.model_validate(given | changes.pop("cluster", {}))
-    whole: dict[str, Any] = {"model": "toy", "stage": "train", "store": BUCKET, "timeout_s": 5.5}
-    whole |= {"flow_run": "f" * 36, "attempt": "1", "owner": None}
-    return StageJob(cluster=cluster, inputs=translate_spec(spec | changes.pop("spec", {}), store), **(whole | changes))
+    folder = Path(changes.pop("model", "toy"))
+    stage, timeout_s = changes.pop("stage", "train"), changes.pop("timeout_s", 5.5)
+    spec |= changes.pop("spec", {})
+    run = StageRun(stage, folder, spec, lambda event: None, timeout_s, None, 0.0)
+    whole: dict[str, Any] = {"store": BUCKET, "flow_run": "f" * 36, "attempt": "1", "owner": None}
+    return StageJob(cluster=cluster, run=run, inputs=translate_spec(spec, store), **(whole | changes))
 
 
 def containers(job: StageJob) -> dict[str, dict[str, Any]]:
@@ -924,12 +934,12 @@ def test_transfer_says_how_it_is_called():
 def test_outside_of_a_cluster_the_api_must_be_named(monkeypatch):
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     with pytest.raises(UserError, match="kubectl proxy"):
-        kubernetes_api.Api(None, NAMESPACE, lambda: None)
+        kubernetes_api.Api(None, NAMESPACE, sleep)
 
 
 def test_an_address_may_end_in_a_slash():
-    with closing(kubernetes_api.Api("http://127.0.0.1:1/", NAMESPACE, lambda: None)) as api:
-        assert api._client.configuration.host == "http://127.0.0.1:1"
+    with closing(kubernetes_api.Api("http://127.0.0.1:1/", NAMESPACE, sleep)) as api:
+        assert api.client.configuration.host == "http://127.0.0.1:1"
 
 
 def test_without_the_client_the_error_says_how_to_install_it(monkeypatch):
@@ -937,7 +947,7 @@ def test_without_the_client_the_error_says_how_to_install_it(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "kubernetes", None)
     with pytest.raises(UserError) as caught:
-        kubernetes_api.Api("http://127.0.0.1:1", NAMESPACE, lambda: None)
+        kubernetes_api.Api("http://127.0.0.1:1", NAMESPACE, sleep)
     assert "pip install 'calipert[kubernetes]'" in caught.value.remedy
 
 
@@ -1002,7 +1012,7 @@ def test_within_a_cluster_the_service_account_asks(tmp_path, monkeypatch, impati
     monkeypatch.setattr(incluster_config, "datetime", SimpleNamespace(datetime=Clock, timedelta=timedelta))
     try:
         (tmp_path / "token").write_text("first")
-        api = kubernetes_api.Api(None, NAMESPACE, lambda: None)
+        api = kubernetes_api.Api(None, NAMESPACE, sleep)
         assert api.pod("a=b") is None
         (tmp_path / "token").write_text("renewed")
         passed = timedelta(minutes=2)

@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 METRICS = ("mse", "nir", "pearson_deltactrl")
+Take = Callable[[Mapping[str, object]], None]
+
 VARIANTS = (QUOTED_VARIANT, "drf_mean", "drf_ctrl")
 
 
@@ -381,16 +383,18 @@ def test_a_fold_that_has_finished_is_not_opened_again_until_it_is_trained_again(
     assert client.get_run(folds[0]).info.status == "FINISHED"
 
 
-def test_a_run_that_somebody_deletes_does_not_stop_its_training(
-    tracking: MLflowTracking,
-    client: MlflowClient,
-    dataset: str,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+@pytest.fixture
+def followed(tracking: MLflowTracking, dataset: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Take]:
+    """A fold's run, and what takes the events of its training and writes them at once."""
     monkeypatch.setattr(mlflow_curves, "LIVE_SECONDS", 0.0)
     fold = open_model(tracking, dataset, folds=(0,)).folds[0]
-    take = tracking.follow_curve(fold)
+    return fold, tracking.follow_curve(fold)
+
+
+def test_a_run_that_somebody_deletes_does_not_stop_its_training(
+    followed: tuple[str, Take], client: MlflowClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    fold, take = followed
     client.delete_run(fold)
     for step in range(3):
         take({"event": "metric", "name": "loss", "step": step, "value": 0.5})
@@ -548,15 +552,12 @@ def test_a_live_curve_is_completed_from_the_file(
 
 def test_training_outlives_the_server(
     tracking: MLflowTracking,
+    followed: tuple[str, Take],
     client: MlflowClient,
-    dataset: str,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(mlflow_curves, "LIVE_SECONDS", 0.0)
-    fold = open_model(tracking, dataset, folds=(0,)).folds[0]
-    take = tracking.follow_curve(fold)
-
+    fold, take = followed
     monkeypatch.setattr(mlflow_curves, "LOST_SECONDS", 0.0)
 
     def lost(*_: object, **__: object) -> None:

@@ -20,14 +20,8 @@ from blocks.config.catalog import open_catalog
 from deployments.register import create_work_pool, register
 from deployments.table import Deployment, build_table
 from tasks.train import FoldJob
+from tests.helpers.entries import MINE
 
-ENTRY = {
-    "name": "mine",
-    "title": "my screen",
-    "task": "single",
-    "source": {"kind": "local", "hint": "the file on my desk"},
-    "labels": {"column": "perturbation", "control": ["control"]},
-}
 SOME = (
     *("benchmark/demo", "prepare/demo", "calibrate/demo", "train/demo", "prepare/norman19", "embed/reactome"),
     *("reproduce/all", "train-fold/any"),
@@ -58,7 +52,7 @@ def users_catalog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The entry `mine` in a catalog of the user's."""
     path = tmp_path / "datasets" / "mine.yaml"
     path.parent.mkdir()
-    path.write_text(yaml.safe_dump(ENTRY), encoding="utf-8")
+    path.write_text(yaml.safe_dump(MINE), encoding="utf-8")
     monkeypatch.setenv("CALIPERT_CATALOG", str(tmp_path))
     return path
 
@@ -84,7 +78,7 @@ class TestWithServer:
     def test_only_what_differs_is_changed(self, client: SyncPrefectClient, users_catalog: Path) -> None:
         register(rows())
         before = deployments(client)
-        users_catalog.write_text(yaml.safe_dump({**ENTRY, "title": "my better screen"}), encoding="utf-8")
+        users_catalog.write_text(yaml.safe_dump({**MINE, "title": "my better screen"}), encoding="utf-8")
         changed = ["benchmark/mine", "prepare/mine", "calibrate/mine", "train/mine"]
         assert register(rows())[:2] == ([], changed)
         after = deployments(client)
@@ -97,7 +91,7 @@ class TestWithServer:
     ) -> None:
         register(rows())
         (tmp_path / "datasets").mkdir()
-        entry = {**ENTRY, "name": "another"}
+        entry = {**MINE, "name": "another"}
         (tmp_path / "datasets" / "another.yaml").write_text(yaml.safe_dump(entry), encoding="utf-8")
         monkeypatch.setenv("CALIPERT_CATALOG", str(tmp_path))
         new, changed, _ = register(rows())

@@ -249,7 +249,7 @@ def test_the_model_in_the_guide_works(panel, tmp_path):
 
 
 def test_a_killed_model_goes_on(panel, tmp_path):
-    """With its process killed at a moment in the midst; the files are those of an undisturbed training."""
+    """Its process is killed halfway; the files are those of an undisturbed training."""
     (tmp_path / "checkpoint").mkdir()
     settings = {"epochs": 300, "validate_every": 2, "hidden": 16, "latent": 4}
 
