@@ -465,6 +465,12 @@ def rows_among(keys: Iterable[Key], obs: pd.DataFrame) -> np.ndarray:
     return np.array([row_of.get(key, -1) for key in keys_of(obs)])
 
 
+def number_conditions(obs: pd.DataFrame, kept: np.ndarray) -> tuple[list[Key], np.ndarray]:
+    """List the distinct keys of the kept cells, sorted, and find the row of each cell's key (`rows_among`)."""
+    keys = sorted(set(keys_of(obs[kept])))
+    return keys, rows_among(keys, obs)
+
+
 def is_embedded(condition: str, embedding: pd.DataFrame) -> bool:
     """Whether a condition is a perturbation each of whose genes has an embedding (control is none)."""
     genes = genes_of(condition)
@@ -527,6 +533,14 @@ def unpredictable(keys: Iterable[Key], embedding: pd.DataFrame, covariates: Iter
     """
     known = {"no embedding for": embedding.index}
     return find_gaps(keys, known, covariates, "has no training perturbation with an embedding")
+
+
+def split_keys(
+    task: PredictTask, embedding: pd.DataFrame, covariates: Iterable[str]
+) -> tuple[list[Key], dict[Key, str]]:
+    """List the asked keys that a model of embeddings can predict, sorted, and the others (`unpredictable`)."""
+    reasons = unpredictable(task.conditions, embedding, covariates)
+    return sorted(set(task.conditions) - set(reasons)), reasons
 
 
 def find_gaps(

@@ -77,7 +77,7 @@ def is_download_transient(error: BaseException) -> bool:
     """Whether a download that failed with this error is worth another try, over HTTPS or from S3."""
     # Costs time, and is not needed as long as nothing fails.
     from aiohttp import ClientError
-    from botocore import exceptions as s3  # type: ignore[import-untyped]
+    from botocore import exceptions as s3
 
     if type(error) is OSError:
         return error.errno in S3_TRANSIENT
@@ -179,7 +179,7 @@ def _require_success(answer: httpx.Response, url: str) -> None:
 @contextmanager
 def _open_s3(source: S3Source, start: int, version: str | None) -> Iterator[Stream]:
     import s3fs
-    from botocore.exceptions import NoCredentialsError, PartialCredentialsError  # type: ignore[import-untyped]
+    from botocore.exceptions import NoCredentialsError, PartialCredentialsError
 
     bucket = s3fs.S3FileSystem(
         anon=source.anonymous,

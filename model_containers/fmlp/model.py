@@ -73,8 +73,7 @@ def train(task: contract.TrainTask) -> None:
     cells = contract.read_cells(task.cells)
     kept, shape = contract.select_cells(cells, embedding)
     # Control is the condition without a gene, whose latent, the sum of none, is zero.
-    keys = sorted(set(contract.keys_of(cells.obs[kept])))
-    condition = contract.rows_among(keys, cells.obs)
+    keys, condition = contract.number_conditions(cells.obs, kept)
     conditions = conditions_of(keys, embedding, shape, device)
     is_train = (cells.obs["split"] == "train").to_numpy()
     train_rows, val_rows = np.flatnonzero(kept & is_train), np.flatnonzero(kept & ~is_train)
@@ -100,8 +99,7 @@ def predict(task: contract.PredictTask) -> None:
     settings, shape = contract.read_model(task, Settings, contract.Shape)
     embedding = contract.standardised(contract.read_embedding(task.embedding, shape.dimensions))
     net = neural.load_weights(network(shape, settings), task, device)
-    reasons = contract.unpredictable(task.conditions, embedding, shape.covariates)
-    keys = sorted(set(task.conditions) - set(reasons))
+    keys, reasons = contract.split_keys(task, embedding, shape.covariates)
     profiles = np.empty((len(keys), len(shape.genes)))
     conditions = conditions_of(keys, embedding, shape, device)
     with torch.no_grad():

@@ -137,8 +137,7 @@ def predict(task: contract.PredictTask) -> None:
             f"{task.embedding}: sources and dimensions {found}; the model was trained with {shape.sources}"
         )
     net = neural.load_weights(network(shape, settings), task, device)
-    reasons = contract.unpredictable(task.conditions, covered(sources), shape.covariates)
-    keys = sorted(set(task.conditions) - set(reasons))
+    keys, reasons = contract.split_keys(task, covered(sources), shape.covariates)
     conditions = conditions_of(keys, sources, shape, device)
     controls = control_means(contract.read_means(task.control))
     profiles = controls.loc[[key.covariate for key in keys], shape.genes].to_numpy()

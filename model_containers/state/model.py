@@ -131,8 +131,7 @@ def predict(task: contract.PredictTask) -> None:
     """
     settings, shape = contract.read_model(task, Settings, contract.Shape)
     embedding = contract.scaled(contract.read_embedding(task.embedding, shape.dimensions))
-    reasons = contract.unpredictable(task.conditions, embedding, shape.covariates)
-    keys = sorted(set(task.conditions) - set(reasons))
+    keys, reasons = contract.split_keys(task, embedding, shape.covariates)
     work = task.output / WORK
     write_run(work, {f"p{row}": key.condition for row, key in enumerate(keys)}, embedding)
     load_plain(task.model / WEIGHTS)  # STATE loads any pickle: ours is seen to be none before

@@ -118,7 +118,7 @@ class Api:
 
         One try. Raises RequestFailed, also where the connection breaks within the block.
         """
-        which: Object = {"name": pod, "container": container, "follow": True, "timestamps": True}
+        which: dict[str, Any] = {"name": pod, "container": container, "follow": True, "timestamps": True}
         which |= {} if since_s is None else {"since_seconds": since_s}
         with self._send(self._pods.read_namespaced_pod_log, silence_s=SILENCE_S, **which) as answer:
             yield answer

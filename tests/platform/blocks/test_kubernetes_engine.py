@@ -34,6 +34,7 @@ from blocks.engines.base import LAST_LINES, ModelFailed, StageRun, Usage
 from blocks.engines.kubernetes import api as kubernetes_api
 from blocks.engines.kubernetes import engine as kubernetes_engine
 from blocks.engines.kubernetes import logs as kubernetes_logs
+from blocks.engines.kubernetes import status as kubernetes_status
 from blocks.engines.kubernetes import transfer
 from blocks.engines.kubernetes.engine import KubernetesEngine
 from blocks.engines.kubernetes.job import Cluster, ModelPod, StageJob, read_cluster, translate_spec
@@ -231,7 +232,7 @@ def test_events_come_while_the_model_runs(model, output, tmp_path):
 
 def test_usage_is_the_time_of_the_models_container(model, output, monkeypatch):
     ended = {"exitCode": 0, "startedAt": "2026-01-01T00:00:00Z", "finishedAt": "2026-01-01T01:00:05Z"}
-    monkeypatch.setattr(kubernetes_engine.status, "read_model_state", lambda pod: {"terminated": ended})
+    monkeypatch.setattr(kubernetes_status, "read_model_state", lambda pod: {"terminated": ended})
     folder = model("")
     usage = KubernetesEngine().run("train", folder, {"output": str(output)}, on_event=lambda event: None)
     assert usage == Usage(seconds=3605.0, cpu_seconds=None, peak_memory_bytes=None, device="cpu")
