@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from core.conditions import CONTROL, SEPARATOR, genes_of
+from core.conditions import CONTROL, KEYS, SEPARATOR, genes_of
 from core.io.h5ad import read_names
 from core.prepare.cells import FEWEST_CONDITIONS, SMALLEST_CONDITION
 from core.prepare.mirror import is_mirror, plan_mirror
@@ -53,7 +53,7 @@ def check_dataset(path: Path, spec: PreparationSettings) -> DatasetCheck:
     obs, var = read_names(path)
     mirror = is_mirror(obs)
     names = plan_mirror(obs, var, str(path)) if mirror else plan_preparation(obs, var, spec, str(path))
-    groups = names.obs.groupby(["covariate", "condition"], observed=True, sort=True).size()
+    groups = names.obs.groupby(KEYS, observed=True, sort=True).size()
     conditions = groups.rename("cells").reset_index()
     # A mirror's cells are taken as they are.
     fewest = 0 if mirror else max(spec.min_cells_per_condition, SMALLEST_CONDITION)

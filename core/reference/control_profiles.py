@@ -7,7 +7,7 @@ import pandas as pd
 from scipy import sparse
 
 from core.arrays import Floats
-from core.conditions import genes_of
+from core.conditions import KEYS, genes_of
 from core.rng import generator
 from core.stats.moments import code_groups
 
@@ -55,7 +55,7 @@ def draw_sparse_mean(obs: pd.DataFrame, keys: pd.DataFrame, splits: pd.DataFrame
         more than there are to draw from takes all of them.
     """
     by_name = np.argsort(obs.index.to_numpy(str), kind="stable")
-    row_of_cell = code_groups(obs, keys[["covariate", "condition"]])[by_name]
+    row_of_cell = code_groups(obs, keys[KEYS])[by_name]
     rows, chosen = [], []
     for (covariate, fold), tests in keys[keys["test_fold"] >= 0].groupby(["covariate", "test_fold"], sort=True):
         in_training = ((keys["covariate"] == covariate) & (splits[f"fold_{fold}"] == "train")).to_numpy()

@@ -79,8 +79,8 @@ def summarise_quality(keys: pd.DataFrame, energy: dict[str, pd.DataFrame]) -> pd
     -------
     pd.DataFrame
     """
-    table: pd.DataFrame = keys[["covariate", "condition", "n_cells", "n_degs"]].reset_index(drop=True)
-    table = table.astype({"covariate": str, "condition": str})
+    table: pd.DataFrame = keys[[*KEYS, "n_cells", "n_degs"]].reset_index(drop=True)
+    table = table.astype(dict.fromkeys(KEYS, str))
     to_control = pd.concat({covariate: square.loc[CONTROL] for covariate, square in energy.items()})
     table["edistance_to_control"] = to_control.reindex(pd.MultiIndex.from_frame(table[KEYS])).to_numpy(np.float64)
     return table

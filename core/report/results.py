@@ -81,12 +81,8 @@ def write_results(
         provenance=provenance,
         edistance=read_edistances(quality),
         declared=[*DECLARED, *_describe_missing_genes(scores), *_describe_silent(everything, unpredicted)],
-        scores=everything,
-        calibration=calibrated,
-        leaderboard=leaderboard,
-        comparison=comparison,
-        quality=conditions,
-        unpredicted=unpredicted,
+        # The report calls the tables as their files are called.
+        **{Path(name).stem: table for name, table in tables.items()},
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from core.conditions import KEYS
 from core.reference.controls import RANKED
 from core.report import tables
 from core.report.text import (
@@ -52,7 +53,7 @@ def list_facts(quality: pd.DataFrame, leaderboard: pd.DataFrame, scores: pd.Data
     kinds = tables.list_entries(leaderboard)["kind"]
     conditions, covariates = len(tables.drop_control(quality)), quality["covariate"].nunique()
     facts = [format_count(conditions, "condition")]
-    tested = len(scores[["covariate", "condition"]].drop_duplicates())
+    tested = len(scores[KEYS].drop_duplicates())
     if tested < conditions:
         facts.append(f"{tested:,} of them tested")
     if covariates > 1:

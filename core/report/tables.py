@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from core.conditions import CONTROL
+from core.conditions import CONTROL, KEYS
 from core.reference.controls import RANKED
 from core.scoring.calibration import FEWEST_CONDITIONS, VARIANTS
 from core.scoring.comparison import ALPHA, STRATA
@@ -327,17 +327,16 @@ def compute_wmse_ratios(scores: pd.DataFrame, leaderboard: pd.DataFrame, quality
         model, covariate, condition, n_degs, stratum, ratio. Conditions where either wMSE is NaN (no DEG weights) or 0
         are left out.
     """
-    key = ["covariate", "condition"]
     table = scores[(scores["metric"] == "wmse") & (scores["half_seed"] == scores["half_seed"].min())]
     mean = table[table["model"] == "dataset_mean"]
-    table = table.merge(mean[[*key, "value"]], on=key, suffixes=("", "_mean"))
+    table = table.merge(mean[[*KEYS, "value"]], on=KEYS, suffixes=("", "_mean"))
     table = table[(table["value"] > 0) & (table["value_mean"] > 0)]
-    table = table.merge(quality[[*key, "n_degs"]], on=key, how="left")
+    table = table.merge(quality[[*KEYS, "n_degs"]], on=KEYS, how="left")
     table = table.assign(ratio=table["value"] / table["value_mean"], stratum=table["n_degs"].map(find_stratum))
     place = {name: i for i, name in enumerate(list_panel_models(leaderboard))}
     table = table[table["model"].isin(place)].assign(place=lambda rows: rows["model"].map(place))
-    table = table.sort_values(["place", *key], kind="stable")
-    return table[["model", *key, "n_degs", "stratum", "ratio"]].reset_index(drop=True)
+    table = table.sort_values(["place", *KEYS], kind="stable")
+    return table[["model", *KEYS, "n_degs", "stratum", "ratio"]].reset_index(drop=True)
 
 
 def find_extremes(ratios: pd.DataFrame, most: int = 5) -> pd.DataFrame:

@@ -83,7 +83,7 @@ def select_evaluated(reference: ad.AnnData, negatives: ad.AnnData) -> Evaluation
         Its test conditions.
     """
     keys = reference.obs[_tested(reference)][[*KEYS, "test_fold", "n_degs"]].reset_index(drop=True)
-    keys = keys.astype({"covariate": str, "condition": str})
+    keys = keys.astype(dict.fromkeys(KEYS, str))
     truth, t, padj = (_tested_profiles(reference, layer) for layer in SCORED_LAYERS)
     control_mean, dataset_mean = (find_negatives(negatives, kind, keys) for kind in ("control_mean", "dataset_mean"))
     return Evaluation(keys, reference.var_names, truth, control_mean, dataset_mean, t, padj)

@@ -42,28 +42,24 @@ def draw_headroom(leaderboard: pd.DataFrame) -> Figure:
     lines = ceil(len(metrics) / columns)
     width = 9.6 if columns > 2 else 3.2 + 2.9 * columns
     figure = Figure(figsize=(width, 0.75 + lines * (0.66 + 0.21 * len(names))))
-    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    panels = style.split_panels(figure, len(metrics), columns)
 
     table = leaderboard[leaderboard["model"].isin(names) & leaderboard["metric"].isin(metrics)]
     low = np.nanmin([-0.05, *table["headroom"], *table["headroom_low"]])
     high = np.nanmax([1.05, *table["headroom"], *table["headroom_high"]])
     limits = (max(_WIDEST[0], low) - 0.06, min(_WIDEST[1], high) + 0.06)
-    for index, axes in enumerate(panels.flat):
-        if index >= len(metrics):
-            axes.set_visible(False)
-            continue
-        _draw_panel(axes, rows.loc[metrics[index]].reindex(names), limits)
-        n = rows.loc[metrics[index]].reindex(names)["n_conditions"].max()
-        axes.set_title(style.break_name(metrics[index]), fontsize=8.5)
+    for metric, axes in zip(metrics, panels, strict=True):
+        shown = rows.loc[metric].reindex(names)
+        _draw_panel(axes, shown, limits)
+        n = shown["n_conditions"].max()
+        axes.set_title(style.break_name(metric), fontsize=8.5)
         axes.annotate(
             f"n = {n:,.0f}", (1, 0), (0, 2), xycoords="axes fraction", textcoords="offset points", ha="right",
             va="bottom", fontsize=7, color=style.MUTED, bbox=_WHITE,
         )  # fmt: skip
-        # The last panel of each column carries the axis, also where the bottom line is not full.
-        axes.tick_params(axis="x", labelbottom=index + columns >= len(metrics))
-    panels[0, 0].set_yticks(range(len(names)), names)
-    panels[0, 0].set_ylim(len(names) + 0.3, -0.6)
-    panels[0, 0].set_xlim(*limits)
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].set_ylim(len(names) + 0.3, -0.6)
+    panels[0].set_xlim(*limits)
     figure.supxlabel("headroom (0 = negative control, 1 = positive control)", fontsize=8.5)
     figure.legend(handles=_explain_marks(set(table["kind"])), loc="outside upper left", ncols=4, columnspacing=1.6)
     return figure

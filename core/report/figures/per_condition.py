@@ -38,17 +38,13 @@ def draw_per_condition(ratios: pd.DataFrame) -> Figure:
     columns = min(len(models), 2 if len(models) <= 4 else 3)
     lines = ceil(len(models) / columns)
     figure = Figure(figsize=(9.6 if columns > 1 else 6.4, max(3.1, 0.5 + 2.15 * lines)))
-    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    panels = style.split_panels(figure, len(models), columns)
     distance = np.abs(np.log(ratios["ratio"].to_numpy(float)))
     bound = max(2.2, float(np.exp(np.quantile(distance, 0.99) if len(distance) > 100 else distance.max())))
-    for index, axes in enumerate(panels.flat):
-        if index >= len(models):
-            axes.set_visible(False)
-            continue
-        _draw_panel(axes, ratios[ratios["model"] == models[index]], strata, bound, raster=len(ratios) > 3000)
-        axes.set_title(models[index], fontsize=8.5)
-        axes.tick_params(axis="x", labelbottom=index + columns >= len(models))
-    first = panels[0, 0]
+    for model, axes in zip(models, panels, strict=True):
+        _draw_panel(axes, ratios[ratios["model"] == model], strata, bound, raster=len(ratios) > 3000)
+        axes.set_title(model, fontsize=8.5)
+    first = panels[0]
     first.set_yscale("log", base=2)
     reach = np.log(1.15 * bound)
     first.set_ylim(np.exp(-reach), np.exp(1.5 * reach))  # room above the points for the counts

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
-from math import floor, log10
+from math import ceil, floor, log10
 from threading import RLock
 from typing import Any, Literal
 
@@ -105,6 +105,31 @@ def render_figure(figure: Figure, kind: str) -> bytes:
         for font in (b"'DejaVu Sans', sans-serif", b"'DejaVu Sans'"):
             image = image.replace(font, _READERS_FONTS)
     return image
+
+
+def split_panels(figure: Figure, n: int, columns: int) -> list[Axes]:
+    """Split a figure into panels that share their axes, in rows of so many columns.
+
+    Parameters
+    ----------
+    figure
+        Without panels.
+    n
+        How many panels.
+    columns
+        At most so many side by side.
+
+    Returns
+    -------
+    list of Axes
+        In the order of reading.
+    """
+    panels = figure.subplots(ceil(n / columns), columns, sharex=True, sharey=True, squeeze=False)
+    for index, axes in enumerate(panels.flat):
+        axes.set_visible(index < n)
+        # The last panel of each column carries the axis, also where the bottom line is not full.
+        axes.tick_params(axis="x", labelbottom=index + columns >= n)
+    return list(panels.flat[:n])
 
 
 def format_tick(value: float) -> str:

@@ -524,15 +524,9 @@ def test_long_params_are_whole_in_a_file(
 
 
 def test_a_live_curve_is_completed_from_the_file(
-    tracking: MLflowTracking,
-    client: MlflowClient,
-    dataset: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    tracking: MLflowTracking, client: MlflowClient, followed: tuple[str, Take], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(mlflow_curves, "LIVE_SECONDS", 0.0)
-    fold = open_model(tracking, dataset, folds=(0,)).folds[0]
-    take = tracking.follow_curve(fold)
+    fold, take = followed
     take({"event": "progress", "done": 1, "total": 3, "unit": "epoch"})
     for step in range(3):
         take({"event": "metric", "name": "loss", "step": step, "value": 0.5})
