@@ -25,8 +25,8 @@ from tasks.train import FoldJob, find_trained_fold, predictions_recipe, split_fo
 
 def train_with_all_cores() -> dict[str, Any]:
     """Return the options of a flow that trains folds: as many at once as there are cores, and none after its end."""
-    runner = ThreadPoolTaskRunner(max_workers=os.cpu_count())  # type: ignore[arg-type]
-    return {"task_runner": runner, **end_with(end_interrupted, cancel_folds)}
+    ending = end_with(end_interrupted, cancel_folds)
+    return {"task_runner": ThreadPoolTaskRunner(max_workers=os.cpu_count() or 1), **ending}
 
 
 def plan_folds(

@@ -211,7 +211,7 @@ def _abbreviate(metric: str) -> list[str]:
 
 def _width(columns: list[Column]) -> int:
     """Count the characters that the columns take, each with a space before it."""
-    return sum(1 + max(map(len, [*column.head, *column.cells])) for column in columns)
+    return sum(1 + max([*map(len, column.head), *map(len, column.cells)]) for column in columns)
 
 
 def _split_to_fit(columns: list[Column], room: int) -> list[list[Column]]:

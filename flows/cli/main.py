@@ -38,7 +38,12 @@ def _check_request(
     """Return parameters of a flow; refuse, before a server starts, what can be refused."""
     from tasks.inputs import check_request
 
-    request = {"dataset": dataset, "folds": read_folds(folds), "origin": origin, "sources": read_sources(source)}
+    request: dict[str, Any] = {
+        "dataset": dataset,
+        "folds": read_folds(folds),
+        "origin": origin,
+        "sources": read_sources(source),
+    }
     check_request(models=models, **request)
     return request
 
