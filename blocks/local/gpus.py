@@ -219,7 +219,8 @@ def _holder(path: Path) -> Holder | None:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             try:
-                return Holder(**json.loads(file.readline()))
+                # One read of all: `readline` reads each byte by itself, and the next holder may write in between.
+                return Holder(**json.loads(file.readall().split(b"\n")[0]))
             except (ValueError, TypeError):
                 return Holder(None, "has just taken it")
     return None

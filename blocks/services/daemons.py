@@ -99,7 +99,9 @@ def is_alive(record: Record | None) -> bool:
 def _root(record: Record) -> psutil.Process | None:
     if record.pid in _children:
         _children[record.pid].poll()
-    return find_process(record.pid, record.created)
+    with suppress(psutil.Error):
+        return find_process(record.pid, record.created)
+    return None
 
 
 def is_listening(record: Record) -> bool:

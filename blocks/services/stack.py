@@ -156,7 +156,9 @@ def _start(records: Records, timeout: float) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + timeout
     launched: set[str] = set()
-    while waiting := [server for server in SERVERS if not _healthy(records.get(server.name), server)]:
+    waiting = list(SERVERS)
+    # One that has answered is not asked again: it may be busy when the other's time is over.
+    while waiting := [server for server in waiting if not _healthy(records.get(server.name), server)]:
         for server in waiting:
             record = records.get(server.name)
             port = record.port if record else server.port

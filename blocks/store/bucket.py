@@ -13,7 +13,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path, PurePosixPath
@@ -38,6 +38,8 @@ MOST_PARTS = 10_000
 CONNECT_S = 5.0
 READ_S = 60.0
 TRIES = 4
+# A cancellation of the flow reaches this thread only between two waits.
+WAIT_S = 0.5
 
 _LOG = logging.getLogger("calipert.store")
 _URL = re.compile(r"s3://([A-Za-z0-9._-]{3,63})(?:/(.*?))?/*")
@@ -134,14 +136,11 @@ class ObjectStore:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 with (folder / name).open("wb") as new:
                     new.truncate(file.size)
-            parts = [
+            self._download_parts(
                 (folder / name, _object(path, name, file), start, file.size)
                 for name, file in files.items()
                 for start in range(0, file.size, PART)
-            ]
-            with ThreadPoolExecutor(PARTS) as pool:
-                # The first error, or a cancellation of the flow, ends the rest.
-                list(pool.map(lambda part: self._download(*part), parts))
+            )
             return True
 
     def files(self, name: str) -> dict[str, StoredFile] | None:
@@ -213,6 +212,18 @@ class ObjectStore:
             chunksize=max(PART, -(-largest // MOST_PARTS)),
             max_concurrency=PARTS // FILES,
         )
+
+    def _download_parts(self, parts: Iterable[tuple[Path, str, int, int]]) -> None:
+        """Download parts, some at a time. The first error, or a cancellation of the flow, ends the rest."""
+        pool = ThreadPoolExecutor(PARTS)
+        try:
+            waiting = {pool.submit(self._download, *part) for part in parts}
+            while waiting:
+                done, waiting = wait(waiting, WAIT_S, FIRST_COMPLETED)
+                for each in done:
+                    each.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _download(self, path: Path, place: str, start: int, size: int) -> None:
         """Download one part of a file of this size in bytes."""

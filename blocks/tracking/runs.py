@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from hashlib import sha256
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -52,8 +53,10 @@ class WantedRun(NamedTuple):
 
 def map_threads(work: Callable[[T], R], many: Iterable[T]) -> list[R]:
     """Return the results of some work on each, in their order, a few at a time. Raises the first error."""
+    # Each in a context of its own, a copy of the caller's, which names the flow run whose log gets the warnings.
+    things = [(copy_context(), each) for each in many]
     with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(work, many))
+        return list(pool.map(lambda thing: thing[0].run(work, thing[1]), things))
 
 
 def open_or_create_runs(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import psutil
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> bool:
+def wait_for(condition: Callable[[], bool], seconds: float = 30) -> bool:
     """Return whether the condition holds within some seconds."""
     end = time.monotonic() + seconds
     while not condition():

@@ -62,6 +62,19 @@ def test_a_recycled_pid_is_not_taken_for_the_service(data: Path) -> None:
         bystander.wait()
 
 
+def test_a_process_that_may_not_be_looked_at_is_not_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    this = psutil.Process()
+    record = daemons.Record("prefect", this.pid, this.create_time(), 1, [])
+    assert daemons.is_alive(record)
+
+    def refuse(process: psutil.Process) -> str:
+        raise psutil.AccessDenied(process.pid)
+
+    monkeypatch.setattr(psutil.Process, "status", refuse)
+    assert not daemons.is_alive(record)
+    assert not daemons.is_listening(record)
+
+
 @pytest.mark.parametrize("lose", [lambda path: path.unlink(), lambda path: path.write_text('[{"name": "prefect"}]')])
 def test_services_are_known_without_their_record_too(
     fakes: Path, lose: Callable[[Path], object], caplog: pytest.LogCaptureFixture

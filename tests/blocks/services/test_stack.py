@@ -154,6 +154,27 @@ def test_a_server_that_never_answers_is_an_error_and_is_ended(data: Path, monkey
     assert recorded(data) == {}
 
 
+def test_a_server_that_is_busy_when_the_other_fails_is_left_alone(fakes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    services.ensure_servers()
+    processes = recorded(fakes)
+    processes["mlflow"].kill()
+    processes["mlflow"].wait(10)
+    launched: list[str] = []
+    launch, healthy = services._launch_server, services._healthy
+
+    def launch_idle(records: daemons.Records, server: services._Server, port: int) -> None:
+        launched.append(server.name)
+        launch(records, replace(server, command=lambda port: ["-c", "import time; time.sleep(600)"]), port)
+
+    monkeypatch.setattr(services, "_launch_server", launch_idle)
+    monkeypatch.setattr(services, "_healthy", lambda *of: not launched and healthy(*of))
+    with pytest.raises(UserError, match="mlflow"):
+        services.ensure_servers(timeout=0.2)
+    assert launched == ["mlflow"]
+    assert recorded(fakes) == {"prefect": processes["prefect"]}
+    assert running([processes["prefect"]])
+
+
 def test_simultaneous_starters_start_nothing_twice(fakes: Path) -> None:
     script = f"""
 from dataclasses import replace
