@@ -113,7 +113,7 @@ class ArtifactStore:
             raise ValueError(f"{key} is not the key of this {kind}'s inputs, parameters and code")
         final, created = self._folder(kind, key), datetime.now(UTC)
         # As they are now: the key is theirs, whatever `build` does with them.
-        inputs, parameters = dict(inputs), {name: _to_json(value, name) for name, value in parameters.items()}
+        own_inputs, own_parameters = dict(inputs), {name: _to_json(value, name) for name, value in parameters.items()}
 
         def make(content: Path) -> None:
             build(content)
@@ -124,8 +124,8 @@ class ArtifactStore:
                 schema_version=SCHEMA,
                 kind=kind,
                 key=key,
-                inputs=inputs,
-                parameters=parameters,
+                inputs=own_inputs,
+                parameters=own_parameters,
                 code=code,
                 files=files,
                 created=created,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -39,7 +39,8 @@ def make_listing(kind: Kind) -> RenderableType:
     catalog = open_catalog()
     names = catalog.names(kind)
     # All models at once: each one alone would read the whole catalog again.
-    for entry in catalog.models(names) if kind == "model" else map(getattr(catalog, kind), names):
+    entries: Iterable[Any] = catalog.models(names) if kind == "model" else map(getattr(catalog, kind), names)
+    for entry in entries:
         about = f"{entry.title}: {', '.join(entry.models)}" if kind == "group" else entry.title
         needs = filter(None, dict.fromkeys(NEEDS[kind](catalog, entry)))
         table.add_row(entry.name, Text(about), Text(", ".join(needs)))
