@@ -168,14 +168,14 @@ def test_it_goes_on_where_it_was_killed(load, published, tmp_path, monkeypatch, 
         return (tmp_path / name / "embedding.parquet").read_bytes()
 
     whole = run("whole", None)
-    monkeypatch.setattr(model, "pooled", pooled)
+    monkeypatch.setattr(model, "pool_states", pooled)
     with pytest.raises(KeyboardInterrupt):
         run("killed")
     assert sorted(path.name for path in kept.iterdir()) == ["cpu-0.npy", "cpu-1.npy"]
     (kept / "cpu-0.npy").write_bytes(b"torn")
     # What a GPU has made is not taken.
     (kept / "cuda-2.npy").write_bytes((kept / "cpu-1.npy").read_bytes())
-    monkeypatch.setattr(model, "pooled", counted)
+    monkeypatch.setattr(model, "pool_states", counted)
     runs.clear()
     capsys.readouterr()
     assert run("again") == whole
