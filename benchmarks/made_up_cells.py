@@ -15,7 +15,7 @@ CHANGED = 0.1  # share of the genes that a condition changes
 def log_cells(conditions: int, cells: int, genes: int, filled: float) -> tuple[sparse.csr_matrix, Ints]:
     """(X, codes): expression (log1p, CSR float32, cells x genes) and the condition of each cell.
 
-    filled: share of the entries that are not 0. Conditions stand together, as in prepared files, and have about
+    filled: share of the entries that are not 0. Conditions are together, as in prepared files, and have about
     cells / conditions cells, never below 8 (`cells` is at least that many). Each changes how often a tenth of the
     genes is seen, more or less strongly; every fourth has no effect.
     """

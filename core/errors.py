@@ -10,7 +10,7 @@ class UserError(Exception):
 
     where:  the file, option or catalog entry at fault.
     field:  the part of it (a column, a gene, a key).
-    found:  what stands there.
+    found:  what is there.
     remedy: what the user can do about it.
     """
 

@@ -407,7 +407,7 @@ def unit_norm(embedding: pd.DataFrame) -> pd.DataFrame:
     return embedding.div(np.where(length > 0, length, 1.0), axis=0)
 
 
-def standardised(embedding: pd.DataFrame) -> pd.DataFrame:
+def standardise_embedding(embedding: pd.DataFrame) -> pd.DataFrame:
     """Each dimension centred and divided by its standard deviation over all genes, then `unit_norm`.
 
     Sources differ in scale and offset by orders of magnitude, and a longer row than any in training would be
@@ -419,9 +419,9 @@ def standardised(embedding: pd.DataFrame) -> pd.DataFrame:
     return unit_norm((embedding - embedding.mean()) / spread.where(varies, float("inf")))
 
 
-def scaled(embedding: pd.DataFrame) -> pd.DataFrame:
-    """`standardised`, with rows of the length sqrt(dimensions): a value is about 1 in size, whatever the source."""
-    return standardised(embedding) * embedding.shape[1] ** 0.5
+def scale_embedding(embedding: pd.DataFrame) -> pd.DataFrame:
+    """Standardise, with rows of the length sqrt(dimensions): a value is about 1 in size, whatever the source."""
+    return standardise_embedding(embedding) * embedding.shape[1] ** 0.5
 
 
 def sum_embeddings(conditions: Sequence[str], embedding: pd.DataFrame) -> np.ndarray:

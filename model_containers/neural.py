@@ -68,7 +68,7 @@ def start_torch(threads: int) -> tuple[Any, Any]:
 # ---- cells
 
 
-def held(matrix: csr_matrix, device: Any) -> Callable[[np.ndarray], torch.Tensor]:
+def hold_rows(matrix: csr_matrix, device: Any) -> Callable[[np.ndarray], torch.Tensor]:
     """From numbers of rows to these rows, dense, on the device; of CSR float32, each entry once.
 
     They are held dense up to DENSE_BYTES, else as they are, and made dense batch by batch; on the device if they leave

@@ -78,10 +78,11 @@ def run_stage(
     wall clock. key: of the artifact that the stage makes, where it can go on from a checkpoint. Raises as
     `require_unchanged` and `Engine.run` do.
     """
+    require_unchanged(container)
     no_gpu = runs_elsewhere() or not _uses_gpu(container)
     lease: AbstractContextManager[Gpu | None] = nullcontext() if no_gpu else lease_gpu(name)
     with lease as gpu, open_checkpoint(key) as checkpoint_folder:
-        require_unchanged(container)
+        require_unchanged(container)  # once more: it may have waited for hours
         whole = {**spec, "threads": THREADS, **({"checkpoint": checkpoint_folder} if key else {})}
         return choose_engine().run(stage, container, whole, on_event=on_event, timeout_s=limit_s, gpu=gpu)
 

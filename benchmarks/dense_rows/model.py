@@ -41,7 +41,7 @@ def train(task: contract.TrainTask) -> None:
             importlib.import_module(package)
         return
     model = loaded(name)
-    neural.held = dense_rows
+    neural.hold_rows = dense_rows
     contract.read_means = dense_means
     if name == "fmlp":
         model.squared_error = error_of_each(model)
@@ -66,7 +66,7 @@ def loaded(name: str) -> ModuleType:
 
 
 def dense_rows(matrix: csr_matrix, device: Any) -> Callable[[np.ndarray], torch.Tensor]:
-    """As neural.held."""
+    """As neural.hold_rows."""
     import torch
     from torch.utils.data import DataLoader, TensorDataset
 

@@ -112,6 +112,8 @@ class ArtifactStore:
         if key != artifact_key(kind, inputs, parameters, code):
             raise ValueError(f"{key} is not the key of this {kind}'s inputs, parameters and code")
         final, created = self._folder(kind, key), datetime.now(UTC)
+        # As they are now: the key is theirs, whatever `build` does with them.
+        own_inputs, own_parameters = dict(inputs), {name: _to_json(value, name) for name, value in parameters.items()}
 
         def make(content: Path) -> None:
             build(content)
@@ -122,8 +124,8 @@ class ArtifactStore:
                 schema_version=SCHEMA,
                 kind=kind,
                 key=key,
-                inputs=dict(inputs),
-                parameters={name: _to_json(value, name) for name, value in parameters.items()},
+                inputs=own_inputs,
+                parameters=own_parameters,
                 code=code,
                 files=files,
                 created=created,

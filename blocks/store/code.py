@@ -32,7 +32,7 @@ def code_hash(module: str, root: Path = PROJECT_ROOT) -> str:
     files count as they were when this process started, which is what it runs: an edit in the meantime is for the
     next one.
 
-    Any edit of such a file changes it, a comment or a docstring too: what an edit means cannot be told from
+    Any edit of such a file changes it, a comment or a docstring too: what an edit means cannot be known from
     its text, and a needless recomputation is cheaper than a stale result. Where the project lies, file times
     and everything outside the closure do not count.
 

@@ -1,6 +1,6 @@
 """What is kept in MLflow: an experiment per data set, a run per model and seed, a child run per fold.
 
-Everything here can be repeated. A run is found again by its tag `calipert.key`, a value that already stands there is
+Everything here can be repeated. A run is found again by its tag `calipert.key`, a value that is already there is
 not written twice, and a run that was cut off is ended by the next attempt. docs/tracking.md lists every name.
 """
 

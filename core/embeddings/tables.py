@@ -361,7 +361,7 @@ def read_foreign_embedding(path: Path) -> pd.DataFrame:
         if about.num_rows * len(schema) > MOST_VALUES or names_bytes > MOST_NAMES_BYTES:
             found = f"{about.num_rows:,} rows of {len(schema):,} columns, names of {names_bytes:,} bytes"
             raise UserError(path.name, "size", found, f"write at most {MOST_VALUES:,} values: one row a gene")
-        # Each name once, however often it stands there.
+        # Each name once, however often it occurs.
         names = pq.read_table(path, columns=["gene"], read_dictionary=["gene"])["gene"].unique().to_pylist()
         if any(not isinstance(name, str) or len(name) > LONGEST_NAME for name in names):
             found = f"a name that is none, or longer than {LONGEST_NAME} characters"

@@ -1,4 +1,4 @@
-"""What a catalog entry would do with a file, told from the file's names alone: no matrix is read, nothing written."""
+"""What a catalog entry would do with a file, by the file's names alone: no matrix is read, nothing written."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def is_mirror(obs: pd.DataFrame) -> bool:
 
 
 def has_mirror_layout(path: Path) -> bool:
-    """Tell whether a file has the mirror's columns, told from their names alone; False for a file that cannot be read.
+    """Tell whether a file has the mirror's columns, by their names alone; False for a file that cannot be read.
 
     Parameters
     ----------
@@ -153,7 +153,7 @@ def _known(column: pd.Series, values: tuple[str, ...], where: str) -> pd.Series:
     text = column.astype(str)
     foreign = sorted(set(text) - set(values))
     if foreign:
-        raise UserError(where, f"obs[{column.name!r}]", shown(foreign), f"only {', '.join(values)} can stand there")
+        raise UserError(where, f"obs[{column.name!r}]", shown(foreign), f"only {', '.join(values)} are allowed there")
     return text
 
 

@@ -19,7 +19,7 @@ class Labels(Entry):
     """How a label of the published file becomes a condition: `control`, `A` or `A+B`.
 
     A label in `control`, or one that contains `control_contains`, is control; cells with a label in `dropped` are left
-    out. Of any other label only what stands before the first `cut_at` counts; it is split at `separator` (`+` is always
+    out. Of any other label only what comes before the first `cut_at` counts; it is split at `separator` (`+` is always
     understood).
     """
 

@@ -128,9 +128,10 @@ def build_half_split(sums: CellSums, seed: int, negatives: ad.AnnData) -> ad.Ann
     first, second = sums.halves[seed]()
     t_first, padj_first = _differential(first, sums.keys)
     t_second, padj_second = _differential(second, sums.keys)
-    truth, duplicate, dataset_mean = first.mean(), second.mean(), find_negatives(negatives, "dataset_mean", sums.keys)
+    truth, duplicate = first.mean(), second.mean()
     obs = sums.keys.assign(n_first=first.n, n_second=second.n, n_degs=mask_degs(padj_first).sum(axis=1))
     del first, second
+    dataset_mean = find_negatives(negatives, "dataset_mean", sums.keys)
     layers = {
         "truth": truth,
         "technical_duplicate": duplicate,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -141,7 +142,7 @@ def compute_signed_rank_p(differences: Floats) -> float:
     return float(stats.wilcoxon(differences, alternative="greater", method=method).pvalue)
 
 
-def correct_p_values(p: Floats, method: str) -> Floats:
+def correct_p_values(p: Floats, method: Literal["holm", "bonferroni"]) -> Floats:
     """Correct p-values for their number: the larger they are, the less by Holm's method, by Bonferroni's all alike.
 
     Parameters

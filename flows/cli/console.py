@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich import box
-from rich.console import Group, JustifyMethod, RenderableType
+from rich.console import Group, JustifyMethod, OverflowMethod, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -42,7 +42,9 @@ def start_table(*heads: str, whole: int = 99, right: Collection[str] = (), first
     table = Table(**{"box": box.SIMPLE_HEAD, "padding": (0, 1), "pad_edge": False, "show_edge": False, **options})
     for place, head in enumerate(heads):
         justify: JustifyMethod = "right" if head in right else "left"
-        table.add_column(head, style="" if place else first, justify=justify, overflow="fold", no_wrap=place < whole)
+        # A number that does not fit ends in an ellipsis: cut without a mark, it would be another number.
+        overflow: OverflowMethod = "ellipsis" if place < whole else "fold"
+        table.add_column(head, style="" if place else first, justify=justify, overflow=overflow, no_wrap=place < whole)
     return table
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -37,10 +37,13 @@ def make_listing(kind: Kind) -> RenderableType:
     """Lay out the entries of a kind with title and needs, and a legend. Raises UserError for a broken entry."""
     table = start_table("name", "", "needs", whole=1, first="bold")
     catalog = open_catalog()
-    for name in catalog.names(kind):
-        entry = getattr(catalog, kind)(name)
+    names = catalog.names(kind)
+    # All models at once: each one alone would read the whole catalog again.
+    entries: Iterable[Any] = catalog.models(names) if kind == "model" else map(getattr(catalog, kind), names)
+    for entry in entries:
         about = f"{entry.title}: {', '.join(entry.models)}" if kind == "group" else entry.title
-        table.add_row(name, Text(about), Text(", ".join(filter(None, dict.fromkeys(NEEDS[kind](catalog, entry))))))
+        needs = filter(None, dict.fromkeys(NEEDS[kind](catalog, entry)))
+        table.add_row(entry.name, Text(about), Text(", ".join(needs)))
     return Group(table, "", Text(LEGEND, style="dim"))
 
 

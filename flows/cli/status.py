@@ -26,7 +26,7 @@ from blocks.local.processes import is_dead
 from blocks.services.stack import ServiceStatus
 from blocks.services.stack import status as services_status
 from blocks.tracking.running import TrackedRun, find_running_runs
-from core.errors import UserError
+from core.errors import UserError, hide_password
 
 DAYS = 7
 # Trainings of single folds are flow runs too, but belong to one of these.
@@ -106,14 +106,17 @@ def take_snapshot(now: datetime) -> Snapshot:
     mlflow = own.get("mlflow") or os.environ.get("MLFLOW_TRACKING_URI")
     shown = Snapshot(services)
     # In this order, whatever fails first.
-    troubles = dict.fromkeys((f"Prefect: {prefect}", f"MLflow: {mlflow}", "GPUs"), "")
+    prefect_place, mlflow_place = (
+        f"{name}: {hide_password(url or '')}" for name, url in (("Prefect", prefect), ("MLflow", mlflow))
+    )
+    troubles = dict.fromkeys((prefect_place, mlflow_place, "GPUs"), "")
     with ThreadPoolExecutor(8) as pool:
-        tracking = pool.submit(_find_tracked_runs, mlflow, troubles)
+        tracking = pool.submit(_find_tracked_runs, mlflow, troubles, mlflow_place)
         size = pool.submit(_measure_store, store_folder())
         gpus = pool.submit(_list_gpus, troubles)
         answers, steps, flows, ended = dict[str, list[Any]](), dict[str, list[str]](), dict[str, str](), set[str]()
         if prefect:
-            with _note_trouble(troubles, f"Prefect: {prefect}"), _open_prefect(prefect) as http:
+            with _note_trouble(troubles, prefect_place), _open_prefect(prefect) as http:
                 shown.pools, answers = _list_pools(http, pool), _list_runs(http, pool, now)
                 flows = {flow["id"]: flow["name"] for flow in _ask(http, "/flows/filter", flows=_CHOSEN_FLOWS)}
                 steps = _list_steps(http, [run["id"] for run in answers["active"]])
@@ -134,9 +137,9 @@ def _note_trouble(troubles: dict[str, str], where: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        troubles[where] = shorten_reason(str(error))
+        troubles[where] = shorten_reason(hide_password(str(error)))
     except (httpx.HTTPError, ValueError) as error:
-        troubles[where] = shorten_reason(f"{type(error).__name__}: {error}")
+        troubles[where] = shorten_reason(hide_password(f"{type(error).__name__}: {error}"))
 
 
 def _open_prefect(url: str) -> httpx.Client:
@@ -224,10 +227,10 @@ def _read_time(text: str | None) -> datetime | None:
     return datetime.fromisoformat(text) if text else None
 
 
-def _find_tracked_runs(uri: str | None, troubles: dict[str, str]) -> dict[str, list[TrackedRun]]:
+def _find_tracked_runs(uri: str | None, troubles: dict[str, str], place: str) -> dict[str, list[TrackedRun]]:
     """Find the MLflow runs of flow runs (blocks.tracking.running)."""
     if uri:
-        with _note_trouble(troubles, f"MLflow: {uri}"):
+        with _note_trouble(troubles, place):
             return find_running_runs(uri, _EXPERIMENTS)
     return {}
 

@@ -71,11 +71,13 @@ def embed(task: contract.EmbedTask) -> None:
     net = network(task.pretrained, len(vocabulary), device)
 
     def vectors(symbols: list[str]) -> np.ndarray:
-        tokens, real = padded([token_ids(sequences[symbol], vocabulary) for symbol in symbols], vocabulary[PADDING])
+        tokens, real = pad_proteins(
+            [token_ids(sequences[symbol], vocabulary) for symbol in symbols], vocabulary[PADDING]
+        )
         with torch.no_grad():
             # float32 on every device: half precision would keep three digits of a mean over thousands of residues.
             states = net(input_ids=tokens.to(device), attention_mask=real.to(device)).last_hidden_state
-        found = [pooled(one, len(sequences[name]), pooling) for name, one in zip(symbols, states, strict=True)]
+        found = [pool_states(one, len(sequences[name]), pooling) for name, one in zip(symbols, states, strict=True)]
         return torch.stack(found).cpu().numpy()
 
     tables = []
@@ -83,7 +85,7 @@ def embed(task: contract.EmbedTask) -> None:
     for number, symbols in enumerate(batches(sequences)):
         # A GPU computes other bits than a CPU: no table is half of one and half of the other.
         path = task.checkpoint / f"{device.type}-{number}.npy" if task.checkpoint else None
-        tables.append(pd.DataFrame(kept(path, partial(vectors, symbols)), index=symbols))
+        tables.append(pd.DataFrame(read_or_make_vectors(path, partial(vectors, symbols)), index=symbols))
         done += len(symbols)
         contract.progress(done, len(sequences), "protein")
     contract.write_embedding(task, pd.concat(tables))
@@ -92,7 +94,7 @@ def embed(task: contract.EmbedTask) -> None:
 # ---- what lets a run go on that was killed: the vectors of each batch, in a file of its own
 
 
-def kept(path: Path | None, make: Callable[[], np.ndarray]) -> np.ndarray:
+def read_or_make_vectors(path: Path | None, make: Callable[[], np.ndarray]) -> np.ndarray:
     """Read the vectors of a batch as an earlier run kept them, else make them, and keep them if there is a place.
 
     The log names what cannot be read.
@@ -280,7 +282,7 @@ def batches(sequences: Mapping[str, str]) -> Iterator[list[str]]:
         order = order[size:]
 
 
-def padded(rows: list[list[int]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_proteins(rows: list[list[int]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Encode proteins: tokens, padded to the longest, and 1 where there is no padding; both proteins x tokens."""
     width = max(map(len, rows))
     tokens = torch.tensor([row + [padding] * (width - len(row)) for row in rows])
@@ -288,7 +290,7 @@ def padded(rows: list[list[int]], padding: int) -> tuple[torch.Tensor, torch.Ten
     return tokens, (torch.arange(width) < lengths[:, None]).long()
 
 
-def pooled(states: torch.Tensor, n_residues: int, pooling: str) -> torch.Tensor:
+def pool_states(states: torch.Tensor, n_residues: int, pooling: str) -> torch.Tensor:
     """One vector (float64) of the states of a protein's tokens, tokens x width: beginning, residues, end, padding."""
     if pooling == "bos":
         return states[0].double()

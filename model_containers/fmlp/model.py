@@ -69,7 +69,7 @@ def train(task: contract.TrainTask) -> None:
     """
     _, device = neural.start_torch(task.threads)
     settings = contract.hyperparameters(task, Settings)
-    embedding = contract.standardised(contract.read_embedding(task.embedding))
+    embedding = contract.standardise_embedding(contract.read_embedding(task.embedding))
     cells = contract.read_cells(task.cells)
     kept, shape = contract.select_cells(cells, embedding)
     # Control is the condition without a gene, whose latent, the sum of none, is zero.
@@ -77,7 +77,7 @@ def train(task: contract.TrainTask) -> None:
     conditions = conditions_of(keys, embedding, shape, device)
     is_train = (cells.obs["split"] == "train").to_numpy()
     train_rows, val_rows = np.flatnonzero(kept & is_train), np.flatnonzero(kept & ~is_train)
-    rows = neural.held(cells.X, device)
+    rows = neural.hold_rows(cells.X, device)
     del cells
 
     torch.manual_seed(task.seed)  # the initial weights, drawn on the CPU: the same for every device
@@ -97,7 +97,7 @@ def predict(task: contract.PredictTask) -> None:
     """Predict every condition whose genes have an embedding, in the covariates of the train cells."""
     _, device = neural.start_torch(task.threads)
     settings, shape = contract.read_model(task, Settings, contract.Shape)
-    embedding = contract.standardised(contract.read_embedding(task.embedding, shape.dimensions))
+    embedding = contract.standardise_embedding(contract.read_embedding(task.embedding, shape.dimensions))
     net = neural.load_weights(network(shape, settings), task, device)
     keys, reasons = contract.split_keys(task, embedding, shape.covariates)
     profiles = np.empty((len(keys), len(shape.genes)))

@@ -84,7 +84,7 @@ class Shape:
 
 
 class Graph(NamedTuple):
-    """The part of a normalised graph that the vectors of some genes hang on, as `convolved` takes it.
+    """The part of a normalised graph that the vectors of some genes hang on, as `convolve` takes it.
 
     names:  genes, those wanted first, then their neighbours, then those of these: one step for each layer.
     reach:  how many names there are without neighbours, with those one step away, two steps, ...
@@ -170,7 +170,7 @@ def train(task: contract.TrainTask) -> None:
     measured.to_parquet(task.output / "coexpression.parquet")
     conditions = conditions_of(names, links, measured, shape, settings, device)
     of_train, of_val = (np.flatnonzero((cells.condition >= 0) & (is_train == wanted)) for wanted in (True, False))
-    val = paired(cells, of_val, neural.generator(task.seed, 0))
+    val = pair_with_controls(cells, of_val, neural.generator(task.seed, 0))
     is_choosing = len(set(val.condition)) >= FEWEST_TO_CHOOSE_BY
     if not is_choosing:
         contract.log(f"fewer than {FEWEST_TO_CHOOSE_BY} val conditions: the last weights are kept")
@@ -179,7 +179,7 @@ def train(task: contract.TrainTask) -> None:
     net = network(shape, settings).to(device)
 
     def loss(batch: np.ndarray, draws: np.random.Generator) -> torch.Tensor:
-        pairs = paired(cells, batch, draws)
+        pairs = pair_with_controls(cells, batch, draws)
         rows, of_pair = np.unique(pairs.condition, return_inverse=True)
         return error(shift(net, conditions, rows)[torch.from_numpy(of_pair).to(device)], pairs, cells, settings)
 
@@ -215,7 +215,7 @@ def predict(task: contract.PredictTask) -> None:
 # ---- graphs
 
 
-def normalised(graph: pd.DataFrame, most: int, names: Iterable[str]) -> pd.DataFrame:
+def normalise_graph(graph: pd.DataFrame, most: int, names: Iterable[str]) -> pd.DataFrame:
     """List a graph's links as a convolution takes them: columns gene, neighbour, weight, sorted by gene.
 
     graph: columns gene, neighbour, weight, sorted by gene and falling weight; of each gene the first `most` rows count,
@@ -234,7 +234,7 @@ def normalised(graph: pd.DataFrame, most: int, names: Iterable[str]) -> pd.DataF
 def go_links(graph: pd.DataFrame, shape: Shape, settings: Settings) -> pd.DataFrame:
     """Build the normalised graph of the Gene Ontology between all genes and those perturbed in training (README.md)."""
     is_link = graph["neighbour"].isin(set(shape.perturbed)) & (graph["neighbour"] != graph["gene"])
-    return normalised(graph[is_link], settings.go_neighbours, set(graph["gene"]))
+    return normalise_graph(graph[is_link], settings.go_neighbours, set(graph["gene"]))
 
 
 def graph_of(links: pd.DataFrame, names: Sequence[str], layers: int, device: Any) -> Graph:
@@ -281,7 +281,7 @@ def coexpression(cells: Cells, numbers: np.ndarray, shape: Shape, settings: Sett
     table = table.sort_values(["gene", "weight", "neighbour"], ascending=[True, False, True])
     names = np.array(shape.genes, dtype=object)
     ends = {end: names[table[end].to_numpy(np.int64)] for end in ("gene", "neighbour")}
-    return normalised(table.assign(**ends), settings.coexpression_neighbours, shape.genes)
+    return normalise_graph(table.assign(**ends), settings.coexpression_neighbours, shape.genes)
 
 
 # ---- cells
@@ -295,7 +295,7 @@ def mean_of(rows: Callable[[np.ndarray], torch.Tensor], numbers: np.ndarray) -> 
 
 def cells_of(file: ad.AnnData, names: Iterable[contract.Key], shape: Shape, device: Any) -> Cells:
     """Read the cells of a file. names: the conditions that are learned from or validated with."""
-    rows, obs = neural.held(file.X, device), file.obs
+    rows, obs = neural.hold_rows(file.X, device), file.obs
     condition = contract.rows_among(names, obs)
     covariate = pd.Index(shape.covariates).get_indexer(obs["covariate"])
     is_control = ((obs["condition"] == contract.CONTROL) & (obs["split"] == "train")).to_numpy()
@@ -328,7 +328,7 @@ def unpredictable(keys: Iterable[contract.Key], links: pd.DataFrame, shape: Shap
     return contract.find_gaps(keys, known, shape.covariates, "has no training perturbation with GO neighbours")
 
 
-def paired(cells: Cells, perturbed: np.ndarray, draws: np.random.Generator) -> Pairs:
+def pair_with_controls(cells: Cells, perturbed: np.ndarray, draws: np.random.Generator) -> Pairs:
     """Perturbed cells (numbers), each with a random control cell of its covariate."""
     condition, covariate = cells.condition[perturbed], cells.covariate[perturbed]
     size = np.array([len(group) for group in cells.controls])
@@ -396,7 +396,7 @@ def conditions_of(
     )
 
 
-def convolved(net: torch.nn.ModuleDict, part: str, vectors: torch.Tensor, graph: Graph) -> torch.Tensor:
+def convolve(net: torch.nn.ModuleDict, part: str, vectors: torch.Tensor, graph: Graph) -> torch.Tensor:
     """Spread the vectors of graph.names over the graph and map them, layer by layer: those of the names asked for.
 
     A ReLU between layers.
@@ -418,10 +418,10 @@ def shift(net: torch.nn.ModuleDict, conditions: Conditions, rows: np.ndarray) ->
     of = torch.from_numpy(rows).to(conditions.genes.device)
     # One row more, of zeros: genes that no training perturbed have no vector of their own.
     vectors = functional.pad(parts["perturbation"].weight, (0, 0, 0, 1)).index_select(0, conditions.vector)
-    total = conditions.genes[of] @ convolved(net, "perturbation_convolutions", vectors, conditions.graph)
+    total = conditions.genes[of] @ convolve(net, "perturbation_convolutions", vectors, conditions.graph)
     if "covariate" in net:
         total = total + net["covariate"](conditions.covariates[of])
-    gene = convolved(net, "gene_convolutions", parts["gene"].weight, conditions.measured).relu()
+    gene = convolve(net, "gene_convolutions", parts["gene"].weight, conditions.measured).relu()
     first = response(net, gene, net["condition"](total))
     last = parts["last"]
     own, shared = last.weight[:, 0], last.weight[:, 1:]

@@ -101,7 +101,7 @@ def train(task: contract.TrainTask) -> None:
         # TF32. Half precision would cast every weight again in each step, of a few conditions only.
         torch.set_float32_matmul_precision("high")
     settings = contract.hyperparameters(task, Settings)
-    sources = standardised(contract.read_sources(task.embedding))
+    sources = standardise_sources(contract.read_sources(task.embedding))
     changes, shape = usable(contract.read_means(task.cells), sources)
     conditions = conditions_of(contract.keys_of(changes.obs), sources, shape, device)
     measured = torch.from_numpy(changes.X.astype(np.float32)).to(device)
@@ -130,7 +130,7 @@ def predict(task: contract.PredictTask) -> None:
     """Predict each condition whose genes have embeddings: the covariate's control mean plus its log fold change."""
     _, device = neural.start_torch(task.threads)
     settings, shape = contract.read_model(task, Settings, Shape)
-    sources = standardised(contract.read_sources(task.embedding))
+    sources = standardise_sources(contract.read_sources(task.embedding))
     found = dimensions_of(sources)
     if found != shape.sources:
         raise contract.ContractError(
@@ -150,9 +150,9 @@ def predict(task: contract.PredictTask) -> None:
 # ---- what is learned from
 
 
-def standardised(sources: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+def standardise_sources(sources: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
     """Each source standardised over its own genes (README.md), by name."""
-    return {name: contract.standardised(table) for name, table in sorted(sources.items())}
+    return {name: contract.standardise_embedding(table) for name, table in sorted(sources.items())}
 
 
 def dimensions_of(sources: Mapping[str, pd.DataFrame]) -> dict[str, int]:
@@ -244,7 +244,7 @@ def forward(net: torch.nn.ModuleDict, settings: Settings, conditions: Conditions
 
     def encode(genes: torch.Tensor) -> torch.Tensor:
         latents = aligned(net, [table[genes] for table in conditions.sources])
-        return pooled(net, settings, latents, conditions.is_lacking[:, genes])
+        return pool_sources(net, settings, latents, conditions.is_lacking[:, genes])
 
     latent = neural.sum_latents(net, conditions.genes[rows], conditions.covariates[rows], encode)
     changes: torch.Tensor = net["head"](latent)
@@ -260,7 +260,7 @@ def aligned(net: torch.nn.ModuleDict, sources: list[torch.Tensor]) -> torch.Tens
     return latent
 
 
-def pooled(
+def pool_sources(
     net: torch.nn.ModuleDict, settings: Settings, latents: torch.Tensor, is_lacking: torch.Tensor
 ) -> torch.Tensor:
     """Genes x latent: the mean over the sources that a gene has, by learned weights and by graph attention.

@@ -45,7 +45,7 @@ VALIDATION = 0
 class Settings:
     """The reference study's hyperparameters.
 
-    width of a token, heads, layers, hidden width of a layer (a checkpoint's own stand above these four); dropout;
+    width of a token, heads, layers, hidden width of a layer (a checkpoint's own override these four); dropout;
     epochs; batch_size (cells); sequence: genes of a cell that are looked at together; learning_rate of Adam, multiplied
     by decay every decay_every epochs; largest_norm of a gradient; patience: epochs without a lower validation loss
     after which training ends; pool: control cells whose predictions are averaged.
@@ -270,7 +270,7 @@ def screen_of(cells: ad.AnnData, shape: Shape, device: Any) -> Screen:
     is_control = (cells.obs[["condition", "split"]] == [contract.CONTROL, "train"]).all(axis=1).to_numpy()
     controls = [(is_control & (covariate == number)).nonzero()[0] for number in range(len(shape.covariates))]
     columns = torch.from_numpy(cells.var_names.get_indexer(shape.tokens)).to(device)
-    rows = neural.held(cells.X, device)
+    rows = neural.hold_rows(cells.X, device)
     return Screen(rows, columns, conditions.cat.codes.to_numpy(), perturbed, covariate, controls)
 
 

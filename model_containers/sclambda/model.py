@@ -95,7 +95,7 @@ def train(task: contract.TrainTask) -> None:
     """
     _, device = neural.start_torch(task.threads)
     settings = contract.hyperparameters(task, Settings)
-    embedding = contract.scaled(contract.read_embedding(task.embedding))
+    embedding = contract.scale_embedding(contract.read_embedding(task.embedding))
     cells = contract.read_cells(task.cells)
     kept, shape = contract.select_cells(cells, embedding)
     contract.require_controls(cells.obs, shape.covariates)
@@ -110,7 +110,7 @@ def train(task: contract.TrainTask) -> None:
     val_rows, val_of_cell = np.unique(condition[is_val], return_inverse=True)
     val_covariates = conditions.covariates[torch.from_numpy(val_rows).to(device)].cpu().numpy()
     val_shifts = group_means(cells.X[is_val], val_of_cell, len(val_rows)) - baseline[val_covariates]
-    held = Cells(condition, covariate, neural.held(cells.X, device), on_device(baseline, device))
+    held = Cells(condition, covariate, neural.hold_rows(cells.X, device), on_device(baseline, device))
     del cells
     train_rows, controls = np.flatnonzero(is_train), np.flatnonzero(is_control)
 
@@ -148,7 +148,7 @@ def predict(task: contract.PredictTask) -> None:
     """
     _, device = neural.start_torch(task.threads)
     settings, shape = contract.read_model(task, Settings, contract.Shape)
-    embedding = contract.scaled(contract.read_embedding(task.embedding, shape.dimensions))
+    embedding = contract.scale_embedding(contract.read_embedding(task.embedding, shape.dimensions))
     net = neural.load_weights(networks(shape, settings), task, device)
     keys, reasons = contract.split_keys(task, embedding, shape.covariates)
     conditions = conditions_of(keys, embedding, shape, device)
@@ -157,7 +157,7 @@ def predict(task: contract.PredictTask) -> None:
     covariate = np.array([shape.covariates.index(name) for name in control.obs["covariate"]])
     baseline = group_means(control.X, covariate, len(shape.covariates))
     none = np.full(len(covariate), -1)
-    cells = Cells(none, covariate, neural.held(control.X, device), on_device(baseline, device))
+    cells = Cells(none, covariate, neural.hold_rows(control.X, device), on_device(baseline, device))
     states = latents(net, cells, np.arange(len(covariate)), settings.batch_size)
     profiles = mean_shifts(net, conditions, np.arange(len(keys)), states, covariate)
     profiles += baseline[conditions.covariates.cpu().numpy()]
@@ -286,7 +286,7 @@ def step(
     z = mean + torch.randn_like(mean) * (log_variance / 2).exp()
     batch = Batch(given, at, z, shifts)
     moved = against(net, settings, batch._replace(z=z.detach()))
-    s, expression_error, embedding_error = decoded(net, batch, moved)
+    s, expression_error, embedding_error = decode_latents(net, batch, moved)
     s = s[at]
 
     def shuffled() -> torch.Tensor:
@@ -309,14 +309,14 @@ def against(net: torch.nn.ModuleDict, settings: Settings, batch: Batch) -> torch
     ours is a multiple.
     """
     embedding = batch.given.embedding.clone().requires_grad_()
-    _, expression_error, embedding_error = decoded(net, batch, embedding)
+    _, expression_error, embedding_error = decode_latents(net, batch, embedding)
     (gradient,) = torch.autograd.grad(expression_error + embedding_error, embedding)
     length = settings.adversarial_step * gradient.shape[1] ** 0.5
     moved: torch.Tensor = batch.given.embedding + length * gradient.sign()
     return moved
 
 
-def decoded(
+def decode_latents(
     net: torch.nn.ModuleDict, batch: Batch, embedding: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute the latents s of these embeddings (conditions x latent), and the errors of both decodings.

@@ -94,7 +94,7 @@ def train(task: contract.TrainTask) -> None:
     """
     settings = contract.hyperparameters(task, Settings)
     contract.log(LICENCE)
-    embedding = contract.scaled(contract.read_embedding(task.embedding))
+    embedding = contract.scale_embedding(contract.read_embedding(task.embedding))
     cells = contract.read_cells(task.cells)
     kept, shape = contract.select_cells(cells, embedding)
     contract.require_controls(cells.obs, shape.covariates)
@@ -102,7 +102,7 @@ def train(task: contract.TrainTask) -> None:
     work.mkdir()
     write_screen(cells[kept].copy(), embedding, shape, work)
     del cells
-    progress = restored(task, work)
+    progress = restore_training(task, work)
     while progress.steps < settings.steps:
         progress.steps += settings.validate_every
         # Its draws depend on no other part.
@@ -130,7 +130,7 @@ def predict(task: contract.PredictTask) -> None:
     The mean over predicted cells, each of a control cell that is drawn from those of the covariate.
     """
     settings, shape = contract.read_model(task, Settings, contract.Shape)
-    embedding = contract.scaled(contract.read_embedding(task.embedding, shape.dimensions))
+    embedding = contract.scale_embedding(contract.read_embedding(task.embedding, shape.dimensions))
     keys, reasons = contract.split_keys(task, embedding, shape.covariates)
     work = task.output / WORK
     write_run(work, {f"p{row}": key.condition for row, key in enumerate(keys)}, embedding)
@@ -289,7 +289,7 @@ def save(progress: Progress, work: Path, folder: Path) -> None:
             shutil.rmtree(other)
 
 
-def restored(task: contract.TrainTask, work: Path) -> Progress:
+def restore_training(task: contract.TrainTask, work: Path) -> Progress:
     """Find where a killed training stopped, with its files in place and its metrics printed again; else the start."""
     began = Progress(neural.identity(task))
     kept = sorted(task.checkpoint.glob("steps_*[0-9]")) if task.checkpoint else []

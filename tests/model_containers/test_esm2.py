@@ -151,7 +151,7 @@ def test_it_goes_on_where_it_was_killed(load, published, tmp_path, monkeypatch, 
     kept = tmp_path / "kept"
     runs: list[int] = []
     kept.mkdir()
-    pool = model.pooled
+    pool = model.pool_states
 
     def counted(states, n_residues, pooling):
         runs.append(n_residues)

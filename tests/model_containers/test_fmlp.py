@@ -66,7 +66,7 @@ def form(request, monkeypatch) -> str:
 def test_loss_and_gradient_are_those_of_single_cells(fmlp, case, form):
     net, keys, embedding, conditions, X, of_cell = case
     batch = np.random.default_rng(0).permutation(40)[:25]
-    loss = fmlp.squared_error(net, conditions, of_cell[batch], neural.held(X, CPU)(batch))
+    loss = fmlp.squared_error(net, conditions, of_cell[batch], neural.hold_rows(X, CPU)(batch))
     loss.backward()
     found = {name: weights.grad.clone() for name, weights in net.named_parameters()}
     net.zero_grad()
@@ -81,7 +81,7 @@ def test_loss_and_gradient_are_those_of_single_cells(fmlp, case, form):
 def test_mean_error_is_that_of_all_cells(fmlp, case):
     net, keys, embedding, conditions, X, of_cell = case
     predicted = torch.stack([one_by_one(net, keys[row], embedding) for row in of_cell]).detach().numpy()
-    rows = neural.held(X, CPU)
+    rows = neural.hold_rows(X, CPU)
 
     def loss(batch: np.ndarray) -> torch.Tensor:
         return fmlp.squared_error(net, conditions, of_cell[batch], rows(batch))
@@ -98,10 +98,10 @@ def test_standardising_forgets_scale_offset_and_length():
     rng = np.random.default_rng(1)
     table = pd.DataFrame(rng.normal(size=(20, 4)))
     # Of ten copies of 0.1 rounding leaves a spread above zero.
-    found = contract.standardised(table.assign(constant=0.1))
+    found = contract.standardise_embedding(table.assign(constant=0.1))
     np.testing.assert_allclose((found**2).sum(axis=1), 1)
     assert (found["constant"] == 0).all()
-    other = contract.standardised(table * [1e-3, 1, 10, 1e4] + [5, -3, 0, 1e3])
+    other = contract.standardise_embedding(table * [1e-3, 1, 10, 1e4] + [5, -3, 0, 1e3])
     np.testing.assert_allclose(found.drop(columns="constant"), other, atol=1e-9)
 
 

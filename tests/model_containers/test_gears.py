@@ -50,7 +50,7 @@ def case(gears, request):
     settings = gears.Settings(hidden=4, go_layers=layers, coexpression_layers=layers, go_neighbours=2)
     shape = gears.Shape(GENES, ["x", "y"], ["A", "B", "C"])
     keys = [contract.Key(*name) for name in [("x", "A"), ("x", "A+X"), ("y", "B"), ("y", "X"), ("x", "B+C")]]
-    links, measured = gears.go_links(GO, shape, settings), gears.normalised(MEASURED, 20, GENES)
+    links, measured = gears.go_links(GO, shape, settings), gears.normalise_graph(MEASURED, 20, GENES)
     torch.manual_seed(0)
     net = gears.network(shape, settings)
     return net, settings, keys, links, measured, gears.conditions_of(keys, links, measured, shape, settings, CPU)
@@ -113,8 +113,8 @@ def test_the_loss_is_that_of_the_definition(gears):
     covariate = np.array([0, 0, 0, 0, 1, 0, 0, 0, 1, 1, 0, 0])
     controls = [np.array([5, 6, 7]), np.array([8, 9])]
     mean = torch.tensor(np.stack([X.toarray()[group].mean(axis=0) for group in controls]))
-    cells = gears.Cells(neural.held(X, CPU), condition, covariate, controls, mean)
-    pairs = gears.paired(cells, np.array([3, 0, 4, 1, 2]), np.random.default_rng(0))
+    cells = gears.Cells(neural.hold_rows(X, CPU), condition, covariate, controls, mean)
+    pairs = gears.pair_with_controls(cells, np.array([3, 0, 4, 1, 2]), np.random.default_rng(0))
     assert all(number in controls[covariate[cell]] for cell, number in zip(pairs.perturbed, pairs.control, strict=True))
     shifts = torch.tensor(rng.normal(size=(5, 7)).astype(np.float32))
     terms: dict[int, list[float]] = {}
@@ -129,7 +129,7 @@ def test_the_loss_is_that_of_the_definition(gears):
 def test_every_control_cell_is_drawn(gears):
     condition, covariate = np.zeros(300, dtype=int), np.zeros(300, dtype=int)
     cells = gears.Cells(None, condition, covariate, [np.array([3, 7, 8])], None)
-    drawn = gears.paired(cells, np.arange(300), np.random.default_rng(0)).control
+    drawn = gears.pair_with_controls(cells, np.arange(300), np.random.default_rng(0)).control
     assert set(drawn) == {3, 7, 8}
     assert np.bincount(drawn).max() < 130
 
@@ -138,7 +138,7 @@ def test_every_control_cell_is_drawn(gears):
 
 
 def test_links_are_normalised_by_both_ends(gears):
-    links = gears.normalised(GO[GO["gene"].isin(["A", "B"])], 2, ["A", "B", "Z"]).set_index(["gene", "neighbour"])
+    links = gears.normalise_graph(GO[GO["gene"].isin(["A", "B"])], 2, ["A", "B", "Z"]).set_index(["gene", "neighbour"])
     total = {"A": 1 + 0.9 + 0.8, "B": 1 + 0.9, "Z": 1.0}
     expected = {("A", "A"): 1, ("A", "B"): 0.9, ("A", "Z"): 0.8, ("B", "A"): 0.9, ("B", "B"): 1, ("Z", "Z"): 1}
     expected = {ends: weight / np.sqrt(total[ends[0]] * total[ends[1]]) for ends, weight in expected.items()}
@@ -161,7 +161,7 @@ def test_coexpression_is_the_correlation_within_covariates_in_train_cells(gears,
     covariate = np.repeat([0, 1, -1], [30, 20, 10])
     X[30:50] += 5
     train = np.flatnonzero((covariate >= 0) & (np.arange(60) % 5 > 0))
-    rows = neural.held(sparse.csr_matrix(X.astype(np.float32)), CPU)
+    rows = neural.hold_rows(sparse.csr_matrix(X.astype(np.float32)), CPU)
     cells = gears.Cells(rows, covariate, covariate, [], torch.zeros(1))
     settings = gears.Settings(coexpression_neighbours=3, coexpression_threshold=threshold)
     found = gears.coexpression(cells, train, gears.Shape(GENES, ["x", "y"], []), settings)
@@ -175,7 +175,7 @@ def test_coexpression_is_the_correlation_within_covariates_in_train_cells(gears,
         for other, value in size[gene].drop(gene).sort_values(ascending=False).items()
         if value > threshold
     ]
-    expected = gears.normalised(graph_table(*links), 3, GENES)
+    expected = gears.normalise_graph(graph_table(*links), 3, GENES)
     names = ["gene", "neighbour"]
     pd.testing.assert_frame_equal(
         found.sort_values(names, ignore_index=True), expected.sort_values(names, ignore_index=True), rtol=1e-4

@@ -29,7 +29,7 @@ def test_rows_are_those_of_the_matrix(form):
     X = sparse.random(40, 7, 0.5, format="csr", dtype=np.float32, rng=np.random.default_rng(2))
     X = sparse.csr_matrix(X.multiply(np.isin(np.arange(40), [3, 17], invert=True)[:, None]))  # cells without an entry
     batch = np.array([17, 5, 3, 5, 39, 0])
-    rows = neural.held(X, CPU)
+    rows = neural.hold_rows(X, CPU)
     np.testing.assert_array_equal(rows(batch).numpy(), X.toarray()[batch])
     # What a GPU would do.
     made = neural.dense_rows(X.indptr, torch.from_numpy(X.indices), torch.from_numpy(X.data), 7, batch)

@@ -124,11 +124,11 @@ def test_one_source_is_not_weighed(presage):
 def test_standardising_forgets_scale_offset_length_and_order(presage):
     rng = np.random.default_rng(1)
     tables = {"b": pd.DataFrame(rng.normal(size=(20, 4))), "a": pd.DataFrame(rng.normal(size=(15, 2)))}
-    found = presage.standardised({"b": tables["b"].assign(constant=7.0), "a": tables["a"]})
+    found = presage.standardise_sources({"b": tables["b"].assign(constant=7.0), "a": tables["a"]})
     assert list(found) == ["a", "b"]
     np.testing.assert_allclose((found["b"] ** 2).sum(axis=1), 1)
     assert (found["b"]["constant"] == 0).all()
-    other = presage.standardised({"b": tables["b"] * [1e-3, 1, 10, 1e4] + [5, -3, 0, 1e3]})
+    other = presage.standardise_sources({"b": tables["b"] * [1e-3, 1, 10, 1e4] + [5, -3, 0, 1e3]})
     np.testing.assert_allclose(found["b"].drop(columns="constant"), other["b"], atol=1e-9)
 
 

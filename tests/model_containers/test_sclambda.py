@@ -40,7 +40,7 @@ class Case:
         self.of_cell = rng.integers(0, len(KEYS), 40)
         self.baseline = torch.tensor(rng.random((2, 7)), dtype=torch.float32)
         covariate = np.array([0, 0, 0, 1, 1])[self.of_cell]
-        self.cells = sclambda.Cells(self.of_cell, covariate, neural.held(self.X, CPU), self.baseline)
+        self.cells = sclambda.Cells(self.of_cell, covariate, neural.hold_rows(self.X, CPU), self.baseline)
 
     def embedded(self, key: contract.Key) -> torch.Tensor:
         """The definition: the sum of the genes' embeddings."""
@@ -71,10 +71,10 @@ def test_embeddings_of_a_combination_are_summed_and_control_has_none(case):
 
 def test_scaling_forgets_scale_and_offset_and_makes_values_of_size_one():
     table = pd.DataFrame(np.random.default_rng(1).normal(size=(20, 4)))
-    found = contract.scaled(table.assign(constant=7.0))
+    found = contract.scale_embedding(table.assign(constant=7.0))
     np.testing.assert_allclose((found**2).sum(axis=1), 5)
     assert (found["constant"] == 0).all()
-    other = contract.scaled(table * [1e-3, 1, 10, 1e4] + [5, -3, 0, 1e3])
+    other = contract.scale_embedding(table * [1e-3, 1, 10, 1e4] + [5, -3, 0, 1e3])
     np.testing.assert_allclose(found.drop(columns="constant") / 5**0.5, other / 4**0.5, atol=1e-9)
 
 
@@ -176,7 +176,7 @@ def test_an_embedding_is_moved_to_where_it_is_decoded_worse(sclambda, case):
     torch.testing.assert_close(distance, torch.full((5, 5), 0.02 * 5**0.5))
 
     def error(embedding: torch.Tensor) -> float:
-        _, *errors = sclambda.decoded(case.net, batch, embedding)
+        _, *errors = sclambda.decode_latents(case.net, batch, embedding)
         return float(sum(errors).detach())
 
     assert error(moved) > error(case.conditions.embedding)

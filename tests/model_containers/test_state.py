@@ -245,7 +245,7 @@ def test_predictions_are_means_over_the_cells_of_each_condition(state, program, 
     (tmp_path / "output").mkdir()
     state.predict(two_lines.predict_task(tmp_path, tmp_path / "output"))
     predictions = ad.read_h5ad(tmp_path / "output" / "predictions.h5ad")
-    embedding = contract.scaled(contract.read_embedding(two_lines.folder / "embedding.parquet"))
+    embedding = contract.scale_embedding(contract.read_embedding(two_lines.folder / "embedding.parquet"))
     assert predictions.n_obs == 6
     for key, profile in zip(predictions.obs["condition"], predictions.X, strict=True):
         vector = embedding.loc[list(contract.genes_of(key))].to_numpy().sum()

@@ -108,6 +108,15 @@ def test_verdicts_fit_and_say_all(width):
     assert "nan" not in text
 
 
+def test_a_number_that_does_not_fit_is_marked_as_cut():
+    calibration = build(models=1)["calibration"]
+    whole, narrow = (printed(make_verdict_table(calibration, 80), width) for width in (200, 55))
+    numbers = set(whole.split())
+    cut = [word for word in narrow.split() if word[0] in "−0123456789" and word not in numbers]
+    assert cut, "nothing was cut"
+    assert all(word.endswith("…") for word in cut), cut
+
+
 def test_an_error_names_all_four_parts_and_markup_is_text():
     error = UserError("data/[bold]x.yaml", "labels.column", "no [red]such column", "name the column")
     text = printed(make_error_panel(error), 80)

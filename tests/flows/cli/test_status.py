@@ -181,6 +181,15 @@ def test_servers_that_fail_are_troubles_not_errors(broken: str) -> None:
     assert "Server error" in " ".join(printed(shown, 200).split())
 
 
+def test_the_password_of_an_address_is_not_shown(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_password = broken.replace("//", "//ada:planted-password@")
+    monkeypatch.setenv("PREFECT_API_URL", f"{with_password}/api")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", with_password)
+    shown = take_snapshot(NOW)
+    assert len(shown.troubles) == 2
+    assert "planted" not in "".join(shown.troubles) + printed(shown, 200)
+
+
 def test_the_store_is_measured_and_scratch_is_not(tmp_path: Path) -> None:
     for place, size in {"cells/a": 1000, "cells/b/figures": 2000, "scores/c": 500, ".temporary/d": 9000}.items():
         folder = tmp_path / "store" / place
