@@ -51,12 +51,15 @@ class ModelFailed(Exception):
     it, or None if it was stopped here. last_lines: the end of what it wrote to stderr.
     """
 
-    # All go to Exception as well, in this order, so that the error survives pickling between processes.
     model: str
     stage: str
     ending: str
     exit_code: int | None
     last_lines: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        """Give all to Exception as well, in this order, so that the error survives pickling between processes."""
+        self.args = (self.model, self.stage, self.ending, self.exit_code, self.last_lines)
 
     def __str__(self) -> str:
         """Return the message."""
@@ -107,14 +110,15 @@ class StageRun:
         if self.timeout_s is not None and monotonic() - self.began >= self.timeout_s:
             raise self.failure(self.describe_time_limit())
 
-    def pass_on(self, stdout: bool, chunk: bytes) -> None:
+    def pass_on(self, stdout: bool, chunk: bytes, check: Callable[[], None]) -> None:
         """Pass on the events in what the model printed next on stdout, or keep what it wrote to stderr.
 
-        An empty chunk is the end of the stream.
+        An empty chunk is the end of the stream. check: called before each line; raises what ends the stage before its
+        own end.
         """
         lines, self.rests[stdout] = split_lines(self.rests[stdout], chunk)
         for line in lines:
-            raise_if_stopped(self.name)
+            check()
             if stdout:
                 self.on_event(read_event(line))
             else:

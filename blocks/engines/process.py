@@ -107,7 +107,7 @@ def _follow(process: subprocess.Popen[bytes], run: StageRun) -> None:
                 chunk = os.read(key.fd, 2**16)
                 if not chunk:
                     selector.unregister(key.fileobj)
-                run.pass_on(key.fileobj is process.stdout, chunk)
+                run.pass_on(key.fileobj is process.stdout, chunk, run.check)
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:

@@ -169,9 +169,9 @@ class _StageContainer:
                     change = how_to_change("printed")
                     raise self.run.failure(f"was stopped after it had printed {limit}, its limit{change}")
                 if chunk:
-                    self.run.pass_on(stdout, chunk)
+                    self.run.pass_on(stdout, chunk, self._check)
         for stdout in self.run.rests:
-            self.run.pass_on(stdout, b"")
+            self.run.pass_on(stdout, b"", self._check)
 
     def _look(self, container: Container) -> None:
         """Do what is due while the container runs. Raises what ends a stage before its own end."""

@@ -125,6 +125,12 @@ def test_failure_names_model_stage_exit_code_and_last_lines(model):
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # noqa: S301
 
 
+def test_a_failure_survives_pickling_however_it_was_made():
+    made = ModelFailed(model="toy", stage="train", ending="ended", exit_code=None, last_lines=("a", "b"))
+    found = pickle.loads(pickle.dumps(made))  # noqa: S301
+    assert (vars(found), found.args, str(found)) == (vars(made), made.args, "toy train ended\n  a\n  b")
+
+
 def test_a_killed_model_is_told_from_one_that_exits(model):
     folder = model("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     with pytest.raises(ModelFailed, match=r"SIGKILL.*memory") as caught:
@@ -145,6 +151,19 @@ def test_timeout_ends_the_whole_process_tree(model, tmp_path, monkeypatch):
     ):
         run(folder, {"output": str(tmp_path)}, on_event=two_hours_later, timeout_s=3600)
     assert all_gone(tmp_path)
+
+
+def test_no_line_is_passed_on_after_the_limit(model, monkeypatch):
+    clock, passed = [0.0], []
+    monkeypatch.setattr(base, "monotonic", lambda: clock[0])
+
+    def two_hours_later(event: Mapping[str, Any]) -> None:
+        clock[0] += 7200
+        passed.append(event["message"])
+
+    with pytest.raises(ModelFailed, match="was stopped after 3600 s"):
+        run(model("import os; os.write(1, b'one\\ntwo\\n')"), on_event=two_hours_later, timeout_s=3600)
+    assert passed == ["one"]
 
 
 def test_a_model_that_says_nothing_is_stopped_at_its_limit(model):
