@@ -67,8 +67,13 @@ def test_the_stage_is_looked_after_while_a_read_waits(ends: tuple[Connection, so
 
 def test_the_rest_is_read_and_dropped_once_the_stage_has_left(ends: tuple[Connection, socket.socket]) -> None:
     connection, engine = ends
-    # The first frame is held until the second comes.
-    printed = logs.start(container(connection, lambda: engine.sendall(FRAME) or engine.sendall(FRAME)))
+
+    def send_twice() -> None:
+        # The first frame is held until the second comes.
+        engine.sendall(FRAME)
+        engine.sendall(FRAME)
+
+    printed = logs.start(container(connection, send_twice))
     next(printed)
     printed.close()
     engine.settimeout(10)
