@@ -6,7 +6,8 @@ BASE_IMAGE ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 BIN := .venv/bin
-INSTALL := $(BIN)/pip install --constraint constraints.txt
+# Modules are compiled when they are first imported; most never are.
+INSTALL := $(BIN)/pip install --no-compile --constraint constraints.txt
 CPU_TORCH_INDEX := https://download.pytorch.org/whl/cpu
 RUNTIME := .venv/.runtime-installed
 TOOLS := .venv/.test-tools-installed

@@ -99,10 +99,10 @@ def dense_means(path: Path) -> ad.AnnData:
 def error_of_each(model: ModuleType) -> Callable[..., torch.Tensor]:
     """As squared_error of fmlp."""
 
-    def squared_error(net: Any, conditions: Any, cells: Any, batch: np.ndarray) -> torch.Tensor:
+    def squared_error(net: Any, conditions: Any, condition: np.ndarray, measured: torch.Tensor) -> torch.Tensor:
         from torch.nn.functional import mse_loss
 
-        return mse_loss(model.forward(net, conditions, cells.condition[batch]), cells.rows(batch)).double()
+        return mse_loss(model.forward(net, conditions, condition), measured).double()
 
     return squared_error
 
