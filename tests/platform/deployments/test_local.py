@@ -38,7 +38,11 @@ def probe(dataset: str, seconds: float = 0):
 REGISTER = """
 from deployments.register import register
 from deployments.table import Deployment
-register([Deployment("probe", "demo", "probe_flow.probe", "cpu", {"dataset": "demo"}, ("probe",), "A probe.")])
+
+class Probe(Deployment):
+    entrypoint = "probe_flow.probe"
+
+register([Probe("probe", "demo", {"dataset": "demo"}, ("probe",), "A probe.", "cpu")])
 """
 
 READ = """
