@@ -44,6 +44,23 @@ def shown(names: list[str], most: int = 5) -> str:
     return head if len(names) <= most else f"{head} and {len(names) - most} more"
 
 
+def cut_middle(text: str, most: int) -> str:
+    """Return the text with its middle left out where it is long: the beginning names the place, the end the remedy.
+
+    Parameters
+    ----------
+    text : str
+        Any text, also one without spaces.
+    most : int
+        How many characters of it are kept.
+
+    Returns
+    -------
+    str
+    """
+    return text if len(text) <= most else f"{text[: most // 2].rstrip()} … {text[-(most // 2) :].lstrip()}"
+
+
 def hide_password(text: str) -> str:
     """Return the text with what an address has before its last `@`, a user name and password, replaced by dots.
 

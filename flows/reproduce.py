@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from textwrap import shorten
 from typing import Any, NamedTuple
 
 from prefect import flow
@@ -12,7 +11,7 @@ from prefect.client.orchestration import get_client
 
 from blocks.http import ConnectionLost
 from core.catalog.schema import DatasetSpec
-from core.errors import UserError
+from core.errors import UserError, cut_middle
 from flows.benchmark import benchmark
 from flows.calibrate import calibrate
 from flows.parameters import BenchmarkedModels, Datasets, Origin, Sources
@@ -121,7 +120,7 @@ def _reproduce_dataset(
             text = f"{error.where}, {error.field}: {error.found} ({error.remedy})"
         else:
             text = f"{type(error).__name__}: {error}"
-        outcome = Outcome(spec.name, failing, shorten(text, LONGEST, placeholder=" ..."))
+        outcome = Outcome(spec.name, failing, cut_middle(" ".join(text.split()), LONGEST))
         LOG.warning("%s %s: %s", spec.name, failing, outcome.reason)
         return outcome, not isinstance(error, ConnectionLost)
 

@@ -24,6 +24,8 @@ Stage = Literal["describe", "train", "predict", "embed"]
 
 # Of what a model writes to stderr, kept for the error message.
 LAST_LINES = 30
+# The user and the group that a container runs as where the caller is root: they may do nothing on the host.
+UNPRIVILEGED_ID = 65534
 # An exception that another thread raises in this one (a task's time limit) arrives only between two waits.
 WAIT_S = 0.5
 

@@ -52,7 +52,8 @@ LIST_LIMIT_S = 60.0
 class Gpu:
     """A leased GPU.
 
-    id: as CUDA_VISIBLE_DEVICES takes it. descriptor: of the open lock file; whoever may use the GPU has to inherit it.
+    id: as CUDA_VISIBLE_DEVICES takes it. descriptor: of the open lock file, which a process that may use the GPU has
+    to inherit.
     """
 
     id: str
@@ -63,7 +64,7 @@ class Gpu:
 class Holder:
     """Who took a lease.
 
-    pid: the process that asked (those that inherited the lease may outlive it); None if it has not written it yet.
+    pid: the process that asked (processes that inherited the lease may run longer); None before it has written it.
     what: what the lease is for.
     """
 

@@ -72,7 +72,7 @@ def ensure_workers(services: Services, pools: Sequence[str] = (CPU, GPU), timeou
 def end_workers(records: Records, *names: str) -> None:
     """End the flow runs of workers, then the workers, and remove them from the record.
 
-    In this order, because a worker kills flow runs that have not yet reported how they ended.
+    In this order, because a worker that ends kills its flow runs before they report how they ended.
     """
     daemons.end_children(records, *names)
     daemons.end_services(records, *names)

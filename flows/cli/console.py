@@ -11,7 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from core.errors import UserError, shown
+from core.errors import UserError, cut_middle, shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -155,7 +155,7 @@ def make_outcome_table(outcomes: list[Outcome]) -> RenderableType:
     table = start_table("data set", *numbers, "outcome", right=numbers, whole=5)
     for name, outcome, reason, *counts in outcomes:
         cells = ["" if count is None else f"{count:,}" for count in counts]
-        text = f"{outcome}: {_cut(reason)}" if reason else outcome
+        text = f"{outcome}: {cut_middle(reason, _LONGEST)}" if reason else outcome
         table.add_row(name, *cells, Text(text, style="yellow" if reason else "green"))
     return table
 
@@ -166,15 +166,8 @@ def make_error_panel(error: UserError) -> Panel:
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     for field, style in {"where": "bold", "field": "", "found": "", "remedy": "green"}.items():
-        grid.add_row(field, Text(_cut(getattr(error, field)), style=style))
+        grid.add_row(field, Text(cut_middle(getattr(error, field), _LONGEST), style=style))
     return Panel(grid, title="Error", title_align="left", border_style="red", padding=(1, 2))
-
-
-def _cut(text: str) -> str:
-    """Keep the beginning, and the end, where a traceback says what went wrong."""
-    if len(text) <= _LONGEST:
-        return text
-    return f"{text[: _LONGEST // 2].rstrip()} … {text[-_LONGEST // 2 :].lstrip()}"
 
 
 class Column(NamedTuple):

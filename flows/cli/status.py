@@ -26,7 +26,7 @@ from blocks.local.processes import is_dead
 from blocks.services.stack import ServiceStatus
 from blocks.services.stack import status as services_status
 from blocks.tracking.running import TrackedRun, find_running_runs
-from core.errors import UserError, hide_password
+from core.errors import UserError, cut_middle, hide_password
 
 DAYS = 7
 # Trainings of single folds are flow runs too, but belong to one of these.
@@ -283,5 +283,4 @@ def shorten_reason(message: str) -> str:
     if parts:
         where, what, found, remedy = (" ".join(part.split()) for part in parts.groups())
         text = f"{where}, {what}: {found} → {remedy}"
-    flat = " ".join(text.split())
-    return flat if len(flat) <= _LONGEST else f"{flat[:_LONGEST].rstrip()} …"
+    return cut_middle(" ".join(text.split()), _LONGEST)

@@ -11,7 +11,7 @@ from typing import Any
 
 from docker.types import DeviceRequest, LogConfig, Mount, Ulimit
 
-from blocks.engines.base import StageRun, model_variables
+from blocks.engines.base import UNPRIVILEGED_ID, StageRun, model_variables
 from blocks.engines.docker.limits import Limits, how_to_change
 from blocks.local.gpus import VISIBLE
 from core.errors import UserError
@@ -21,7 +21,6 @@ Machine = Mapping[str, Any]
 
 # Places within the container.
 INPUT, OUTPUT, CHECKPOINT, SPEC, TEMPORARY = "/input", "/output", "/checkpoint", "/spec.json", "/tmp"  # noqa: S108
-NOBODY = 65534
 # The fields of a spec that name what a model reads; everything else of the host stays out of its sight.
 INPUTS = ("cells", "embedding", "pretrained", "model", "control")
 # Those that name where it writes.
@@ -37,8 +36,8 @@ MET = {
 
 
 def find_user() -> tuple[int, int]:
-    """Return the ids of a container's user and group: the caller's, who can read their files; `nobody`'s for root."""
-    return (os.geteuid(), os.getegid()) if os.geteuid() != 0 else (NOBODY, NOBODY)
+    """Return the ids of a container's user and group: the caller's, who can read their files, unless that is root."""
+    return (os.geteuid(), os.getegid()) if os.geteuid() != 0 else (UNPRIVILEGED_ID, UNPRIVILEGED_ID)
 
 
 def write_spec(spec: Mapping[str, Any], path: Path) -> list[Mount]:

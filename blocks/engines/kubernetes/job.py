@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from blocks.engines.base import StageRun, model_variables
+from blocks.engines.base import UNPRIVILEGED_ID, StageRun, model_variables
 from blocks.engines.kubernetes.api import Object
 from blocks.engines.yaml_settings import read_yaml_settings
 from core.errors import UserError
@@ -21,7 +21,6 @@ from core.errors import UserError
 SETTINGS = "CALIPERT_KUBERNETES"
 FETCH, MODEL, PUBLISH = "fetch", "model", "publish"
 INPUT, OUTPUT, SPEC, TEMPORARY = "/input", "/output", "/spec", "/tmp"  # noqa: S108 - a volume of the pod
-NOBODY = 65534
 GPU_RESOURCE = "nvidia.com/gpu"
 # How long a finished Job stays for a look at it, if the process that started it is not there to remove it.
 KEPT_S = 3600
@@ -212,9 +211,9 @@ class StageJob:
             "enableServiceLinks": False,
             "securityContext": {
                 "runAsNonRoot": True,
-                "runAsUser": NOBODY,
-                "runAsGroup": NOBODY,
-                "fsGroup": NOBODY,
+                "runAsUser": UNPRIVILEGED_ID,
+                "runAsGroup": UNPRIVILEGED_ID,
+                "fsGroup": UNPRIVILEGED_ID,
                 "seccompProfile": {"type": "RuntimeDefault"},
             },
             "volumes": volumes,

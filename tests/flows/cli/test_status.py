@@ -66,7 +66,7 @@ def flow_run(kind: str, name: str = "benchmark-demo", **changes: Any) -> FlowRun
         ("Flow run was cancelled.", "Flow run was cancelled."),
         ("No sign of life for five minutes: its process was killed.", None),
         ("", ""),
-        ("x" * 1000, "x" * 300 + " …"),
+        ("x" * 500 + "y" * 500, "x" * 150 + " … " + "y" * 150),
     ],
 )
 def test_a_reason_is_one_line(message: str, line: str | None) -> None:
