@@ -86,7 +86,7 @@ def test_labels_of_an_axis_do_not_overlap(laid_out):
 
 def test_same_tables_give_the_same_bytes_and_leave_no_trace():
     before = dict(mpl.rcParams)
-    tables = {"models": 1, "conditions": 12}
+    tables = {"models": 1, "conditions": 12, "covariates": ("a", "b")}
     first, again = (
         {
             name: (style.render_figure(figure, "svg"), style.render_figure(figure, "png"))

@@ -97,6 +97,7 @@ def test_every_case_renders_and_stands_alone(case, tmp_path):
         assert metric in result.text.replace("_ ", "_")
 
 
+@pytest.mark.usefixtures("no_figures")  # test_figures.py compares theirs
 def test_same_tables_give_the_same_bytes(tmp_path):
     def digests(folder):
         write_report(folder / "report.html", **build(models=1, conditions=15, covariates=("a", "b")))
