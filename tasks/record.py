@@ -23,6 +23,7 @@ from blocks.config.secrets import read_mlflow_credentials
 from blocks.local.cancellation import Stopped
 from blocks.services.pages import read_pages
 from blocks.store.code import code_hash
+from blocks.tracking.running import is_flow_run_id
 from blocks.tracking.tracker import MLflowTracking, ModelRun
 from core.catalog.schema import DatasetSpec, ResolvedModel
 from core.errors import UserError
@@ -133,7 +134,8 @@ def find_flow_runs(client: SyncPrefectClient, **chosen: Any) -> list[FlowRun]:
 def list_active_flow_runs(ids: list[str]) -> set[str]:
     """Return those flow runs that have not ended; one that is unknown may belong to another Prefect server."""
     with get_client(sync_client=True) as client:
-        ended = find_flow_runs(client, id={"any_": ids}, state={"type": {"any_": list(TERMINAL_STATES)}})
+        known = list(filter(is_flow_run_id, ids))
+        ended = find_flow_runs(client, id={"any_": known}, state={"type": {"any_": list(TERMINAL_STATES)}})
     return set(ids) - {str(run.id) for run in ended}
 
 

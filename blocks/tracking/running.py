@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import ssl
 from typing import Any, NamedTuple
+from uuid import UUID
 
 import httpx
 
@@ -35,10 +36,19 @@ def find_running_runs(uri: str, prefix: str) -> dict[str, list[TrackedRun]]:
         if not ids:
             return found
         for run in _find_runs(client, ids, "attributes.status = 'RUNNING'"):
-            found.setdefault(run.tags.get("flow_run_id", ""), []).append(run)
+            flow_run = run.tags.get("flow_run_id", "")
+            found.setdefault(flow_run if is_flow_run_id(flow_run) else "", []).append(run)
         for flow_run in filter(None, found):
             found[flow_run] = _find_runs(client, ids, f"tags.flow_run_id = '{flow_run}'")
     return found
+
+
+def is_flow_run_id(tag: str) -> bool:
+    """Whether Prefect can be asked for it. Anyone may write a tag in MLflow, and one wrong id spoils a whole query."""
+    try:
+        return str(UUID(tag)) == tag
+    except ValueError:
+        return False
 
 
 def _open_client(uri: str) -> httpx.Client:

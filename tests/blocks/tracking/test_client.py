@@ -193,6 +193,26 @@ def test_other_certificates_are_taken_as_by_mlflow(tmp_path: Path, monkeypatch: 
         find_running_runs("https://127.0.0.1:1", "calipert/")
 
 
+def test_a_tag_that_is_no_flow_run_id_is_asked_of_nobody() -> None:
+    known, asked = "0d2e8c52-6f5b-4cf0-9c35-0a7a3a1f2b11", []
+
+    def answer(path: str, sent: Any) -> Answer:
+        if "experiments" in path:
+            return 200, {"experiments": [{"experiment_id": "1"}]}
+        asked.append(sent["filter"])
+        tags = ("flow-1", "x' OR 'a' = 'a", "", known)
+        runs = [
+            {"info": {"run_name": tag, "status": "RUNNING"}, "data": {"tags": [{"key": "flow_run_id", "value": tag}]}}
+            for tag in tags
+        ]
+        return 200, {"runs": runs if "status" in sent["filter"] else runs[-1:]}
+
+    with standing_in(answer) as uri:
+        found = find_running_runs(uri, "calipert/")
+    assert {flow_run: len(runs) for flow_run, runs in found.items()} == {"": 3, known: 1}
+    assert asked == ["attributes.status = 'RUNNING'", f"tags.flow_run_id = '{known}'"]
+
+
 @pytest.mark.parametrize(
     ("code", "told", "remedy"),
     [
