@@ -12,12 +12,13 @@ CPU_TORCH_INDEX := https://download.pytorch.org/whl/cpu
 RUNTIME := .venv/.runtime-installed
 TOOLS := .venv/.test-tools-installed
 DOCS_TOOLS := .venv/.docs-tools-installed
-PYTEST := $(BIN)/pytest -n 2 --dist loadgroup
+# Files in the order of collection, not by their number of tests: the longest then begin first.
+PYTEST := $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder
 # An image under another licence than the project's own is built by choice: calipert model build NAME.
 MODELS := $(notdir $(patsubst %/Dockerfile,%,$(shell grep -l 'licenses="MIT"' model_containers/*/Dockerfile)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tools demo images test coverage test-platform test-python fault docs up down clean
+.PHONY: help setup tools demo images test coverage test-studies test-platform test-python fault docs up down clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +43,9 @@ test: $(TOOLS) ## lint, types, import contracts, and all tests that take seconds
 
 coverage: $(TOOLS) ## the tests of core again, with the lines that they do not reach: 95 % of core must be reached
 	$(PYTEST) tests/core tests/test_end_to_end.py --cov --cov-report=term:skip-covered
+
+test-studies: $(TOOLS) ## trainings on real and simulated screens, and the benchmarks on small ones: no servers needed, 10 minutes
+	$(PYTEST) tests/studies
 
 test-platform: $(TOOLS) ## tests with servers, containers and a browser, and one round of each fault (aim: 20 minutes)
 	$(PYTEST) tests/fault tests/platform

@@ -48,10 +48,10 @@ def calls(checkout: Path) -> list[str]:
     return [line for line in lines if not line.startswith("apt-get")]
 
 
-def test_both_tiers_run_with_an_engine_for_the_second(checkout: Path) -> None:
+def test_all_tiers_run_with_an_engine_for_the_last(checkout: Path) -> None:
     assert start(checkout).wait(LIMIT_S) == 0
     assert calls(checkout) == [
-        *("make test", "docker-engine start", "make test-platform"),
+        *("make test", "make test-studies", "docker-engine start", "make test-platform"),
         *("make --silent down", "docker-engine stop"),
     ]
 

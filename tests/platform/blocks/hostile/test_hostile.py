@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 import threading
 import time
@@ -143,9 +142,7 @@ def test_memory(attempts):
         attempts("eat_memory")
 
 
-def test_no_disk_is_filled(attempts, docker_client):
-    root = docker_client.info()["DockerRootDir"]
-    before = shutil.disk_usage(root).free if Path(root).is_dir() else 0
+def test_no_disk_is_filled(attempts):
     taken = json.loads(attempts("fill")[-1])
     limits = {"/tmp": 8, "/dev/shm": 4, "/output": 16}  # noqa: S108
     for folder, (named, nameless, files) in taken.items():
@@ -155,8 +152,6 @@ def test_no_disk_is_filled(attempts, docker_client):
         assert limit or files == 0, folder
     assert taken["/output"][0] >= 15, "what it may write, it can"
     assert 90 <= taken["/output"][2] <= LIMITS.output_files + 1
-    if before:
-        assert before - shutil.disk_usage(root).free < 100 * MEGABYTE
 
 
 @pytest.mark.parametrize(
