@@ -44,7 +44,7 @@ test: $(TOOLS) ## lint, types, import contracts, and all tests that take seconds
 coverage: $(TOOLS) ## the tests of core again, with the lines that they do not reach: 95 % of core must be reached
 	$(PYTEST) tests/core tests/test_end_to_end.py --cov --cov-report=term:skip-covered
 
-test-studies: $(TOOLS) ## trainings on real and simulated screens, and the benchmarks on small ones: no servers needed, 10 minutes
+test-studies: $(TOOLS) ## trainings on real and simulated screens, and the benchmarks on small ones (aim: 10 minutes)
 	$(PYTEST) tests/studies
 
 test-platform: $(TOOLS) ## tests with servers, containers and a browser, and one round of each fault (aim: 20 minutes)

@@ -132,10 +132,13 @@ def find_flow_runs(client: SyncPrefectClient, **chosen: Any) -> list[FlowRun]:
 
 
 def list_active_flow_runs(ids: list[str]) -> set[str]:
-    """Return those flow runs that have not ended; one that is unknown may belong to another Prefect server."""
+    """Return those flow runs that may still run: all but those that Prefect knows to have ended.
+
+    Prefect may not know one: it belongs to another server, or is no flow run's id at all.
+    """
+    asked = list(filter(is_flow_run_id, ids))
     with get_client(sync_client=True) as client:
-        known = list(filter(is_flow_run_id, ids))
-        ended = find_flow_runs(client, id={"any_": known}, state={"type": {"any_": list(TERMINAL_STATES)}})
+        ended = find_flow_runs(client, id={"any_": asked}, state={"type": {"any_": list(TERMINAL_STATES)}})
     return set(ids) - {str(run.id) for run in ended}
 
 

@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(ROOT))))
-    # It takes longest: begun last, one worker would wait for the other.
+    # The longest test begins first: at the end, the other worker would have nothing to do.
     items.sort(key=lambda item: item.path.name != "test_end_to_end.py")
 
 

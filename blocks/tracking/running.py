@@ -24,7 +24,7 @@ class TrackedRun(NamedTuple):
 
 
 def find_running_runs(uri: str, prefix: str) -> dict[str, list[TrackedRun]]:
-    """Return flow run -> its runs in MLflow, if one of them is RUNNING; "" for those without a flow run.
+    """Return flow run -> its runs in MLflow, if one of them is RUNNING; "" for those that name no flow run.
 
     prefix: how the names of the experiments begin. Raises httpx.HTTPError, and ValueError for an answer that is not
     MLflow's.
@@ -44,7 +44,10 @@ def find_running_runs(uri: str, prefix: str) -> dict[str, list[TrackedRun]]:
 
 
 def is_flow_run_id(tag: str) -> bool:
-    """Whether Prefect can be asked for it. Anyone may write a tag in MLflow, and one wrong id spoils a whole query."""
+    """Say whether a tag is written as Prefect writes the id of a flow run.
+
+    Anyone may write a tag in MLflow, and Prefect refuses a whole question in which one id is none.
+    """
     try:
         return str(UUID(tag)) == tag
     except ValueError:

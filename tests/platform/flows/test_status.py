@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from blocks.config import child_environment
 from flows.cli.status import take_snapshot
@@ -47,6 +48,7 @@ class TestWithServers:
     ) -> None:
         from blocks.config.paths import data_folder
         from blocks.tracking.tracker import MLflowTracking, ModelRun
+        from tasks.record import list_active_flow_runs
 
         running = self.run(api, "benchmark", "benchmark-a", {"type": "RUNNING"})
         crashed = self.run(api, "benchmark", "benchmark-b", {"type": "RUNNING"})
@@ -71,6 +73,10 @@ class TestWithServers:
                 "status", f"status-{model}", [one], digest="d", source="s", flow_run_id=flow_run_id
             )
             tracking.finish(runs[model].folds[0])
+
+        with temporary_settings({PREFECT_API_URL: servers.prefect_api}):
+            assert list_active_flow_runs([running, crashed, "by hand"]) == {running, "by hand"}
+            assert list_active_flow_runs(["by hand"]) == {"by hand"}
 
         shown = take_snapshot(datetime.now(UTC))
         assert shown.troubles == []

@@ -1,3 +1,3 @@
-"""The models' modules and small screens."""
+"""A small screen."""
 
-from tests.helpers.models import _processor_as_found, load, panel, planted, planted_pairs, two_lines
+from tests.helpers.models import panel
